@@ -1,0 +1,3 @@
+"""Layer-wise influence functions for large language models."""
+
+__version__ = "0.1.0"

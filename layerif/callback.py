@@ -1,0 +1,56 @@
+"""Scores the layers and allocates before fine-tuning starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from layerif.allocate import Allocation
+from layerif.decide import Decision
+from layerif.scores import LayerScores
+
+
+class InfluenceCallback(L.Callback):
+    """Decides the experts of every block in `setup`, which Lightning runs before the module's `configure_model`.
+
+    decide: takes a function that gives the model on the trainer's device, and returns a `Decision`; the model is asked
+    for only if the evidence is not in the store. Rank 0 decides, the others receive. A module that already has an
+    allocation keeps that. A resumed run keeps the decision of its checkpoint; set `trainer.ckpt_path` before `fit`
+    rather than passing it (Lightning tells nobody of the argument before it restores), and nothing is decided twice.
+    """
+
+    def __init__(self, decide: Callable[[Callable[[], nn.Module]], Decision]) -> None:
+        self.decide = decide
+        self.decision: Decision | None = None
+        self.seconds = 0.0  # spent deciding in this process
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "fit" or pl_module.allocation is not None:
+            return
+        if trainer.ckpt_path is not None:
+            saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
+            pl_module.allocation = saved["hyper_parameters"]["allocation"]
+            return
+        if trainer.is_global_zero:
+            self.decision = self.decide(lambda: pl_module.base_model().to(trainer.strategy.root_device))
+            self.seconds = sum(self.decision.seconds.values())
+        self.decision = trainer.strategy.broadcast(self.decision)
+        assert self.decision is not None
+        pl_module.allocation = {layer: int(count) for layer, count in self.decision.allocation.by_name().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.decision is None:
+            return {}
+        parts = {"scores": self.decision.scores.to_dict(), "allocation": self.decision.allocation.to_dict()}
+        return {**asdict(self.decision), **parts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            scores = LayerScores.from_dict(state_dict["scores"])
+            allocation = Allocation.from_dict(state_dict["allocation"])
+            self.decision = Decision(**{**state_dict, "scores": scores, "allocation": allocation})

@@ -1,0 +1,171 @@
+"""The schema of the root configuration, the check of every group against its class, and readable errors.
+
+Nothing heavy is imported here: `layerif --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass
+class Config:
+    """Root keys. Groups are untyped here: the signature of each `_target_` is its schema (`check`)."""
+
+    model: Any = MISSING
+    task: Any = MISSING
+    estimator: Any = MISSING
+    allocator: Any = MISSING
+    method: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    probe: Any = MISSING
+    data: Any = MISSING
+    fit: Any = MISSING
+    evaluation: Any = MISSING
+    name: str = MISSING
+    seed: int = 0
+    dry_run: bool = False
+    rerun: bool = False
+    outputs: str = MISSING
+    store: str = MISSING
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def conf_folder() -> Path:
+    """The YAML files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def folder_name(overrides: str) -> str:
+    """A sweep job's folder from its overrides; hashed where they hold what a folder name cannot."""
+    if not overrides:
+        return "default"
+    if len(overrides) <= 120 and re.fullmatch(r"[\w.,=+-]+", overrides):
+        return overrides
+    readable = re.sub(r"[^\w.,=-]+", "-", overrides)[:60].strip("-")
+    return f"{readable}-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
+
+
+def check(config: DictConfig) -> None:
+    """Bind every `_target_` of the resolved configuration to its signature.
+
+    Raises ValueError naming the key, what was given, what is allowed and the nearest valid name.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    for path, node in _targets(plain):
+        _check_node(path, node)
+
+
+def explain(error: BaseException, overrides: list[str]) -> str:
+    """One message for what went wrong, with the nearest valid name where something was mistyped."""
+    if isinstance(error, MissingConfigException) and error.options:
+        missing = str(error.missing_cfg_file)
+        group, _, choice = missing.rpartition("/")
+        available = ", ".join(error.options)
+        return f"{group}={choice} is no choice of the group {group!r}{_nearest(choice, error.options)}; available: {available}"
+    if isinstance(error, ConfigCompositionException):
+        found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"[Kk]ey '([^']+)'", str(error))
+        if found:
+            return _explain_key(found[1], str(error), overrides)
+    if isinstance(error, HydraException):
+        return " ".join(str(error).split("\n\n")[0].split())
+    return str(error) or type(error).__name__
+
+
+def _explain_key(key: str, message: str, overrides: list[str]) -> str:
+    """A key that Hydra could not override: unknown, or of the wrong type."""
+    from hydra import compose, initialize_config_dir
+
+    kept = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
+    parent, _, name = key.rpartition(".")
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = compose("config", kept)
+        node = OmegaConf.select(config, parent) if parent else config
+        keys = [str(entry) for entry in node if entry != "_target_"] if OmegaConf.is_dict(node) else []
+    except HydraException:
+        keys = []
+    if name in keys or not keys:
+        return " ".join(message.split("\n\n")[0].split())
+    where = f"in {parent!r}" if parent else "at the top"
+    return f"{key!r} is no key of the configuration{_nearest(name, keys)}; allowed {where}: {', '.join(keys)}"
+
+
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}" if path else str(key))
+
+
+def _check_node(path: str, node: Mapping[str, Any]) -> None:
+    from hydra.utils import get_object
+
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:
+        raise ValueError(f"{path}._target_={node['_target_']!r} cannot be imported: {error}") from error
+    parameters = inspect.signature(target).parameters
+    given = {key: value for key, value in node.items() if not re.fullmatch(r"_\w+_", key)}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in given:
+        if key not in parameters and not open_ended:
+            raise ValueError(f"{path}.{key} is not known to {node['_target_']}{_nearest(key, parameters)}")
+    if not str(node["_target_"]).startswith("layerif."):
+        return
+    hints = typing.get_type_hints(target if inspect.isclass(target) and hasattr(target, "__dataclass_fields__") else target.__init__)
+    for key, value in given.items():
+        if key in hints:
+            _check_value(f"{path}.{key}", value, hints[key])
+
+
+def _check_value(path: str, value: Any, hint: Any) -> None:
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    if value == MISSING:
+        raise ValueError(f"{path} has no value: give one with {path}=…")
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except PydanticUserError:  # a type of another library
+        return
+    except ValidationError as error:
+        choices = [str(choice) for choice in _literals(hint)]
+        if choices:
+            allowed = f"allowed: {', '.join(choices)}{_nearest(str(value), choices)}"
+        else:
+            allowed = error.errors()[0]["msg"].lower()
+        raise ValueError(f"{path}={value!r} is not allowed; {allowed}") from error
+
+
+def _literals(hint: Any) -> Iterator[Any]:
+    if typing.get_origin(hint) is typing.Literal:
+        yield from typing.get_args(hint)
+    else:
+        for argument in typing.get_args(hint):
+            yield from _literals(argument)
+
+
+def _nearest(name: str, allowed: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,107 @@
+"""Four-way questions on the countries of the world: the embedded tasks, which need neither hub nor account.
+
+The facts are those of the package `countryinfo` (MIT); its data files are read, its code is never imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from layerif.data.source import Row
+
+NUM_OPTIONS = 4
+
+# Per kind of question: the data file's field and the wording.
+KINDS: Mapping[str, tuple[str, str]] = {
+    "capital": ("capital", "What is the capital of {country}?"),
+    "region": ("region", "Which region of the world is {country} in?"),
+    "currency": ("currencies", "What is the currency code of {country}?"),
+    "demonym": ("demonym", "What is the nationality of people from {country}?"),
+}
+
+# A country's place on [0, 1) decides its split: below the first bound train, and so on.
+SPLIT_BOUNDS: Mapping[str, tuple[float, float]] = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Countries:
+    """Rows `id, question, options (4 texts), answer (a text)` about one kind of fact.
+
+    A country belongs to one split, the same for every kind: by a hash of its code, about 50 / 20 / 30 % train /
+    validation / test. Wrong options are the facts of three other countries of the same split (so no split shows what
+    another asks), drawn by country: a value is a wrong option as often as it is a right one, which leaves no cue in its
+    frequency. Countries without the fact are left out.
+    seed: chooses the wrong options and the order. It is part of the data set and apart from the run's seed, so that
+    runs with several seeds answer the same questions.
+    """
+
+    kind: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is no kind of country question; use one of {', '.join(KINDS)}")
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Rows in the order of the hash, which is as good as shuffled and never changes."""
+        if split not in SPLIT_BOUNDS:
+            raise ValueError(f"the country tasks have no split {split!r}; use one of {', '.join(SPLIT_BOUNDS)}")
+        field, question = KINDS[self.kind]
+        low, high = SPLIT_BOUNDS[split]
+        facts = {
+            code: (country, values)
+            for code, country, values in sorted(_facts(field), key=lambda fact: _place(fact[0]))
+            if low <= _place(code) < high
+        }
+        answers = [values[0] for _, values in facts.values()]
+        for code, (country, values) in facts.items():
+            random = Random(f"{self.seed} {self.kind} {code}")
+            drawn = dict.fromkeys(random.sample(answers, len(answers)))  # distinct, in the order first drawn
+            options = [values[0], *[value for value in drawn if value not in values][: NUM_OPTIONS - 1]]
+            random.shuffle(options)
+            yield Row(
+                f"{self.kind} of {country}",
+                {"id": code, "question": question.format(country=country), "options": options, "answer": values[0]},
+            )
+
+
+def _facts(field: str) -> Iterator[tuple[str, str, list[str]]]:
+    """(code, country, its right answers) for every country that has the field; one entry a code."""
+    seen = set()
+    for file in sorted(_data_folder().glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        code = record["ISO"]["alpha3"]
+        values = _texts(record.get(field))
+        if values and code not in seen:
+            seen.add(code)
+            yield code, record["name"], values
+
+
+def _texts(value: Any) -> list[str]:
+    """The non-empty texts of a field that is a text, a list of texts, or missing."""
+    values = value if isinstance(value, list) else [value]
+    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+
+
+def _place(code: str) -> float:
+    """A number in [0, 1) that depends on nothing but the code."""
+    return int.from_bytes(sha256(code.encode()).digest()[:6], "big") / 2**48
+
+
+def _data_folder() -> Path:
+    spec = find_spec("countryinfo")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "data"
+        if folder.is_dir():
+            return folder
+    raise ValueError(
+        "the tasks capital, region, currency and demonym read the package countryinfo, which is not installed; "
+        "run: pip install countryinfo==1.0.1"
+    )

@@ -1,0 +1,119 @@
+"""Where rows come from: a folder of JSONL files or a hub dataset; and the embedded text for perplexity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw row and where it stands, for messages: `train.jsonl:3`."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Anything that gives the rows of a named split, in a fixed order."""
+
+    def rows(self, split: str) -> Iterator[Row]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl:
+    """A folder with one `<split>.jsonl` per split, one JSON object with the dataset's columns a line."""
+
+    path: str
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Raises ValueError, with file and line, for a missing, empty or broken file."""
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"task.path={self.path} is not a folder; it should hold files such as {split}.jsonl")
+        file = folder / f"{split}.jsonl"
+        if not file.is_file():
+            found = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
+            raise ValueError(
+                f"{file} does not exist; the folder holds {found}. "
+                "Add the file, or name the one to read: task.splits.<train|validation|test>=<file without .jsonl>"
+            )
+        number = 0
+        for number, line in enumerate(_lines(file), start=1):
+            if line.strip():
+                yield Row(f"{file}:{number}", _json_object(line, f"{file}:{number}"))
+        if number == 0:
+            raise ValueError(f"{file} is empty; it should hold one JSON object a line")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """A dataset of the Hugging Face hub, read through `datasets` (and so from its cache, when it is there)."""
+
+    name: str
+    config: str | None = None
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Raises ValueError when the dataset or split cannot be had, saying how to use a local copy."""
+        import datasets  # heavy, and needed by hub tasks only
+
+        try:
+            dataset = datasets.load_dataset(self.name, self.config, split=split)
+        except (OSError, ValueError, RuntimeError) as error:  # connection, unknown dataset, configuration or split
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"cannot read split {split!r} of {self} from the hub: {reason}. Without the hub, set task.path=/folder "
+                f"with files such as {split}.jsonl that hold the dataset's columns, one JSON object a line"
+            ) from error
+        index = 0
+        table: Any
+        # Arrow rows leave images undecoded: a text-only task needs no image library.
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            for fields in table.to_pylist():
+                yield Row(f"{self} {split} row {index}", fields)
+                index += 1
+
+    def __str__(self) -> str:
+        return self.name if self.config is None else f"{self.name}/{self.config}"
+
+
+def documentation_text(part: Literal["calibration", "test"]) -> str:
+    """English technical prose that every CPython carries (`pydoc_data.topics`), split by topic into two parts.
+
+    No topic is in both parts and each part is about half (by a fixed hash of the topic's name); topics are sorted and
+    joined by a blank line. The text is that of the running Python version: compare perplexities within one version.
+    """
+    from pydoc_data.topics import topics
+
+    if part not in ("calibration", "test"):
+        raise ValueError(f"part={part!r} is not a part of the documentation text; use 'calibration' or 'test'")
+    wanted = 0 if part == "calibration" else 1
+    return "\n\n".join(
+        topics[name].strip() for name in sorted(topics) if sha256(name.encode()).digest()[0] % 2 == wanted
+    )
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _json_object(line: str, where: str) -> Mapping[str, Any]:
+    shown = line.strip()[:60]
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}): {shown!r}; "
+            "is the file truncated? It should hold one complete JSON object a line"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ValueError(f'{where} is not a JSON object: {shown!r}; it should look like {{"column": value, ...}}')
+    return fields

@@ -1,0 +1,145 @@
+"""From a model and a task to scores and an allocation: take the evidence the estimator needs, from the store if it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from torch import nn
+
+from layerif import loss, probe
+from layerif.allocate import Allocation
+from layerif.data.batches import Encodings, batches, encode, padding_id
+from layerif.data.task import Example, Splits
+from layerif.estimators import Estimator
+from layerif.layers import LayerGrams, LayerMap
+from layerif.models import Pretrained, layer_map
+from layerif.probe import Probe, measure
+from layerif.scores import LayerScores
+from layerif.store import Store
+
+log = logging.getLogger(__name__)
+
+Allocator = Callable[[LayerScores, LayerMap], Allocation]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Scores and allocation, and what it took to get them.
+
+    num_samples: (train, validation) samples behind the scores, num_truncated of them cut at `probe.max_length`;
+    (0, 0) where the estimator needs none. reused: the Grams were in the store. seconds: evidence, score, allocate.
+    """
+
+    scores: LayerScores
+    allocation: Allocation
+    seconds: dict[str, float]
+    num_samples: tuple[int, int] = (0, 0)
+    num_truncated: int = 0
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Everything a decision depends on; calling it decides."""
+
+    model: Pretrained
+    tokenizer: Any
+    splits: Splits
+    probe: Probe
+    estimator: Estimator
+    allocator: Allocator
+    store: Store
+    seed: int = 0
+
+    def __call__(self, load: Callable[[], nn.Module] | None = None) -> Decision:
+        """load: gives the model, and is called only if a measurement is needed; None loads it here."""
+        start = time.perf_counter()
+        everything = layer_map(self.model.skeleton(), scope="all")
+        self.rehearse(everything)
+        grams, reused = None, False
+        if self.estimator.needs == "grams":
+            grams, reused = self.grams(load or self.model.load)
+        measured = time.perf_counter()
+        scores = self.estimator.score(everything if grams is None else grams)
+        scored = time.perf_counter()
+        allocation = self.allocator(scores, everything)
+        seconds = {
+            "evidence": measured - start,
+            "score": scored - measured,
+            "allocate": time.perf_counter() - scored,
+        }
+        if grams is None:
+            return Decision(scores, allocation, seconds)
+        train, validation = self.samples()
+        num_truncated = train.num_truncated + validation.num_truncated
+        return Decision(scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused)
+
+    def rehearse(self, layers: LayerMap) -> Allocation:
+        """The allocation of equal scores: an impossible budget fails here, before any pass over the data."""
+        equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
+        return self.allocator(equal, layers)
+
+    def samples(self) -> tuple[Encodings, Encodings]:
+        """The train and validation samples that influence is measured on: a seeded choice, never from the test split."""
+
+        def encoded(examples: Sequence[Example], limit: int, part: str) -> Encodings:
+            order = list(range(len(examples)))
+            Random(f"{self.seed} {part}").shuffle(order)
+            return encode(
+                [examples[index] for index in sorted(order[:limit])],
+                self.tokenizer,
+                template=self.probe.template,
+                max_length=self.probe.max_length,
+                loss_on=self.probe.loss_on,
+                eos=False,
+            )
+
+        return (
+            encoded(self.splits.train, self.probe.num_train, "train"),
+            encoded(self.splits.validation, self.probe.num_validation, "validation"),
+        )
+
+    def grams(self, load: Callable[[], nn.Module]) -> tuple[LayerGrams, bool]:
+        """The Grams of the samples, measured unless the store has them."""
+        train, validation = self.samples()
+        description = {
+            "probe": probe.VERSION,
+            "loss": loss.VERSION,
+            "model": self.model.fingerprint(),
+            "scope": self.probe.scope,
+            "parameters": self.probe.parameters,
+            "train": _hash(train),
+            "validation": _hash(validation),
+        }
+
+        def compute(key: str) -> LayerGrams:
+            model = load()
+            layers = layer_map(model, scope=self.probe.scope, parameters=self.probe.parameters)
+            log.info("measuring %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
+            pad, size = padding_id(self.tokenizer), self.probe.batch_size
+            return measure(
+                model,
+                layers,
+                list(batches(train, size, pad)),
+                list(batches(validation, size, pad)),
+                memory_gb=self.probe.memory_gb,
+                fingerprint=key,
+            )
+
+        grams, reused = self.store.grams(description, compute)
+        if reused:
+            log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
+        return grams, reused
+
+
+def _hash(encodings: Encodings) -> str:
+    """Of the token ids and of which of them count in the loss."""
+    samples = [(sample.input_ids, sample.loss_from) for sample in encodings]
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()

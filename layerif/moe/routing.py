@@ -1,0 +1,194 @@
+"""What the routers of the last forward chose: the load-balancing loss and the usage of the experts.
+
+Letters: N counted tokens, E experts, K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+class ExpertUsage(TypedDict):
+    """load: share of the routed assignments each expert got, (E,), summing to 1; entropy: −Σ load·ln load in nats,
+    ln E where experts are used evenly, 0 where one takes everything."""
+
+    load: Tensor
+    entropy: float
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """Mean over the routed linears of E·Σ_e f_e·P_e of the last forward: a scalar, 1 when balanced, at most E/K.
+
+    f_e: share of the N·K routed assignments that expert e got (no gradient); P_e: mean probability of expert e over
+    the N tokens, before top-k. Padding, where `attention_mask` is 0, counts in neither. Linears with one expert have
+    no router and do not enter the mean; a model without routers gives 0. The usual definition (Switch Transformer),
+    with f normalised over the K choices.
+
+    Kept by forwards with `balance_coefficient` above 0, or inside `record_routing(model)`. Raises ValueError where
+    nothing was kept, where the mask does not fit the tokens, and where reentrant checkpointing cut the gradient.
+    """
+    routing = _last_forward(model)
+    routing.unread = False
+    if not routing.records:
+        return torch.zeros((), device=next(model.parameters()).device)
+    terms = []
+    for record in routing.records:
+        if routing.with_grad and record.trainable and not record.logits.requires_grad:
+            raise ValueError(
+                f"the router of {record.name} has no gradient: reentrant gradient checkpointing drops it; "
+                'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        probs_NE, load_E = _probabilities(record, routing.attention_mask)
+        terms.append(probs_NE.shape[1] * (load_E * probs_NE.mean(dim=0)).sum())
+    device = terms[0].device  # a model split over devices leaves its routers on several
+    return torch.stack([term.to(device) for term in terms]).mean()
+
+
+def expert_usage(model: nn.Module) -> dict[str, ExpertUsage]:
+    """Load and entropy of every routed linear in the last forward, by module name in the base model; detached.
+
+    Kept and refused like `balance_loss`. With several adapters active at once the name is followed by `.adapter`.
+    """
+    usage: dict[str, ExpertUsage] = {}
+    routing = _last_forward(model)
+    several = len({record.adapter for record in routing.records}) > 1
+    for record in routing.records:
+        with torch.no_grad():
+            load_E = _probabilities(record, routing.attention_mask)[1]
+            entropy = float(torch.special.entr(load_E).sum())
+        usage[f"{record.name}.{record.adapter}" if several else record.name] = ExpertUsage(load=load_E, entropy=entropy)
+    return usage
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[None]:
+    """Forwards inside keep their routing for `expert_usage` and `balance_loss`, whatever the balance coefficient."""
+    routing = _routing_layers(model)[0].routing
+    before, routing.asked = routing.asked, True
+    try:
+        yield
+    finally:
+        routing.asked = before
+
+
+class Record(NamedTuple):
+    """One router's part of the last forward; trainable: whether its weight asked for a gradient."""
+
+    name: str
+    adapter: str
+    logits: Tensor
+    top_k: int
+    trainable: bool
+
+
+class Routing:
+    """Shared by the LoRA-MoE layers of one model: opened before its forward, closed after it.
+
+    Blocks that gradient checkpointing runs again during backward find it closed, so their routing neither counts
+    twice nor replaces what the loss was built from. Only references are kept, and no operation is added to the
+    forward: both runs of a checkpointed block stay the same.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._handles: list[Any] = []
+        self._forget()
+
+    def watch(self, model: nn.Module) -> None:
+        """Follow the forwards of `model`, which every way into it (PEFT's wrappers, generate) goes through."""
+        self.unwatch()
+        self._handles = [
+            model.register_forward_pre_hook(self._open, with_kwargs=True),
+            model.register_forward_hook(self._close, always_call=True),
+        ]
+
+    def unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def keep(self, record: Record, *, wanted: bool) -> None:
+        """Keep a router's part where its adapter balances (`wanted`) or `record_routing` asked."""
+        if self.is_open and (wanted or self.asked):
+            self.records.append(record)
+            self.unread |= wanted and record.trainable and self.with_grad
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model has run no forward (and a tensor inside a graph cannot be copied)."""
+        return self.__dict__ | {"records": [], "attention_mask": None, "unread": False, "is_open": False}
+
+    def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.unread and torch.is_grad_enabled():
+            warnings.warn(
+                "balance_coefficient is above 0 but balance_loss(model) was not read after the last training forward: "
+                "add balance_coefficient * balance_loss(model) to the loss",
+                stacklevel=2,
+            )
+        self._forget()
+        self.is_open = True
+        self.with_grad = torch.is_grad_enabled()
+        named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if args else {}
+        self.attention_mask = (named | kwargs).get("attention_mask")
+
+    def _close(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.is_open = False
+
+    def _forget(self) -> None:
+        self.is_open = False
+        self.with_grad = False
+        self.unread = False
+        self.records: list[Record] = []
+        self.attention_mask: Any = None
+
+
+def _routing_layers(model: nn.Module) -> list[Any]:
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "routing", None), Routing)
+    ]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA-MoE layer; wrap it with get_peft_model(model, LoraMoeConfig(...))"
+        )
+    return layers
+
+
+def _last_forward(model: nn.Module) -> Routing:
+    layers = _routing_layers(model)
+    routing: Routing = layers[0].routing
+    if not routing.records and any(layer.has_router for layer in layers):
+        raise ValueError(
+            "the last forward kept no routing: run it with an enabled adapter whose balance_coefficient is above 0, "
+            "or inside `with record_routing(model):`"
+        )
+    return routing
+
+
+def _probabilities(record: Record, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    """The counted tokens' router probabilities (N × E) and the load f (E), which has no gradient."""
+    logits_NE = record.logits.flatten(0, -2)
+    if attention_mask is not None:
+        logits_NE = logits_NE[_counted(attention_mask, len(logits_NE)).to(logits_NE.device)]
+    chosen = logits_NE.detach().topk(record.top_k, dim=-1).indices.flatten()
+    counts_E = torch.zeros_like(logits_NE[0]).index_add(0, chosen, torch.ones_like(chosen, dtype=logits_NE.dtype))
+    return logits_NE.softmax(dim=-1), counts_E / len(chosen)
+
+
+def _counted(attention_mask: Any, num_tokens: int) -> Tensor:
+    """The mask of the tokens a layer saw: with a cache it also covers the earlier ones, which come first."""
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ()
+    if len(shape) != 2 or num_tokens % shape[0] or num_tokens > shape[0] * shape[1]:
+        raise ValueError(
+            f"cannot tell padding from attention_mask {shape or type(attention_mask).__name__} "
+            f"for {num_tokens} tokens: "
+            "give a (batch × tokens) mask, 1 for a token and 0 for padding"
+        )
+    return attention_mask[:, -(num_tokens // shape[0]) :].flatten() != 0

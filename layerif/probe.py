@@ -1,0 +1,206 @@
+"""One pass over a model and its samples leaves a Gram matrix per weight matrix, for all blocks at once.
+
+The gradient of sample i's loss in the weight of a linear layer is a sum over its tokens, g_i = Σ_t δ_it a_itᵀ, with a
+the layer's input and δ the loss gradient at its output. Hooks keep a and δ; the weights themselves need no gradient,
+so that the pass costs less than an ordinary backward. Afterwards, matrix by matrix, the g_i are formed in slabs of
+output rows and their inner products added up: memory holds the factors and one slab, never all gradients.
+
+Letters in shape suffixes: B batch, T tokens, I inputs and O outputs of a linear layer, S all samples (N train, then
+M validation), R the entries of a slab.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.loss import per_sample_loss
+from layerif.models import Parameters, Scope, bare
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # part of every cache key: raise it when the meaning of a Gram changes
+
+IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What is measured: which samples, which parameters, under which loss.
+
+    num_train, num_validation: samples (the paper: 300 and 50); max_length: tokens, longer samples are cut and counted.
+    template: `plain` is instruction + " " + output, as the released scores. loss_on: `all` tokens (the paper) or
+    only the `output`. memory_gb: for what the hooks keep; beyond it the blocks are measured in several passes.
+    """
+
+    scope: Scope = "attention"
+    parameters: Parameters = "weights"
+    num_train: int = 300
+    num_validation: int = 50
+    max_length: int = 128
+    template: Literal["plain", "alpaca"] = "plain"
+    loss_on: Literal["all", "output"] = "all"
+    batch_size: int = 8
+    memory_gb: float = 4.0
+
+
+def measure(
+    model: nn.Module,
+    layers: LayerMap,
+    train: Sequence[IndexedBatch],
+    validation: Sequence[IndexedBatch],
+    *,
+    memory_gb: float = 4.0,
+    fingerprint: str = "",
+) -> LayerGrams:
+    """Grams of the per-sample gradients of every matrix in `layers`.
+
+    train, validation: batches with the position of each of their samples; the Grams' rows follow the positions,
+    however the samples were batched. Gradients of half-precision models are multiplied in float32.
+    Raises ValueError naming block and sample for a loss or gradient that is not finite.
+    """
+    num_train = sum(len(indices) for indices, _ in train)
+    batches = [*train, *([[num_train + index for index in indices], batch] for indices, batch in validation)]
+    num_samples = sum(len(indices) for indices, _ in batches)
+    num_tokens = sum(batch["input_ids"].numel() for _, batch in batches)
+    order_S = torch.tensor([index for indices, _ in batches for index in indices]).argsort()
+
+    groups = _groups(model, layers, num_tokens, memory_gb * 1e9)
+    if len(groups) > 1:
+        log.info("%d passes: the factors of all blocks do not fit into memory_gb=%g at once", len(groups), memory_gb)
+    grams: dict[str, MatrixGram] = {}
+    for number, group in enumerate(groups, 1):
+        params = [param for layer in group for param in layers.params[layer]]
+        kept = _capture(model, params, batches, f"gradients {number}/{len(groups)}")
+        for param in tqdm(params, desc="Gram matrices", disable=None, leave=False):
+            gram_SS = _gram(kept.pop(param), num_samples)[order_S][:, order_S]
+            grams[param] = _split(param, gram_SS, num_train, bare(model).get_parameter(param).numel())
+    return LayerGrams(layers, grams, fingerprint)
+
+
+def _capture(
+    model: nn.Module, params: Sequence[str], batches: Sequence[IndexedBatch], description: str
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """One forward and backward per batch: for each matrix its (input_BTI, delta_BTO) of every batch."""
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    device = next(model.parameters()).device
+    with _only_activations(model):
+        for indices, batch in tqdm(batches, desc=description, disable=None, leave=False):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with _hooks(model, params, batch["attention_mask"].bool(), kept), torch.enable_grad():
+                loss_B = per_sample_loss(model, batch)
+                if not bool(loss_B.isfinite().all()):
+                    sample = indices[int((~loss_B.isfinite()).nonzero()[0])]
+                    raise ValueError(
+                        f"the loss of sample {sample} is not finite ({loss_B.detach().tolist()}); "
+                        "look at that row, or load the model in float32 (model.dtype=float32)"
+                    )
+                loss_B.sum().backward()
+    return kept
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module,
+    params: Sequence[str],
+    mask_BT: Tensor,
+    kept: dict[str, list[tuple[Tensor, Tensor]]],
+) -> Iterator[None]:
+    # q, k and v read the same tensor: its masked copy is made once. The entry keeps the original alive, since a
+    # freed tensor's id may be given to another.
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def masked(values: Tensor) -> Tensor:
+        # Some families (OPT) flatten samples and tokens. Where, not a product: padded positions may hold NaN.
+        values_BTF = values.detach().reshape(*mask_BT.shape, -1)
+        return values_BTF.where(mask_BT[..., None], 0)
+
+    def forward_hook(param: str):
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
+            original = inputs[0]
+            _, input_BTI = shared.setdefault(id(original), (original, masked(original)))
+            if not output_BTO.requires_grad:  # the first matrix of the pass: the backward ends here
+                output_BTO.requires_grad_()
+            output_BTO.register_hook(lambda delta_BTO: kept[param].append((input_BTI, masked(delta_BTO))))
+
+        return keep
+
+    modules = [(param, bare(model).get_submodule(param.removesuffix(".weight"))) for param in params]
+    handles = [module.register_forward_hook(forward_hook(param)) for param, module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gram(factors: list[tuple[Tensor, Tensor]], num_samples: int, slab_bytes: float = 2.5e8) -> Tensor:
+    """Σ over slabs of output rows of G_SR G_SRᵀ, with G_SR = δᵀa of those rows: (S×S) in the batches' order."""
+    input_BTI, delta_BTO = factors[0]
+    dtype = torch.promote_types(input_BTI.dtype, torch.float32)
+    num_rows = max(1, int(slab_bytes / (num_samples * input_BTI.shape[-1] * dtype.itemsize)))
+    gram_SS = torch.zeros(num_samples, num_samples, dtype=dtype, device=input_BTI.device)
+    num_outputs = delta_BTO.shape[-1]
+    for start in range(0, num_outputs, num_rows):
+        rows = slice(start, min(start + num_rows, num_outputs))
+        slab_SOI = torch.cat([delta[..., rows].to(dtype).mT @ inputs.to(dtype) for inputs, delta in factors])
+        slab_SR = slab_SOI.flatten(1)
+        gram_SS.addmm_(slab_SR, slab_SR.mT)
+    return gram_SS
+
+
+def _split(param: str, gram_SS: Tensor, num_train: int, numel: int) -> MatrixGram:
+    norms_S = gram_SS.diagonal()
+    if not bool(norms_S.isfinite().all()):
+        sample = int((~norms_S.isfinite()).nonzero()[0])
+        kind, number = ("train", sample) if sample < num_train else ("validation", sample - num_train)
+        raise ValueError(
+            f"the gradient of {param} is not finite for {kind} sample {number}; "
+            "look at that row, or load the model in float32 (model.dtype=float32)"
+        )
+    gram_SS = gram_SS.cpu()
+    return MatrixGram(
+        train_train=gram_SS[:num_train, :num_train].clone(),
+        val_train=gram_SS[num_train:, :num_train].clone(),
+        val_norms=gram_SS.diagonal()[num_train:].clamp(min=0).sqrt(),
+        numel=numel,
+    )
+
+
+def _groups(model: nn.Module, layers: LayerMap, num_tokens: int, memory: float) -> list[list[int]]:
+    """Consecutive blocks whose kept inputs and output gradients fit into `memory` bytes together."""
+    groups: list[list[int]] = [[]]
+    used = 0.0
+    for index, params in enumerate(layers.params):
+        weights = [bare(model).get_parameter(param) for param in params]
+        size = num_tokens * sum(sum(weight.shape) * weight.element_size() for weight in weights)
+        if groups[-1] and used + size > memory:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(index)
+        used += size
+    return groups
+
+
+@contextmanager
+def _only_activations(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient for any weight, both put back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in wanted:
+            parameter.requires_grad_()

@@ -1,0 +1,87 @@
+"""What happened in one run: `record.json`, enough to rerun it and to report from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FILE = "record.json"
+_PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-core", "numpy", "scipy")
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """One finished run. Metrics are fractions (0–1), seconds are wall clock, layers are block names in order.
+
+    scores: one non-negative number per layer; higher_means and source say what a higher one means and where they are
+    from. allocation: its kind, budget and values. questions: by metric, whether each evaluated question was answered
+    right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak of the
+    process in main memory. notes: every departure and warning.
+    """
+
+    name: str
+    seed: int
+    config: Mapping[str, Any]
+    overrides: list[str]
+    layers: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    higher_means: str = ""
+    source: str = ""
+    allocation: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    questions: dict[str, dict[str, bool]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory_gb: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    git_sha: str | None = field(default_factory=lambda: _git_sha())
+
+    def write(self, folder: Path) -> Path:
+        """Write `record.json` whole or not at all."""
+        file = folder / FILE
+        unfinished = folder / f".{FILE}.{os.getpid()}"
+        try:
+            unfinished.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return file
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Raises ValueError for a file that is no record of ours."""
+        file = folder / FILE
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a readable record of layerif: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git_sha() -> str | None:
+    """The commit of the code that runs, with `-dirty` where it was changed; None for an installed package."""
+    folder = Path(__file__).parent
+    if "site-packages" in folder.parts:  # a commit found from there would be of some other project
+        return None
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,55 @@
+"""Shared by the tests of the shell: a tiny model with its tokenizer and a tiny task, as folders on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A random Llama of three blocks and its tokenizer, as `save_pretrained` writes them."""
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", attn_implementation="sdpa").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory) -> Path:
+    """Four-way questions with the columns of `task=jsonl`."""
+    folder = tmp_path_factory.mktemp("task")
+    chosen = random.Random(0)
+    for split, count in (("train", 20), ("validation", 8), ("test", 10)):
+        rows = []
+        for number in range(count):
+            options = [f"{chosen.choice('abcdefgh')}{chosen.randrange(99)}{letter}" for letter in "wxyz"]
+            answer = chosen.randrange(4)
+            rows.append({"question": f"Which of {split} {number}?", "options": options, "answer": answer})
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_overrides(model_folder, task_folder, tmp_path) -> list[str]:
+    """Command-line overrides that make any run a matter of a second, below `tmp_path`."""
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "task=jsonl",
+        f"task.path={task_folder}",
+        f"outputs={tmp_path}",
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+        "data.batch_size=4",
+    ]

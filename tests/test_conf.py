@@ -1,0 +1,112 @@
+"""Every YAML composes and binds to the signature it names, and mistyped names get the nearest valid one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from layerif.config import check, conf_folder, folder_name, register
+
+CHOICES = [
+    (file.parent.name, file.stem) for file in sorted(conf_folder().glob("*/*.yaml")) if file.parent.name != "hydra"
+]
+MANDATORY = {
+    ("model", "local"): ["model.path=/somewhere"],
+    ("model", "hub"): ["model.name=org/name"],
+    ("estimator", "file"): ["estimator.path=scores.json"],
+    ("allocator", "file"): ["allocator.path=allocation.json"],
+}
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str):
+    config = compose("config", [*overrides, "outputs=/nowhere", "logger=none"], return_hydra_config=False)
+    OmegaConf.resolve(config)
+    return config
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="/".join)
+def test_every_choice_composes_and_binds(group, choice):
+    overrides = [f"{group}={choice}", *MANDATORY.get((group, choice), [])]
+    config = compose("config", ["outputs=/nowhere", *(["logger=none"] if group != "logger" else []), *overrides])
+    for key in ("logger",):
+        if config[key]:
+            config[key].save_dir = "/nowhere"  # stands on Hydra's run folder, which only a run has
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("probe.scope=atention", r"probe.scope='atention' is not allowed; allowed: attention, mlp, all \(did you mean 'attention'"),
+        ("estimator.damping=much", "estimator.damping='much' is not allowed"),
+        ("model=local", "model.path has no value"),
+        ("fit.keep=worst", "allowed: last, best"),
+        ("+estimator.dampin=1", r"estimator.dampin is not known to .* \(did you mean 'damping'"),
+        ("data.batch_size=many", "data.batch_size='many'"),
+        ("method.learning_rate=fast", "method.learning_rate='fast'"),
+        ("+trainer.max_step=1", r"trainer.max_step is not known to lightning.Trainer \(did you mean 'max_steps'"),
+    ],
+)
+def test_values_are_checked_against_the_signature(override, message):
+    with pytest.raises(ValueError, match=message):
+        check(composed(override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["estimatr=datainf"], "did you mean 'estimator'"),
+        (["estimator=datainff"], "estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?); available: cosine"),
+        (["estimator.dampng=1"], "'estimator.dampng' is no key of the configuration (did you mean 'damping'?); allowed in 'estimator'"),
+        (["task=capitol"], "did you mean 'capital'"),
+        (["sed=1"], "did you mean 'seed'"),
+        (["seed=one"], "seed"),
+        (["task.columns.nothing"], "missing"),
+    ],
+)
+def test_a_typo_is_answered_in_one_line_without_a_traceback(overrides, message, tmp_path):
+    command = [sys.executable, "-m", "layerif", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("layerif: ")
+    assert message in last
+
+
+def test_help_names_every_group_and_loads_nothing_heavy(tmp_path):
+    code = "import sys; sys.argv=['layerif','--help']\nfrom layerif.__main__ import main\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.stdout.strip().endswith("False False")
+    for group in {group for group, _ in CHOICES}:
+        assert f"{group}: " in done.stdout
+
+
+def test_experiments_override_the_defaults_and_the_command_line_the_experiments():
+    for file in conf_folder().glob("experiment/*.yaml"):
+        own = compose("config", [f"experiment={file.stem}", "seed=7", "probe.num_train=3"])
+        assert own.seed == 7
+        assert own.probe.num_train == 3
+
+
+def test_folder_names_are_readable_unique_and_valid():
+    assert folder_name("task=capital,seed=1") == "task=capital,seed=1"
+    paths = [folder_name(f"model.path=/models/{name}") for name in ("a", "b")]
+    assert len(set(paths)) == 2
+    assert all("/" not in path for path in paths)
+    assert folder_name("") == "default"
+    assert len(folder_name("x=" + "1" * 500)) < 120

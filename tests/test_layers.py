@@ -1,0 +1,61 @@
+"""Laws of the per-layer types: shapes are checked, Grams add like gradients laid end to end, names decide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layerif.layers import LayerMap, MatrixGram, check_choice, in_layer_order
+
+
+def gram_of(train_NP: torch.Tensor, val_MP: torch.Tensor) -> MatrixGram:
+    return MatrixGram(train_NP @ train_NP.T, val_MP @ train_NP.T, val_MP.norm(dim=1), train_NP.shape[1])
+
+
+def test_the_sum_of_grams_is_the_gram_of_concatenated_gradients():
+    torch.manual_seed(0)
+    train_a, train_b = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    val_a, val_b = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    both = gram_of(train_a, val_a) + gram_of(train_b, val_b)
+    whole = gram_of(torch.cat([train_a, train_b], dim=1), torch.cat([val_a, val_b], dim=1))
+    torch.testing.assert_close(both.train_train, whole.train_train)
+    torch.testing.assert_close(both.val_train, whole.val_train)
+    torch.testing.assert_close(both.val_norms, whole.val_norms)
+    assert both.numel == whole.numel
+
+
+@pytest.mark.parametrize(
+    ("train_train", "val_train", "val_norms"),
+    [((4, 5), (3, 4), (3,)), ((5, 5), (3, 4), (3,)), ((4, 4), (3, 4), (4,))],
+)
+def test_a_gram_of_wrong_shape_is_refused_with_both_shapes(train_train, val_train, val_norms):
+    with pytest.raises(ValueError, match=r"\(3, 4\).*M×N") as error:
+        MatrixGram(torch.zeros(train_train), torch.zeros(val_train), torch.zeros(val_norms), 1)
+    assert str(train_train) in str(error.value)
+    assert str(val_norms) in str(error.value)
+
+
+def test_a_layer_map_needs_one_entry_per_block():
+    with pytest.raises(ValueError, match="2 names, 1 params, 2 numel"):
+        LayerMap(("a", "b"), (("a.w",),), (3, 4))
+
+
+def test_values_are_taken_by_name():
+    assert in_layer_order({"b": 2, "a": 1}, ("a", "b"), source="x.json") == (1, 2)
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest_name():
+    layers = ("model.layers.0", "model.layers.1")
+    with pytest.raises(ValueError, match=r"x\.json.*'model\.layer\.1'.*did you mean 'model\.layers\.1'\?"):
+        in_layer_order({"model.layers.0": 1, "model.layer.1": 2}, layers, source="x.json")
+
+
+def test_a_missing_layer_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's 2 layers.*'b'"):
+        in_layer_order({"a": 1}, ("a", "b"), source="x.json")
+
+
+def test_an_unknown_choice_is_refused_with_the_allowed_and_the_nearest():
+    check_choice("aggregation", "all", ("all", "positive"))
+    with pytest.raises(ValueError, match=r"aggregation must be one of all, positive; got 'postive'; did you mean"):
+        check_choice("aggregation", "postive", ("all", "positive"))

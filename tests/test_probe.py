@@ -1,0 +1,180 @@
+"""The probe against a batch-1 autograd loop in float64, and what must not change a Gram."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tiny import FAMILIES, tiny_model
+
+from layerif.layers import LayerGrams
+from layerif.loss import per_sample_loss
+from layerif.models import Scope, blocks, layer_map
+from layerif.probe import measure
+
+LENGTHS = (9, 4, 7, 7, 2, 5, 8)
+NUM_TRAIN = 4
+
+
+@pytest.fixture(autouse=True)
+def softmax_in_the_models_dtype(monkeypatch):
+    """Eager attention asks for a float32 softmax whatever the model's dtype: a float64 reference needs float64."""
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim=dim))
+
+
+def double(family: str):
+    return tiny_model(family).double()
+
+
+def samples(vocabulary: int = 64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, vocabulary, (length,), generator=generator) for length in LENGTHS]
+
+
+def batch(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for position, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[position, where], mask[position, where] = row, 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
+
+
+def batched(rows: list[torch.Tensor], size: int, side: str = "left", order: list[int] | None = None):
+    order = order if order is not None else list(range(len(rows)))
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    return [(chunk, batch([rows[index] for index in chunk], side)) for chunk in chunks]
+
+
+def probe(model, scope: Scope = "attention", size: int = 3, side: str = "left", orders=(None, None), **options):
+    rows = samples()
+    layers = layer_map(model, scope=scope, parameters=options.pop("parameters", "weights"))
+    train = batched(rows[:NUM_TRAIN], size, side, orders[0])
+    return measure(model, layers, train, batched(rows[NUM_TRAIN:], size, side, orders[1]), **options)
+
+
+def assert_equal(ours: LayerGrams, theirs: LayerGrams, tolerance: float) -> None:
+    assert ours.layers == theirs.layers
+    for param, gram in theirs.grams.items():
+        for field in ("train_train", "val_train", "val_norms"):
+            torch.testing.assert_close(
+                getattr(ours.grams[param], field), getattr(gram, field), rtol=tolerance, atol=tolerance * 1e-3
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_a_batch_1_autograd_loop_in_float64(family):
+    model = double(family)
+    grams = probe(model, scope="all")
+    gradients: dict[str, list[torch.Tensor]] = {param: [] for param in grams.grams}
+    for row in samples():
+        model.zero_grad()
+        per_sample_loss(model, batch([row])).sum().backward()
+        for param, rows in gradients.items():
+            gradient = model.get_parameter(param).grad
+            assert gradient is not None
+            rows.append(gradient.flatten().clone())
+    assert sum(len(params) for params in grams.layers.params) == len(gradients)
+    for param, rows in gradients.items():
+        train_NP, val_MP = torch.stack(rows[:NUM_TRAIN]), torch.stack(rows[NUM_TRAIN:])
+        gram = grams.grams[param]
+        torch.testing.assert_close(gram.train_train, train_NP @ train_NP.T, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(gram.val_train, val_MP @ train_NP.T, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(gram.val_norms, val_MP.norm(dim=1), rtol=1e-9, atol=1e-14)
+        assert gram.numel == train_NP.shape[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_padding_side_and_order_change_nothing(family):
+    model = double(family)
+    reference = probe(model, size=1)
+    assert_equal(probe(model, size=7), reference, 1e-9)
+    assert_equal(probe(model, size=7, side="right"), reference, 1e-9)
+    assert_equal(probe(model, size=2, orders=([2, 0, 3, 1], [1, 2, 0])), reference, 1e-9)
+
+
+def test_several_passes_equal_one():
+    model = double("llama")
+    assert_equal(probe(model, scope="all", memory_gb=1e-6), probe(model, scope="all"), 1e-12)
+
+
+def test_slabs_equal_the_whole():
+    from layerif.probe import _gram
+
+    torch.manual_seed(0)
+    factors = [(torch.randn(3, 5, 6), torch.randn(3, 5, 7)), (torch.randn(2, 4, 6), torch.randn(2, 4, 7))]
+    torch.testing.assert_close(_gram(factors, 5, slab_bytes=1), _gram(factors, 5))
+
+
+def test_sdpa_and_eager_agree():
+    eager, sdpa = tiny_model("llama"), tiny_model("llama", attn_implementation="sdpa")
+    assert_equal(probe(sdpa), probe(eager), 1e-4)
+
+
+def test_half_precision_is_accumulated_in_float32():
+    gram = next(iter(probe(tiny_model("llama").bfloat16()).grams.values()))
+    assert gram.train_train.dtype == torch.float32
+
+
+def test_model_is_left_as_it_was():
+    model = tiny_model("llama")
+    model.train()
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+    probe(model)
+    assert model.training
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "model.embed_tokens.weight"
+    ]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_lora_parameters_are_measured_and_unused_a_is_zero():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    grams = probe(model, parameters="lora")
+    assert len(grams.grams) == 3 * 2 * 2
+    assert grams.layers.names == layer_map(tiny_model("llama")).names
+    for param, gram in grams.grams.items():
+        assert bool((gram.train_train == 0).all()) == (".lora_A." in param)
+
+
+def test_scopes_part_the_block():
+    model = tiny_model("llama")
+    counts = {scope: sum(layer_map(model, scope=scope).numel) for scope in ("attention", "mlp", "all")}
+    assert counts["attention"] + counts["mlp"] == counts["all"] > counts["mlp"] > 0
+
+
+def test_non_finite_loss_names_the_sample():
+    model = tiny_model("llama")
+    row = samples()[2]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[int(row[0])] = float("inf")
+    with pytest.raises(ValueError, match="loss of sample"):
+        probe(model)
+
+
+def test_non_finite_gradient_names_matrix_and_sample():
+    model = tiny_model("llama")
+    block = blocks(model)["model.layers.1"]
+
+    def spoil(_module, _inputs, output):
+        output.register_hook(lambda delta: delta * float("nan"))
+
+    block.get_submodule("self_attn.o_proj").register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"gradient of model\.layers\.\d\.self_attn\.\w+\.weight .* train sample 0"):
+        probe(model, size=1)
+
+
+def test_no_linear_layer_in_scope():
+    with pytest.raises(ValueError, match=r"parameters=lora found no LoRA matrix in block 'model\.layers\.0'"):
+        layer_map(tiny_model("llama"), parameters="lora")
+
+
+def test_matrices_that_are_no_linear_layers_are_named():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=32))
+    with pytest.raises(ValueError, match="Conv1D|no linear layer"):
+        layer_map(model)

@@ -1,0 +1,180 @@
+"""The command line end to end on a tiny model: every method, what is written, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerif.record import RunRecord
+
+
+def layerif(overrides: list[str], folder: Path, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "layerif", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, **options)
+
+
+def run_layerif(overrides: list[str], folder: Path) -> RunRecord:
+    done = layerif([*overrides, f"hydra.run.dir={folder / 'run'}"], folder)
+    assert done.returncode == 0, done.stderr
+    return RunRecord.read(folder / "run")
+
+
+def test_the_whole_road(tiny_overrides, tmp_path):
+    record = run_layerif([*tiny_overrides, "evaluation.before=true", "allocator.budget=9"], tmp_path)
+    folder = tmp_path / "run"
+    assert record.layers == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert len(record.scores) == 3
+    assert min(record.scores) >= 0
+    assert record.allocation["kind"] == "experts"
+    assert sum(record.allocation["values"]) == record.allocation["budget"] == 9
+    for prefix in ("before/", ""):
+        right = record.questions[f"{prefix}options"]
+        assert record.metrics[f"{prefix}accuracy"] == sum(right.values()) / len(right)
+        assert len(right) == 10
+    assert {"evidence", "score", "allocate", "fit", "evaluate", "before/evaluate"} <= record.seconds.keys()
+    assert record.parameters["total"] > record.parameters["trainable"] > 0
+    assert len(record.fingerprint) == 64
+    assert record.versions["torch"] == torch.__version__
+    assert record.config["estimator"]["damping"] == 0.1
+    for name in ("scores.png", "allocation.png", "layers.csv", "metrics.csv", "adapter/adapter_config.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert not (folder / "checkpoints").exists()
+
+    from peft import PeftModel
+    from tests.tiny import tiny_model
+
+    import layerif.moe  # noqa: F401 - registers the adapter's type
+
+    reloaded = PeftModel.from_pretrained(tiny_model("llama"), folder / "adapter")
+    counts = reloaded.peft_config["default"].num_experts  # type: ignore[union-attr]
+    assert counts == dict(zip(record.layers, record.allocation["values"], strict=True))
+
+
+def test_the_saved_configuration_reruns_to_the_same_record(tiny_overrides, tmp_path):
+    first = run_layerif(tiny_overrides, tmp_path)
+    saved = tmp_path / "run" / ".hydra"
+    done = layerif(["--config-path", str(saved), "--config-name", "config", f"hydra.run.dir={tmp_path / 'again'}"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = RunRecord.read(tmp_path / "again")
+    assert (again.scores, again.allocation, again.metrics) == (first.scores, first.allocation, first.metrics)
+    assert again.questions == first.questions
+
+
+def test_scores_only_and_then_from_their_file(tiny_overrides, tmp_path):
+    record = run_layerif([*tiny_overrides, "method=none"], tmp_path)
+    assert record.metrics == {}
+    saved = tmp_path / "run" / "record.json"
+    reused = tmp_path / "reused"
+    reused.mkdir()
+    overrides = [*tiny_overrides, "method=none", "estimator=file", f"estimator.path={saved}"]
+    again = run_layerif(overrides, reused)
+    assert (again.scores, again.allocation["values"]) == (record.scores, record.allocation["values"])
+
+    by_hand = tmp_path / "experts.json"
+    by_hand.write_text(json.dumps({"model.layers.0": 1, "model.layers.2": 4, "model.layers.1": 2}))
+    hand = tmp_path / "hand"
+    hand.mkdir()
+    given = run_layerif([*tiny_overrides, "allocator=file", f"allocator.path={by_hand}"], hand)
+    assert given.allocation["values"] == [1, 2, 4]
+
+
+def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(tiny_overrides, tmp_path):
+    first = run_layerif([*tiny_overrides, "method=none"], tmp_path)
+    done = layerif([*tiny_overrides, "method=none", "estimator=exact"], tmp_path)
+    assert "scores from the store" in done.stderr + done.stdout
+    assert len(list((tmp_path / "store" / "grams").glob("*.safetensors"))) == 1
+    written = (tmp_path / "run" / "record.json").stat().st_mtime_ns
+    done = layerif([*tiny_overrides, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
+    assert "already done" in done.stderr + done.stdout
+    assert (tmp_path / "run" / "record.json").stat().st_mtime_ns == written
+    run_layerif([*tiny_overrides, "method=none", "estimator.damping=1"], tmp_path)
+    assert RunRecord.read(tmp_path / "run").scores != first.scores
+
+
+def test_a_sweep_gives_one_folder_a_job_and_a_report(tiny_overrides, tmp_path):
+    done = layerif(["-m", *tiny_overrides, "name=mine", "estimator=uniform,datainf", "method=none,lora_moe"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep = tmp_path / "sweeps" / "mine"
+    assert len(list(sweep.glob("*/record.json"))) == 4
+    report = [sys.executable, "-m", "layerif.report", str(sweep)]
+    done = subprocess.run(report, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in ("report.md", "report.csv", "scores.png", "allocations.png"):
+        assert (sweep / name).stat().st_size > 0
+
+
+def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
+    done = layerif([*tiny_overrides, "dry_run=true"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("3 layers", "20 train, 8 validation, 10 test", "nothing was computed", "budget 15"):
+        assert part in done.stdout
+    assert not list(tmp_path.rglob("record.json"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "trainer.max_steps=40", "trainer.max_epochs=-1", "fit.checkpoint_steps=1"]
+    whole = run_layerif([*overrides, "method.lora_dropout=0.1"], tmp_path)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    command = [sys.executable, "-m", "layerif", *overrides, "method.lora_dropout=0.1", f"hydra.run.dir={folder / 'run'}"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = folder / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not (folder / "run" / "record.json").exists()
+    resumed = run_layerif([*overrides, "method.lora_dropout=0.1"], folder)
+    assert any("resumed" in note for note in resumed.notes)
+    assert resumed.allocation == whole.allocation
+    assert resumed.scores == whole.scores
+    assert resumed.questions == whole.questions
+    from safetensors.torch import load_file
+
+    file = Path("run", "adapter", "adapter_model.safetensors")
+    first, second = load_file(tmp_path / file), load_file(folder / file)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "trainer.max_steps=100000", f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen([sys.executable, "-m", "layerif", *overrides], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["allocator.budget=2"], "budget=2 cannot give 3 layers 1 expert each; use allocator.budget>=3"),
+        (["task.path=/nowhere"], "is not a folder"),
+        (["task.columns.question=nothing"], "no column 'nothing'"),
+        (["probe.parameters=lora"], "found no LoRA matrix"),
+        (["task.splits.validation=test"], "the same rows would be learned or scored from and evaluated on"),
+        (["allocator=sparsity", "method=none"], "window"),
+        (["allocator=rank"], "the allocator gives rank, the method layerif.modules.LoRAMoEModule spends experts"),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_half_written(tiny_overrides, tmp_path, overrides, message):
+    done = layerif([*tiny_overrides, *overrides], tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.rglob("record.json"))
+    assert not list(tmp_path.rglob("*.safetensors"))
