@@ -6,11 +6,13 @@ import hashlib
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from scipy.stats import spearmanr
 from torch import nn
 
 from layerif import loss, probe
@@ -35,6 +37,7 @@ class Decision:
 
     num_samples: (train, validation) samples behind the scores, num_truncated of them cut at `probe.max_length`;
     (0, 0) where the estimator needs none. reused: the Grams were in the store. seconds: evidence, score, allocate.
+    reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples; None without samples.
     """
 
     scores: LayerScores
@@ -43,6 +46,7 @@ class Decision:
     num_samples: tuple[int, int] = (0, 0)
     num_truncated: int = 0
     reused: bool = False
+    reliability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Decider:
             return Decision(scores, allocation, seconds)
         train, validation = self.samples()
         num_truncated = train.num_truncated + validation.num_truncated
-        return Decision(scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused)
+        reliability = split_half(self.estimator, grams)
+        return Decision(scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused, reliability)
 
     def rehearse(self, layers: LayerMap) -> Allocation:
         """The allocation of equal scores: an impossible budget fails here, before any pass over the data."""
@@ -137,6 +142,19 @@ class Decider:
         if reused:
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
+
+
+def split_half(estimator: Estimator, grams: LayerGrams) -> float | None:
+    """Do disjoint samples of the task rank the layers alike? Spearman of every other sample's scores against the rest's.
+
+    None where a half has no sample or ranks nothing (all layers equal).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
+        first, second = (estimator.score(grams.select(half, half)).values for half in (slice(0, None, 2), slice(1, None, 2)))
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def _hash(encodings: Encodings) -> str:

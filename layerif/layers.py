@@ -68,6 +68,16 @@ class MatrixGram:
         )
 
 
+    def select(self, train: slice | Tensor, validation: slice | Tensor) -> MatrixGram:
+        """The Gram as if only these samples had been measured."""
+        return MatrixGram(
+            self.train_train[train][:, train],
+            self.val_train[validation][:, train],
+            self.val_norms[validation],
+            self.numel,
+        )
+
+
 @dataclass(frozen=True)
 class LayerGrams:
     """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured."""
@@ -75,6 +85,11 @@ class LayerGrams:
     layers: LayerMap
     grams: Mapping[str, MatrixGram]
     fingerprint: str
+
+    def select(self, train: slice | Tensor, validation: slice | Tensor) -> LayerGrams:
+        """The Grams of a subset of the samples: no gradient is needed again for subsamples, halves or a bootstrap."""
+        grams = {param: gram.select(train, validation) for param, gram in self.grams.items()}
+        return LayerGrams(self.layers, grams, self.fingerprint)
 
 
 def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:

@@ -55,10 +55,7 @@ class Pretrained:
 
         where, revision = self.location()
         with _readable(where):
-            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so any token serves
-        return tokenizer
+            return AutoTokenizer.from_pretrained(where, revision=revision)
 
     def load(self) -> PreTrainedModel:
         """The model in evaluation mode, adapter included, on the CPU."""
@@ -193,13 +190,10 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks by their name in the bare model: the module list that holds the most parameters."""
+    """The decoder blocks by their name in the bare model: the module list that holds the most parameters, or none."""
     lists = [(name, module) for name, module in bare(model).named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList and so no blocks to score; "
-            "supported are decoder-only transformers of the transformers library"
-        )
+        return {}
     name, found = max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
     return {f"{name}.{index}": block for index, block in enumerate(found)}
 
@@ -221,8 +215,14 @@ def layer_map(model: nn.Module, *, scope: Scope = "attention", parameters: Param
     lora: the A and B of a loaded PEFT adapter instead.
     Raises ValueError where a block has none, or has a matrix in scope that is no linear layer.
     """
+    found = blocks(model)
+    if not found:
+        raise ValueError(
+            f"{type(bare(model)).__name__} has no nn.ModuleList and so no blocks to score; "
+            "supported are decoder-only transformers of the transformers library"
+        )
     names, params, numel = [], [], []
-    for block_name, block in blocks(model).items():
+    for block_name, block in found.items():
         matrices = {
             f"{block_name}.{name}.weight": module.weight
             for name, module in linears(block, scope)

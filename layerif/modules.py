@@ -14,7 +14,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from layerif.data.batches import Encodings, collate, encode
+from layerif.data.batches import Encodings, collate, encode, padding_id
 from layerif.data.task import Splits
 from layerif.loss import per_sample_loss
 from layerif.moe import LoraMoeConfig, balance_loss
@@ -204,7 +204,7 @@ class TaskDataModule(L.LightningDataModule):
         self._start = state_dict["drawn"]
 
     def _collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
-        return collate(samples, self.tokenizer.pad_token_id, side="left")
+        return collate(samples, padding_id(self.tokenizer), side="left")
 
 
 class EpochShuffle(Sampler[int]):

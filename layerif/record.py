@@ -20,7 +20,7 @@ class RunRecord:
     """One finished run. Metrics are fractions (0–1), seconds are wall clock, layers are block names in order.
 
     scores: one non-negative number per layer; higher_means and source say what a higher one means and where they are
-    from. allocation: its kind, budget and values. questions: by metric, whether each evaluated question was answered
+    from, reliability how well two disjoint halves of the samples agree on them (Spearman). allocation: its kind, budget and values. questions: by metric, whether each evaluated question was answered
     right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak of the
     process in main memory. notes: every departure and warning.
     """
@@ -33,6 +33,7 @@ class RunRecord:
     scores: list[float] = field(default_factory=list)
     higher_means: str = ""
     source: str = ""
+    reliability: float | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)

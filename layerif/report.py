@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(folder: Path, console: Console | None = None) -> None:
     """Print the tables of `folder`, and leave report.md, report.csv, scores.png and allocations.png in it."""
-    console = console or Console()
+    console = console or _console()
     records = read(folder, console)
     results, pairs, profiles = table(records), comparisons(records), correlations(records)
     show(results, "Results", console)
@@ -60,7 +60,7 @@ def write(folder: Path, console: Console | None = None) -> None:
 
 
 def read(folder: Path, console: Console) -> list[RunRecord]:
-    """All records below `folder`, in the order of their paths; unreadable ones are named and left out."""
+    """All records below `folder`, by task and seed, untrained and uniform ones first; unreadable ones are left out."""
     files = sorted(folder.rglob(FILE))
     if not files:
         raise ValueError(f"{str(folder)!r} holds no {FILE}: give the folder of a run or a sweep, such as outputs/sweeps/default")
@@ -72,7 +72,12 @@ def read(folder: Path, console: Console) -> list[RunRecord]:
             console.print(f"[yellow]left out:[/] {error}", highlight=False)
     if not records:
         raise ValueError(f"none of the {len(files)} records below {str(folder)!r} can be read")
-    return records
+    return sorted(records, key=_order)
+
+
+def _order(record: RunRecord) -> tuple:
+    """Baselines before what is compared with them."""
+    return record.config["task"]["name"], record.seed, bool(record.config["method"]), record.source != "uniform"
 
 
 def table(records: Sequence[RunRecord]) -> pd.DataFrame:
@@ -98,9 +103,9 @@ def _row(record: RunRecord, prefix: str) -> dict[str, object]:
         "seed": record.seed,
         "accuracy": metrics.get(f"{prefix}accuracy"),
         "95 % interval": f"{interval[0]:.3f} to {interval[1]:.3f}" if None not in interval else None,
-        "questions": metrics.get(f"{prefix}num_questions"),
+        "questions": len(record.questions.get(f"{prefix}options", ())) or None,
         "trainable": record.parameters.get("trainable") if trained else 0,
-        "evidence s": seconds.get("evidence"),
+        "evidence s": None if prefix else seconds.get("evidence"),
         "fit s": seconds.get("fit") if trained else None,
     }
 
@@ -162,12 +167,15 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
 
 
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Spearman's rank correlation of the layer profiles of one model; empty with fewer than two."""
+    """Spearman's rank correlation of the layer profiles of one model, and of each with itself on other samples."""
     found = profiles(records)
     rows = []
     for (first, one), (second, other) in itertools.combinations(found.items(), 2):
         if one.layers == other.layers:
             rows.append({"profile": first, "and": second, "Spearman": stats.spearmanr(one.scores, other.scores).statistic})
+    for name, record in found.items():
+        if record.reliability is not None:
+            rows.append({"profile": name, "and": "itself, on disjoint halves of its samples", "Spearman": record.reliability})
     return pd.DataFrame(rows)
 
 
@@ -205,15 +213,12 @@ def plot_allocations(records: Sequence[RunRecord], file: Path) -> None:
 
 def print_run(record: RunRecord, folder: Path, console: Console | None = None) -> None:
     """One run's summary on the console, and its plots in its folder."""
-    console = console or Console()
+    console = console or _console()
     scores, values = record.scores, record.allocation["values"]
     layers = pd.DataFrame({"layer": record.layers, "score": scores, record.allocation["kind"]: values})
-    order = np.argsort(scores)[::-1]
-    console.print(
-        f"\n{record.source}: highest layers {', '.join(record.layers[index] for index in order[:3])}; "
-        f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})",
-        highlight=False,
-    )
+    highest = [record.layers[index] for index in np.argsort(scores)[::-1][:3]]
+    console.print(f"\n{record.source}" + (f"; highest: {', '.join(highest)}" if len(set(scores)) > 1 else ""), highlight=False)
+    console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
     if record.metrics:
         show(table([record]), record.config["task"]["name"], console)
     for note in record.notes:
@@ -232,6 +237,12 @@ def show(frame: pd.DataFrame, title: str, console: Console) -> None:
     for row in frame.itertuples(index=False):
         shown.add_row(*map(_text, row))
     console.print(shown)
+
+
+def _console() -> Console:
+    """As wide as the terminal; a log file has no width, and a table cut to 80 columns cannot be read."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _label(record: RunRecord, prefix: str) -> str:

@@ -65,6 +65,7 @@ def run(config: DictConfig) -> None:
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
         return
     L.seed_everything(config.seed, verbose=False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
     parts = _Parts(config)
@@ -199,6 +200,7 @@ def _keep(decision: Decision, record: RunRecord) -> None:
     record.scores = list(decision.scores.values)
     record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
     record.fingerprint = decision.scores.fingerprint
+    record.reliability = decision.reliability
     record.allocation = decision.allocation.to_dict()
     record.seconds |= decision.seconds
     if decision.reused:
@@ -278,6 +280,7 @@ def _noting_warnings(notes: list[str]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")  # about workers and logging steps: nothing to act on
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         warnings.showwarning = note_and_show
         yield
 

