@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 export OMP_WAIT_POLICY ?= passive
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .PHONY: help demo test test-gpu lint bench clean
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `layerif --help` must answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -82,7 +83,8 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         missing = str(error.missing_cfg_file)
         group, _, choice = missing.rpartition("/")
         available = ", ".join(error.options)
-        return f"{group}={choice} is no choice of the group {group!r}{_nearest(choice, error.options)}; available: {available}"
+        nearest = _nearest(choice, error.options)
+        return f"{group}={choice} is no choice of the group {group!r}{nearest}; available: {available}"
     if isinstance(error, ConfigCompositionException):
         found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"[Kk]ey '([^']+)'", str(error))
         if found:
@@ -134,7 +136,7 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}.{key} is not known to {node['_target_']}{_nearest(key, parameters)}")
     if not str(node["_target_"]).startswith("layerif."):
         return
-    hints = typing.get_type_hints(target if inspect.isclass(target) and hasattr(target, "__dataclass_fields__") else target.__init__)
+    hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
     for key, value in given.items():
         if key in hints:
             _check_value(f"{path}.{key}", value, hints[key])

@@ -1,4 +1,4 @@
-"""From a model and a task to scores and an allocation: take the evidence the estimator needs, from the store if it is there."""
+"""From a model and a task to scores and an allocation, by way of the evidence the estimator needs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Decider:
         return self.allocator(equal, layers)
 
     def samples(self) -> tuple[Encodings, Encodings]:
-        """The train and validation samples that influence is measured on: a seeded choice, never from the test split."""
+        """The samples that influence is measured on: a seeded choice of train and validation, never from test."""
 
         def encoded(examples: Sequence[Example], limit: int, part: str) -> Encodings:
             order = list(range(len(examples)))
@@ -145,16 +145,17 @@ class Decider:
 
 
 def split_half(estimator: Estimator, grams: LayerGrams) -> float | None:
-    """Do disjoint samples of the task rank the layers alike? Spearman of every other sample's scores against the rest's.
+    """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
 
-    None where a half has no sample or ranks nothing (all layers equal).
+    None where a half ranks nothing (all layers equal).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
-        first, second = (estimator.score(grams.select(half, half)).values for half in (slice(0, None, 2), slice(1, None, 2)))
+        halves = [grams.select(half, half) for half in (slice(0, None, 2), slice(1, None, 2))]
+        first, second = (estimator.score(half).values for half in halves)
     if len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    return float(spearmanr(first, second).statistic)
+    return float(spearmanr(first, second)[0])  # type: ignore[arg-type]
 
 
 def _hash(encodings: Encodings) -> str:

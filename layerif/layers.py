@@ -67,7 +67,6 @@ class MatrixGram:
             self.numel + other.numel,
         )
 
-
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> MatrixGram:
         """The Gram as if only these samples had been measured."""
         return MatrixGram(

@@ -22,9 +22,11 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Raises ValueError for a sample without a single labelled token after its first.
     """
     mask = batch["attention_mask"]
-    targets = batch["labels"][:, 1:]
-    counted = (targets != IGNORED) & mask[:, :-1].bool()  # behind left padding nothing predicts the first token
-    num_counted = counted.sum(dim=1)
+    # The labels are shifted, not the logits: a slice of the logits would copy the largest tensor of all, twice.
+    targets = batch["labels"].roll(-1, dims=1)
+    targets[:, -1] = IGNORED
+    targets = targets.where(mask.bool(), IGNORED)  # behind left padding nothing predicts the first token
+    num_counted = (targets != IGNORED).sum(dim=1)
     if bool((num_counted == 0).any()):
         raise ValueError(
             f"sample {int((num_counted == 0).nonzero()[0])} of the batch has no token to predict: "
@@ -33,10 +35,7 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     # Positions count real tokens only, so that the side of the padding moves neither rotary nor learned positions.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
-    # Only counted positions enter the softmax: padding costs nothing over a large vocabulary.
-    rows = counted.nonzero(as_tuple=True)[0]
-    counted_logits = logits[:, :-1][counted]
-    if counted_logits.dtype != torch.float64:  # half precision loses the loss; double is kept for exact references
-        counted_logits = counted_logits.float()
-    losses = F.cross_entropy(counted_logits, targets[counted], reduction="none")
-    return losses.new_zeros(len(targets)).index_add(0, rows, losses) / num_counted
+    if logits.dtype != torch.float64:  # half precision loses the loss; double is kept for exact references
+        logits = logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets).sum(dim=1) / num_counted

@@ -69,9 +69,8 @@ class Pretrained:
         if self.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, self.adapter)
+            return PeftModel.from_pretrained(model, self.adapter).eval()  # type: ignore[return-value]
         return model.eval()
-
 
     def skeleton(self) -> PreTrainedModel:
         """The bare model without weights (on the meta device): names and shapes in a fraction of a second."""
@@ -256,7 +255,9 @@ def hash_folder(folder: Path) -> str:
         file for file in folder.glob("*") if file.name in _CONFIGS or file.suffix in {".safetensors", ".bin", ".gguf"}
     )
     if not files:
-        raise ValueError(f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors")
+        raise ValueError(
+            f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors"
+        )
     return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
 
 

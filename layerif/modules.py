@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from layerif.data.batches import Encodings, collate, encode, padding_id
-from layerif.data.task import Splits
+from layerif.data.task import Example, Splits
 from layerif.loss import per_sample_loss
 from layerif.moe import LoraMoeConfig, balance_loss
 
@@ -53,7 +53,9 @@ class LoRAMoEModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio < 1:
-            raise ValueError(f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); give steps as method.warmup_steps")
+            raise ValueError(
+                f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); for steps use method.warmup_steps"
+            )
         self.save_hyperparameters()
         self.strict_loading = False  # the frozen base is not in the checkpoint
         self.model: nn.Module | None = None
@@ -108,7 +110,7 @@ class LoRAMoEModule(L.LightningModule):
         loss = per_sample_loss(self.model, batch).mean()
         if not bool(loss.isfinite()):
             raise ValueError(
-                f"the training loss is {float(loss)} at step {self.global_step}, batch {batch_idx}; "
+                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}; "
                 "lower method.learning_rate or train in float32 (trainer.precision=32-true)"
             )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
@@ -171,10 +173,13 @@ class TaskDataModule(L.LightningDataModule):
         super().__init__()
         self.splits, self.tokenizer = splits, tokenizer
         self.batch_size, self.drop_partial, self.seed = batch_size, drop_partial, seed
-        encoded = partial(encode, tokenizer=tokenizer, template=template, max_length=max_length, loss_on=loss_on, eos=True)
-        self._start, self._sampler = 0, None
-        self.train: Encodings = encoded(splits.train)
-        self.validation: Encodings = encoded(splits.validation)
+        self._start = 0
+        self._sampler: EpochShuffle | None = None
+
+        def encoded(examples: Sequence[Example]) -> Encodings:
+            return encode(examples, tokenizer, template=template, max_length=max_length, loss_on=loss_on, eos=True)
+
+        self.train, self.validation = encoded(splits.train), encoded(splits.validation)
 
     @property
     def num_truncated(self) -> int:

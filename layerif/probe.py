@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,7 +41,8 @@ class Probe:
 
     num_train, num_validation: samples (the paper: 300 and 50); max_length: tokens, longer samples are cut and counted.
     template: `plain` is instruction + " " + output, as the released scores. loss_on: `all` tokens (the paper) or
-    only the `output`. memory_gb: for what the hooks keep; beyond it the blocks are measured in several passes.
+    only the `output`. memory_gb: for what the hooks keep; beyond it the blocks are measured in several passes. None:
+    half of what the device has free.
     """
 
     scope: Scope = "attention"
@@ -50,7 +53,7 @@ class Probe:
     template: Literal["plain", "alpaca"] = "plain"
     loss_on: Literal["all", "output"] = "all"
     batch_size: int = 8
-    memory_gb: float = 4.0
+    memory_gb: float | None = None
 
 
 def measure(
@@ -59,7 +62,7 @@ def measure(
     train: Sequence[IndexedBatch],
     validation: Sequence[IndexedBatch],
     *,
-    memory_gb: float = 4.0,
+    memory_gb: float | None = None,
     fingerprint: str = "",
 ) -> LayerGrams:
     """Grams of the per-sample gradients of every matrix in `layers`.
@@ -74,9 +77,10 @@ def measure(
     num_tokens = sum(batch["input_ids"].numel() for _, batch in batches)
     order_S = torch.tensor([index for indices, _ in batches for index in indices]).argsort()
 
-    groups = _groups(model, layers, num_tokens, memory_gb * 1e9)
+    memory = _free_memory(next(model.parameters()).device) / 2 if memory_gb is None else memory_gb * 1e9
+    groups = _groups(model, layers, num_tokens, memory)
     if len(groups) > 1:
-        log.info("%d passes: the factors of all blocks do not fit into memory_gb=%g at once", len(groups), memory_gb)
+        log.info("%d passes: what the hooks keep does not fit into %.1f GB at once", len(groups), memory / 1e9)
     grams: dict[str, MatrixGram] = {}
     for number, group in enumerate(groups, 1):
         params = [param for layer in group for param in layers.params[layer]]
@@ -143,19 +147,33 @@ def _hooks(
             handle.remove()
 
 
-def _gram(factors: list[tuple[Tensor, Tensor]], num_samples: int, slab_bytes: float = 2.5e8) -> Tensor:
-    """Σ over slabs of output rows of G_SR G_SRᵀ, with G_SR = δᵀa of those rows: (S×S) in the batches' order."""
-    input_BTI, delta_BTO = factors[0]
-    dtype = torch.promote_types(input_BTI.dtype, torch.float32)
-    num_rows = max(1, int(slab_bytes / (num_samples * input_BTI.shape[-1] * dtype.itemsize)))
-    gram_SS = torch.zeros(num_samples, num_samples, dtype=dtype, device=input_BTI.device)
-    num_outputs = delta_BTO.shape[-1]
-    for start in range(0, num_outputs, num_rows):
-        rows = slice(start, min(start + num_rows, num_outputs))
-        slab_SOI = torch.cat([delta[..., rows].to(dtype).mT @ inputs.to(dtype) for inputs, delta in factors])
-        slab_SR = slab_SOI.flatten(1)
+def _gram(factors: Sequence[tuple[Tensor, Tensor]], num_samples: int, slab_bytes: float | None = None) -> Tensor:
+    """Σ over slabs of output rows of G_SR G_SRᵀ, with G_SR = δᵀa of those rows: (S×S) in the batches' order.
+
+    slab_bytes: None keeps a slab inside a processor's cache, or a GPU busy.
+    """
+    dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
+    input_STI = _stacked([inputs for inputs, _ in factors], dtype)
+    delta_SOT = _stacked([delta for _, delta in factors], dtype).mT.contiguous()
+    if len(input_STI) != num_samples:
+        raise ValueError("a linear layer ran several times in one forward: shared layers cannot be measured")
+    num_outputs, num_inputs = delta_SOT.shape[1], input_STI.shape[2]
+    slab_bytes = slab_bytes or (1.6e7 if input_STI.device.type == "cpu" else 1e9)
+    num_rows = min(num_outputs, max(1, int(slab_bytes / (num_samples * num_inputs * dtype.itemsize))))
+    gram_SS = input_STI.new_zeros(num_samples, num_samples)
+    memory = input_STI.new_empty(num_samples * num_rows * num_inputs)  # one slab's, used again for each
+    for rows_SRT in delta_SOT.split(num_rows, dim=1):
+        size = num_samples * rows_SRT.shape[1] * num_inputs
+        slab_SRI = torch.bmm(rows_SRT, input_STI, out=memory[:size].view(num_samples, -1, num_inputs))
+        slab_SR = slab_SRI.flatten(1)
         gram_SS.addmm_(slab_SR, slab_SR.mT)
     return gram_SS
+
+
+def _stacked(parts_BTF: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All batches as one (S×T×F), shorter ones followed by zeros, which add nothing to a product."""
+    longest = max(part.shape[1] for part in parts_BTF)
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts_BTF]).to(dtype)
 
 
 def _split(param: str, gram_SS: Tensor, num_train: int, numel: int) -> MatrixGram:
@@ -191,12 +209,19 @@ def _groups(model: nn.Module, layers: LayerMap, num_tokens: int, memory: float) 
     return groups
 
 
+def _free_memory(device: torch.device) -> float:
+    """Bytes that could be taken now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 @contextmanager
 def _only_activations(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient for any weight, both put back afterwards."""
     training = {module: module.training for module in model.modules()}
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:

@@ -19,10 +19,10 @@ _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-cor
 class RunRecord:
     """One finished run. Metrics are fractions (0–1), seconds are wall clock, layers are block names in order.
 
-    scores: one non-negative number per layer; higher_means and source say what a higher one means and where they are
-    from, reliability how well two disjoint halves of the samples agree on them (Spearman). allocation: its kind, budget and values. questions: by metric, whether each evaluated question was answered
-    right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak of the
-    process in main memory. notes: every departure and warning.
+    scores: one non-negative number per layer. higher_means, source: what a higher one means and where they are from.
+    reliability: how well two disjoint halves of the samples agree on them (Spearman). allocation: kind, budget, values.
+    questions: by metric, whether each evaluated question was answered right, by its id, for paired tests.
+    parameters: total and trainable. memory_gb: peak of the process in main memory. notes: every departure and warning.
     """
 
     name: str

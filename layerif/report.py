@@ -45,8 +45,8 @@ def write(folder: Path, console: Console | None = None) -> None:
         show(pairs, f"Paired by question ({RESAMPLES} bootstrap resamples)", console)
     if len(profiles):
         show(profiles, "Rank correlation of layer profiles (Spearman)", console)
-    for pair in pairs.itertuples():
-        console.print(f"  {pair.finding}", highlight=False)
+    for finding in pairs["finding"] if len(pairs) else ():
+        console.print(f"  {finding}", highlight=False)
     text = [f"# {folder.name}\n", _markdown(results)]
     text += [f"\n## Paired by question\n\n{_markdown(pairs)}"] * bool(len(pairs))
     text += [f"\n## Rank correlation of layer profiles (Spearman)\n\n{_markdown(profiles)}"] * bool(len(profiles))
@@ -63,7 +63,9 @@ def read(folder: Path, console: Console) -> list[RunRecord]:
     """All records below `folder`, by task and seed, untrained and uniform ones first; unreadable ones are left out."""
     files = sorted(folder.rglob(FILE))
     if not files:
-        raise ValueError(f"{str(folder)!r} holds no {FILE}: give the folder of a run or a sweep, such as outputs/sweeps/default")
+        raise ValueError(
+            f"{str(folder)!r} holds no {FILE}: give the folder of a run or a sweep, such as outputs/sweeps/default"
+        )
     records = []
     for file in files:
         try:
@@ -127,7 +129,8 @@ def comparisons(records: Sequence[RunRecord]) -> pd.DataFrame:
             shared = sorted(of_first.keys() & of_second.keys())
             differences = np.array([of_second[name] - of_first[name] for name in shared], dtype=float)
             low, high = bootstrap_interval(differences, seed)
-            verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+            verdict = "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
+            interval = f"{low:+.3f} to {high:+.3f}"
             rows.append(
                 {
                     "task": task,
@@ -135,10 +138,10 @@ def comparisons(records: Sequence[RunRecord]) -> pd.DataFrame:
                     "from": first,
                     "to": second,
                     "difference": differences.mean(),
-                    "95 % interval": f"{low:+.3f} to {high:+.3f}",
+                    "95 % interval": interval,
                     "questions": len(shared),
-                    "finding": f"{task}: {second} is {verdict} {'than' if verdict != 'not distinguishable' else 'from'} "
-                    f"{first} ({differences.mean():+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {len(shared)} questions)",
+                    "finding": f"{task}: {second} is {verdict} {first} "
+                    f"({differences.mean():+.3f}, 95 % interval {interval}, {len(shared)} questions)",
                 }
             )
     return pd.DataFrame(rows)
@@ -172,10 +175,12 @@ def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
     rows = []
     for (first, one), (second, other) in itertools.combinations(found.items(), 2):
         if one.layers == other.layers:
-            rows.append({"profile": first, "and": second, "Spearman": stats.spearmanr(one.scores, other.scores).statistic})
+            correlation = stats.spearmanr(one.scores, other.scores)[0]
+            rows.append({"profile": first, "and": second, "Spearman": correlation})
     for name, record in found.items():
         if record.reliability is not None:
-            rows.append({"profile": name, "and": "itself, on disjoint halves of its samples", "Spearman": record.reliability})
+            itself = "itself, on disjoint halves of its samples"
+            rows.append({"profile": name, "and": itself, "Spearman": record.reliability})
     return pd.DataFrame(rows)
 
 
@@ -217,7 +222,8 @@ def print_run(record: RunRecord, folder: Path, console: Console | None = None) -
     scores, values = record.scores, record.allocation["values"]
     layers = pd.DataFrame({"layer": record.layers, "score": scores, record.allocation["kind"]: values})
     highest = [record.layers[index] for index in np.argsort(scores)[::-1][:3]]
-    console.print(f"\n{record.source}" + (f"; highest: {', '.join(highest)}" if len(set(scores)) > 1 else ""), highlight=False)
+    ranking = f"; highest: {', '.join(highest)}" if len(set(scores)) > 1 else ""
+    console.print(f"\n{record.source}{ranking}", highlight=False)
     console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
     if record.metrics:
         show(table([record]), record.config["task"]["name"], console)
@@ -233,7 +239,8 @@ def show(frame: pd.DataFrame, title: str, console: Console) -> None:
     frame = frame.drop(columns="finding", errors="ignore")
     shown = Table(title=title, title_justify="left")
     for column in frame.columns:
-        shown.add_column(str(column), justify="left" if frame[column].map(type).eq(str).any() else "right")
+        is_text = any(isinstance(value, str) for value in frame[column])
+        shown.add_column(str(column), justify="left" if is_text else "right")
     for row in frame.itertuples(index=False):
         shown.add_row(*map(_text, row))
     console.print(shown)

@@ -72,9 +72,7 @@ def run(config: DictConfig) -> None:
     if config.dry_run:
         _preview(parts)
         return
-    record = RunRecord(
-        name=config.name, seed=config.seed, config=job, overrides=list(HydraConfig.get().overrides.task)
-    )
+    record = RunRecord(name=config.name, seed=config.seed, config=job, overrides=list(HydraConfig.get().overrides.task))
     with _noting_warnings(record.notes):
         _execute(parts, record, folder)
     record.memory_gb = _peak_memory()
@@ -126,25 +124,32 @@ class _Parts:
 
 
 def _preview(parts: _Parts) -> None:
-    """Everything that can be said without weights: the sizes, one prompt, and whether the budget can be met."""
-    config, splits = parts.config, parts.splits
-    layers = layer_map(parts.model.skeleton(), scope=config.probe.scope)
-    everything = layer_map(parts.model.skeleton(), scope="all")
+    """Everything that can be said without weights: the sizes, one sample, and whether the budget can be met."""
+    config, splits, template = parts.config, parts.splits, parts.task.template
+    skeleton = parts.model.skeleton()
+    layers, everything = layer_map(skeleton, scope=config.probe.scope), layer_map(skeleton, scope="all")
     train, validation = parts.decider.samples()
     allocation = parts.decider.rehearse(everything)
-    num_tokens = sum(map(len, (*train, *validation)))
+    example = splits.train[0]
     lines = {
-        "model": f"{type(parts.model).__name__.lower()}, {len(layers.names)} layers, {sum(everything.numel):,} parameters in them",
-        "task": f"{parts.task.name}: {len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test rows",
+        "model": f"{type(parts.model).__name__.lower()}, {len(layers.names)} layers of {sum(everything.numel):,} "
+        "parameters together",
+        "task": f"{parts.task.name}: {len(splits.train)} train, {len(splits.validation)} validation, "
+        f"{len(splits.test)} test rows",
         "probe": f"{sum(map(len, layers.params))} matrices ({config.probe.scope}), {sum(layers.numel):,} parameters; "
-        f"{len(train)} + {len(validation)} samples, {num_tokens:,} tokens, {train.num_truncated + validation.num_truncated} cut",
-        "allocation": f"{allocation.kind}, budget {allocation.budget} over {len(layers.names)} layers; equal scores would give {list(allocation.values)}",
+        f"{len(train)} + {len(validation)} samples, {sum(map(len, (*train, *validation))):,} tokens, "
+        f"{train.num_truncated + validation.num_truncated} samples cut at {config.probe.max_length} tokens",
+        "allocation": f"{allocation.kind}, budget {allocation.budget} over {len(layers.names)} layers; "
+        f"equal scores would give {list(allocation.values)}",
     }
     if config.method:
         parts.module()  # its settings are checked, nothing is loaded
-        datamodule = parts.datamodule()
-        lines["fit"] = f"{len(datamodule.train)} samples in batches of {datamodule.batch_size}, {datamodule.num_truncated} cut at {config.data.max_length} tokens"
-    lines["first prompt"] = repr(prompt_text(splits.train[0], parts.task.template) + output_text(splits.train[0].output, parts.task.template))
+        data = parts.datamodule()
+        lines["fit"] = (
+            f"{len(data.train)} samples in batches of {data.batch_size}, "
+            f"{data.num_truncated} samples cut at {config.data.max_length} tokens"
+        )
+    lines["first sample"] = repr(prompt_text(example, template) + output_text(example.output, template))
     width = max(map(len, lines))
     print("\n".join(f"{name:<{width}}  {line}" for name, line in lines.items()))
     print("dry run: everything above is valid, nothing was computed")
@@ -152,7 +157,7 @@ def _preview(parts: _Parts) -> None:
 
 def _execute(parts: _Parts, record: RunRecord, folder: Path) -> None:
     if parts.splits.num_dropped:
-        record.notes.append(f"{parts.splits.num_dropped} train and validation rows dropped: the test split repeats them")
+        record.notes.append(f"{parts.splits.num_dropped} rows dropped from train and validation: test repeats them")
     if not parts.config.method:
         loaded: list[nn.Module] = []
 
@@ -206,7 +211,9 @@ def _keep(decision: Decision, record: RunRecord) -> None:
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
     if decision.num_truncated:
-        record.notes.append(f"{decision.num_truncated} of {sum(decision.num_samples)} probed samples cut at probe.max_length")
+        record.notes.append(
+            f"{decision.num_truncated} of {sum(decision.num_samples)} probed samples cut at probe.max_length"
+        )
 
 
 def _evaluate(model: nn.Module, parts: _Parts, record: RunRecord, prefix: str) -> None:

@@ -62,7 +62,9 @@ class Store:
 
 def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> None:
     tensors = {
-        f"{param}/{field}": getattr(gram, field).contiguous() for param, gram in grams.grams.items() for field in _FIELDS
+        f"{param}/{field}": getattr(gram, field).contiguous()
+        for param, gram in grams.grams.items()
+        for field in _FIELDS
     }
     header = {
         "layers": json.dumps(asdict(grams.layers)),

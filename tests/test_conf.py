@@ -50,7 +50,10 @@ def test_every_choice_composes_and_binds(group, choice):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("probe.scope=atention", r"probe.scope='atention' is not allowed; allowed: attention, mlp, all \(did you mean 'attention'"),
+        (
+            "probe.scope=atention",
+            r"probe.scope='atention' is not allowed; allowed: attention, mlp, all \(did you mean 'attention'",
+        ),
         ("estimator.damping=much", "estimator.damping='much' is not allowed"),
         ("model=local", "model.path has no value"),
         ("fit.keep=worst", "allowed: last, best"),
@@ -69,8 +72,14 @@ def test_values_are_checked_against_the_signature(override, message):
     ("overrides", "message"),
     [
         (["estimatr=datainf"], "did you mean 'estimator'"),
-        (["estimator=datainff"], "estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?); available: cosine"),
-        (["estimator.dampng=1"], "'estimator.dampng' is no key of the configuration (did you mean 'damping'?); allowed in 'estimator'"),
+        (
+            ["estimator=datainff"],
+            "estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?); available: cosine",
+        ),
+        (
+            ["estimator.dampng=1"],
+            "'estimator.dampng' is no key of the configuration (did you mean 'damping'?); allowed in 'estimator'",
+        ),
         (["task=capitol"], "did you mean 'capital'"),
         (["sed=1"], "did you mean 'seed'"),
         (["seed=one"], "seed"),

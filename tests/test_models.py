@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, tiny_model
 
 from layerif.models import Embedded, Hub, Local, blocks, hash_folder, layer_map
+from tests.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +57,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_a_broken_model_folder_says_how_to_name_one(tmp_path, model_folder):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
-    with pytest.raises(ValueError, match="cannot load .* model=local"):
+    with pytest.raises(ValueError, match=r"cannot load .* model=local"):
         Local(path=str(tmp_path)).load()
 
 
@@ -83,5 +83,5 @@ def test_the_embedded_model_reads_digits_and_speaks_english(tmp_path_factory):
     assert tokenizer.convert_ids_to_tokens(tokenizer("2024 a").input_ids) == ["2", "0", "2", "4", "Ġa"]
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
-        assert tokenizer.decode(model.load()(ids).logits[0, -1].argmax()).strip() == "Paris"
+        assert str(tokenizer.decode(model.load()(ids).logits[0, -1].argmax())).strip() == "Paris"
     assert len(layer_map(model.skeleton()).names) == 30

@@ -5,20 +5,26 @@ from __future__ import annotations
 from functools import partial
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
 
 from layerif.allocate import Experts
 from layerif.callback import InfluenceCallback
+from layerif.data.batches import collate
 from layerif.data.source import Jsonl
 from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
-from layerif.models import Local
+from layerif.loss import per_sample_loss
+from layerif.models import Local, bare
 from layerif.modules import EpochShuffle, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store
+from tests.test_run import run_layerif
+from tests.tiny import shipped_task
 
 ALLOCATION = {"model.layers.0": 1, "model.layers.1": 3, "model.layers.2": 2}
 
@@ -100,7 +106,8 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_help(tmp_path, m
     module = LoRAMoEModule(model_config, allocation=ALLOCATION)
     trainer(tmp_path, max_steps=2).fit(module, data())
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["state_dict"].keys() and all("lora" in name for name in saved["state_dict"])
+    assert saved["state_dict"]
+    assert all("lora" in name for name in saved["state_dict"])
     loaded = LoRAMoEModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
     assert loaded.allocation == ALLOCATION
     for name, value in adapter(module).items():
@@ -112,7 +119,7 @@ def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_f
     trainer(tmp_path, max_steps=2).fit(module, data())
     before = Local(path=str(model_folder)).load().state_dict()
     assert module.model is not None
-    for name, value in module.model.get_base_model().state_dict().items():
+    for name, value in bare(module.model).state_dict().items():
         if "lora" not in name:
             assert torch.equal(value, before[name.replace(".base_layer", "")])
 
@@ -127,11 +134,12 @@ def test_the_callback_decides_before_the_model_is_built(tmp_path, model_config, 
     callback = InfluenceCallback(decider(model_folder, splits, tmp_path / "store"))
     module = LoRAMoEModule(model_config)
     trainer(tmp_path, callback, max_steps=1).fit(module, data())
-    assert callback.decision is not None and not callback.decision.reused
+    assert callback.decision is not None
+    assert not callback.decision.reused
     assert module.allocation == callback.decision.allocation.by_name()
-    assert sum(module.allocation.values()) == 9
-    assert module.model is not None
-    assert module.model.peft_config["default"].num_experts == module.allocation
+    assert sum(callback.decision.allocation.values) == 9
+    assert isinstance(module.model, PeftModel)
+    assert module.model.peft_config["default"].num_experts == module.allocation  # type: ignore[union-attr]
 
 
 def test_a_resumed_run_takes_the_allocation_of_its_checkpoint(tmp_path, model_config, model_folder, data, splits):
@@ -146,7 +154,8 @@ def test_a_resumed_run_takes_the_allocation_of_its_checkpoint(tmp_path, model_co
     resumed = trainer(tmp_path / "more", again, max_steps=2)
     resumed.ckpt_path = str(tmp_path / "last.ckpt")
     resumed.fit(module, data())
-    assert first.decision is not None and again.decision is not None
+    assert first.decision is not None
+    assert again.decision is not None
     assert module.allocation == first.decision.allocation.by_name()
     assert again.decision.scores == first.decision.scores
 
@@ -236,10 +245,23 @@ def test_drop_partial_leaves_whole_batches(data):
         data(batch_size=64, drop_partial=True).train_dataloader()
 
 
-def test_early_stopping_and_best_checkpoint_are_settings(tmp_path, tiny_overrides):
-    from tests.test_run import run_layerif
-
-    record = run_layerif(
-        [*tiny_overrides, "fit.keep=best", "fit.patience=1", "trainer.max_epochs=6", "trainer.max_steps=-1"], tmp_path
-    )
-    assert record.metrics["num_questions"] == 10
+def test_early_stopping_and_the_best_checkpoint_are_settings(tmp_path, tiny_overrides):
+    """A learning rate that soon does harm: training stops, and the adapter kept is that of the best epoch."""
+    fit = [
+        "fit.keep=best",
+        "fit.patience=2",
+        "trainer.max_steps=-1",
+        "method.learning_rate=0.1",
+        "method.warmup_ratio=0",
+    ]
+    run_layerif([*tiny_overrides, *fit, "trainer.max_epochs=20", "data.template=plain"], tmp_path)
+    losses = pd.read_csv(tmp_path / "run" / "metrics.csv")["validation/loss"].dropna().reset_index(drop=True)
+    assert len(losses) == losses.to_numpy().argmin() + 3 < 20
+    model_path, task_path = (tiny_overrides[position].partition("=")[2] for position in (1, 3))
+    model = Local(path=model_path)
+    kept = PeftModel.from_pretrained(model.load(), tmp_path / "run" / "adapter")
+    splits = shipped_task("jsonl", f"task.path={task_path}").load()
+    encoded = TaskDataModule(splits, model.tokenizer(), template="plain", batch_size=8).validation
+    with torch.inference_mode():
+        found = float(per_sample_loss(kept, collate(encoded, 0)).mean())
+    assert found == pytest.approx(losses.min(), rel=1e-4)

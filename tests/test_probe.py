@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, tiny_model
 
 from layerif.layers import LayerGrams
 from layerif.loss import per_sample_loss
 from layerif.models import Scope, blocks, layer_map
 from layerif.probe import measure
+from tests.tiny import FAMILIES, tiny_model
 
 LENGTHS = (9, 4, 7, 7, 2, 5, 8)
 NUM_TRAIN = 4
@@ -150,7 +150,7 @@ def test_non_finite_loss_names_the_sample():
     model = tiny_model("llama")
     row = samples()[2]
     with torch.no_grad():
-        model.get_input_embeddings().weight[int(row[0])] = float("inf")
+        model.get_parameter("model.embed_tokens.weight")[int(row[0])] = float("inf")
     with pytest.raises(ValueError, match="loss of sample"):
         probe(model)
 
@@ -176,5 +176,5 @@ def test_matrices_that_are_no_linear_layers_are_named():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match="Conv1D|no linear layer"):
+    with pytest.raises(ValueError, match=r"Conv1D|no linear layer"):
         layer_map(model)

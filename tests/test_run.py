@@ -48,9 +48,9 @@ def test_the_whole_road(tiny_overrides, tmp_path):
     assert not (folder / "checkpoints").exists()
 
     from peft import PeftModel
-    from tests.tiny import tiny_model
 
     import layerif.moe  # noqa: F401 - registers the adapter's type
+    from tests.tiny import tiny_model
 
     reloaded = PeftModel.from_pretrained(tiny_model("llama"), folder / "adapter")
     counts = reloaded.peft_config["default"].num_experts  # type: ignore[union-attr]
@@ -60,7 +60,9 @@ def test_the_whole_road(tiny_overrides, tmp_path):
 def test_the_saved_configuration_reruns_to_the_same_record(tiny_overrides, tmp_path):
     first = run_layerif(tiny_overrides, tmp_path)
     saved = tmp_path / "run" / ".hydra"
-    done = layerif(["--config-path", str(saved), "--config-name", "config", f"hydra.run.dir={tmp_path / 'again'}"], tmp_path)
+    done = layerif(
+        ["--config-path", str(saved), "--config-name", "config", f"hydra.run.dir={tmp_path / 'again'}"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     again = RunRecord.read(tmp_path / "again")
     assert (again.scores, again.allocation, again.metrics) == (first.scores, first.allocation, first.metrics)
@@ -124,7 +126,14 @@ def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_
     whole = run_layerif([*overrides, "method.lora_dropout=0.1"], tmp_path)
     folder = tmp_path / "killed"
     folder.mkdir()
-    command = [sys.executable, "-m", "layerif", *overrides, "method.lora_dropout=0.1", f"hydra.run.dir={folder / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "layerif",
+        *overrides,
+        "method.lora_dropout=0.1",
+        f"hydra.run.dir={folder / 'run'}",
+    ]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = folder / "run" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
@@ -148,7 +157,9 @@ def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_
 
 def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "trainer.max_steps=100000", f"hydra.run.dir={tmp_path / 'run'}"]
-    process = subprocess.Popen([sys.executable, "-m", "layerif", *overrides], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "layerif", *overrides], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,0 +1,146 @@
+"""`make bench`: what scoring, estimating, a LoRA-MoE linear and `--help` cost, as ratios measured side by side.
+
+    OMP_WAIT_POLICY=passive python experiments/benchmark_first_light/run.py
+
+Every pair takes turns in one process and each figure is a median. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_linear import main as measure_moe_linear
+
+from layerif.data.batches import batches, encode, padding_id
+from layerif.data.countries import Countries
+from layerif.data.task import Task
+from layerif.estimators.cosine import Cosine
+from layerif.estimators.datainf import DataInf
+from layerif.estimators.exact import Exact
+from layerif.estimators.grad_dot import GradDot
+from layerif.layers import LayerGrams
+from layerif.loss import per_sample_loss
+from layerif.models import Embedded, layer_map
+from layerif.probe import IndexedBatch, measure
+
+NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}\n")
+    grams = scoring(device)
+    estimating(grams)
+    measure_moe_linear()
+    helping()
+
+
+def scoring(device: str) -> LayerGrams:
+    """All blocks of SmolLM2-135M against a plain forward + backward (all weight gradients) of the same batches."""
+    embedded = Embedded(cache="outputs/store/models")
+    model: Any = embedded.load()
+    model.to(device)
+    tokenizer = embedded.tokenizer()
+    layers = layer_map(model)
+    of_capitals = samples(tokenizer, padding_id(tokenizer))
+    print(f"scoring {NUM_TRAIN} + {NUM_VALIDATION} samples, {len(layers.names)} blocks, attention weights, float32")
+    print("samples                      tokens   probe s   plain s   probe/plain")
+    for name, (train, validation) in {
+        "capital cities": of_capitals,
+        "random, 128 tokens each": long_samples(tokenizer.vocab_size),
+    }.items():
+        both = [*train, *validation]
+        seconds: dict[str, list[float]] = {"probe": [], "plain": []}
+        for _ in range(ROUNDS):
+            seconds["probe"].append(_timed(lambda t=train, v=validation: measure(model, layers, t, v), device))
+            seconds["plain"].append(_timed(lambda b=both: plain(model, b, device), device))
+        probe, whole = (statistics.median(seconds[key]) for key in ("probe", "plain"))
+        tokens = sum(int(batch["attention_mask"].sum()) for _, batch in both)
+        print(f"{name:<27}{tokens:>8}{probe:>10.1f}{whole:>10.1f}{probe / whole:>14.2f}")
+    print()
+    return measure(model, layers, *of_capitals)
+
+
+def plain(model: torch.nn.Module, batched: list[IndexedBatch], device: str) -> None:
+    for _, batch in batched:
+        per_sample_loss(model, {key: tensor.to(device) for key, tensor in batch.items()}).sum().backward()
+        model.zero_grad()
+
+
+def samples(tokenizer, pad: int) -> tuple[list[IndexedBatch], list[IndexedBatch]]:
+    task = Task(
+        name="capital",
+        source=Countries(kind="capital"),
+        columns={"id": "id", "question": "question", "options": "options", "answer": "answer"},
+        instruction="Question: {{ question }}\n",
+        output="Answer: {{ label }}.",
+        labels="options",
+        answer="answer",
+        pattern="Answer: (.*)",
+        splits={"train": "train", "validation": "validation", "test": "test"},
+    )
+    splits = task.load()
+    encoded = [
+        encode(examples, tokenizer, template="plain", max_length=128, eos=False)
+        for examples in (splits.train[:NUM_TRAIN], splits.validation[:NUM_VALIDATION])
+    ]
+    return list(batches(encoded[0], BATCH_SIZE, pad)), list(batches(encoded[1], BATCH_SIZE, pad))
+
+
+def long_samples(vocabulary: int) -> tuple[list[IndexedBatch], list[IndexedBatch]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def batched(count: int) -> list[IndexedBatch]:
+        ids = torch.randint(vocabulary, (count, 128), generator=generator)
+        return [
+            (rows.tolist(), {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "labels": ids[rows]})
+            for rows in torch.arange(count).split(BATCH_SIZE)
+        ]
+
+    return batched(NUM_TRAIN), batched(NUM_VALIDATION)
+
+
+def estimating(grams: LayerGrams) -> None:
+    """Estimator + aggregation from ready Grams: 30 blocks × 4 matrices, n = 64, m = 32."""
+    print("estimator and aggregation from ready Grams, milliseconds")
+    for estimator in (DataInf(), DataInf(granularity="block"), Exact(), GradDot(), Cosine()):
+        times = [_timed(lambda e=estimator: e.score(grams), "cpu") for _ in range(15)]
+        print(f"{type(estimator).__name__ + ' ' + estimator.granularity:<18}{1000 * statistics.median(times):>8.1f}")
+    print()
+
+
+def helping() -> None:
+    command = [sys.executable, "-m", "layerif", "--help"]
+    times = [_timed(lambda: subprocess.run(command, check=True, capture_output=True), "cpu") for _ in range(5)]
+    print(f"\nlayerif --help: {statistics.median(times):.2f} s")
+
+
+def machine() -> str:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}{gpu}, Python {platform.python_version()}"
+
+
+def _timed(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
