@@ -129,9 +129,11 @@ def _hooks(
         return values_BTF.where(mask_BT[..., None], 0)
 
     def forward_hook(param: str):
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
             original = inputs[0]
-            _, input_BTI = shared.setdefault(id(original), (original, masked(original)))
+            if id(original) not in shared:
+                shared[id(original)] = original, masked(original)
+            input_BTI = shared[id(original)][1]
             if not output_BTO.requires_grad:  # the first matrix of the pass: the backward ends here
                 output_BTO.requires_grad_()
             output_BTO.register_hook(lambda delta_BTO: kept[param].append((input_BTI, masked(delta_BTO))))

@@ -127,7 +127,7 @@ def comparisons(records: Sequence[RunRecord]) -> pd.DataFrame:
     for (task, seed), runs in answered.items():
         for (first, of_first), (second, of_second) in itertools.combinations(runs.items(), 2):
             shared = sorted(of_first.keys() & of_second.keys())
-            differences = np.array([of_second[name] - of_first[name] for name in shared], dtype=float)
+            differences = np.array([float(of_second[name]) - float(of_first[name]) for name in shared])
             low, high = bootstrap_interval(differences, seed)
             verdict = "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
             interval = f"{low:+.3f} to {high:+.3f}"
