@@ -56,6 +56,20 @@ def conf_folder() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
+def from_conf(choice: str, *overrides: str) -> Any:
+    """The object behind one choice, for use from Python: `from_conf("model=local", "model.path=/folder")`."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", [choice, *overrides])
+    group = choice.partition("=")[0]
+    node = OmegaConf.create({group: OmegaConf.to_container(config[group], resolve=True)})
+    check(node)
+    return instantiate(node[group])
+
+
 def folder_name(overrides: str) -> str:
     """A sweep job's folder from its overrides; hashed where they hold what a folder name cannot."""
     if not overrides:

@@ -132,7 +132,7 @@ def option_accuracy(
     order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
     answers: list[OptionAnswer | None] = [None] * len(questions)
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in tqdm(range(0, len(order), batch_size), desc="questions", disable=None, leave=False):
             indices = order[start : start + batch_size]
             batch = [questions[index] for index in indices]
             for index, values in zip(indices, _log_likelihoods(model, batch, padding_id(tokenizer)), strict=True):
@@ -176,7 +176,7 @@ def generation_accuracy(
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     texts = [""] * len(prompts)
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in tqdm(range(0, len(order), batch_size), desc="questions", disable=None, leave=False):
             indices = order[start : start + batch_size]
             batch = collate([prompts[index] for index in indices], padding_id(tokenizer), side="left")
             inputs = {key: batch[key].to(_device(model)) for key in ("input_ids", "attention_mask")}
@@ -206,7 +206,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
     total = 0.0
     with _evaluating(model):
-        for input_BT in windows.split(batch_size):
+        for input_BT in tqdm(windows.split(batch_size), desc="windows", disable=None, leave=False):
             input_BT = input_BT.to(_device(model))
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")

@@ -227,6 +227,9 @@ def print_run(record: RunRecord, folder: Path, console: Console | None = None) -
     console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
     if record.metrics:
         show(table([record]), record.config["task"]["name"], console)
+    for name, value in record.metrics.items():
+        if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
+            console.print(f"  {name}: {_text(value)}", highlight=False)
     for note in record.notes:
         console.print(f"  note: {note}", highlight=False)
     layers.to_csv(folder / "layers.csv", index=False)

@@ -39,7 +39,7 @@ def fingerprint(description: Mapping[str, Any]) -> str:
 class Store:
     """A folder of measurements."""
 
-    root: Path
+    root: Path | str
 
     def grams(self, description: Mapping[str, Any], compute: Callable[[str], LayerGrams]) -> tuple[LayerGrams, bool]:
         """The Grams of `description` and whether they were already here; otherwise `compute(key)` makes them.
@@ -47,7 +47,7 @@ class Store:
         A corrupted or foreign file is recomputed, with a warning. Interrupted or out of disk, no half file remains.
         """
         key = fingerprint({**description, "store": VERSION})
-        file = self.root / "grams" / f"{key}.safetensors"
+        file = Path(self.root) / "grams" / f"{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):  # the operating system frees the lock of a job that died
             if file.exists():

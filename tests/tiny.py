@@ -6,14 +6,13 @@ Sizes are unequal wherever a family allows it, so that q, k and o have different
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from layerif.config import from_conf
 
 VOCAB_SIZE = 256
 
@@ -74,8 +73,7 @@ def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
 
 def shipped_task(name: str, *overrides: str) -> Any:
     """The task of `conf/task/<name>.yaml`, with Hydra overrides."""
-    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-        return instantiate(compose(f"task/{name}", overrides=["+seed=0", *overrides]).task)
+    return from_conf(f"task={name}", *overrides)
 
 
 @cache
