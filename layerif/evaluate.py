@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layerif.data.answers import (
