@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from layerif.layers import LayerMap, check_choice, in_layer_order
+from layerif.layers import LayerMap, in_layer_order
+from layerif.names import check_choice
 from layerif.scores import Kind, LayerScores, check_unique, is_number, read_json, smooth
 
 Shift = Literal["min", "none"]
@@ -231,13 +232,15 @@ class Sparsity:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """An allocation written by hand or by an earlier run; the scores are not looked at.
+    """An allocation written by hand or by an earlier run; no scores are looked at, so none are measured.
 
     path: a JSON file with one of
         {"layer name": value, …} in any order; [value, …], one per layer in the model's order;
         the `record.json` of an earlier run, or its `allocation` alone with "layers" and "values".
     kind: what the values are; a file that states its kind must agree. The budget is what the values add up to.
     """
+
+    needs_scores: ClassVar[bool] = False
 
     path: str
     kind: Kind = "experts"
@@ -358,8 +361,8 @@ def _checked_numel(numel: Sequence[int] | None, num_layers: int) -> list[int]:
 
 
 def _check_budget(budget: int, floor: int, num_layers: int, *, unit: str) -> None:
-    _check_whole("budget", budget, least=0)
-    _check_whole("floor", floor, least=0)
+    _check_whole("budget", budget)
+    _check_whole("floor", floor)
     if budget < num_layers * floor:
         raise ValueError(
             f"budget={budget} cannot give {num_layers} layers {floor} {unit}{'s' if floor > 1 else ''} each; "
@@ -369,14 +372,14 @@ def _check_budget(budget: int, floor: int, num_layers: int, *, unit: str) -> Non
 
 def _check_count_settings(budget: int | None, beta: float, floor: int, shift: str) -> None:
     if budget is not None:
-        _check_whole("budget", budget, least=1)
-    _check_whole("floor", floor, least=1)
+        _check_whole("budget", budget)
+    _check_whole("floor", floor)
     _check_beta_and_shift(beta, shift)
 
 
-def _check_whole(setting: str, got: object, *, least: int) -> None:
-    if not isinstance(got, Integral) or isinstance(got, bool) or int(got) < least:
-        raise ValueError(f"allocator.{setting} must be a whole number >= {least}, got {got!r}")
+def _check_whole(setting: str, got: object) -> None:
+    if not isinstance(got, Integral) or isinstance(got, bool) or int(got) < 1:
+        raise ValueError(f"allocator.{setting} must be a whole number >= 1, got {got!r}")
 
 
 def _check_beta_and_shift(beta: float, shift: str) -> None:

@@ -46,11 +46,11 @@ class InfluenceCallback(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.decision is None:
             return {}
-        parts = {"scores": self.decision.scores.to_dict(), "allocation": self.decision.allocation.to_dict()}
-        return {**asdict(self.decision), **parts}
+        scores = self.decision.scores.to_dict() if self.decision.scores else None
+        return {**asdict(self.decision), "scores": scores, "allocation": self.decision.allocation.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            scores = LayerScores.from_dict(state_dict["scores"])
+            scores = LayerScores.from_dict(state_dict["scores"]) if state_dict["scores"] else None
             allocation = Allocation.from_dict(state_dict["allocation"])
             self.decision = Decision(**{**state_dict, "scores": scores, "allocation": allocation})

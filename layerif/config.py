@@ -6,7 +6,6 @@ Nothing heavy is imported here: `layerif --help` must answer at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import re
@@ -19,6 +18,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+from layerif.names import did_you_mean
 
 
 @dataclass
@@ -97,7 +98,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         missing = str(error.missing_cfg_file)
         group, _, choice = missing.rpartition("/")
         available = ", ".join(error.options)
-        nearest = _nearest(choice, error.options)
+        nearest = did_you_mean(choice, error.options)
         return f"{group}={choice} is no choice of the group {group!r}{nearest}; available: {available}"
     if isinstance(error, ConfigCompositionException):
         found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"[Kk]ey '([^']+)'", str(error))
@@ -112,7 +113,8 @@ def _explain_key(key: str, message: str, overrides: list[str]) -> str:
     """A key that Hydra could not override: unknown, or of the wrong type."""
     from hydra import compose, initialize_config_dir
 
-    kept = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
+    # Of a sweep's comma list the first value tells the keys as well as any.
+    kept = [override.split(",")[0] for override in overrides if override.split("=")[0].lstrip("+~") != key]
     parent, _, name = key.rpartition(".")
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -124,7 +126,7 @@ def _explain_key(key: str, message: str, overrides: list[str]) -> str:
     if name in keys or not keys:
         return " ".join(message.split("\n\n")[0].split())
     where = f"in {parent!r}" if parent else "at the top"
-    return f"{key!r} is no key of the configuration{_nearest(name, keys)}; allowed {where}: {', '.join(keys)}"
+    return f"{key!r} is no key of the configuration{did_you_mean(name, keys)}; allowed {where}: {', '.join(keys)}"
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -147,10 +149,11 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in given:
         if key not in parameters and not open_ended:
-            raise ValueError(f"{path}.{key} is not known to {node['_target_']}{_nearest(key, parameters)}")
-    if not str(node["_target_"]).startswith("layerif."):
+            raise ValueError(f"{path}.{key} is not known to {node['_target_']}{did_you_mean(key, parameters)}")
+    try:
+        hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
+    except NameError:  # annotations of another library that only a type checker can resolve
         return
-    hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
     for key, value in given.items():
         if key in hints:
             _check_value(f"{path}.{key}", value, hints[key])
@@ -168,7 +171,7 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
     except ValidationError as error:
         choices = [str(choice) for choice in _literals(hint)]
         if choices:
-            allowed = f"allowed: {', '.join(choices)}{_nearest(str(value), choices)}"
+            allowed = f"allowed: {', '.join(choices)}{did_you_mean(str(value), choices)}"
         else:
             allowed = error.errors()[0]["msg"].lower()
         raise ValueError(f"{path}={value!r} is not allowed; {allowed}") from error
@@ -180,8 +183,3 @@ def _literals(hint: Any) -> Iterator[Any]:
     else:
         for argument in typing.get_args(hint):
             yield from _literals(argument)
-
-
-def _nearest(name: str, allowed: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -35,12 +35,13 @@ Allocator = Callable[[LayerScores, LayerMap], Allocation]
 class Decision:
     """Scores and allocation, and what it took to get them.
 
-    num_samples: (train, validation) samples behind the scores, num_truncated of them cut at `probe.max_length`;
-    (0, 0) where the estimator needs none. reused: the Grams were in the store. seconds: evidence, score, allocate.
-    reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples; None without samples.
+    scores: None where the allocator looks at none. num_samples: (train, validation) samples behind the scores, (0, 0)
+    where the estimator needs none; num_truncated of them were cut at `probe.max_length`. reused: the Grams were in the
+    store. seconds: evidence, score, allocate. reliability: Spearman's rank correlation of the scores of two disjoint
+    halves of the samples; None without samples.
     """
 
-    scores: LayerScores
+    scores: LayerScores | None
     allocation: Allocation
     seconds: dict[str, float]
     num_samples: tuple[int, int] = (0, 0)
@@ -65,8 +66,10 @@ class Decider:
     def __call__(self, load: Callable[[], nn.Module] | None = None) -> Decision:
         """load: gives the model, and is called only if a measurement is needed; None loads it here."""
         start = time.perf_counter()
-        everything = layer_map(self.model.skeleton(), scope="all")
-        self.rehearse(everything)
+        everything = self.layers()
+        allocation = self.rehearse(everything)
+        if not getattr(self.allocator, "needs_scores", True):
+            return Decision(None, allocation, {"allocate": time.perf_counter() - start})
         grams, reused = None, False
         if self.estimator.needs == "grams":
             grams, reused = self.grams(load or self.model.load)
@@ -86,30 +89,42 @@ class Decider:
         reliability = split_half(self.estimator, grams)
         return Decision(scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused, reliability)
 
+    def layers(self) -> LayerMap:
+        """All blocks with all their linear layers: what an allocation is spread over."""
+        return layer_map(self.model.skeleton(), scope="all", skip_unsupported=True)
+
     def rehearse(self, layers: LayerMap) -> Allocation:
-        """The allocation of equal scores: an impossible budget fails here, before any pass over the data."""
+        """The allocation of equal scores: what is impossible fails here, before any pass over the data."""
+        if self.estimator.needs == "grams" and self.probe.parameters == "lora" and self.model.adapter is None:
+            raise ValueError(
+                "probe.parameters=lora needs a LoRA adapter; give it with model.adapter=/folder, "
+                "or measure probe.parameters=weights"
+            )
+        if self.estimator.needs == "nothing":
+            self.estimator.score(layers)
         equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
         return self.allocator(equal, layers)
 
     def samples(self) -> tuple[Encodings, Encodings]:
         """The samples that influence is measured on: a seeded choice of train and validation, never from test."""
-
-        def encoded(examples: Sequence[Example], limit: int, part: str) -> Encodings:
-            order = list(range(len(examples)))
-            Random(f"{self.seed} {part}").shuffle(order)
-            return encode(
-                [examples[index] for index in sorted(order[:limit])],
+        probe = self.probe
+        return tuple(  # type: ignore[return-value]
+            encode(
+                self._chosen(part),
                 self.tokenizer,
-                template=self.probe.template,
-                max_length=self.probe.max_length,
-                loss_on=self.probe.loss_on,
+                template=probe.template,
+                max_length=probe.max_length,
+                loss_on=probe.loss_on,
                 eos=False,
             )
-
-        return (
-            encoded(self.splits.train, self.probe.num_train, "train"),
-            encoded(self.splits.validation, self.probe.num_validation, "validation"),
+            for part in ("train", "validation")
         )
+
+    def _chosen(self, part: str) -> list[Example]:
+        examples = getattr(self.splits, part)
+        order = list(range(len(examples)))
+        Random(f"{self.seed} {part}").shuffle(order)
+        return [examples[index] for index in sorted(order[: getattr(self.probe, f"num_{part}")])]
 
     def grams(self, load: Callable[[], nn.Module]) -> tuple[LayerGrams, bool]:
         """The Grams of the samples, measured unless the store has them."""
@@ -136,6 +151,7 @@ class Decider:
                 list(batches(validation, size, pad)),
                 memory_gb=self.probe.memory_gb,
                 fingerprint=key,
+                names=[f"{part} row {row.id}" for part in ("train", "validation") for row in self._chosen(part)],
             )
 
         grams, reused = self.store.grams(description, compute)
@@ -147,11 +163,13 @@ class Decider:
 def split_half(estimator: Estimator, grams: LayerGrams) -> float | None:
     """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
 
-    None where a half ranks nothing (all layers equal).
+    None where a half is empty or ranks nothing (all layers equal).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
         halves = [grams.select(half, half) for half in (slice(0, None, 2), slice(1, None, 2))]
+        if not all(gram.val_train.numel() for half in halves for gram in half.grams.values()):
+            return None
         first, second = (estimator.score(half).values for half in halves)
     if len(set(first)) == 1 or len(set(second)) == 1:
         return None

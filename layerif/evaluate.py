@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,6 +31,7 @@ from layerif.data.answers import (
 from layerif.data.batches import Encoded, collate, num_shared, output_text, padding_id, prompt_text, token_ids
 from layerif.data.source import documentation_text
 from layerif.data.task import Example, Task, Template
+from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
 
@@ -44,7 +44,6 @@ class Evaluation:
         documentation text every CPython carries) and lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
     before: measure the untouched model as well, before fine-tuning.
     batch_size: questions (or windows) at a time; no result depends on it.
-    num_questions: only the first so many examples (None: all).
     max_new_tokens: of a generated answer; window: tokens of a perplexity window.
     lm_eval_tasks: further tasks by lm-eval's names, for example arc_easy (lm-eval fetches them itself).
     """
@@ -52,23 +51,42 @@ class Evaluation:
     metrics: Sequence[str] = ("options",)
     before: bool = False
     batch_size: int = 16
-    num_questions: int | None = None
     max_new_tokens: int = 128
     window: int = 256
     lm_eval_tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if unknown := [metric for metric in self.metrics if metric not in get_args(Metric)]:
-            raise ValueError(f"evaluation.metrics holds {unknown[0]!r}; use any of {', '.join(get_args(Metric))}")
-        for name in ("batch_size", "num_questions", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name}={getattr(self, name)}; use 1 or more")
+            hint = did_you_mean(unknown[0], get_args(Metric))
+            raise ValueError(f"evaluation.metrics holds {unknown[0]!r}{hint}; use any of {', '.join(get_args(Metric))}")
+        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("window", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)}; use {least} or more")
+
+    def check(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task, max_positions: int | None
+    ) -> None:
+        """Raise ValueError for whatever `run` would refuse on any model of this tokenizer. Takes no model.
+
+        max_positions: the most tokens the model reads (`config.max_position_embeddings`), None where it has no limit.
+        """
+        _require(examples)
+        if "options" in self.metrics or "lm_eval" in self.metrics:
+            _questions(examples, tokenizer, task.template, max_positions)
+        if "generation" in self.metrics:
+            _prompts(examples, tokenizer, task.template, self.max_new_tokens, max_positions)
+        if "options" in self.metrics or "generation" in self.metrics:
+            padding_id(tokenizer)
+        if "perplexity" in self.metrics:
+            _check_window(self.window, len(_documentation_ids(tokenizer)), max_positions)
+        if "lm_eval" in self.metrics:
+            _, _, task_manager = _lm_eval_names()
+            _check_lm_eval_tasks(self.lm_eval_tasks, task_manager().all_tasks if self.lm_eval_tasks else ())
 
     def run(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
     ) -> EvaluationResult:
         """Every asked-for metric of `model` on `examples` of `task`."""
-        examples = examples[: self.num_questions]
         metrics: dict[str, float] = {}
         answers: dict[str, tuple[OptionAnswer | GeneratedAnswer, ...]] = {}
         if "options" in self.metrics:
@@ -88,7 +106,7 @@ class Evaluation:
             answers["generation"] = generated.answers
             metrics |= generated.metrics()
         if "perplexity" in self.metrics:
-            ids = token_ids(tokenizer, [documentation_text("test")])[0]
+            ids = _documentation_ids(tokenizer)
             metrics[f"perplexity_{self.window}"] = perplexity(
                 model, ids, window=self.window, batch_size=self.batch_size
             )
@@ -127,9 +145,7 @@ def option_accuracy(
     the model's context, for options that become the same tokens, and for a log-likelihood that is not finite.
     """
     _require(examples)
-    questions = [_question(example, tokenizer, template) for example in examples]
-    for example, question in zip(examples, questions, strict=True):
-        _check_length(model, len(question.prompt) + max(map(len, question.options)), example)
+    questions = _questions(examples, tokenizer, template, _max_positions(model))
     order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
     answers: list[OptionAnswer | None] = [None] * len(questions)
     with _evaluating(model):
@@ -161,10 +177,7 @@ def generation_accuracy(
     """Greedy answers; the first match of `pattern`, its first group stripped, must equal the right label."""
     _require(examples)
     parser = answer_parser(pattern)
-    prompt_ids = token_ids(tokenizer, [prompt_text(example, template) for example in examples])
-    prompts = [Encoded(ids, len(ids)) for ids in prompt_ids]
-    for example, prompt in zip(examples, prompts, strict=True):
-        _check_length(model, len(prompt) + max_new_tokens, example)
+    prompts = _prompts(examples, tokenizer, template, max_new_tokens, _max_positions(model))
     # Written out in full: a model's own generation settings may sample or penalise.
     settings = GenerationConfig(
         do_sample=False,
@@ -197,13 +210,11 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     """exp of the mean next-token loss (nats) over non-overlapping windows of exactly `window` tokens.
 
     The first token of a window is not predicted; what is left after the last full window is not used. Perplexities of
-    different windows are different quantities. Raises ValueError for a text shorter than one window.
+    different windows are different quantities. Raises ValueError for a window longer than the text or the model's
+    context.
     """
-    if window < 2:
-        raise ValueError(f"window={window} holds no token to predict; use 2 or more")
+    _check_window(window, len(ids), _max_positions(model))
     num_windows = len(ids) // window
-    if num_windows == 0:
-        raise ValueError(f"the text has {len(ids)} tokens and fills no window of {window}; use window<={len(ids)}")
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
     total = 0.0
     with _evaluating(model):
@@ -228,17 +239,12 @@ def lm_eval(
     """lm-eval on the model in memory: our examples as a local multiple-choice task, then `tasks` by lm-eval's names.
 
     Keys are `lm_eval/<task>/<metric>`. lm-eval moves blanks at the end of a prompt into the options, so its
-    log-likelihoods may differ from ours by a constant per question; the choices are the same.
+    log-likelihoods may differ from ours by a constant per question; the choices are the same. Raises ValueError as
+    `option_accuracy` does (lm-eval itself would cut long questions), without lm-eval, and for tasks it does not know.
     """
     _require(examples)
-    try:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(
-            f"metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]'"
-        ) from error
+    _questions(examples, tokenizer, template, _max_positions(model))
+    simple_evaluate, wrapped_model, task_manager = _lm_eval_names()
     local = f"layerif_{name}"
     # By default lm-eval seeds the whole process, and with it whatever is trained next.
     unseeded: dict[str, Any] = dict.fromkeys(
@@ -246,16 +252,11 @@ def lm_eval(
     )
     with tempfile.TemporaryDirectory() as folder, _evaluating(model):
         _write_lm_eval_task(Path(folder), local, examples, template)
-        manager = TaskManager(include_path=folder, include_defaults=bool(tasks))
-        for task in tasks:
-            if task not in manager.all_tasks:
-                near = ", ".join(get_close_matches(task, manager.all_tasks)) or "`lm-eval ls tasks` lists them"
-                raise ValueError(
-                    f"evaluation.lm_eval_tasks holds {task!r}, which lm-eval does not know; nearest: {near}"
-                )
+        manager = task_manager(include_path=folder, include_defaults=bool(tasks))
+        _check_lm_eval_tasks(tasks, manager.all_tasks)
         try:
             found: Any = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
+                model=wrapped_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=[local, *tasks],
                 task_manager=manager,
                 bootstrap_iters=0,
@@ -273,6 +274,28 @@ def lm_eval(
         for metric, value in values.items()
         if metric.endswith(",none") and "stderr" not in metric and isinstance(value, int | float)
     }
+
+
+def _lm_eval_names() -> tuple[Any, Any, Any]:
+    """lm-eval's simple_evaluate, HFLM and TaskManager; imported only where asked for, as the package is optional."""
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]'"
+        ) from error
+    return simple_evaluate, HFLM, TaskManager
+
+
+def _check_lm_eval_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            raise ValueError(
+                f"evaluation.lm_eval_tasks holds {task!r}, which lm-eval does not know{did_you_mean(task, known)}; "
+                "`lm-eval ls tasks` lists them"
+            )
 
 
 def _write_lm_eval_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:
@@ -310,6 +333,33 @@ class _Question:
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
+
+
+def _questions(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
+) -> list[_Question]:
+    questions = [_question(example, tokenizer, template) for example in examples]
+    for example, question in zip(examples, questions, strict=True):
+        _check_length(len(question.prompt) + max(map(len, question.options)), max_positions, example)
+    return questions
+
+
+def _prompts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_new_tokens: int,
+    max_positions: int | None,
+) -> list[Encoded]:
+    """Prompts alone, with room for `max_new_tokens` more."""
+    prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples])
+    for example, prompt in zip(examples, prompts, strict=True):
+        _check_length(len(prompt) + max_new_tokens, max_positions, example)
+    return [Encoded(ids, len(ids)) for ids in prompts]
+
+
+def _documentation_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return token_ids(tokenizer, [documentation_text("test")])[0]
 
 
 def _question(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> _Question:
@@ -364,13 +414,26 @@ def _log_likelihoods(model: nn.Module, questions: Sequence[_Question], pad_id: i
     return [tuple(row) for row in values]
 
 
-def _check_length(model: nn.Module, num_tokens: int, example: Example) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and num_tokens > limit:
+def _max_positions(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def _check_length(num_tokens: int, max_positions: int | None, example: Example) -> None:
+    if max_positions is not None and num_tokens > max_positions:
         raise ValueError(
-            f"question {example.id} takes {num_tokens} tokens with its answer, the model reads at most {limit}; "
-            "leave such questions out with task.keep, shorten the prompt, or lower evaluation.max_new_tokens"
+            f"question {example.id} takes {num_tokens} tokens with its answer, the model reads at most "
+            f"{max_positions}; leave such questions out with task.keep, shorten the prompt, "
+            "or lower evaluation.max_new_tokens"
         )
+
+
+def _check_window(window: int, num_tokens: int, max_positions: int | None) -> None:
+    most = num_tokens if max_positions is None else min(num_tokens, max_positions)
+    if window < 2:
+        raise ValueError(f"evaluation.window={window} holds no token to predict; use 2 or more")
+    if window > most:
+        limit = f"the text has {num_tokens} tokens" if most == num_tokens else f"the model reads at most {most} tokens"
+        raise ValueError(f"evaluation.window={window} is too long: {limit}; use evaluation.window<={most}")
 
 
 def _require(examples: Sequence[Example]) -> None:

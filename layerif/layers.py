@@ -7,12 +7,13 @@ Letters in shape suffixes: N train samples, M validation samples, P parameters o
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
+
+from layerif.names import did_you_mean
 
 T = TypeVar("T")
 
@@ -110,16 +111,3 @@ def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: s
             "give every layer a value"
         )
     return tuple(by_name[name] for name in layers)
-
-
-def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
-    """Raises ValueError naming the nearest allowed word if `got` is none of `allowed`."""
-    allowed = tuple(allowed)
-    if got not in allowed:
-        raise ValueError(f"{setting} must be one of {', '.join(allowed)}; got {got!r}{did_you_mean(str(got), allowed)}")
-
-
-def did_you_mean(got: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest allowed word, or nothing if none is near."""
-    nearest = difflib.get_close_matches(got, list(allowed), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from layerif.layers import LayerMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Scope = Literal["attention", "mlp", "all"]
 Parameters = Literal["weights", "lora"]
@@ -161,6 +164,10 @@ class Embedded(Pretrained):
         from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError("reading the embedded model needs the package 'gguf'; run `pip install gguf`")
+        log.info("converting the embedded model into %s, once", folder)
+
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The GGUF reader forgets that SmolLM2 splits numbers into digits.
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -202,17 +209,25 @@ def linears(block: nn.Module, scope: Scope = "all") -> Iterator[tuple[str, nn.Li
 
     attention: inside the child module whose name contains `attn` or `attention`; mlp: every other one.
     """
+    adapters = _adapters(block)
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear) and _in_scope(name, scope):
+        if isinstance(module, nn.Linear) and _in_scope(name, scope) and not name.startswith(adapters):
             yield name, module
 
 
-def layer_map(model: nn.Module, *, scope: Scope = "attention", parameters: Parameters = "weights") -> LayerMap:
+def layer_map(
+    model: nn.Module,
+    *,
+    scope: Scope = "attention",
+    parameters: Parameters = "weights",
+    skip_unsupported: bool = False,
+) -> LayerMap:
     """Name the weight matrices to measure in every block.
 
     weights: the matrices of the linear layers themselves (biases and norms are left out, as in the paper);
-    lora: the A and B of a loaded PEFT adapter instead.
-    Raises ValueError where a block has none, or has a matrix in scope that is no linear layer.
+    lora: the A and B of a loaded PEFT LoRA adapter instead.
+    skip_unsupported: leave out matrices in scope that are no linear layers, such as fused experts.
+    Raises ValueError where a block has no linear layer in scope, or another matrix that may not be skipped.
     """
     found = blocks(model)
     if not found:
@@ -224,12 +239,11 @@ def layer_map(model: nn.Module, *, scope: Scope = "attention", parameters: Param
     for block_name, block in found.items():
         matrices = {
             f"{block_name}.{name}.weight": module.weight
-            for name, module in linears(block, scope)
-            if _is_lora(name) == (parameters == "lora")
+            for name, module in (linears(block, scope) if parameters == "weights" else _lora_linears(block, scope))
         }
         if not matrices:
             raise ValueError(_nothing_in_scope(block_name, scope, parameters))
-        if parameters == "weights":
+        if parameters == "weights" and not skip_unsupported:
             _refuse_other_matrices(block_name, block, scope)
         names.append(block_name)
         params.append(tuple(matrices))
@@ -268,8 +282,19 @@ def _in_scope(name: str, scope: Scope) -> bool:
     return scope == "all" or (scope == "attention") == ("attn" in name or "attention" in name)
 
 
-def _is_lora(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+def _adapters(block: nn.Module) -> tuple[str, ...]:
+    """Prefixes of everything PEFT put into a block: its layers list what is theirs."""
+    return tuple(
+        f"{name}.{part}"
+        for name, module in block.named_modules()
+        for part in getattr(module, "adapter_layer_names", ())
+    )
+
+
+def _lora_linears(block: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and _in_scope(name, scope) and (".lora_A." in name or ".lora_B." in name):
+            yield name, module
 
 
 def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
@@ -286,14 +311,15 @@ def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
 
 def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> None:
     """A fused or convolutional matrix would be missing from the block's score: say so instead."""
+    adapters = _adapters(block)
     for name, module in block.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or isinstance(module, nn.Linear) or _is_lora(f".{kind}."):
+            if parameter.ndim < 2 or isinstance(module, nn.Linear) or f"{name}.{kind}".startswith(adapters):
                 continue
             if _in_scope(name, scope):
                 raise ValueError(
                     f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}, "
-                    "and only linear layers can be measured; choose a probe.scope without it (attention, mlp)"
+                    f"and only linear layers can be measured; probe.scope={scope} holds it, choose another"
                 )
 
 

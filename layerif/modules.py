@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -18,6 +18,7 @@ from layerif.data.batches import Encodings, collate, encode, padding_id
 from layerif.data.task import Example, Splits
 from layerif.loss import per_sample_loss
 from layerif.moe import LoraMoeConfig, balance_loss
+from layerif.probe import first_non_finite_block
 
 
 class LoRAMoEModule(L.LightningModule):
@@ -56,6 +57,11 @@ class LoRAMoEModule(L.LightningModule):
             raise ValueError(
                 f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); for steps use method.warmup_steps"
             )
+        if model.get("adapter"):
+            raise ValueError(
+                f"method=lora_moe cannot build on model.adapter={model['adapter']!r}; merge the adapter into a folder "
+                "of its own (PEFT's merge_and_unload) and use model=local, or score it with method=none"
+            )
         self.save_hyperparameters()
         self.strict_loading = False  # the frozen base is not in the checkpoint
         self.model: nn.Module | None = None
@@ -76,7 +82,7 @@ class LoRAMoEModule(L.LightningModule):
         return self.model
 
     def configure_model(self) -> None:
-        if hasattr(self.model, "peft_config"):
+        if isinstance(self.model, PeftModel):
             return
         if self.allocation is None:
             raise ValueError(
@@ -110,8 +116,9 @@ class LoRAMoEModule(L.LightningModule):
         loss = per_sample_loss(self.model, batch).mean()
         if not bool(loss.isfinite()):
             raise ValueError(
-                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}; "
-                "lower method.learning_rate or train in float32 (trainer.precision=32-true)"
+                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}, from "
+                f"{first_non_finite_block(self.model, batch)} on; lower method.learning_rate or train in float32 "
+                "(trainer.precision=32-true)"
             )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         coefficient = self.hparams["balance_coefficient"]
@@ -120,6 +127,16 @@ class LoRAMoEModule(L.LightningModule):
             self.log("train/balance", balance, batch_size=len(batch["labels"]))
             loss = loss + coefficient * balance
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
+        # One look at the device for all of them together.
+        finite = torch.stack([gradient.sum() for gradient in gradients.values()]).isfinite()
+        if not bool(finite.all()):
+            raise ValueError(
+                f"the gradient of {list(gradients)[int((~finite).nonzero()[0])]} is not finite at step "
+                f"{self.global_step}; lower method.learning_rate or train in float32 (trainer.precision=32-true)"
+            )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.model is not None
@@ -155,7 +172,8 @@ class TaskDataModule(L.LightningDataModule):
 
     batch_size: samples a device sees at once; with `trainer.accumulate_grad_batches` it makes the real batch.
     drop_partial: leave out the samples that would make the last batch of an epoch smaller (upstream does).
-    Shuffled by (seed, epoch). `num_truncated` counts the training samples cut at `max_length` tokens.
+    Shuffled by (seed, epoch). Samples cut at `max_length` tokens are counted in `train.num_truncated` and
+    `validation.num_truncated`.
     """
 
     def __init__(
@@ -180,10 +198,6 @@ class TaskDataModule(L.LightningDataModule):
             return encode(examples, tokenizer, template=template, max_length=max_length, loss_on=loss_on, eos=True)
 
         self.train, self.validation = encoded(splits.train), encoded(splits.validation)
-
-    @property
-    def num_truncated(self) -> int:
-        return self.train.num_truncated
 
     def train_dataloader(self) -> DataLoader:
         count = len(self.train)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.loss import per_sample_loss
-from layerif.models import Parameters, Scope, bare
+from layerif.models import Parameters, Scope, bare, blocks
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ class Probe:
     batch_size: int = 8
     memory_gb: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("num_train", 1), ("num_validation", 1), ("batch_size", 1), ("max_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"probe.{name}={getattr(self, name)} must be at least {least}")
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise ValueError(f"probe.memory_gb={self.memory_gb} must be above 0, or null for half of what is free")
+
 
 def measure(
     model: nn.Module,
@@ -64,17 +71,21 @@ def measure(
     *,
     memory_gb: float | None = None,
     fingerprint: str = "",
+    names: Sequence[str] | None = None,
 ) -> LayerGrams:
     """Grams of the per-sample gradients of every matrix in `layers`.
 
     train, validation: batches with the position of each of their samples; the Grams' rows follow the positions,
     however the samples were batched. Gradients of half-precision models are multiplied in float32.
+    names: of the samples, train then validation, for messages.
     Raises ValueError naming block and sample for a loss or gradient that is not finite.
     """
     num_train = sum(len(indices) for indices, _ in train)
     batches = [*train, *([[num_train + index for index in indices], batch] for indices, batch in validation)]
     num_samples = sum(len(indices) for indices, _ in batches)
     num_tokens = sum(batch["input_ids"].numel() for _, batch in batches)
+    if names is None:
+        names = [f"{'train' if index < num_train else 'validation'} sample {index}" for index in range(num_samples)]
     order_S = torch.tensor([index for indices, _ in batches for index in indices]).argsort()
 
     memory = _free_memory(next(model.parameters()).device) / 2 if memory_gb is None else memory_gb * 1e9
@@ -84,15 +95,37 @@ def measure(
     grams: dict[str, MatrixGram] = {}
     for number, group in enumerate(groups, 1):
         params = [param for layer in group for param in layers.params[layer]]
-        kept = _capture(model, params, batches, f"gradients {number}/{len(groups)}")
+        kept = _capture(model, params, batches, names, f"gradients {number}/{len(groups)}")
         for param in tqdm(params, desc="Gram matrices", disable=None, leave=False):
             gram_SS = _gram(kept.pop(param), num_samples)[order_S][:, order_S]
-            grams[param] = _split(param, gram_SS, num_train, bare(model).get_parameter(param).numel())
+            grams[param] = _split(param, gram_SS, num_train, bare(model).get_parameter(param).numel(), names)
     return LayerGrams(layers, grams, fingerprint)
 
 
+def first_non_finite_block(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
+    """The first block whose output on `batch` is not finite, or what follows the blocks."""
+    spoilt: list[str] = []
+
+    def note(name: str):
+        def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not bool(hidden.isfinite().all()):
+                spoilt.append(name)
+
+        return hook
+
+    handles = [block.register_forward_hook(note(name)) for name, block in blocks(model).items()]
+    try:
+        with torch.no_grad():
+            per_sample_loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"block {spoilt[0]}" if spoilt else "the head"
+
+
 def _capture(
-    model: nn.Module, params: Sequence[str], batches: Sequence[IndexedBatch], description: str
+    model: nn.Module, params: Sequence[str], batches: Sequence[IndexedBatch], names: Sequence[str], description: str
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """One forward and backward per batch: for each matrix its (input_BTI, delta_BTO) of every batch."""
     kept: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -103,10 +136,10 @@ def _capture(
             with _hooks(model, params, batch["attention_mask"].bool(), kept), torch.enable_grad():
                 loss_B = per_sample_loss(model, batch)
                 if not bool(loss_B.isfinite().all()):
-                    sample = indices[int((~loss_B.isfinite()).nonzero()[0])]
+                    sample = names[indices[int((~loss_B.isfinite()).nonzero()[0])]]
                     raise ValueError(
-                        f"the loss of sample {sample} is not finite ({loss_B.detach().tolist()}); "
-                        "look at that row, or load the model in float32 (model.dtype=float32)"
+                        f"the loss of {sample} is not finite, from {first_non_finite_block(model, batch)} on; look at "
+                        "that row and at the weights, or load the model in float32 (model.dtype=float32)"
                     )
                 loss_B.sum().backward()
     return kept
@@ -178,13 +211,12 @@ def _stacked(parts_BTF: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts_BTF]).to(dtype)
 
 
-def _split(param: str, gram_SS: Tensor, num_train: int, numel: int) -> MatrixGram:
+def _split(param: str, gram_SS: Tensor, num_train: int, numel: int, names: Sequence[str]) -> MatrixGram:
     norms_S = gram_SS.diagonal()
     if not bool(norms_S.isfinite().all()):
-        sample = int((~norms_S.isfinite()).nonzero()[0])
-        kind, number = ("train", sample) if sample < num_train else ("validation", sample - num_train)
+        sample = names[int((~norms_S.isfinite()).nonzero()[0])]
         raise ValueError(
-            f"the gradient of {param} is not finite for {kind} sample {number}; "
+            f"the gradient of {param} is not finite for {sample}; "
             "look at that row, or load the model in float32 (model.dtype=float32)"
         )
     gram_SS = gram_SS.cpu()

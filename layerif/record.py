@@ -19,17 +19,21 @@ _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-cor
 class RunRecord:
     """One finished run. Metrics are fractions (0–1), seconds are wall clock, layers are block names in order.
 
-    scores: one non-negative number per layer. higher_means, source: what a higher one means and where they are from.
-    reliability: how well two disjoint halves of the samples agree on them (Spearman). allocation: kind, budget, values.
-    questions: by metric, whether each evaluated question was answered right, by its id, for paired tests.
-    parameters: total and trainable. memory_gb: peak of the process in main memory. notes: every departure and warning.
+    inputs: hashes of what the configuration only names (model, rows, files). samples: (train, validation) behind the
+    scores. scores: one non-negative number per layer, none where the allocation needs none; higher_means, source: what
+    a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
+    (Spearman). allocation: kind, budget, values. questions: by metric, whether each evaluated question was answered
+    right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak of the process in main memory.
+    notes: every departure and warning.
     """
 
     name: str
     seed: int
     config: Mapping[str, Any]
     overrides: list[str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)
+    samples: dict[str, int] = field(default_factory=dict)
     scores: list[float] = field(default_factory=list)
     higher_means: str = ""
     source: str = ""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
@@ -39,23 +44,25 @@ def write(folder: Path, console: Console | None = None) -> None:
     """Print the tables of `folder`, and leave report.md, report.csv, scores.png and allocations.png in it."""
     console = console or _console()
     records = read(folder, console)
-    results, pairs, profiles = table(records), comparisons(records), correlations(records)
-    show(results, "Results", console)
-    if len(pairs):
-        show(pairs, f"Paired by question ({RESAMPLES} bootstrap resamples)", console)
-    if len(profiles):
-        show(profiles, "Rank correlation of layer profiles (Spearman)", console)
+    results, pairs = table(records), comparisons(records, console)
+    tables = {
+        "Results": results,
+        f"Paired by question ({RESAMPLES} bootstrap resamples)": pairs.drop(columns="finding", errors="ignore"),
+        "Rank correlation of layer profiles (Spearman)": correlations(records),
+    }
+    text = [f"# {folder.name}\n"]
+    for title, frame in tables.items():
+        if len(frame):
+            show(frame, title, console)
+            text.append(f"## {title}\n\n{_markdown(frame)}\n")
     for finding in pairs["finding"] if len(pairs) else ():
-        console.print(f"  {finding}", highlight=False)
-    text = [f"# {folder.name}\n", _markdown(results)]
-    text += [f"\n## Paired by question\n\n{_markdown(pairs)}"] * bool(len(pairs))
-    text += [f"\n## Rank correlation of layer profiles (Spearman)\n\n{_markdown(profiles)}"] * bool(len(profiles))
-    (folder / "report.md").write_text("\n".join(text) + "\n")
+        console.print(f"  {finding}", highlight=False, markup=False)
+    (folder / "report.md").write_text("\n".join(text))
     results.to_csv(folder / "report.csv", index=False)
-    plots = [folder / "scores.png", folder / "allocations.png"]
-    plot_scores(records, plots[0])
-    plot_allocations(records, plots[1])
-    for file in (folder / "report.md", folder / "report.csv", *(plot for plot in plots if plot.exists())):
+    plot_scores(records, folder / "scores.png")
+    plot_allocations(records, folder / "allocations.png")
+    files = [folder / name for name in ("report.md", "report.csv", "scores.png", "allocations.png")]
+    for file in filter(Path.exists, files):
         console.print(f"  {file}", highlight=False, soft_wrap=True)
 
 
@@ -79,71 +86,97 @@ def read(folder: Path, console: Console) -> list[RunRecord]:
 
 def _order(record: RunRecord) -> tuple:
     """Baselines before what is compared with them."""
-    return record.config["task"]["name"], record.seed, bool(record.config["method"]), record.source != "uniform"
+    place = _called(record.config["model"]), _called(record.config["task"]), record.seed
+    return *place, bool(record.config["method"]), record.source != "uniform"
+
+
+@dataclass(frozen=True)
+class State:
+    """A model as a run found it (prefix "before/") or left it ("").
+
+    where: task and seed, and the model unless all records share one. place: the same in words; states of one place can
+    be compared. label: unlike that of every other state of the place.
+    """
+
+    record: RunRecord
+    prefix: str
+    where: Mapping[str, object]
+    place: str
+    label: str
+
+    @property
+    def answers(self) -> dict[str, bool]:
+        return self.record.questions.get(f"{self.prefix}options", {})
+
+
+def states(records: Sequence[RunRecord]) -> list[State]:
+    """All there is to compare, place by place, untouched models first (the same one once); no run hides another."""
+    places: dict[tuple[str, str, int], list[RunRecord]] = defaultdict(list)
+    for record, model, task in zip(records, _titles(records, "model"), _titles(records, "task"), strict=True):
+        places[model, task, record.seed].append(record)
+    found = []
+    for (model, task, seed), runs in places.items():
+        where = ({"model": model} if model else {}) | {"task": task, "seed": seed}
+        place = f"{model} {task}".strip() + f" seed {seed}" * (len({seed for *_, seed in places}) > 1)
+        before = [run for run in runs if "before/accuracy" in run.metrics]
+        untouched = _distinct(before, key=lambda run: run.questions.get("before/options"))
+        labels = _labels(["before fine-tuning"] * len(untouched), [_settings(run, "evaluation") for run in untouched])
+        found += [State(run, "before/", where, place, label) for run, label in zip(untouched, labels, strict=True)]
+        only_scored = [run for run in runs if not run.config["method"] and not run.metrics]
+        for alike in (only_scored, [run for run in runs if run.config["method"]]):
+            labels = _labels([_name(run) for run in alike], [_settings(run) for run in alike])
+            found += [State(run, "", where, place, label) for run, label in zip(alike, labels, strict=True)]
+    return found
 
 
 def table(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """One row per evaluated state of a model: the untouched one, and every fine-tuned one.
+    """One row per evaluated state of a model: the untouched one (once for all seeds), and every fine-tuned one.
 
-    Accuracy is a fraction with Wilson's 95 % interval over the questions; it says nothing about other seeds.
+    Accuracy is a fraction with Wilson's 95 % interval over the questions, of one seed: seeds are not pooled.
     """
-    rows = []
-    for record in records:
-        for prefix in ("before/", ""):
-            if f"{prefix}accuracy" not in record.metrics and (prefix or record.metrics):
-                continue
-            rows.append({"run": _label(record, prefix), **_row(record, prefix)})
-    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
+    rows: dict[Hashable, dict[str, object]] = {}
+    for number, state in enumerate(states(records)):
+        record, prefix = state.record, state.prefix
+        low, high = (record.metrics.get(f"{prefix}accuracy_{end}") for end in ("low", "high"))
+        trained = not prefix and bool(record.config["method"])
+        row = {
+            "run": state.label,
+            **state.where,
+            "accuracy": record.metrics.get(f"{prefix}accuracy"),
+            "95 % interval": None if low is None or high is None else f"{low:.3f} to {high:.3f}",
+            "questions": len(state.answers) or None,
+            "trainable": record.parameters.get("trainable") if trained else 0,
+            "evidence s": None if prefix else record.seconds.get("evidence"),
+            "fit s": record.seconds.get("fit") if trained else None,
+        }
+        kept = rows.setdefault(str(row | {"seed": None}) if prefix else number, row)
+        if kept is not row:
+            kept["seed"] = f"{kept['seed']}, {row['seed']}"
+    return pd.DataFrame(list(rows.values()))
 
 
-def _row(record: RunRecord, prefix: str) -> dict[str, object]:
-    metrics, seconds = record.metrics, record.seconds
-    interval = [metrics.get(f"{prefix}accuracy_{end}") for end in ("low", "high")]
-    trained = not prefix and bool(record.config["method"])
-    return {
-        "task": record.config["task"]["name"],
-        "seed": record.seed,
-        "accuracy": metrics.get(f"{prefix}accuracy"),
-        "95 % interval": f"{interval[0]:.3f} to {interval[1]:.3f}" if None not in interval else None,
-        "questions": len(record.questions.get(f"{prefix}options", ())) or None,
-        "trainable": record.parameters.get("trainable") if trained else 0,
-        "evidence s": None if prefix else seconds.get("evidence"),
-        "fit s": seconds.get("fit") if trained else None,
-    }
-
-
-def comparisons(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Differences in accuracy between runs of one task and seed, paired by question.
+def comparisons(records: Sequence[RunRecord], console: Console | None = None) -> pd.DataFrame:
+    """Differences in accuracy between runs of one model, task and seed, paired by question.
 
     Interval: percentile bootstrap of the mean difference over questions, 95 %. The finding calls a difference only what
-    the interval excludes zero for; a single seed says nothing about others.
+    the interval excludes zero for. Seeds are not pooled: a finding holds for its own and says nothing about others.
     """
-    answered = {}
-    for record in records:
-        for prefix in ("before/", ""):
-            if right := record.questions.get(f"{prefix}options"):
-                answered.setdefault((record.config["task"]["name"], record.seed), {})[_label(record, prefix)] = right
     rows = []
-    for (task, seed), runs in answered.items():
-        for (first, of_first), (second, of_second) in itertools.combinations(runs.items(), 2):
-            shared = sorted(of_first.keys() & of_second.keys())
-            differences = np.array([float(of_second[name]) - float(of_first[name]) for name in shared])
-            low, high = bootstrap_interval(differences, seed)
-            verdict = "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
-            interval = f"{low:+.3f} to {high:+.3f}"
-            rows.append(
-                {
-                    "task": task,
-                    "seed": seed,
-                    "from": first,
-                    "to": second,
-                    "difference": differences.mean(),
-                    "95 % interval": interval,
-                    "questions": len(shared),
-                    "finding": f"{task}: {second} is {verdict} {first} "
-                    f"({differences.mean():+.3f}, 95 % interval {interval}, {len(shared)} questions)",
-                }
-            )
+    for first, second in itertools.combinations([state for state in states(records) if state.answers], 2):
+        if first.where != second.where or second.prefix:
+            continue
+        shared = sorted(first.answers.keys() & second.answers.keys())
+        if not shared:
+            said = f"{first.place}: {second.label} and {first.label} share no question and are not compared"
+            (console or _console()).print(said, highlight=False, markup=False)
+            continue
+        differences = np.array([float(second.answers[name]) - float(first.answers[name]) for name in shared])
+        low, high = bootstrap_interval(differences, first.record.seed)
+        verdict = "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
+        mean, interval = differences.mean(), f"{low:+.3f} to {high:+.3f}"
+        row = {"from": first.label, "to": second.label, "difference": mean, "95 % interval": interval}
+        finding = f"{first.place}: {second.label} is {verdict} {first.label} ({mean:+.3f}, 95 % interval {interval}, "
+        rows.append({**first.where, **row, "questions": len(shared), "finding": f"{finding}{len(shared)} questions)"})
     return pd.DataFrame(rows)
 
 
@@ -151,22 +184,20 @@ def bootstrap_interval(differences: np.ndarray, seed: int) -> tuple[float, float
     """95 % percentile bootstrap interval of the mean."""
     if np.ptp(differences) == 0:  # every resample is the same
         return float(differences[0]), float(differences[0])
-    found = stats.bootstrap(
-        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
-    )
+    rng = np.random.default_rng(seed)
+    found = stats.bootstrap((differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=rng)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
-    """The distinct measured layer profiles, by task and estimator; constant ones say nothing and are left out."""
-    found: dict[str, RunRecord] = {}
-    for record in records:
-        if record.scores and len(set(record.scores)) > 1:
-            name = f"{record.config['task']['name']} {_estimator(record)}"
-            if name in found and found[name].scores != record.scores:
-                name = f"{name} seed {record.seed}"
-            found.setdefault(name, record)
-    return found
+    """The distinct measured layer profiles by what they are of; constant ones say nothing and are left out."""
+    found: dict[tuple, RunRecord] = {}
+    for record, model, task in zip(records, _titles(records, "model"), _titles(records, "task"), strict=True):
+        if len(set(record.scores)) > 1:
+            name = " ".join(filter(None, [model, task, _estimator(record)]))
+            found.setdefault((name, *record.scores), record)
+    settings = [_settings(record, "seed", "task", "probe", "estimator") for record in found.values()]
+    return dict(zip(_labels([name for name, *_ in found], settings), found.values(), strict=True))
 
 
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
@@ -174,13 +205,11 @@ def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
     found = profiles(records)
     rows = []
     for (first, one), (second, other) in itertools.combinations(found.items(), 2):
-        if one.layers == other.layers:
-            correlation = stats.spearmanr(one.scores, other.scores)[0]
-            rows.append({"profile": first, "and": second, "Spearman": correlation})
-    for name, record in found.items():
-        if record.reliability is not None:
-            itself = "itself, on disjoint halves of its samples"
-            rows.append({"profile": name, "and": itself, "Spearman": record.reliability})
+        if one.layers == other.layers and _content(one, "model") == _content(other, "model"):
+            rows.append({"profile": first, "and": second, "Spearman": stats.spearmanr(one.scores, other.scores)[0]})
+    itself = "itself, on disjoint halves of its samples"
+    measured_twice = [(name, one.reliability) for name, one in found.items() if one.reliability is not None]
+    rows += [{"profile": name, "and": itself, "Spearman": reliability} for name, reliability in measured_twice]
     return pd.DataFrame(rows)
 
 
@@ -189,41 +218,39 @@ def plot_scores(records: Sequence[RunRecord], file: Path) -> None:
     found = profiles(records)
     if not found:
         return
-    figure, axes = _figure()
-    for (name, record), colour in zip(found.items(), itertools.cycle(COLOURS)):
-        scores = np.array(record.scores)
-        axes.plot(range(len(scores)), scores / scores.max(), marker="o", markersize=4, color=colour, label=name)
-    axes.set(xlabel="layer (decoder block)", ylabel="score, as a fraction of the largest", ylim=(0, 1.05))
-    means = {record.higher_means for record in found.values()}
-    _finish(figure, axes, file, f"Layer scores (higher = {' or '.join(sorted(means))})")
+    means = " or ".join(sorted({record.higher_means for record in found.values()}))
+    with _axes(file, f"Layer scores (higher = {means})") as axes:
+        for (name, record), colour in zip(found.items(), itertools.cycle(COLOURS)):
+            scores = np.array(record.scores)
+            axes.plot(range(len(scores)), scores / scores.max(), marker="o", markersize=4, color=colour, label=name)
+        axes.set(xlabel="layer (decoder block)", ylabel="score, as a fraction of the largest", ylim=(0, 1.05))
 
 
 def plot_allocations(records: Sequence[RunRecord], file: Path) -> None:
-    """What each layer got, one line per distinct allocation."""
-    distinct: dict[tuple, tuple[str, RunRecord]] = {}
-    for record in records:
-        if record.allocation and (record.config["method"] or len(records) == 1):
-            distinct.setdefault(tuple(record.allocation["values"]), (_label(record, ""), record))
+    """What each layer got, one colour per distinct allocation, called after the first run that has it."""
+    distinct: dict[tuple, State] = {}
+    for state in states(records) if len(records) > 1 else [State(records[0], "", {}, "", _name(records[0]))]:
+        if state.record.allocation and not state.prefix and (state.record.config["method"] or len(records) == 1):
+            distinct.setdefault((state.record.allocation["kind"], *state.record.allocation["values"]), state)
     if not distinct:
         return
-    figure, axes = _figure()
-    kind = next(iter(distinct.values()))[1].allocation["kind"]
-    width = 0.8 / len(distinct)
-    for number, ((values, (name, record)), colour) in enumerate(zip(distinct.items(), itertools.cycle(COLOURS))):
-        shifted = np.arange(len(values)) + (number - (len(distinct) - 1) / 2) * width
-        axes.bar(shifted, values, width, color=colour, label=f"{name} (budget {record.allocation['budget']})")
-    axes.set(xlabel="layer (decoder block)", ylabel=kind)
-    _finish(figure, axes, file, f"Allocated {kind} per layer")
+    width, labels = 0.8 / len(distinct), Counter(state.label for state in distinct.values())
+    kinds = " or ".join(dict.fromkeys(kind for kind, *_ in distinct))
+    with _axes(file, f"Allocated {kinds} per layer") as axes:
+        for number, (((_, *values), state), colour) in enumerate(zip(distinct.items(), itertools.cycle(COLOURS))):
+            shifted = np.arange(len(values)) + (number - (len(distinct) - 1) / 2) * width
+            name = state.label if labels[state.label] == 1 else f"{state.place} {state.label}"
+            axes.bar(shifted, values, width, color=colour, label=f"{name} (budget {state.record.allocation['budget']})")
+        axes.set(xlabel="layer (decoder block)", ylabel=kinds)
 
 
 def print_run(record: RunRecord, folder: Path, console: Console | None = None) -> None:
     """One run's summary on the console, and its plots in its folder."""
     console = console or _console()
-    scores, values = record.scores, record.allocation["values"]
-    layers = pd.DataFrame({"layer": record.layers, "score": scores, record.allocation["kind"]: values})
-    highest = [record.layers[index] for index in np.argsort(scores)[::-1][:3]]
-    ranking = f"; highest: {', '.join(highest)}" if len(set(scores)) > 1 else ""
-    console.print(f"\n{record.source}{ranking}", highlight=False)
+    scores, values = record.scores, record.allocation["values"]  # no scores with an allocation from a file
+    highest = ", ".join(record.layers[index] for index in np.argsort(scores)[::-1][:3])
+    ranking = f"; highest: {highest}" if len(set(scores)) > 1 else ""
+    console.print(f"\n{record.source}{ranking}", highlight=False, markup=False)
     console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
     if record.metrics:
         show(table([record]), record.config["task"]["name"], console)
@@ -232,20 +259,20 @@ def print_run(record: RunRecord, folder: Path, console: Console | None = None) -
             console.print(f"  {name}: {_text(value)}", highlight=False)
     for note in record.notes:
         console.print(f"  note: {note}", highlight=False)
-    layers.to_csv(folder / "layers.csv", index=False)
+    columns = {"layer": record.layers, **({"score": scores} if scores else {}), record.allocation["kind"]: values}
+    pd.DataFrame(columns).to_csv(folder / "layers.csv", index=False)
     plot_scores([record], folder / "scores.png")
     plot_allocations([record], folder / "allocation.png")
 
 
 def show(frame: pd.DataFrame, title: str, console: Console) -> None:
-    """A data frame as a table; prose (`finding`) goes below it, not into it."""
-    frame = frame.drop(columns="finding", errors="ignore")
     shown = Table(title=title, title_justify="left")
     for column in frame.columns:
         is_text = any(isinstance(value, str) for value in frame[column])
-        shown.add_column(str(column), justify="left" if is_text else "right")
+        is_short = column not in ("run", "model", "from", "to", "profile", "and")
+        shown.add_column(str(column), justify="left" if is_text else "right", no_wrap=is_short, overflow="fold")
     for row in frame.itertuples(index=False):
-        shown.add_row(*map(_text, row))
+        shown.add_row(*(escape(_text(value)) for value in row))
     console.print(shown)
 
 
@@ -255,17 +282,89 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def _label(record: RunRecord, prefix: str) -> str:
-    if prefix:
-        return "before fine-tuning"
-    method = next((part for part in [record.config["method"]] if part), None)
-    return f"{_estimator(record)} {record.allocation.get('kind', '')}".strip() + ("" if method else " (not trained)")
+def _name(record: RunRecord) -> str:
+    kind = record.allocation.get("kind", "")
+    name = "allocation from file" if _is_from_file(record) else f"{_estimator(record)} {kind}".strip()
+    return name if record.config["method"] else f"{name} (not trained)"
 
 
 def _estimator(record: RunRecord) -> str:
     name = record.config["estimator"]["_target_"].split(".")[-2]
     aggregation = record.config["estimator"].get("aggregation", "all")
     return name if aggregation == "all" else f"{name} {aggregation}"
+
+
+def _is_from_file(record: RunRecord) -> bool:
+    return record.config["allocator"]["_target_"] == "layerif.allocate.File"
+
+
+def _titles(records: Sequence[RunRecord], section: str) -> list[str]:
+    """What each record's model or task is called; a model that all share needs no name."""
+    contents = [_content(record, section) for record in records]
+    distinct = _distinct(contents)
+    if section == "model" and len(distinct) == 1:
+        return [""] * len(records)
+    names = [_called(content) for content in distinct]
+    labels = _labels(names, [{name: _flat(content)} for name, content in zip(names, distinct, strict=True)])
+    return [labels[distinct.index(content)] for content in contents]
+
+
+def _content(record: RunRecord, section: str) -> dict[str, object]:
+    """What makes it the same model or task: not where it is kept, nor how many samples are learned from."""
+    incidental = ("cache", "num_train", "num_validation", "seed")
+    return {key: value for key, value in record.config[section].items() if key not in incidental}
+
+
+def _called(content: Mapping) -> str:
+    return Path(content.get("name") or content.get("path") or content["_target_"].split(".")[-1].lower()).name
+
+
+def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
+    return [item for number, item in enumerate(items) if key(item) not in map(key, items[:number])]
+
+
+def _settings(record: RunRecord, *sections: str) -> dict[Hashable, dict[str, object]]:
+    """The configuration by section (all, or those given), without what has a name or a column already.
+
+    Estimators and allocators are kept apart, to be compared with their like: what follows from the choice is no news.
+    """
+    told = ["model.", "method.model.", "evaluation.before.", "estimator.aggregation."]
+    told += [f"task.{key}." for key in _content(record, "task")] + ["estimator.", "probe."] * _is_from_file(record)
+    choices = {"estimator": _estimator(record).split()[0], "allocator": record.config["allocator"]["_target_"]}
+    found: dict[Hashable, dict[str, object]] = defaultdict(dict)
+    for key, value in _flat(record.config).items():
+        section = key.split(".")[0]
+        follows = key.endswith(".seed") and value == record.seed
+        if section in (sections or (section,)) and not follows and not f"{key}.".startswith(tuple(told)):
+            found[section, choices.get(section)][key] = value
+    return found
+
+
+def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Keys as on the command line: `a.b.c`."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _labels(names: Sequence[str], settings: Sequence[Mapping[Hashable, Mapping[str, object]]]) -> list[str]:
+    """Each name with those of its settings that differ from another's; a number for what is alike even so."""
+    labels = []
+    for name, sections in zip(names, settings, strict=True):
+        for section, values in sections.items():
+            others = [other[section] for other in settings if section in other]
+            differing = [key for key, value in values.items() if any(other.get(key) != value for other in others)]
+            name = " ".join([name, *(f"{key}={_setting(values[key])}" for key in differing)])
+        labels.append(name)
+    numbers = {label: itertools.count(1) for label, times in Counter(labels).items() if times > 1}
+    return [f"{label} ({next(numbers[label])})" if label in numbers else label for label in labels]
+
+
+def _setting(value: object) -> str:
+    """As on the command line; of a long one the end, where paths differ."""
+    text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"…{text[-39:]}"
 
 
 def _text(value: object) -> str:
@@ -277,22 +376,21 @@ def _text(value: object) -> str:
 
 
 def _markdown(frame: pd.DataFrame) -> str:
-    frame = frame.drop(columns="finding", errors="ignore")
     rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
     rows += [list(map(_text, row)) for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _figure():
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+@contextmanager
+def _axes(file: Path, title: str):
+    """A plot, saved on leaving it."""
+    figure, axes = plt.subplots(layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    return figure, axes
-
-
-def _finish(figure, axes, file: Path, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    yield axes
+    figure.set_size_inches(8, 3.6 + 0.2 * len(axes.get_legend_handles_labels()[1]))
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9)  # labels may be long: not over the data
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import resource
@@ -9,9 +10,9 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import lightning as L
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +33,7 @@ from layerif.data.batches import output_text, prompt_text
 from layerif.data.task import Splits
 from layerif.decide import Decider, Decision
 from layerif.evaluate import Evaluation
-from layerif.models import layer_map
+from layerif.models import hash_file, layer_map
 from layerif.modules import TaskDataModule
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
@@ -47,8 +49,8 @@ _INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
 class Fit:
     """keep: evaluate the `last` adapter or the `best` on the validation loss.
 
-    patience: stop after so many validations without improvement (None: never). checkpoint_steps: also save every so
-    many optimiser steps, for long epochs (None: at the end of epochs).
+    patience: stop after so many validations without improvement (None: never). checkpoint_steps: save for a killed run
+    every so many optimiser steps (None: at the end of every epoch).
     """
 
     keep: Literal["last", "best"] = "last"
@@ -60,21 +62,30 @@ def run(config: DictConfig) -> None:
     """Run one composed configuration in Hydra's folder, unless that folder holds its record already."""
     check(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    job = _job(config)
-    if not config.rerun and not config.dry_run and _is_finished(folder, job):
-        log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
-        return
     L.seed_everything(config.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
     parts = _Parts(config)
     if config.dry_run:
-        _preview(parts)
+        _preview(parts, folder)
         return
-    record = RunRecord(name=config.name, seed=config.seed, config=job, overrides=list(HydraConfig.get().overrides.task))
-    with _noting_warnings(record.notes):
-        _execute(parts, record, folder)
+    record = RunRecord(
+        name=config.name,
+        seed=config.seed,
+        config=_job(config),
+        overrides=list(HydraConfig.get().overrides.task),
+        inputs=parts.inputs(),
+    )
+    if not config.rerun and _is_finished(folder, record):
+        log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
+        return
+    try:
+        with _noting_warnings(record.notes):
+            _execute(parts, record, folder)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
+        sys.exit(130)
     record.memory_gb = _peak_memory()
     file = record.write(folder)
     print_run(record, folder)
@@ -82,7 +93,10 @@ def run(config: DictConfig) -> None:
 
 
 class _Parts:
-    """The objects a configuration names. Cheap: no weights are loaded here."""
+    """The objects a configuration names, checked against one another.
+
+    No weights are loaded here, save that the embedded model is converted the first time it is asked for anything.
+    """
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
@@ -102,17 +116,25 @@ class _Parts:
             store=Store(Path(config.store)),
             seed=config.seed,
         )
-        if config.method:
-            self._check_kind(get_class(config.method["_target_"]).allocates)  # type: ignore[attr-defined]
-
-    def _check_kind(self, wanted: str) -> None:
-        """A method that builds experts cannot spend ranks: said before anything is measured."""
-        given = self.decider.rehearse(layer_map(self.model.skeleton(), scope="all")).kind
+        given = self.decider.rehearse(self.decider.layers()).kind
+        wanted = get_class(config.method["_target_"]).allocates if config.method else given  # type: ignore[attr-defined]
         if given != wanted:
             raise ValueError(
-                f"the allocator gives {given}, the method {self.config.method['_target_']} spends {wanted}; "
+                f"the allocator gives {given}, the method {config.method['_target_']} spends {wanted}; "
                 f"use allocator={wanted}, or method=none for scores and allocation only"
             )
+        if config.method or self.evaluation.before:
+            positions = getattr(self.model.skeleton().config, "max_position_embeddings", None)
+            self.evaluation.check(self.tokenizer, self.splits.test, self.task, positions)
+
+    def inputs(self) -> dict[str, str]:
+        """What the configuration only names: a job is the same if the content is, too."""
+        rows = json.dumps(asdict(self.splits), sort_keys=True)
+        hashes = {"rows": hashlib.sha256(rows.encode()).hexdigest(), **self.model.fingerprint()}
+        for part in ("estimator", "allocator"):
+            if path := getattr(getattr(self.decider, part), "path", None):
+                hashes[part] = hash_file(Path(path))
+        return hashes
 
     def module(self) -> Any:
         method = OmegaConf.to_container(self.config.method, resolve=True)
@@ -122,12 +144,26 @@ class _Parts:
     def datamodule(self) -> TaskDataModule:
         return instantiate(self.config.data)(self.splits, self.tokenizer)
 
+    def trainer(self, callbacks: list[Callback], folder: Path) -> L.Trainer:
+        try:
+            return instantiate(
+                self.config.trainer,
+                callbacks=callbacks,
+                logger=instantiate(self.config.logger) if self.config.logger and callbacks else False,
+                default_root_dir=str(folder),
+                enable_model_summary=False,
+                enable_checkpointing=bool(callbacks),
+                num_sanity_val_steps=0,
+            )
+        except InstantiationException as error:
+            raise ValueError(f"trainer: {error.__cause__ or error}") from error
 
-def _preview(parts: _Parts) -> None:
+
+def _preview(parts: _Parts, folder: Path) -> None:
     """Everything that can be said without weights: the sizes, one sample, and whether the budget can be met."""
     config, splits, template = parts.config, parts.splits, parts.task.template
     skeleton = parts.model.skeleton()
-    layers, everything = layer_map(skeleton, scope=config.probe.scope), layer_map(skeleton, scope="all")
+    layers, everything = layer_map(skeleton, scope=config.probe.scope), parts.decider.layers()
     train, validation = parts.decider.samples()
     allocation = parts.decider.rehearse(everything)
     example = splits.train[0]
@@ -142,78 +178,105 @@ def _preview(parts: _Parts) -> None:
         "allocation": f"{allocation.kind}, budget {allocation.budget} over {len(layers.names)} layers; "
         f"equal scores would give {list(allocation.values)}",
     }
+    parts.trainer(_callbacks(parts, folder / "checkpoints"), folder)  # its settings are checked, as are the module's
     if config.method:
-        parts.module()  # its settings are checked, nothing is loaded
+        parts.module()
         data = parts.datamodule()
         lines["fit"] = (
             f"{len(data.train)} samples in batches of {data.batch_size}, "
-            f"{data.num_truncated} samples cut at {config.data.max_length} tokens"
+            f"{data.train.num_truncated} samples cut at {config.data.max_length} tokens"
         )
     lines["first sample"] = repr(prompt_text(example, template) + output_text(example.output, template))
     width = max(map(len, lines))
     print("\n".join(f"{name:<{width}}  {line}" for name, line in lines.items()))
-    print("dry run: everything above is valid, nothing was computed")
+    print("dry run: everything above is valid, nothing was measured or trained")
 
 
 def _execute(parts: _Parts, record: RunRecord, folder: Path) -> None:
     if parts.splits.num_dropped:
-        record.notes.append(f"{parts.splits.num_dropped} rows dropped from train and validation: test repeats them")
-    if not parts.config.method:
-        loaded: list[nn.Module] = []
+        record.notes.append(f"{parts.splits.num_dropped} rows dropped from train and validation: repeated")
+    if parts.config.method:
+        _fit(parts, record, folder)
+    else:
+        _score(parts, record, parts.trainer([], folder).strategy.root_device)
 
-        def load() -> nn.Module:
-            loaded[:] = loaded or [parts.model.load().to(_device())]
-            return loaded[0]
 
-        _keep(parts.decider(load), record)
-        if parts.evaluation.before:
-            _evaluate(load(), parts, record, "before/")
-        return
+def _score(parts: _Parts, record: RunRecord, device: torch.device) -> None:
+    """Scores and allocation, and if asked the accuracy of the untouched model."""
+    loaded: list[nn.Module] = []
 
-    module, datamodule = parts.module(), parts.datamodule()
-    callback = InfluenceCallback(parts.decider)
-    checkpoints = folder / "checkpoints"
-    trainer = _trainer(parts, callback, folder, checkpoints)
+    def load() -> nn.Module:
+        loaded[:] = loaded or [parts.model.load().to(device)]
+        return loaded[0]
+
+    _keep(parts.decider(load), parts, record)
     if parts.evaluation.before:
-        _evaluate(module.base_model().to(_device()), parts, record, "before/")
+        _evaluate(load(), parts, record, "before/")
+
+
+def _fit(parts: _Parts, record: RunRecord, folder: Path) -> None:
+    """Scores, allocation, fine-tuning, evaluation."""
+    module, data = parts.module(), parts.datamodule()
+    influence = InfluenceCallback(parts.decider)
+    checkpoints = folder / "checkpoints"
+    trainer = parts.trainer([influence, *_callbacks(parts, checkpoints)], folder)
+    device = trainer.strategy.root_device
+    if parts.evaluation.before:
+        _evaluate(module.base_model().to(device), parts, record, "before/")
     start = time.perf_counter()
     trainer.ckpt_path = _unfinished(checkpoints, record)
-    trainer.fit(module, datamodule=datamodule)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    assert callback.decision is not None
-    _keep(callback.decision, record)
-    record.seconds["fit"] = time.perf_counter() - start - callback.seconds
-    if datamodule.num_truncated:
-        record.notes.append(
-            f"{datamodule.num_truncated} of {len(datamodule.train)} training samples cut at data.max_length"
-        )
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:  # how Lightning leaves on Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    assert influence.decision is not None
+    _keep(influence.decision, parts, record)
+    record.seconds["fit"] = time.perf_counter() - start - influence.seconds
+    for part, encodings in (("training", data.train), ("validation", data.validation)):
+        if encodings.num_truncated:
+            record.notes.append(f"{encodings.num_truncated} of {len(encodings)} {part} samples cut at data.max_length")
     if parts.fit.keep == "best":
-        module.on_load_checkpoint(torch.load(checkpoints / "best.ckpt", map_location="cpu", weights_only=True))
+        best = checkpoints / "best.ckpt"
+        if not best.exists():
+            raise ValueError(
+                "fit.keep=best found no validation to choose by: training ended before the first; raise "
+                "trainer.max_steps, lower trainer.val_check_interval, or use fit.keep=last"
+            )
+        module.on_load_checkpoint(torch.load(best, map_location="cpu", weights_only=True))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.model.parameters()]
     record.parameters = {
         "total": sum(numel for numel, _ in sizes),
         "trainable": sum(numel for numel, is_trained in sizes if is_trained),
     }
     module.model.save_pretrained(folder / "adapter")
-    _evaluate(module.model.to(_device()), parts, record, "")
+    _evaluate(module.model.to(device), parts, record, "")
     shutil.rmtree(checkpoints)  # the adapter and the record say it all; checkpoints were for a run that is killed
 
 
-def _keep(decision: Decision, record: RunRecord) -> None:
-    record.layers = list(decision.scores.layers)
+def _keep(decision: Decision, parts: _Parts, record: RunRecord) -> None:
+    record.layers = list(decision.allocation.layers)
+    record.allocation = decision.allocation.to_dict()
+    record.seconds |= decision.seconds
+    if decision.scores is None:
+        record.source = f"file({parts.config.allocator.path})"
+        return
     record.scores = list(decision.scores.values)
     record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
     record.fingerprint = decision.scores.fingerprint
     record.reliability = decision.reliability
-    record.allocation = decision.allocation.to_dict()
-    record.seconds |= decision.seconds
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
     if decision.num_truncated:
         record.notes.append(
             f"{decision.num_truncated} of {sum(decision.num_samples)} probed samples cut at probe.max_length"
         )
+    for part, num in zip(("train", "validation"), decision.num_samples, strict=True):
+        record.samples[part] = num
+        asked = parts.config.probe[f"num_{part}"]
+        if 0 < num < asked:
+            record.notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
 
 
 def _evaluate(model: nn.Module, parts: _Parts, record: RunRecord, prefix: str) -> None:
@@ -227,27 +290,20 @@ def _evaluate(model: nn.Module, parts: _Parts, record: RunRecord, prefix: str) -
     record.seconds[f"{prefix}evaluate"] = time.perf_counter() - start
 
 
-def _trainer(parts: _Parts, callback: InfluenceCallback, folder: Path, checkpoints: Path) -> L.Trainer:
+def _callbacks(parts: _Parts, checkpoints: Path) -> list[Callback]:
     saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
-    callbacks: list[Callback] = [callback, saved(filename="last", every_n_train_steps=parts.fit.checkpoint_steps)]
+    callbacks: list[Callback] = [saved(filename="last", every_n_train_steps=parts.fit.checkpoint_steps)]
     if parts.fit.keep == "best":
         callbacks.append(saved(filename="best", monitor="validation/loss"))
     if parts.fit.patience is not None:
         callbacks.append(EarlyStopping("validation/loss", patience=parts.fit.patience))
-    return instantiate(
-        parts.config.trainer,
-        callbacks=callbacks,
-        logger=instantiate(parts.config.logger) if parts.config.logger else False,
-        default_root_dir=str(folder),
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    return callbacks
 
 
 def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     """The checkpoint of a killed run of the same job in this folder; one of another job is removed."""
     last, job = checkpoints / "last.ckpt", checkpoints / "job.json"
-    wanted = json.dumps(record.config, sort_keys=True)
+    wanted = json.dumps([record.config, record.inputs], sort_keys=True)
     if last.exists() and job.exists() and job.read_text() == wanted:
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         log.info("resuming from %s", last)
@@ -265,14 +321,15 @@ def _job(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL}
 
 
-def _is_finished(folder: Path, job: Mapping[str, Any]) -> bool:
+def _is_finished(folder: Path, record: RunRecord) -> bool:
     if not (folder / FILE).exists():
         return False
     try:
-        return RunRecord.read(folder).config == json.loads(json.dumps(job))
+        done = RunRecord.read(folder)
     except ValueError as error:
         log.warning("%s; the job runs again", error)
         return False
+    return (done.config, done.inputs) == (json.loads(json.dumps(record.config)), record.inputs)
 
 
 @contextmanager
@@ -290,10 +347,6 @@ def _noting_warnings(notes: list[str]) -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         warnings.showwarning = note_and_show
         yield
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _peak_memory() -> float:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from layerif.layers import check_choice
+from layerif.names import check_choice
 
 Aggregation = Literal["all", "positive", "top25"]
 Direction = Literal["undertrained", "important"]

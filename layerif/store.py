@@ -70,12 +70,14 @@ def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> Non
         "layers": json.dumps(asdict(grams.layers)),
         "numel": json.dumps({param: gram.numel for param, gram in grams.grams.items()}),
         "description": json.dumps(dict(description), sort_keys=True),
-        "checksum": _checksum(tensors),
     }
+    header["checksum"] = _checksum(tensors, header)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file(tensors, unfinished, metadata=header)
         os.replace(unfinished, file)
+    except SafetensorError as error:  # what a full disk becomes in there
+        raise OSError(f"cannot write {file}: {error}; free some space, or set store=/another/folder") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -84,7 +86,7 @@ def _read(file: Path, key: str) -> LayerGrams:
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    if header["checksum"] != _checksum(tensors):
+    if header.pop("checksum") != _checksum(tensors, header):
         raise ValueError("its checksum does not match its content")
     layers = json.loads(header["layers"])
     grams = {
@@ -95,8 +97,8 @@ def _read(file: Path, key: str) -> LayerGrams:
     return LayerGrams(LayerMap(names, params, numel), grams, key)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())

@@ -45,7 +45,7 @@ shifts = st.sampled_from(["min", "none"])
 
 
 @law
-@given(any_scores, st.integers(0, 300), betas, shifts, st.integers(0, 3))
+@given(any_scores, st.integers(0, 300), betas, shifts, st.integers(1, 3))
 def test_counts_spend_the_budget_respect_the_floor_and_keep_the_order(scores, spare, beta, shift, floor):
     budget = floor * len(scores) + spare
     for counts in (
@@ -312,6 +312,8 @@ def test_scores_must_be_finite_and_not_negative(bad):
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=2), "max_sparsity=2"),
         (lambda: Experts(beta=math.nan), "beta=nan"),
         (lambda: Experts(floor=0), "floor must be a whole number >= 1"),
+        (lambda: to_experts([1.0], 4, beta=1, floor=0), "floor must be a whole number >= 1"),
+        (lambda: to_rank([1.0], 4, floor=0), "floor must be a whole number >= 1"),
         (lambda: Experts(rounding="largest_remain"), "did you mean 'largest_remainder'"),  # pyright: ignore
         (lambda: Rank(budget=-3), "budget must be a whole number >= 1"),
         (lambda: Sparsity(target=1.2), "0 to 0.99"),

@@ -22,6 +22,7 @@ from tests.tiny import FAMILIES, shipped_task, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PATTERN = r"Answer: (\w+)"
+ALL_METRICS = ("options", "generation", "perplexity", "lm_eval")
 
 
 def example(index: int) -> Example:
@@ -110,7 +111,7 @@ def test_lm_eval_on_the_same_questions_gives_the_same_accuracy_and_the_same_choi
 
 
 def test_lm_eval_names_what_is_missing(monkeypatch):
-    with pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know; nearest: .*arc_easy"):
+    with pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know \(did you mean 'arc_easy'"):
         lm_eval(tiny_model(), TOKENIZER, EXAMPLES, name="tiny", template="plain", tasks=["arc_easi"])
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"pip install 'layerif\[lm-eval\]'"):
@@ -188,8 +189,10 @@ def test_perplexity_equals_its_definition_window_by_window():
     expected = math.exp(sum(losses) / len(losses))
     for batch_size in (1, 3):
         assert perplexity(model, ids, window=10, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="the text has 47 tokens and fills no window of 48; use window<=47"):
+    with pytest.raises(ValueError, match=r"window=48 is too long: the text has 47 tokens; use evaluation\.window<=47"):
         perplexity(model, ids, window=48)
+    with pytest.raises(ValueError, match=r"the model reads at most 16 tokens; use evaluation\.window<=16"):
+        perplexity(tiny_model("opt", max_position_embeddings=16), ids, window=20)
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
@@ -234,13 +237,12 @@ def test_questions_that_cannot_be_scored_say_why():
         option_accuracy(model, TOKENIZER, [Example("q", "", ("a", "b"), ("a", "b"), 0)], template="plain")
 
 
-def test_an_evaluation_runs_what_it_is_asked_for_on_the_first_questions(monkeypatch):
+def test_an_evaluation_runs_what_it_is_asked_for(monkeypatch):
     monkeypatch.setattr("layerif.evaluate.documentation_text", lambda part: f"Words of {part}. " * 100)
-    task = shipped_task("capital", "task.template=plain")
+    task = shipped_task("capital", "task.template=plain", "task.num_test=4")
     examples = task.load().test
-    evaluation = Evaluation(
-        metrics=["options", "generation", "perplexity", "lm_eval"], num_questions=4, max_new_tokens=3, window=512
-    )
+    evaluation = Evaluation(metrics=ALL_METRICS, max_new_tokens=3, window=512)
+    evaluation.check(TOKENIZER, examples, task, 512)
     model = tiny_model("llama", num_hidden_layers=1)
     result = evaluation.run(model, TOKENIZER, examples, task)
     assert {
@@ -253,19 +255,47 @@ def test_an_evaluation_runs_what_it_is_asked_for_on_the_first_questions(monkeypa
     } <= set(result.metrics)
     assert result.metrics["lm_eval/layerif_capital/acc"] == result.metrics["accuracy"]
     for answers in result.answers.values():
-        assert [answer.id for answer in answers] == [item.id for item in examples[:4]]
+        assert [answer.id for answer in answers] == [item.id for item in examples]
     assert result.metrics == evaluation.run(model, TOKENIZER, examples, task).metrics
-    assert set(Evaluation(num_questions=2).run(model, TOKENIZER, examples, task).answers) == {"options"}
+    assert set(Evaluation().run(model, TOKENIZER, examples, task).answers) == {"options"}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metrics": ["option"]}, "holds 'option'; use any of options, generation, perplexity, lm_eval"),
+        ({"metrics": ["option"]}, "holds 'option' .did you mean 'options'.*use any of options, generation, perplexity"),
         ({"batch_size": 0}, "evaluation.batch_size=0; use 1 or more"),
-        ({"num_questions": 0}, "evaluation.num_questions=0"),
+        ({"max_new_tokens": 0}, "evaluation.max_new_tokens=0; use 1 or more"),
+        ({"window": 1}, "evaluation.window=1; use 2 or more"),
     ],
 )
 def test_a_wrong_evaluation_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Evaluation(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "examples", "max_positions", "message"),
+    [
+        ({"metrics": ["options"]}, [EXAMPLES[6]], 32, r"question q6 takes \d+ tokens .* at most 32"),
+        ({"metrics": ["lm_eval"]}, [EXAMPLES[6]], 32, r"question q6 takes \d+ tokens .* at most 32"),
+        ({"metrics": ["generation"]}, [EXAMPLES[0]], 100, r"question q0 takes \d+ tokens .* at most 100"),
+        ({"metrics": ["options"]}, [Example("q", "What?", ("a", "a"), ("a", "b"), 0)], None, "become the same tokens"),
+        ({"metrics": ["options"]}, [], None, "at least one example"),
+        ({"metrics": ["perplexity"], "window": 10**6}, EXAMPLES, None, "the text has .* use evaluation.window<="),
+        ({"metrics": ["perplexity"], "window": 64}, EXAMPLES, 32, "evaluation.window=64 .* at most 32"),
+        ({"metrics": ["lm_eval"], "lm_eval_tasks": ["arc_easi"]}, EXAMPLES, None, "did you mean 'arc_easy'"),
+    ],
+)
+def test_what_an_evaluation_would_refuse_is_known_without_a_model(fields, examples, max_positions, message):
+    task = shipped_task("capital", "task.template=plain")
+    with pytest.raises(ValueError, match=message):
+        Evaluation(**fields).check(TOKENIZER, examples, task, max_positions)
+
+
+def test_a_missing_lm_eval_is_known_without_a_model_and_only_where_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)  # as if it were not installed
+    task = shipped_task("capital")
+    Evaluation(metrics=("options", "generation", "perplexity")).check(TOKENIZER, EXAMPLES, task, None)
+    with pytest.raises(ValueError, match=r"pip install 'layerif\[lm-eval\]'"):
+        Evaluation(metrics=ALL_METRICS).check(TOKENIZER, EXAMPLES, task, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.layers import LayerMap, MatrixGram, check_choice, in_layer_order
+from layerif.layers import LayerMap, MatrixGram, in_layer_order
 
 
 def gram_of(train_NP: torch.Tensor, val_MP: torch.Tensor) -> MatrixGram:
@@ -53,12 +53,6 @@ def test_an_unknown_layer_is_refused_with_the_nearest_name():
 def test_a_missing_layer_is_refused_by_name():
     with pytest.raises(ValueError, match=r"lacks 1 of the model's 2 layers.*'b'"):
         in_layer_order({"a": 1}, ("a", "b"), source="x.json")
-
-
-def test_an_unknown_choice_is_refused_with_the_allowed_and_the_nearest():
-    check_choice("aggregation", "all", ("all", "positive"))
-    with pytest.raises(ValueError, match=r"aggregation must be one of all, positive; got 'postive'; did you mean"):
-        check_choice("aggregation", "postive", ("all", "positive"))
 
 
 def test_selecting_samples_equals_measuring_only_those():

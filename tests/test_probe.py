@@ -151,8 +151,10 @@ def test_non_finite_loss_names_the_sample():
     row = samples()[2]
     with torch.no_grad():
         model.get_parameter("model.embed_tokens.weight")[int(row[0])] = float("inf")
-    with pytest.raises(ValueError, match="loss of sample"):
+    with pytest.raises(ValueError, match=r"loss of train sample 2 is not finite, from block model\.layers\.0 on"):
         probe(model)
+    with pytest.raises(ValueError, match="loss of my row is not finite"):
+        probe(model, names=["my row"] * len(LENGTHS))
 
 
 def test_non_finite_gradient_names_matrix_and_sample():
@@ -163,7 +165,9 @@ def test_non_finite_gradient_names_matrix_and_sample():
         output.register_hook(lambda delta: delta * float("nan"))
 
     block.get_submodule("self_attn.o_proj").register_forward_hook(spoil)
-    with pytest.raises(ValueError, match=r"gradient of model\.layers\.\d\.self_attn\.\w+\.weight .* train sample 0"):
+    with pytest.raises(
+        ValueError, match=r"gradient of model\.layers\.\d\.self_attn\.\w+\.weight is not finite for train sample 0"
+    ):
         probe(model, size=1)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,15 +63,24 @@ def test_fingerprint_ignores_the_order_of_keys():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped", "empty", "header"])
 def test_a_corrupted_file_is_recomputed_with_a_warning(tmp_path, damage):
     store = Store(tmp_path)
     first, _ = store.grams({"model": "a"}, some_grams)
     (file,) = tmp_path.rglob("*.safetensors")
-    content = bytearray(file.read_bytes())
+    before = file.read_bytes()
+    content = bytearray(before)
     if damage == "flipped":
         content[-3] ^= 1
-    file.write_bytes({"truncated": content[:-40], "garbage": b"x" * 99, "flipped": content, "empty": b""}[damage])
+    damaged = {
+        "truncated": content[:-40],
+        "garbage": b"x" * 99,
+        "flipped": content,
+        "empty": b"",
+        "header": content.replace(b"[18, 12]", b"[98, 12]"),  # the numbers of parameters
+    }[damage]
+    assert len(damaged) < len(content) or damaged != before
+    file.write_bytes(damaged)
     with pytest.warns(UserWarning, match="corrupted and is computed anew"):
         second, reused = store.grams({"model": "a"}, some_grams)
     assert not reused
@@ -85,6 +97,22 @@ def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path, monkeypatch, er
     monkeypatch.setattr(store_module, "save_file", fail)
     with pytest.raises(error):
         Store(tmp_path).grams({"model": "a"}, some_grams)
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
+
+
+def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
+    """Through the real writer, in a process that may write no more than a kilobyte to a file."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "from tests.test_store import *\n"
+        f"try: Store({str(tmp_path)!r}).grams({{}}, some_grams)\n"
+        "except OSError as error: print('refused:', error)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    assert "refused: cannot write" in done.stdout, done.stderr
+    assert "free some space" in done.stdout
     assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
 
 

@@ -46,7 +46,8 @@ def test_the_papers_prompts_are_reproduced_exactly(tmp_path, golden):
     names = {split for split in shipped.splits.values() if split}
     others = json.loads(json.dumps(golden["row"]))
     text = next(key for key in ("question", "question_stem", "sentence", "sentence1") if key in others)
-    write(tmp_path, **{name: [{**others, text: f"{name} {n}"} for n in range(3)] for name in names})
+    column = shipped.columns.get("id") or "id"
+    write(tmp_path, **{name: [{**others, text: f"{name} {n}", column: n} for n in range(3)] for name in names})
     write(tmp_path, **{shipped.splits["test"]: [golden["row"]]})
     (example,) = shipped_task(golden["task"], f"task.path='{tmp_path}'").load().test
     assert example.instruction == golden["instruction"]
@@ -127,6 +128,8 @@ def test_keep_filters_rows_and_must_leave_some(folder):
         ({"splits": {"train": "train", "test": "test"}}, "exactly train, validation and test"),
         ({"splits": {"train": "train", "validation": None, "test": None}}, "task.splits.test is empty"),
         ({"num_test": 0}, "task.num_test=0 leaves no row"),
+        ({"pattern": "("}, "task.pattern='\\(' is no regular expression"),
+        ({"pattern": "Answer"}, "task.pattern='Answer' has no group"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_any_row_is_read(fields, message):
@@ -167,7 +170,8 @@ def test_one_split_in_two_parts_is_refused(first, second):
 def test_evaluated_rows_among_the_influence_rows_are_refused_or_dropped(tmp_path):
     path = write(tmp_path, train=rows_of(1, 2, 3, 4), validation=rows_of(5, 6), test=rows_of(3, 4, 5, 7))
     with pytest.raises(
-        ValueError, match=r"2 of 4 rows of train \(split 'train'\) are also in test .*drop_overlap=true"
+        ValueError,
+        match=r"2 of 4 rows of train \(split 'train'\) ask what rows of test .*drop_overlap=true",
     ):
         task(path).load()
     splits = task(path, drop_overlap=True).load()
@@ -177,6 +181,63 @@ def test_evaluated_rows_among_the_influence_rows_are_refused_or_dropped(tmp_path
     write(tmp_path, validation=rows_of(3, 4))
     with pytest.raises(ValueError, match="every row of validation is also in test"):
         task(path, drop_overlap=True).load()
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        {"a": "B"},  # relabelled
+        {"o": ["three", "one", "two"]},  # reshuffled
+        {"o": {"label": ["C", "B", "A"], "text": ["three", "two", "one"]}},
+        {"q": " what  IS 7? "},
+    ],
+)
+@pytest.mark.parametrize("shows_options", [True, False])
+@pytest.mark.parametrize(("part", "other"), [("train", "test"), ("validation", "test"), ("train", "validation")])
+def test_a_question_in_two_parts_is_found_whatever_its_label_and_order(tmp_path, copy, shows_options, part, other):
+    rows = {"train": rows_of(1, 2), "validation": rows_of(3, 4), "test": rows_of(5, 6)}
+    rows[other] += rows_of(7)
+    rows[part].append({**rows_of(7)[0], **copy})
+    instruction = "{{ question }}{% for option in options %} ({{ letters[loop.index0] }}) {{ option }}{% endfor %}"
+    mine = {"instruction": instruction if shows_options else "{{ question }}"}
+    path = write(tmp_path, **rows)
+    with pytest.raises(ValueError, match=rf"1 of 3 rows of {part} \(split .* ask what rows of {other} .*drop_overlap"):
+        task(path, **mine).load()
+    splits = task(path, **mine, drop_overlap=True).load()
+    assert splits.num_dropped == 1
+    assert (len(getattr(splits, part)), len(getattr(splits, other))) == (2, 3)
+
+
+def test_the_same_words_over_other_options_are_another_question(tmp_path):
+    """As in openbookqa: "A desert environment is" is in train and in test, over different options."""
+    same = {"q": "A desert is", "a": "A"}
+    path = write(
+        tmp_path,
+        train=[{**same, "o": ["frigid", "parched"]}],
+        validation=rows_of(1),
+        test=[{**same, "o": ["lush", "arid"]}],
+    )
+    shown = "{{ question }} {{ options | join(' ') }}"
+    assert len(task(path, instruction=shown).load().train) == 1
+    with pytest.raises(ValueError, match="1 of 1 rows of train"):  # the prompts are the same
+        task(path, instruction="{{ question }}").load()
+
+
+def test_statements_without_options_are_compared_whatever_their_label(tmp_path):
+    cola = [{"sentence": f"Sentence {n}.", "label": n % 2, "idx": n} for n in range(30)]
+    path = write(tmp_path, train=cola, validation=[{**cola[3], "label": 0}])
+    with pytest.raises(ValueError, match=r"1 of 30 rows of train \(split 'train'\) ask what rows of test"):
+        shipped_task("cola", f"task.path='{path}'").load()
+
+
+def test_an_id_twice_in_a_part_names_both_rows(tmp_path):
+    columns = {"id": "id", "question": "q", "options": "o", "answer": "a"}
+    test = [{**row, "id": id} for row, id in zip(rows_of(1, 2, 3), ("x", "y", "x"), strict=True)]
+    others = [{**row, "id": "x"} for row in rows_of(4, 5)]  # each part counts for itself
+    path = write(tmp_path, train=others[:1], validation=others[1:], test=test)
+    with pytest.raises(ValueError, match=r"test.jsonl:1 and .*test.jsonl:3 have the same id 'x'; .*task.columns.id"):
+        task(path, columns=columns).load()
+    assert len(task(path, columns={**columns, "id": None}).load().test) == 3
 
 
 def test_a_limit_on_the_test_rows_does_not_weaken_the_guard(tmp_path):
@@ -197,6 +258,18 @@ def test_held_out_validation_and_train_are_a_partition(folder):
     assert again == task(folder, splits=splits, seed=1).load().validation != other
     with pytest.raises(ValueError, match="leaves none to train on"):
         task(folder, splits=splits, num_validation=40).load()
+
+
+def test_copies_of_a_question_are_held_out_together(tmp_path):
+    path = write(tmp_path, train=[row for n in range(10) for row in rows_of(n) * (1 + n % 3)], test=rows_of(99))
+    splits = {"train": "train", "validation": None, "test": "test"}
+    for seed in range(5):
+        held = task(path, splits=splits, num_validation=5, seed=seed).load()
+        assert len(held.validation) == 5
+        assert not {e.instruction for e in held.train} & {e.instruction for e in held.validation}
+    write(tmp_path, train=rows_of(1, 2) * 3)
+    with pytest.raises(ValueError, match=r"repeat each question at least 3 times.*task.num_validation>=3"):
+        task(path, splits=splits, num_validation=2).load()
 
 
 def test_limits_are_seeded_nested_and_keep_the_order(folder):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from layerif.data.answers import answer_parser
 from layerif.data.source import Jsonl, Row, Source
 
 Template = Literal["plain", "alpaca"]
@@ -40,7 +42,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a task. num_dropped: train and validation rows dropped because the test split holds them too."""
+    """The examples of a task. num_dropped: train rows dropped because test or validation ask the same, and validation
+    rows dropped because test does.
+    """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -62,10 +66,13 @@ class Task:
         none of the labels, the text of its option), and which rows stay (null: all).
     pattern: regular expression whose first group is the answer in a generated text.
     splits: part (train, validation, test) -> the dataset's split. Null for validation holds part of train out: a tenth,
-        or `num_validation`. A test split that also serves as another part is refused.
+        or `num_validation`, copies of a question all on one side. One split for two parts is refused.
     template: what stands around instruction and output, see `data/batches.py`.
     num_train, num_validation, num_test: at most so many rows, chosen by `seed` (a smaller choice is part of a larger).
-    drop_overlap: drop train and validation rows that the test split repeats word for word, rather than refuse.
+    drop_overlap: drop train rows that ask what validation or test ask, and validation rows that ask what test asks,
+        rather than refuse. Two rows ask the same where their instructions are equal but for case, blanks and the order
+        of `options`, whatever their labels. Not found: other wording, other wrong options where the instruction shows
+        them, options outside the name `options`.
     """
 
     name: str
@@ -87,7 +94,9 @@ class Task:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _Renderer(self)  # a template that does not parse fails here, before any row is read
+        # What does not parse fails here, before any row is read.
+        _Renderer(self)
+        answer_parser(self.pattern)
         if self.template not in get_args(Template):
             raise ValueError(f"task.template={self.template} is unknown; use one of {', '.join(get_args(Template))}")
         if set(self.splits) != set(PARTS):
@@ -110,16 +119,18 @@ class Task:
     def load(self) -> Splits:
         """Read, render and check all three parts.
 
-        Raises ValueError for rows that cannot be read or rendered, and for train or validation rows whose instruction
-        and output are those of a test row (unless `drop_overlap`).
+        Raises ValueError for rows that cannot be read or rendered, for an id twice in a part, and for rows that ask
+        what a later part asks, which train (before validation) and validation (before test) must not (unless
+        `drop_overlap`).
         """
-        test = self._examples("test")
-        train, num_dropped = self._apart_from(test, "train", self._examples("train"))
+        test = self._read("test")
+        train, num_dropped = self._apart("train", self._read("train"), "test", test)
         if self.splits["validation"] is None:
             train, validation = self._hold_out(train)
         else:
-            validation, num_more = self._apart_from(test, "validation", self._examples("validation"))
-            num_dropped += num_more
+            validation, num_from_validation = self._apart("validation", self._read("validation"), "test", test)
+            train, num_from_train = self._apart("train", train, "validation", validation)
+            num_dropped += num_from_validation + num_from_train
         return Splits(
             train=self._choose("train", train),
             validation=self._choose("validation", validation),
@@ -127,7 +138,7 @@ class Task:
             num_dropped=num_dropped,
         )
 
-    def _examples(self, part: str) -> list[Example]:
+    def _read(self, part: str) -> list[_Read]:
         split = self.splits[part]
         assert split is not None
         source = Jsonl(path=self.path) if self.path is not None else self.source
@@ -136,55 +147,84 @@ class Task:
                 f"task {self.name} has no rows to read; set task.path=/folder with the files "
                 + ", ".join(f"{name}.jsonl" for name in self.splits.values() if name)
             )
-        renderer, num_rows, examples = _Renderer(self), 0, []
+        renderer, num_rows = _Renderer(self), 0
+        by_id: dict[str, _Read] = {}
         for num_rows, row in enumerate(source.rows(split), start=1):
-            example = renderer.example(row, default_id=f"{split}-{num_rows}")
-            if example is not None:
-                examples.append(example)
-        if not examples:
+            read = renderer.read(row, default_id=f"{split}-{num_rows}")
+            if read is None:
+                continue
+            first = by_id.setdefault(read.example.id, read)
+            if first is not read:
+                raise ValueError(
+                    f"{first.where} and {read.where} have the same id {read.example.id!r}; "
+                    "give each row its own, or name another column in task.columns.id (null numbers the rows)"
+                )
+        if not by_id:
             raise ValueError(
                 f"task {self.name}: nothing is left of the {num_rows} rows of split {split!r} "
                 f"after task.keep={self.keep!r}; change the condition, or set task.keep=null"
             )
-        return examples
+        return list(by_id.values())
 
-    def _apart_from(self, test: Sequence[Example], part: str, examples: list[Example]) -> tuple[list[Example], int]:
-        """`examples` without those in `test`, and how many those were."""
-        evaluated = {(example.instruction, example.output) for example in test}
-        kept = [example for example in examples if (example.instruction, example.output) not in evaluated]
-        num_dropped = len(examples) - len(kept)
+    def _apart(self, part: str, rows: list[_Read], other: str, others: list[_Read]) -> tuple[list[_Read], int]:
+        """`rows` without those that ask what `others` ask, and how many those were."""
+        asked = {row.question for row in others}
+        kept = [row for row in rows if row.question not in asked]
+        num_dropped = len(rows) - len(kept)
         if num_dropped and not self.drop_overlap:
             raise ValueError(
-                f"task {self.name}: {num_dropped} of {len(examples)} rows of {part} (split {self.splits[part]!r}) "
-                f"are also in test (split {self.splits['test']!r}), word for word: "
-                "scores and weights would see what is evaluated; set task.drop_overlap=true to drop them, "
-                "or name other splits"
+                f"task {self.name}: {num_dropped} of {len(rows)} rows of {part} (split {self.splits[part]!r}) "
+                f"ask what rows of {other} (split {self.splits[other]!r}) ask: scores and weights would see what they "
+                f"are judged by; set task.drop_overlap=true to drop them from {part}, or name other splits"
             )
         if not kept:
-            raise ValueError(f"task {self.name}: every row of {part} is also in test; name other splits in task.splits")
+            raise ValueError(
+                f"task {self.name}: every row of {part} is also in {other}; name other splits in task.splits"
+            )
         return kept, num_dropped
 
-    def _hold_out(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
+    def _hold_out(self, train: list[_Read]) -> tuple[list[_Read], list[_Read]]:
         num = self.num_validation if self.num_validation is not None else max(1, len(train) // 10)
         if num >= len(train):
             raise ValueError(
                 f"task {self.name}: holding {num} of {len(train)} train rows out for validation "
                 f"leaves none to train on; use task.num_validation<{len(train)}"
             )
-        chosen = set(self._shuffled("held out", len(train))[:num])
+        copies = Counter(row.question for row in train)
+        chosen: set[str] = set()
+        for index in self._shuffled("held out", len(train)):
+            question = train[index].question
+            if question not in chosen and copies[question] <= num:
+                chosen.add(question)
+                num -= copies[question]
+        if not chosen:
+            raise ValueError(
+                f"task {self.name}: its train rows repeat each question at least {min(copies.values())} times, "
+                f"so holding {num} out splits a question; use task.num_validation>={min(copies.values())}, "
+                "or name a split of its own in task.splits.validation"
+            )
         return (
-            [example for index, example in enumerate(train) if index not in chosen],
-            [example for index, example in enumerate(train) if index in chosen],
+            [row for row in train if row.question not in chosen],
+            [row for row in train if row.question in chosen],
         )
 
-    def _choose(self, part: str, examples: list[Example]) -> tuple[Example, ...]:
+    def _choose(self, part: str, rows: list[_Read]) -> tuple[Example, ...]:
         limit = getattr(self, f"num_{part}")
-        if limit is None or limit >= len(examples):
-            return tuple(examples)
-        return tuple(examples[index] for index in sorted(self._shuffled(part, len(examples))[:limit]))
+        if limit is None or limit >= len(rows):
+            return tuple(row.example for row in rows)
+        return tuple(rows[index].example for index in sorted(self._shuffled(part, len(rows))[:limit]))
 
     def _shuffled(self, what: str, num: int) -> list[int]:
         return Random(f"{self.seed} {what}").sample(range(num), num)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An example, where its row stands, and what it asks (equal for rows that ask the same)."""
+
+    example: Example
+    where: str
+    question: str
 
 
 class _Renderer:
@@ -209,19 +249,28 @@ class _Renderer:
             if getattr(task, field) is not None
         }
 
-    def example(self, row: Row, default_id: str) -> Example | None:
-        """The example of a row, None where `keep` is false."""
+    def read(self, row: Row, default_id: str) -> _Read | None:
+        """The example of a row and what it asks, None where `keep` is false."""
         names = self._names(row)
         if "keep" in self.expressions and not self._value("keep", names, row):
             return None
         labels = self._labels(names, row)
-        return Example(
+        example = Example(
             id=str(names["id"]) if self.task.columns.get("id") else default_id,
             instruction=self._text("instruction", self.instruction, names, row),
             options=tuple(self._text("output", self.output, {**names, "label": label}, row) for label in labels),
             labels=labels,
             answer=self._answer_index(names, labels, row),
         )
+        return _Read(example, row.where, self._question(example, names, row))
+
+    def _question(self, example: Example, names: Mapping[str, Any], row: Row) -> str:
+        """The instruction in lower case, blanks made one, its options sorted."""
+        text = example.instruction
+        if self.task.columns.get("options"):
+            options, letters = (sorted(map(_folded, names[name])) for name in ("options", "letters"))
+            text = self._text("instruction", self.instruction, {**names, "options": options, "letters": letters}, row)
+        return _folded(text)
 
     def _names(self, row: Row) -> dict[str, Any]:
         """What templates see: the row's columns, then the task's own names."""
@@ -281,6 +330,10 @@ class _Renderer:
         return ValueError(
             f"{row.where}: task.{field} cannot be filled in: {reason}. Known names: {', '.join(sorted(names))}"
         )
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _column(row: Row, dotted: str, setting: str) -> Any:

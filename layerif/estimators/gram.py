@@ -15,7 +15,8 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from layerif.layers import LayerGrams, MatrixGram, check_choice
+from layerif.layers import LayerGrams, MatrixGram
+from layerif.names import check_choice
 from layerif.scores import Aggregation, LayerScores, aggregate
 
 Granularity = Literal["matrix", "block"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from layerif.models import blocks
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.routing import Routing
+from layerif.names import did_you_mean
 
 NO_MATCH = (0, 0)
 
@@ -155,9 +155,9 @@ def _require_linear(name: str, module: nn.Module) -> bool:
 def _check_counts(counts: Mapping[str, int], targets: list[str], blocks: list[str]) -> None:
     for key in counts:
         if all(_specificity(key, name) == NO_MATCH for name in targets):
-            nearest = difflib.get_close_matches(key, blocks + targets, n=1, cutoff=0)[0]
             known = f"; the blocks are {blocks[0]} to {blocks[-1]}" if blocks else ""
-            raise ValueError(f"num_experts key {key!r} matches no targeted module; did you mean {nearest!r}?{known}")
+            hint = did_you_mean(key, blocks + targets)
+            raise ValueError(f"num_experts key {key!r} matches no targeted module{hint}{known}")
     missing = [name for name in targets if all(_specificity(key, name) == NO_MATCH for key in counts)]
     if missing:
         raise ValueError(
