@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         (["trainer.precision=float"], "trainer.precision='float' is not allowed"),
         (["trainer.accelerator=tpu"], "trainer: "),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
-        (["model.adapter=/nowhere"], "'/nowhere' holds no model files"),
+        (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
         (["allocator=rank"], "the allocator gives rank, the method layerif.modules.LoRAMoEModule spends experts"),
     ],
 )
