@@ -101,6 +101,7 @@ class _Parts:
             allocator=instantiate(config.allocator),
             store=Store(Path(config.store)),
             seed=config.seed,
+            device=_device(),
         )
         if config.method:
             self._check_kind(get_class(config.method["_target_"]).allocates)  # type: ignore[attr-defined]
