@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 import tempfile
 import warnings
@@ -245,7 +246,7 @@ def layer_map(model: nn.Module, *, scope: Scope = "attention", parameters: Param
         matrices = {
             f"{block_name}.{name}.weight": module.weight
             for name, module in linears(block, scope)
-            if _is_lora(name) == (parameters == "lora")
+            if (_is_lora(name) if parameters == "lora" else ".lora_" not in name)
         }
         if not matrices:
             raise ValueError(_nothing_in_scope(block_name, scope, parameters))
@@ -289,7 +290,8 @@ def _in_scope(name: str, scope: Scope) -> bool:
 
 
 def _is_lora(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+    """A or B of a LoRA or a LoRA-MoE; a router is neither."""
+    return re.search(r"\.lora_(moe_)?[AB]\.", name) is not None
 
 
 def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:

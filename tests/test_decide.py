@@ -15,7 +15,7 @@ from layerif.allocate import Experts
 from layerif.decide import Decider
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.tracin import TracIn
-from layerif.models import Local
+from layerif.models import Local, layer_map
 from layerif.moe import LoraMoeConfig
 from layerif.probe import Probe
 from layerif.store import Store
@@ -100,7 +100,16 @@ def test_checkpoints_may_be_whole_models(decider, tmp_path):
 
 def test_an_adapter_with_experts_is_a_checkpoint_too(decider, model_folder, tmp_path):
     folder = saved_adapter(tmp_path / "moe", str(model_folder), moe=True)
-    assert decider.model.at(folder) == replace(decider.model, adapter=folder)
+    model = decider.model.at(folder)
+    assert model == replace(decider.model, adapter=folder)
+    params = {kind: layer_map(model.load(), parameters=kind).params[0] for kind in ("weights", "lora")}
+    assert [name.rpartition("self_attn.")[2] for name in params["weights"]] == [
+        f"{matrix}_proj.base_layer.weight" for matrix in "qkvo"
+    ]
+    assert [name.rpartition("self_attn.")[2] for name in params["lora"]] == [
+        f"{matrix}_proj.lora_moe_{factor}.default.weight" for matrix in "qkvo" for factor in "AB"
+    ]
+    assert all(value > 0 for value in replace(decider, estimator=tracin_of([folder], 0.1))().scores.values)
 
 
 @pytest.mark.parametrize(
