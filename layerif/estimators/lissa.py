@@ -114,7 +114,7 @@ class Lissa(DampedEstimator):
             warnings.warn(
                 f"LiSSA is unconverged after estimator.num_steps={self.num_steps}: its influence is off the exact one "
                 f"by {residuals[worst]:.0%} in {worst!r} ({statistics.median(residuals.values()):.0%} in the median "
-                f"of {len(residuals)}); take more steps, which cost no time, a larger damping, or estimator=exact",
+                f"of {len(residuals)}); take more steps, which cost no time, or estimator=exact",
                 RuntimeWarning,
                 stacklevel=3,
             )
