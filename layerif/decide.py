@@ -7,11 +7,12 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import torch
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -20,7 +21,7 @@ from layerif.allocate import Allocation
 from layerif.data.batches import Encodings, batches, encode, padding_id
 from layerif.data.task import Example, Splits
 from layerif.estimators import Estimator
-from layerif.layers import LayerGrams, LayerMap
+from layerif.layers import CheckpointGrams, LayerGrams, LayerMap
 from layerif.models import Pretrained, layer_map
 from layerif.probe import Probe, measure
 from layerif.scores import LayerScores
@@ -52,7 +53,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Decider:
-    """Everything a decision depends on; calling it decides."""
+    """Everything a decision depends on; calling it decides. device: where models of checkpoints are measured."""
 
     model: Pretrained
     tokenizer: Any
@@ -62,6 +63,7 @@ class Decider:
     allocator: Allocator
     store: Store
     seed: int = 0
+    device: torch.device | str = "cpu"
 
     def __call__(self, load: Callable[[], nn.Module] | None = None) -> Decision:
         """load: gives the model, and is called only if a measurement is needed; None loads it here."""
@@ -73,6 +75,8 @@ class Decider:
         grams, reused = None, False
         if self.estimator.needs == "grams":
             grams, reused = self.grams(load or self.model.load)
+        elif self.estimator.needs == "checkpoints":
+            grams, reused = self.checkpoint_grams(self.estimator.checkpoints)  # type: ignore[attr-defined]
         measured = time.perf_counter()
         scores = self.estimator.score(everything if grams is None else grams)
         scored = time.perf_counter()
@@ -86,7 +90,7 @@ class Decider:
             return Decision(scores, allocation, seconds)
         train, validation = self.samples()
         num_truncated = train.num_truncated + validation.num_truncated
-        reliability = split_half(self.estimator, grams)
+        reliability = split_half(self.estimator, grams) if min(len(train), len(validation)) > 1 else None
         return Decision(scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused, reliability)
 
     def layers(self) -> LayerMap:
@@ -159,17 +163,27 @@ class Decider:
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
 
+    def checkpoint_grams(self, checkpoints: Sequence[str]) -> tuple[CheckpointGrams, bool]:
+        """The Grams of the samples at every checkpoint, and whether none was measured.
 
-def split_half(estimator: Estimator, grams: LayerGrams) -> float | None:
+        One of another model is refused before any is measured.
+        """
+        models = [self.model.at(checkpoint) for checkpoint in checkpoints]
+        measured = [
+            replace(self, model=at).grams(lambda at=at: at.load().to(self.device))  # type: ignore[arg-type]
+            for at in models
+        ]
+        return CheckpointGrams(tuple(grams for grams, _ in measured)), all(reused for _, reused in measured)
+
+
+def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams) -> float | None:
     """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
 
-    None where a half is empty or ranks nothing (all layers equal).
+    None where a half ranks nothing (all layers equal).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
         halves = [grams.select(half, half) for half in (slice(0, None, 2), slice(1, None, 2))]
-        if not all(gram.val_train.numel() for half in halves for gram in half.grams.values()):
-            return None
         first, second = (estimator.score(half).values for half in halves)
     if len(set(first)) == 1 or len(set(second)) == 1:
         return None

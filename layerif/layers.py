@@ -7,6 +7,7 @@ Letters in shape suffixes: N train samples, M validation samples, P parameters o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -90,6 +91,34 @@ class LayerGrams:
         """The Grams of a subset of the samples: no gradient is needed again for subsamples, halves or a bootstrap."""
         grams = {param: gram.select(train, validation) for param, gram in self.grams.items()}
         return LayerGrams(self.layers, grams, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class CheckpointGrams:
+    """Grams of the same matrices and samples at several checkpoints of one model, in the order of training.
+
+    Raises ValueError if there is none, or if one was measured on other matrices than the first.
+    """
+
+    checkpoints: tuple[LayerGrams, ...]
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise ValueError("CheckpointGrams need the Grams of at least one checkpoint")
+        for number, grams in enumerate(self.checkpoints, 1):
+            if grams.layers != self.checkpoints[0].layers:
+                raise ValueError(
+                    f"checkpoint {number} of {len(self.checkpoints)} has other layers or matrices than the first: "
+                    "give checkpoints of one model, all adapters of the same shape or all whole models"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all fingerprints in their order."""
+        return hashlib.sha256(" ".join(grams.fingerprint for grams in self.checkpoints).encode()).hexdigest()
+
+    def select(self, train: slice | Tensor, validation: slice | Tensor) -> CheckpointGrams:
+        return CheckpointGrams(tuple(grams.select(train, validation) for grams in self.checkpoints))
 
 
 def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:

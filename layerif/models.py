@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -82,6 +84,25 @@ class Pretrained:
         where, revision = self.location()
         with _readable(where), torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+
+    def at(self, checkpoint: str) -> Pretrained:
+        """This model at a saved checkpoint: the PEFT adapter or the whole model in a folder, in place of its own.
+
+        Raises ValueError if the folder holds neither, or if the names and shapes of its tensors are another model's;
+        no weights of the model are loaded for that.
+        """
+        folder = Path(checkpoint)
+        if (folder / "adapter_config.json").is_file():
+            _refuse_other_adapter(self, folder)
+            return replace(self, adapter=checkpoint)
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"the checkpoint {checkpoint!r} holds neither adapter_config.json nor config.json; give folders "
+                "written by save_pretrained, PEFT adapters or whole models"
+            )
+        found = Local(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
+        _refuse_other_shapes(checkpoint, _shapes(found.skeleton()), _shapes(self.skeleton()))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +314,8 @@ def _adapters(block: nn.Module) -> tuple[str, ...]:
 
 def _lora_linears(block: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear) and _in_scope(name, scope) and (".lora_A." in name or ".lora_B." in name):
-            yield name, module
+        if isinstance(module, nn.Linear) and _in_scope(name, scope) and re.search(r"\.lora_(moe_)?[AB]\.", name):
+            yield name, module  # of a LoRA or a LoRA-MoE; a router is neither
 
 
 def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
@@ -321,6 +342,48 @@ def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> N
                     f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}, "
                     f"and only linear layers can be measured; probe.scope={scope} holds it, choose another"
                 )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _refuse_other_shapes(
+    checkpoint: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"the checkpoint {checkpoint!r} is of another model: {name} is {found.get(name, 'missing')} there and "
+                f"{expected.get(name, 'missing')} here; give checkpoints of the run of this model"
+            )
+
+
+def _refuse_other_adapter(model: Pretrained, folder: Path) -> None:
+    """PEFT itself drops tensors that it finds no place for, and starts those afresh that it does not find."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    config = PeftConfig.from_pretrained(str(folder))
+    trained_on, here = config.base_model_name_or_path, model.location()[0]
+    config.base_model_name_or_path = None
+    with torch.device("meta"):
+        try:
+            adapted = get_peft_model(model.skeleton(), config)
+        except ValueError as error:  # none of the modules it wants
+            raise ValueError(f"the checkpoint {str(folder)!r} is of another model: {error}") from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    found = load_peft_weights(str(folder), device="cpu")
+    anywhere = {**_shapes(adapted), **{name: tuple(tensor.shape) for name, tensor in expected.items()}}
+    known = {name: shape for name, shape in anywhere.items() if name in expected or name in found}
+    _refuse_other_shapes(str(folder), {name: tuple(tensor.shape) for name, tensor in found.items()}, known)
+    if trained_on and Path(trained_on).name != Path(here).name:
+        warnings.warn(
+            f"the checkpoint {str(folder)!r} was trained on {trained_on!r} and is measured on {here!r}: "
+            "their shapes agree; check that their weights do",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 class _readable:

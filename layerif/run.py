@@ -115,6 +115,7 @@ class _Parts:
             allocator=instantiate(config.allocator),
             store=Store(Path(config.store)),
             seed=config.seed,
+            device=self.trainer([], Path()).strategy.root_device,
         )
         given = self.decider.rehearse(self.decider.layers()).kind
         wanted = get_class(config.method["_target_"]).allocates if config.method else given  # type: ignore[attr-defined]
@@ -198,10 +199,10 @@ def _execute(parts: _Parts, record: RunRecord, folder: Path) -> None:
     if parts.config.method:
         _fit(parts, record, folder)
     else:
-        _score(parts, record, parts.trainer([], folder).strategy.root_device)
+        _score(parts, record, parts.decider.device)
 
 
-def _score(parts: _Parts, record: RunRecord, device: torch.device) -> None:
+def _score(parts: _Parts, record: RunRecord, device: torch.device | str) -> None:
     """Scores and allocation, and if asked the accuracy of the untouched model."""
     loaded: list[nn.Module] = []
 

@@ -19,6 +19,7 @@ MANDATORY = {
     ("model", "local"): ["model.path=/somewhere"],
     ("model", "hub"): ["model.name=org/name"],
     ("estimator", "file"): ["estimator.path=scores.json"],
+    ("estimator", "tracin"): ["estimator.checkpoints=[a,b]", "estimator.learning_rates=[1e-3,5e-4]"],
     ("allocator", "file"): ["allocator.path=allocation.json"],
 }
 
@@ -55,6 +56,7 @@ def test_every_choice_composes_and_binds(group, choice):
             r"probe.scope='atention' is not allowed; allowed: attention, mlp, all \(did you mean 'attention'",
         ),
         ("estimator.damping=much", "estimator.damping='much' is not allowed"),
+        ("estimator.damping_rule=relativ", r"allowed: relative, absolute \(did you mean 'relative'"),
         ("model=local", "model.path has no value"),
         ("fit.keep=worst", "allowed: last, best"),
         ("+estimator.dampin=1", r"estimator.dampin is not known to .* \(did you mean 'damping'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -18,13 +19,15 @@ from omegaconf import OmegaConf
 import layerif.estimators
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
-from layerif.estimators.exact import Exact, exact
+from layerif.estimators.exact import Exact, exact, exact_path
 from layerif.estimators.file import File
 from layerif.estimators.grad_dot import GradDot, grad_dot
-from layerif.estimators.gram import GramEstimator
+from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.estimators.lissa import Lissa, lissa, lissa_residual, step_bound
+from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
-from layerif.scores import aggregate
+from layerif.layers import CheckpointGrams, LayerGrams, LayerMap, MatrixGram
+from layerif.scores import LayerScores, aggregate
 
 FILES = sorted(
     file.stem
@@ -50,6 +53,18 @@ def classes_of(stem: str) -> list[type[Any]]:
 
 
 GRAM_ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if issubclass(cls, GramEstimator)]
+DAMPED_ESTIMATORS = [cls for cls in GRAM_ESTIMATORS if issubclass(cls, DampedEstimator)]
+# What an estimator cannot do without. These two checkpoints, where both are the same, weigh as one.
+REQUIRED: dict[str, dict[str, Any]] = {"checkpoints": {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]}}
+
+
+def make(cls: type[Any], **settings: Any) -> Any:
+    return cls(**REQUIRED.get(cls.needs, {}), **settings)
+
+
+def score(estimator: GramEstimator, grams: LayerGrams) -> LayerScores:
+    """Of the evidence it needs, which is these Grams at every checkpoint."""
+    return estimator.score(CheckpointGrams((grams, grams)) if estimator.needs == "checkpoints" else grams)
 
 
 def random_gradients(num_params: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,12 +136,187 @@ def test_one_sample_makes_datainf_exact():
     )
 
 
-def test_large_damping_makes_all_proportional_to_grad_dot():
+@pytest.mark.parametrize("cls", DAMPED_ESTIMATORS)
+def test_large_damping_makes_all_proportional_to_grad_dot(cls):
     gram = gram_of(*random_gradients(20, seed=5))
     lam = 1e9 * float(gram.train_train.trace()) / (NUM_TRAIN * 20)
-    for estimator in (datainf, exact):
-        influence_MN = estimator(gram.train_train, gram.val_train, numel=20, damping=1e9)
-        torch.testing.assert_close(influence_MN * lam, grad_dot(gram.val_train), rtol=1e-6, atol=1e-6)
+    influence_MN = cls(damping=1e9).influence(gram)
+    torch.testing.assert_close(influence_MN * lam, grad_dot(gram.val_train), rtol=1e-6, atol=1e-6)
+
+
+def test_a_path_of_dampings_is_exact_at_each_from_one_eigendecomposition(monkeypatch):
+    gram = gram_of(*random_gradients(20, seed=6))
+    dampings = [10.0, 1e-4, 0.1]
+    expected = [exact(gram.train_train, gram.val_train, numel=20, damping=damping) for damping in dampings]
+    decompose, calls = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or decompose(matrix))
+    path = exact_path(gram.train_train, gram.val_train, numel=20, dampings=dampings)
+    assert len(calls) == 1
+    for influence_MN, at_damping_MN in zip(path, expected, strict=True):
+        assert torch.equal(influence_MN, at_damping_MN)
+    zero_NN, zero_MN = 0 * gram.train_train, 0 * gram.val_train
+    assert not torch.stack(exact_path(zero_NN, zero_MN, numel=20, dampings=dampings)).any()
+    assert exact_path(gram.train_train, gram.val_train, numel=20, dampings=[]) == []
+
+
+def iterated_lissa(gram: MatrixGram, lam: float, step: float, num_steps: int) -> torch.Tensor:
+    u_MN = gram.val_train
+    for _ in range(num_steps):
+        u_MN = gram.val_train + (1 - step * lam) * u_MN - step / len(gram.train_train) * u_MN @ gram.train_train
+    return -step * u_MN
+
+
+@pytest.mark.parametrize("num_params", [3, 20])
+@pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 11, 1000])
+@pytest.mark.parametrize("share_of_bound", [1e-6, 0.1, 0.5, 0.9, 0.999, None])
+def test_lissa_is_its_iteration(num_params, damping, num_steps, share_of_bound):
+    train_NP, val_MP = random_gradients(num_params, seed=8)
+    gram, (fisher_PP, lam) = gram_of(train_NP, val_MP), fisher_and_lambda(train_NP, damping)
+    bound = 2 / (float(torch.linalg.eigvalsh(fisher_PP)[-1]) + lam)
+    assert step_bound(gram.train_train, numel=num_params, damping=damping) == pytest.approx(bound)
+    step = None if share_of_bound is None else share_of_bound * bound
+    ours_MN = lissa(
+        gram.train_train, gram.val_train, numel=num_params, damping=damping, num_steps=num_steps, step_size=step
+    )
+    steps_MN = iterated_lissa(gram, lam, bound / 2 if step is None else step, num_steps)
+    torch.testing.assert_close(ours_MN, steps_MN, rtol=1e-9, atol=1e-9 * float(steps_MN.abs().max()))
+
+
+@pytest.mark.parametrize("share_of_bound", [0.5, 0.99])
+def test_lissa_converges_to_exact_and_its_residual_is_the_distance(share_of_bound):
+    gram = gram_of(*random_gradients(20, seed=9))
+    exact_MN = exact(gram.train_train, gram.val_train, numel=20, damping=0.1)
+    step = share_of_bound * step_bound(gram.train_train, numel=20, damping=0.1)
+    residuals = []
+    for num_steps in (1, 10, 100, 1000, 100_000):
+        settings: dict[str, Any] = {"numel": 20, "damping": 0.1, "num_steps": num_steps, "step_size": step}
+        influence_MN = lissa(gram.train_train, gram.val_train, **settings)
+        residuals.append(lissa_residual(gram.train_train, gram.val_train, **settings))
+        distance = float((influence_MN - exact_MN).norm() / exact_MN.norm())
+        assert residuals[-1] == pytest.approx(distance, rel=1e-6, abs=1e-12)
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[0] > 0.1
+    assert residuals[-1] < 1e-9
+    torch.testing.assert_close(influence_MN, exact_MN, rtol=1e-9, atol=1e-9)
+
+
+def test_lissa_keeps_directions_far_below_the_largest():
+    # αs = 1e-17 in the second: 1 − αs is 1 in float64, and a power of it would leave nothing.
+    gram_NN = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    influence_MN = lissa(gram_NN, torch.tensor([[0.0, 1.0]]), numel=10**16, damping=0.1, num_steps=9)
+    assert float(influence_MN[0, 1]) == pytest.approx(-10 * 2, rel=1e-9)  # T + 1 terms of α = 1/(1/N)
+
+
+def test_a_diverging_step_is_refused_with_its_bound():
+    grams = layer_grams()
+    bounds = {name: step_bound(gram.train_train, numel=gram.numel, damping=0.1) for name, gram in grams.grams.items()}
+    tightest = min(bounds, key=bounds.__getitem__)
+    gram, bound = grams.grams[tightest], bounds[tightest]
+    for step in (bound, 1.001 * bound, 1e9):
+        with pytest.raises(ValueError, match=rf"step_size=.* diverge: it must be below {bound:.6g}"):
+            lissa(gram.train_train, gram.val_train, numel=gram.numel, damping=0.1, num_steps=3, step_size=step)
+    with pytest.raises(ValueError, match=rf"below {bound:.6g}.* of '{tightest}', the smallest of 4.*null"):
+        Lissa(step_size=max(bounds.values())).score(grams)
+    assert Lissa(step_size=0.9 * bound).score(grams).values == pytest.approx(Exact().score(grams).values, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"step_size": 0.0}, "step_size=0.0 must be finite and > 0"),
+        ({"step_size": float("nan")}, "step_size=nan must be finite and > 0"),
+    ],
+)
+def test_impossible_steps_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Lissa(**settings)
+    with pytest.raises(ValueError, match=message):
+        lissa(torch.eye(2), torch.ones(1, 2), numel=3, damping=0.1, **{"num_steps": 10, **settings})
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "block"])
+def test_unconverged_lissa_warns_of_the_worst_matrix_and_converged_lissa_does_not(granularity):
+    grams = layer_grams()
+    estimator = Lissa(num_steps=2, granularity=granularity)
+    residuals = {name: estimator.solve(gram)[1] for name, gram in estimator.solvable(grams).grams.items()}
+    worst = max(residuals, key=residuals.__getitem__)
+    assert residuals[worst] > 0.1
+    with pytest.warns(
+        RuntimeWarning, match=rf"num_steps=2.*by {residuals[worst]:.0%} in '{worst}'.*of {len(residuals)}"
+    ):
+        estimator.score(grams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Lissa(granularity=granularity).score(grams)
+
+
+def test_lissa_without_gradients_is_zero_and_has_nothing_left():
+    gram_NN, gram_MN = torch.zeros(3, 3), torch.zeros(2, 3)
+    assert not lissa(gram_NN, gram_MN, numel=5, damping=0.1, num_steps=10, step_size=1.0).any()
+    assert lissa_residual(gram_NN, gram_MN, numel=5, damping=0.1, num_steps=10) == 0
+    assert lissa_residual(torch.eye(3), gram_MN, numel=5, damping=0.1, num_steps=10) == 0
+
+
+def test_tracin_is_grad_dot_weighted_by_the_learning_rates():
+    grams = [gram_of(*random_gradients(20, seed=seed)) for seed in (10, 11, 12)]
+    rates = [0.3, 0.2, 0.1]
+    expected_MN = sum(rate * grad_dot(gram.val_train) for rate, gram in zip(rates, grams, strict=True))
+    torch.testing.assert_close(tracin([gram.val_train for gram in grams], rates), expected_MN)
+    # the gradients of all checkpoints laid end to end, each times √η
+    pairs = [random_gradients(20, seed=seed) for seed in (10, 11, 12)]
+    train_NP, val_MP = (
+        torch.cat([rate**0.5 * pair[part] for rate, pair in zip(rates, pairs, strict=True)], dim=1) for part in (0, 1)
+    )
+    torch.testing.assert_close(tracin([gram.val_train for gram in grams], rates), -val_MP @ train_NP.T)
+
+
+def test_tracin_scores_the_sum_over_checkpoints():
+    first, second = layer_grams(), changed(layer_grams(), lambda gram: replace(gram, val_train=2 * gram.val_train))
+    estimator = TracIn(checkpoints=["a", "b"], learning_rates=[0.5, 0.1])
+    scores = estimator.score(CheckpointGrams((first, second)))
+    assert scores.values == pytest.approx([0.7 * value for value in GradDot().score(first).values])
+    assert "learning_rates=[0.5, 0.1]" in scores.source
+
+
+def test_zeros_at_one_checkpoint_are_no_warning():
+    zero = changed(
+        layer_grams(),
+        lambda gram: MatrixGram(0 * gram.train_train, 0 * gram.val_train, 0 * gram.val_norms, gram.numel),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(TracIn).score(CheckpointGrams((zero, layer_grams())))
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "learning_rates", "message"),
+    [
+        ([], [], "gives 0 for 0"),
+        (["a", "b"], [0.1], "gives 1 for 2 estimator.checkpoints"),
+        (["a"], [0.0], "> 0, got 0.0"),
+        (["a"], [float("nan")], "> 0, got nan"),
+    ],
+)
+def test_checkpoints_and_learning_rates_must_match(checkpoints, learning_rates, message):
+    with pytest.raises(ValueError, match=message):
+        TracIn(checkpoints=checkpoints, learning_rates=learning_rates)
+    with pytest.raises(ValueError, match=message):
+        tracin([torch.ones(2, 3) for _ in checkpoints], learning_rates)
+
+
+def test_tracin_refuses_other_samples_and_other_layers():
+    with pytest.raises(ValueError, match=r"same samples.*\(2, 3\), \(2, 4\)"):
+        tracin([torch.ones(2, 3), torch.ones(2, 4)], [0.1, 0.1])
+    grams = layer_grams()
+    other = replace(grams, layers=replace(LAYERS, names=("h.0", "h.1")))
+    with pytest.raises(ValueError, match="checkpoint 2 of 2 has other layers"):
+        CheckpointGrams((grams, other))
+    with pytest.raises(ValueError, match="at least one"):
+        CheckpointGrams(())
+    with pytest.raises(ValueError, match="gives 2 for 1"):
+        make(TracIn).score(CheckpointGrams((grams,)))
 
 
 def test_damping_bounds_exact_influence_under_the_noise_of_a_float32_gram():
@@ -142,19 +332,40 @@ def test_damping_bounds_exact_influence_under_the_noise_of_a_float32_gram():
 def test_helpful_is_negative():
     gradient = torch.ones(1, 5, dtype=torch.float64)
     for cls in GRAM_ESTIMATORS:
-        assert float(cls().influence(gram_of(gradient, gradient))) < 0
+        assert float(make(cls).influence(gram_of(gradient, gradient))) < 0
 
 
 @pytest.mark.parametrize("damping", [0.0, -0.1, float("nan"), float("inf")])
 def test_damping_must_be_positive(damping):
+    gram_NN, gram_MN = torch.eye(2), torch.ones(1, 2)
     for refused in (
-        lambda: DataInf(damping=damping),
-        lambda: Exact(damping=damping),
-        lambda: datainf(torch.eye(2), torch.ones(1, 2), numel=3, damping=damping),
-        lambda: exact(torch.eye(2), torch.ones(1, 2), numel=3, damping=damping),
+        *(lambda cls=cls: cls(damping=damping) for cls in DAMPED_ESTIMATORS),
+        lambda: datainf(gram_NN, gram_MN, numel=3, damping=damping),
+        lambda: exact(gram_NN, gram_MN, numel=3, damping=damping),
+        lambda: exact_path(gram_NN, gram_MN, numel=3, dampings=[0.1, damping]),
+        lambda: lissa(gram_NN, gram_MN, numel=3, damping=damping, num_steps=10),
     ):
         with pytest.raises(ValueError, match=r"damping.*> 0"):
             refused()
+
+
+@pytest.mark.parametrize("cls", DAMPED_ESTIMATORS)
+def test_absolute_damping_is_lambda_itself_and_relative_a_share_of_the_mean_square(cls):
+    train_NP, val_MP = random_gradients(20, seed=13)
+    gram, mean_square = gram_of(train_NP, val_MP), float(train_NP.square().mean())
+    by_lambda = cls(damping=0.3 * mean_square, damping_rule="absolute").influence(gram)
+    torch.testing.assert_close(by_lambda, cls(damping=0.3).influence(gram), rtol=1e-9, atol=1e-9)
+    # Gradients c times as large have the same influence only under the relative rule.
+    larger = gram_of(7 * train_NP, 7 * val_MP)
+    torch.testing.assert_close(cls().influence(larger), cls().influence(gram))
+    absolute = cls(damping_rule="absolute")
+    assert not torch.allclose(absolute.influence(larger), absolute.influence(gram), rtol=1e-3)
+    assert not absolute.influence(gram_of(0 * train_NP, val_MP)).any()
+
+
+def test_an_unknown_damping_rule_is_refused():
+    with pytest.raises(ValueError, match=r"estimator\.damping_rule.*did you mean 'absolute'"):
+        Exact(damping_rule="absolut")  # type: ignore[arg-type]
 
 
 def test_a_sample_without_gradient_has_no_cosine():
@@ -171,7 +382,7 @@ def test_a_sample_without_gradient_has_no_cosine():
 
 
 def test_the_folder_holds_the_estimators_of_the_paper():
-    assert {DataInf, Exact, GradDot, Cosine} <= set(GRAM_ESTIMATORS)
+    assert {DataInf, Exact, Lissa, GradDot, Cosine, TracIn} <= set(GRAM_ESTIMATORS)
 
 
 @pytest.fixture(params=GRAM_ESTIMATORS, ids=lambda cls: cls.__name__)
@@ -181,15 +392,15 @@ def estimator_class(request) -> type[GramEstimator]:
 
 @pytest.fixture(params=["all", "positive", "top25"])
 def estimator(estimator_class, request) -> GramEstimator:
-    return estimator_class(aggregation=request.param)
+    return make(estimator_class, aggregation=request.param)
 
 
 def test_scores_are_finite_and_carry_layers_and_fingerprint(estimator):
-    scores = estimator.score(layer_grams())
-    assert estimator.needs == "grams"
+    scores = score(estimator, layer_grams())
     assert scores.layers == LAYERS.names
     assert all(value > 0 for value in scores.values)
-    assert (scores.higher_means, scores.fingerprint) == ("undertrained", "f1")
+    measured = {"grams": "f1", "checkpoints": hashlib.sha256(b"f1 f1").hexdigest()}
+    assert (scores.higher_means, scores.fingerprint) == ("undertrained", measured[estimator.needs])
     assert f"aggregation={estimator.aggregation}" in scores.source
 
 
@@ -204,7 +415,7 @@ def test_scores_do_not_depend_on_the_order_of_samples(estimator):
             gram.numel,
         ),
     )
-    assert estimator.score(shuffled).values == pytest.approx(estimator.score(layer_grams()).values, rel=1e-9)
+    assert score(estimator, shuffled).values == pytest.approx(score(estimator, layer_grams()).values, rel=1e-9)
 
 
 def test_zero_gradients_score_zero_and_warn_by_name(estimator):
@@ -213,15 +424,15 @@ def test_zero_gradients_score_zero_and_warn_by_name(estimator):
         lambda gram: MatrixGram(0 * gram.train_train, 0 * gram.val_train, 0 * gram.val_norms, gram.numel),
     )
     with pytest.warns(RuntimeWarning, match=r"block\.0\.q.*4 of 4"):
-        assert estimator.score(zero).values == (0.0, 0.0)
+        assert score(estimator, zero).values == (0.0, 0.0)
 
 
 def test_a_zero_matrix_adds_nothing_to_its_block(estimator_class):
     grams = layer_grams()
     zero_q = gram_of(torch.zeros(NUM_TRAIN, 30).double(), torch.zeros(NUM_VAL, 30).double())
     with pytest.warns(RuntimeWarning, match=r"in block\.0\.q \(1 of 4"):
-        scores = estimator_class().score(replace(grams, grams={**grams.grams, "block.0.q": zero_q}))
-    alone = abs(aggregate(estimator_class().influence(grams.grams["block.0.o"])))
+        scores = score(make(estimator_class), replace(grams, grams={**grams.grams, "block.0.q": zero_q}))
+    alone = abs(aggregate(make(estimator_class).influence(grams.grams["block.0.o"])))
     assert scores.values[0] == pytest.approx(alone, rel=1e-12)
 
 
@@ -232,7 +443,7 @@ def test_float32_grams_score_like_float64(estimator):
     )
     gram = single.grams["block.0.q"]
     assert estimator.influence(gram).dtype == torch.float64
-    assert estimator.score(single).values == pytest.approx(estimator.score(layer_grams()).values, rel=1e-3)
+    assert score(estimator, single).values == pytest.approx(score(estimator, layer_grams()).values, rel=1e-3)
 
 
 @pytest.mark.parametrize("field", ["train_train", "val_train", "val_norms"])
@@ -242,32 +453,32 @@ def test_a_non_finite_gram_is_refused_by_name(estimator_class, field):
     tensor.view(-1)[0] = float("nan")
     broken = replace(grams, grams={**grams.grams, "block.1.o": replace(grams.grams["block.1.o"], **{field: tensor})})
     with pytest.raises(ValueError, match=rf"{field} of 'block\.1\.o' is not finite"):
-        estimator_class().score(broken)
+        score(make(estimator_class), broken)
 
 
 def test_matrix_granularity_sums_influences_and_block_takes_one_gram(estimator_class):
     grams = layer_grams()
     q, o = grams.grams["block.0.q"], grams.grams["block.0.o"]
-    by_matrix = estimator_class(aggregation="positive")
-    by_block = estimator_class(aggregation="positive", granularity="block")
+    by_matrix = make(estimator_class, aggregation="positive")
+    by_block = make(estimator_class, aggregation="positive", granularity="block")
     of_sum = abs(aggregate(by_matrix.influence(q) + by_matrix.influence(o), "positive"))
     of_whole = abs(aggregate(by_matrix.influence(q + o), "positive"))
-    assert by_matrix.score(grams).values[0] == pytest.approx(of_sum, rel=1e-12)
-    assert by_block.score(grams).values[0] == pytest.approx(of_whole, rel=1e-12)
+    assert score(by_matrix, grams).values[0] == pytest.approx(of_sum, rel=1e-12)
+    assert score(by_block, grams).values[0] == pytest.approx(of_whole, rel=1e-12)
     # Only an estimator linear in the Gram cannot tell them apart.
-    assert (of_sum == pytest.approx(of_whole, rel=1e-9)) == (estimator_class is GradDot)
+    assert (of_sum == pytest.approx(of_whole, rel=1e-9)) == (estimator_class in (GradDot, TracIn))
 
 
 def test_normalisation_divides_by_the_parameters_of_the_block(estimator_class):
-    plain = estimator_class().score(layer_grams()).values
-    per_parameter = estimator_class(normalisation="numel").score(layer_grams()).values
+    plain = score(make(estimator_class), layer_grams()).values
+    per_parameter = score(make(estimator_class, normalisation="numel"), layer_grams()).values
     expected = [value / numel for value, numel in zip(plain, LAYERS.numel, strict=True)]
     assert per_parameter == pytest.approx(expected, rel=1e-12)
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest(estimator_class):
     with pytest.raises(ValueError, match=r"estimator\.granularity.*did you mean 'matrix'"):
-        estimator_class(granularity="matrices")
+        make(estimator_class, granularity="matrices")
 
 
 # Files: every estimator has its configuration
@@ -279,12 +490,12 @@ def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem, tmp_path):
     config = OmegaConf.load(CONF / f"{stem}.yaml")
     keys = [str(key) for key in config]
     assert keys == ["_target_", *(field.name for field in fields(cls))]
-    if stem == "file":
-        config.path = str(tmp_path / "scores.json")
+    given = {"path": str(tmp_path / "scores.json")} if stem == "file" else REQUIRED.get(cls.needs, {})
+    config.update(given)
     estimator = instantiate(config)
     assert type(estimator) is cls
-    assert estimator == (cls(path=config.path) if stem == "file" else cls())
-    assert cls.needs in ("grams", "nothing", "weights", "activations", "training")
+    assert estimator == cls(**given)
+    assert cls.needs in ("grams", "checkpoints", "nothing", "weights", "activations", "training")
 
 
 def test_every_yaml_has_an_estimator():

@@ -5,15 +5,16 @@ Every estimator is a frozen keyword-only dataclass whose fields are its configur
     needs: ClassVar[str]                            what evidence the shell has to take
     score(evidence) -> LayerScores                  the same call for every estimator
 
-| needs   | evidence passed to `score`                             | estimators                      |
-|---------|--------------------------------------------------------|---------------------------------|
-| grams   | `LayerGrams` of one probe                              | datainf, exact, grad_dot, cosine |
-| nothing | `LayerMap` of the model; no pass over data is made     | uniform, file                   |
+| needs       | evidence passed to `score`                                  | estimators                              |
+|-------------|-------------------------------------------------------------|-----------------------------------------|
+| grams       | `LayerGrams` of one probe                                   | datainf, exact, lissa, grad_dot, cosine |
+| checkpoints | `CheckpointGrams`, a probe at each of its own `checkpoints` | tracin                                  |
+| nothing     | `LayerMap` of the model; no pass over data is made          | uniform, file                           |
 
 Estimators on Grams derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
-normalisation come from there. To add one: write `layerif/estimators/x.py` (the formula as a pure function of tensors,
-and the dataclass) and `conf/estimator/x.yaml` (`_target_` and every field). Nothing is registered anywhere; the law
-tests find it by its file.
+normalisation come from there, and the damping from `gram.DampedEstimator`. To add one: write `layerif/estimators/x.py`
+(the formula as a pure function of tensors, and the dataclass) and `conf/estimator/x.yaml` (`_target_` and every field).
+Nothing is registered anywhere; the law tests find it by its file.
 """
 
 from __future__ import annotations

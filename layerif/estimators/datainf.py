@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerif.estimators.gram import GramEstimator, check_damping, damping_lambda
+from layerif.estimators.gram import DampedEstimator, damping_lambda
 from layerif.layers import MatrixGram
 
 
@@ -27,14 +27,8 @@ def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataInf(GramEstimator):
-    """damping: λ in units of the matrix's mean squared gradient entry."""
-
-    damping: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_damping(self.damping)
+class DataInf(DampedEstimator):
+    """The paper's estimator; one product of small matrices, no eigendecomposition."""
 
     def influence(self, gram: MatrixGram) -> Tensor:
-        return datainf(gram.train_train, gram.val_train, numel=gram.numel, damping=self.damping)
+        return datainf(gram.train_train, gram.val_train, numel=gram.numel, damping=self.relative_damping(gram))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layerif.estimators.gram import GramEstimator, check_damping, damping_lambda
+from layerif.estimators.gram import DampedEstimator, damping_lambda, eigenbasis
 from layerif.layers import MatrixGram
 
 
@@ -17,26 +18,23 @@ def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float)
     One eigendecomposition of K, solved in its eigenbasis. train_train: K; val_train: C; numel: P.
     Negative: helpful. Zero train gradients (λ = 0) give zero.
     """
-    lam = damping_lambda(train_train, numel=numel, damping=damping)
-    gram_NN, gram_MN = train_train.double(), val_train.double()
-    if lam == 0:
-        return torch.zeros_like(gram_MN)
-    num_train = len(gram_NN)
-    spectrum_N, basis_NN = torch.linalg.eigh((gram_NN + gram_NN.T) / 2)
-    # A Gram built in float32 has noise eigenvalues below zero that can cancel the far smaller damping.
-    damped_N = spectrum_N.clamp(min=0) + num_train * lam
-    return -num_train * ((gram_MN @ basis_NN) / damped_N) @ basis_NN.T
+    return exact_path(train_train, val_train, numel=numel, dampings=[damping])[0]
+
+
+def exact_path(train_train: Tensor, val_train: Tensor, *, numel: int, dampings: Sequence[float]) -> list[Tensor]:
+    """`exact` for every one of `dampings`, in their order, from the same one eigendecomposition of K."""
+    lams = [damping_lambda(train_train, numel=numel, damping=damping) for damping in dampings]
+    num_train, gram_MN = len(train_train), val_train.double()
+    if 0 in lams:
+        return [torch.zeros_like(gram_MN) for _ in lams]
+    spectrum_N, basis_NN = eigenbasis(train_train)
+    turned_MN = gram_MN @ basis_NN
+    return [-num_train * (turned_MN / (spectrum_N + num_train * lam)) @ basis_NN.T for lam in lams]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact(GramEstimator):
-    """damping: λ in units of the matrix's mean squared gradient entry."""
-
-    damping: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_damping(self.damping)
+class Exact(DampedEstimator):
+    """What DataInf and LiSSA approximate; on Grams it costs an eigendecomposition (N×N) per matrix."""
 
     def influence(self, gram: MatrixGram) -> Tensor:
-        return exact(gram.train_train, gram.val_train, numel=gram.numel, damping=self.damping)
+        return exact(gram.train_train, gram.val_train, numel=gram.numel, damping=self.relative_damping(gram))

@@ -1,0 +1,159 @@
+"""Evidence at checkpoints of a model: each is measured once, and none where one belongs to another model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from layerif import decide
+from layerif.allocate import Experts
+from layerif.decide import Decider
+from layerif.estimators.grad_dot import GradDot
+from layerif.estimators.tracin import TracIn
+from layerif.models import Local, layer_map
+from layerif.moe import LoraMoeConfig
+from layerif.probe import Probe
+from layerif.store import Store
+from tests.tiny import shipped_task, tiny_model
+
+
+@pytest.fixture
+def decider(model_folder, task_folder, tmp_path) -> Decider:
+    return Decider(
+        model=Local(path=str(model_folder)),
+        tokenizer=Local(path=str(model_folder)).tokenizer(),
+        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
+        probe=Probe(num_train=8, num_validation=4),
+        estimator=GradDot(),
+        allocator=Experts(budget=9),
+        store=Store(tmp_path / "store"),
+    )
+
+
+def saved_adapter(folder: Path, base: str, *, seed: int = 0, moe: bool = False, **overrides) -> str:
+    """A random adapter, as one in training is."""
+    model = tiny_model("llama", **overrides)
+    model.name_or_path = base  # what PEFT writes down
+    config = LoraMoeConfig(num_experts=2) if moe else LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(seed)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    adapted.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture
+def adapters(model_folder, tmp_path) -> list[str]:
+    return [saved_adapter(tmp_path / f"step-{seed}", str(model_folder), seed=seed) for seed in (1, 2)]
+
+
+def tracin_of(checkpoints: list[str], *rates: float) -> TracIn:
+    return TracIn(checkpoints=checkpoints, learning_rates=list(rates))
+
+
+@pytest.mark.parametrize("parameters", ["weights", "lora"])
+def test_tracin_sums_what_each_adapter_measures_alone_and_measures_it_once(decider, adapters, parameters):
+    decider = replace(decider, probe=replace(decider.probe, parameters=parameters))
+    alone = []
+    for adapter in adapters:
+        at = replace(decider, model=replace(decider.model, adapter=adapter))
+        grams, reused = at.grams(at.model.load)
+        assert not reused
+        alone.append({name: gram.val_train.double() for name, gram in grams.grams.items()})
+
+    def never():
+        raise AssertionError("the bare model is not needed")
+
+    decision = replace(decider, estimator=tracin_of(adapters, 0.5, 0.1))(never)
+    assert decision.reused
+    assert len(list(decider.store.root.rglob("*.safetensors"))) == 2
+    expected = [
+        abs(sum(float((0.5 * alone[0][name] + 0.1 * alone[1][name]).sum()) for name in params))
+        for params in grams.layers.params
+    ]
+    assert decision.scores.values == pytest.approx(expected, rel=1e-9)
+    assert decision.scores.layers == ("model.layers.0", "model.layers.1", "model.layers.2")
+    assert decision.num_samples == (8, 4)
+    assert decision.reliability is not None
+    assert sum(decision.allocation.values) == 9
+    other = replace(decider, estimator=tracin_of(adapters[:1], 0.5))()
+    assert other.scores.fingerprint != decision.scores.fingerprint
+
+
+def test_checkpoints_may_be_whole_models(decider, tmp_path):
+    folders = [str(tmp_path / f"model-{seed}") for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        tiny_model("llama", seed=seed, attn_implementation="sdpa").save_pretrained(folder)
+    decision = replace(decider, estimator=tracin_of(folders, 1.0, 1e-12))()
+    assert not decision.reused
+    alone = replace(decider, model=Local(path=folders[0]))()
+    assert alone.reused
+    assert decision.scores.values == pytest.approx(alone.scores.values, rel=1e-6)
+
+
+def test_an_adapter_with_experts_is_a_checkpoint_too(decider, model_folder, tmp_path):
+    folder = saved_adapter(tmp_path / "moe", str(model_folder), moe=True)
+    model = decider.model.at(folder)
+    assert model == replace(decider.model, adapter=folder)
+    params = {kind: layer_map(model.load(), parameters=kind).params[0] for kind in ("weights", "lora")}
+    assert [name.rpartition("self_attn.")[2] for name in params["weights"]] == [
+        f"{matrix}_proj.base_layer.weight" for matrix in "qkvo"
+    ]
+    assert [name.rpartition("self_attn.")[2] for name in params["lora"]] == [
+        f"{matrix}_proj.lora_moe_{factor}.default.weight" for matrix in "qkvo" for factor in "AB"
+    ]
+    assert all(value > 0 for value in replace(decider, estimator=tracin_of([folder], 0.1))().scores.values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 40}, r"layers\.0\.self_attn\.q_proj\.lora_A\.weight is \(2, 40\) there and \(2, 32\) here"),
+        # PEFT would load these two in silence.
+        ({"num_hidden_layers": 4}, r"layers\.3\.self_attn\.q_proj\.lora_A\.weight is \(2, 32\) there and missing here"),
+        ({"num_hidden_layers": 2}, r"layers\.2\.self_attn\.q_proj\.lora_A\.weight is missing there and \(2, 32\) here"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_checkpoint_of_another_model_is_refused_before_any_is_measured(
+    decider, adapters, tmp_path, monkeypatch, kind, overrides, message
+):
+    other = tmp_path / "other"
+    if kind == "adapter":
+        saved_adapter(other, str(decider.model.path), **overrides)
+    else:
+        tiny_model("llama", **overrides).save_pretrained(other)
+        message = "is .* there and .* here"
+    monkeypatch.setattr(decide, "measure", None)
+    with pytest.raises(ValueError, match=f"'{other}' is of another model: .*{message}"):
+        replace(decider, estimator=tracin_of([*adapters, str(other)], 0.1, 0.1, 0.1))()
+
+
+def test_an_adapter_of_other_modules_and_a_folder_of_nothing_are_refused(decider, tmp_path):
+    opt = tmp_path / "opt"
+    get_peft_model(tiny_model("opt"), LoraConfig(target_modules=["fc1"])).save_pretrained(opt)
+    with pytest.raises(ValueError, match=f"'{opt}' is of another model: .*fc1"):
+        decider.model.at(str(opt))
+    with pytest.raises(ValueError, match=r"neither adapter_config\.json nor config\.json"):
+        decider.model.at(str(tmp_path / "nowhere"))
+
+
+def test_adapters_and_whole_models_do_not_mix(decider, adapters, model_folder):
+    with pytest.raises(ValueError, match="checkpoint 2 of 2 has other layers or matrices"):
+        replace(decider, estimator=tracin_of([adapters[0], str(model_folder)], 0.1, 0.1))()
+
+
+def test_an_adapter_trained_on_another_base_of_the_same_shape_is_told(decider, adapters, tmp_path):
+    other = saved_adapter(tmp_path / "other", "org/another-base")
+    with pytest.warns(RuntimeWarning, match=r"trained on 'org/another-base'.*check that their weights do"):
+        decider.model.at(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        decider.model.at(adapters[0])
