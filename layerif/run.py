@@ -33,7 +33,7 @@ from layerif.data.batches import output_text, prompt_text
 from layerif.data.task import Splits
 from layerif.decide import Decider, Decision
 from layerif.evaluate import Evaluation
-from layerif.models import hash_file, layer_map
+from layerif.models import hash_file, hash_folder, layer_map
 from layerif.modules import TaskDataModule
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
@@ -135,6 +135,8 @@ class _Parts:
         for part in ("estimator", "allocator"):
             if path := getattr(getattr(self.decider, part), "path", None):
                 hashes[part] = hash_file(Path(path))
+        for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
+            hashes[checkpoint] = hash_folder(Path(checkpoint))
         return hashes
 
     def module(self) -> Any:

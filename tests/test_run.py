@@ -212,3 +212,13 @@ def test_what_was_measured_is_in_the_record(tiny_overrides, tmp_path):
     assert record.samples == {"train": 20, "validation": 8}
     assert "probe.num_train=300 asked for, the task has 20" in record.notes
     assert record.inputs.keys() >= {"rows", "weights", "dtype", "adapter"}
+
+
+def test_tracin_over_saved_adapters(tiny_overrides, tmp_path):
+    run_layerif(tiny_overrides, tmp_path)
+    adapter = tmp_path / "run" / "adapter"
+    (tmp_path / "tracin").mkdir()
+    rates = [f"estimator.checkpoints=[{adapter}]", "estimator.learning_rates=[0.1]", "probe.parameters=lora"]
+    record = run_layerif([*tiny_overrides, "method=none", "estimator=tracin", *rates], tmp_path / "tracin")
+    assert str(adapter) in record.inputs
+    assert min(record.scores) > 0
