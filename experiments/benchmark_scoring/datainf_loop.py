@@ -4,10 +4,11 @@
 
 The first part takes per-sample gradients as given (random, with a common direction): 12 blocks × 7 linears × A and B of
 a rank-8 LoRA on a 768-wide Llama, n = 64, m = 32, float32. Ours forms K and C of every matrix and solves them in
-float64. The loop is the definition: dictionaries of gradients, λ per matrix, and for every validation row the product
-with each sample's inverse, averaged. It is run twice: on gradients of the matrices' shape with elementwise products
-and sums, as such loops are written, and on flat ones with dot products, the best a loop can do. All take turns in one
-process; figures are medians.
+float64; the second figure is the solve alone, which is what a further damping or estimator costs. The loop is the
+definition: dictionaries of gradients, and for every validation row and matrix λ and the average over the samples of
+the product with their inverse, with elementwise products and sums of gradients in their matrix's shape. The dot loop
+is the best such a loop can do: λ once per matrix, dot products of flat gradients. All take turns in one process;
+figures are medians.
 
 The second part measures SmolLM2-135M once (attention weights, 64 + 32 samples of 64 random tokens) and then computes
 estimator × damping × aggregation × smoothing × budget from the Grams. "One" is that gradient pass and one setting.
@@ -31,7 +32,6 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.gram import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.layers import LayerGrams, LayerMap
 from layerif.models import Embedded, layer_map
 from layerif.probe import IndexedBatch
 from layerif.probe import measure as probe
@@ -53,10 +53,12 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     blocks: fewer measure the same in less time; all grow in proportion.
     """
     train, validation = _gradients(NUM_TRAIN, blocks, seed=0), _gradients(NUM_VALIDATION, blocks, seed=1)
+    grams = gram_matrices(train, validation)
     contestants: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "grams": lambda: from_grams(train, validation),
-        "loop": partial(from_loop, _by_sample(train, _shape), _by_sample(validation, _shape), elementwise),
-        "dot loop": partial(from_loop, _by_sample(train), _by_sample(validation), torch.dot),
+        "grams": lambda: solved(gram_matrices(train, validation)),
+        "solve": lambda: solved(grams),
+        "loop": partial(from_loop, _by_sample(train, _shape), _by_sample(validation, _shape)),
+        "dot loop": partial(from_dot_loop, _by_sample(train), _by_sample(validation)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # and warm
@@ -70,37 +72,51 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
         "matrices": len(train),
         "seconds": medians,
         "ratio": {loop: medians[loop] / medians["grams"] for loop in ("loop", "dot loop")},
+        "ratio to solve": {loop: medians[loop] / medians["solve"] for loop in ("loop", "dot loop")},
         "difference": {loop: difference(influences["grams"], influences[loop]) for loop in ("loop", "dot loop")},
     }
 
 
-def from_grams(train: Gradients, validation: Gradients) -> dict[str, Tensor]:
+def gram_matrices(train: Gradients, validation: Gradients) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """K, C and the number of parameters of every matrix."""
+    return {name: (rows @ rows.T, validation[name] @ rows.T, rows.shape[1]) for name, rows in train.items()}
+
+
+def solved(grams: dict[str, tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
     return {
-        name: datainf(rows @ rows.T, validation[name] @ rows.T, numel=rows.shape[1], damping=DAMPING)
-        for name, rows in train.items()
+        name: datainf(gram_NN, gram_MN, numel=numel, damping=DAMPING)
+        for name, (gram_NN, gram_MN, numel) in grams.items()
     }
 
 
-def from_loop(
-    train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]], product: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """I_ji = −v_jᵀ·(1/N)Σ_l (g_l g_lᵀ + λ)⁻¹·g_i, sample by sample. product: of two gradients."""
-    names, num_train = train[0].keys(), len(train)
-    lams = {name: DAMPING * sum(float(sample[name].square().mean()) for sample in train) / num_train for name in names}
-    influences = {name: torch.zeros(len(validation), num_train) for name in names}
+def from_loop(train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """I_ji = −v_jᵀ·(1/N)Σ_l (g_l g_lᵀ + λ)⁻¹·g_i, sample by sample, every validation row on its own."""
+    influences = {name: torch.zeros(len(validation), len(train)) for name in train[0]}
     for j, val_sample in enumerate(validation):
         for name, v in val_sample.items():
-            solved = torch.zeros_like(v)
+            lam = DAMPING * sum((sample[name] ** 2).mean() for sample in train) / len(train)
+            product = torch.zeros_like(v)
             for sample in train:
                 g = sample[name]
-                solved += (v - product(v, g) / (lams[name] + product(g, g)) * g) / (num_train * lams[name])
+                product += (v - (v * g).sum() / (lam + (g**2).sum()) * g) / (len(train) * lam)
             for i, sample in enumerate(train):
-                influences[name][j, i] = -product(solved, sample[name])
+                influences[name][j, i] = -(product * sample[name]).sum()
     return influences
 
 
-def elementwise(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum()
+def from_dot_loop(train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The same, with what does not depend on the validation row taken out, and dot products."""
+    lams = {name: DAMPING * sum(float(s[name].square().mean()) for s in train) / len(train) for name in train[0]}
+    damped = [{name: lams[name] + float(g @ g) for name, g in sample.items()} for sample in train]
+    influences = {name: torch.zeros(len(validation), len(train)) for name in train[0]}
+    for j, val_sample in enumerate(validation):
+        for name, v in val_sample.items():
+            product = torch.zeros_like(v)
+            for sample, damped_norm in zip(train, damped, strict=True):
+                product += v - (v @ sample[name]) / damped_norm[name] * sample[name]
+            for i, sample in enumerate(train):
+                influences[name][j, i] = -(product @ sample[name]) / (len(train) * lams[name])
+    return influences
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -109,7 +125,10 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def measure_settings() -> dict[str, Any]:
     """Seconds of the pass, of one setting and of all, sharing scores or each on its own; ratios to pass + one."""
-    grams, one_pass = _timed(_one_pass)
+    model = Embedded(cache="outputs/store/models").load()
+    layers = layer_map(model)
+    train, validation = _samples(NUM_TRAIN, seed=0), _samples(NUM_VALIDATION, seed=1)
+    grams, one_pass = _timed(lambda: probe(model, layers, train, validation))
     estimators = list(_estimators())
     allocators = [
         Experts(budget=budget, smoothing=smoothing)
@@ -171,16 +190,6 @@ def _shape(name: str) -> tuple[int, int]:
     return (RANK, inputs) if factor == "A" else (outputs, RANK)
 
 
-def _one_pass() -> LayerGrams:
-    model, layers = _model()
-    return probe(model, layers, _samples(NUM_TRAIN, seed=0), _samples(NUM_VALIDATION, seed=1))
-
-
-def _model() -> tuple[Any, LayerMap]:
-    model = Embedded(cache="outputs/store/models").load()
-    return model, layer_map(model)
-
-
 def _samples(count: int, *, seed: int, tokens: int = 64, batch_size: int = 8) -> list[IndexedBatch]:
     ids = torch.randint(10_000, (count, tokens), generator=torch.Generator().manual_seed(seed))
     return [
@@ -198,10 +207,13 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def main() -> None:
     row = measure()
     print(f"DataInf, {row['matrices']} LoRA matrices, n = {NUM_TRAIN}, m = {NUM_VALIDATION}, {row['threads']} threads")
-    print("            seconds   over Grams   largest relative difference")
-    print(f"Grams    {row['seconds']['grams']:10.3f}")
+    print("               seconds   over Grams   over solve   largest relative difference")
+    print(f"Grams + solve{row['seconds']['grams']:9.3f}\nsolve        {row['seconds']['solve']:9.3f}")
     for loop in ("loop", "dot loop"):
-        print(f"{loop:<9}{row['seconds'][loop]:10.2f}{row['ratio'][loop]:13.0f}{row['difference'][loop]:30.1e}")
+        print(
+            f"{loop:<12}{row['seconds'][loop]:10.2f}{row['ratio'][loop]:13.0f}{row['ratio to solve'][loop]:13.0f}"
+            f"{row['difference'][loop]:30.1e}"
+        )
     print()
     row = measure_settings()
     seconds, ratio = row["seconds"], row["ratio"]
