@@ -88,6 +88,7 @@ def run(config: DictConfig) -> None:
         sys.exit(130)
     record.memory_gb = _peak_memory()
     file = record.write(folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for a run killed before its record stood
     print_run(record, folder)
     log.info("record: %s", file)
 
@@ -255,7 +256,6 @@ def _fit(parts: _Parts, record: RunRecord, folder: Path) -> None:
     }
     module.model.save_pretrained(folder / "adapter")
     _evaluate(module.model.to(device), parts, record, "")
-    shutil.rmtree(checkpoints)  # the adapter and the record say it all; checkpoints were for a run that is killed
 
 
 def _keep(decision: Decision, parts: _Parts, record: RunRecord) -> None:
