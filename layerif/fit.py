@@ -1,0 +1,152 @@
+"""Scores and allocation, and fine-tuning with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from layerif.callback import InfluenceCallback
+from layerif.decide import Decision
+from layerif.modules import LoRAMoEModule
+from layerif.parts import Parts
+from layerif.record import RunRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """keep: evaluate the `last` adapter or the `best` on the validation loss.
+
+    patience: stop after so many validations without improvement (None: never). checkpoint_steps: save for a killed run
+    every so many optimiser steps (None: at the end of every epoch).
+    """
+
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = None
+    checkpoint_steps: int | None = None
+
+
+def score(parts: Parts, record: RunRecord) -> None:
+    """Scores and allocation, and if asked the accuracy of the untouched model."""
+    loaded: list[nn.Module] = []
+
+    def load() -> nn.Module:
+        loaded[:] = loaded or [parts.model.load().to(parts.decider.device)]
+        return loaded[0]
+
+    _keep(parts.decider(load), parts, record)
+    if parts.evaluation.before:
+        _evaluate(load(), parts, record, "before/")
+
+
+def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) -> None:
+    """Scores, allocation, fine-tuning, evaluation."""
+    kept: Fit = instantiate(parts.config.fit)
+    data = parts.datamodule()
+    influence = InfluenceCallback(parts.decider)
+    checkpoints = folder / "checkpoints"
+    trainer = parts.trainer([influence, *callbacks(kept, checkpoints)], folder)
+    device = trainer.strategy.root_device
+    if parts.evaluation.before:
+        _evaluate(module.base_model().to(device), parts, record, "before/")
+    start = time.perf_counter()
+    trainer.ckpt_path = _unfinished(checkpoints, record)
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:  # how Lightning leaves on Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    assert influence.decision is not None
+    _keep(influence.decision, parts, record)
+    record.seconds["fit"] = time.perf_counter() - start - influence.seconds
+    for part, encodings in (("training", data.train), ("validation", data.validation)):
+        if encodings.num_truncated:
+            record.notes.append(f"{encodings.num_truncated} of {len(encodings)} {part} samples cut at data.max_length")
+    if kept.keep == "best":
+        best = checkpoints / "best.ckpt"
+        if not best.exists():
+            raise ValueError(
+                "fit.keep=best found no validation to choose by: training ended before the first; raise "
+                "trainer.max_steps, lower trainer.val_check_interval, or use fit.keep=last"
+            )
+        module.on_load_checkpoint(torch.load(best, map_location="cpu", weights_only=True))
+    model: Any = module.model
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    record.parameters = {
+        "total": sum(numel for numel, _ in sizes),
+        "trainable": sum(numel for numel, is_trained in sizes if is_trained),
+    }
+    model.save_pretrained(folder / "adapter")
+    _evaluate(model.to(device), parts, record, "")
+
+
+def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
+    record.layers = list(decision.allocation.layers)
+    record.allocation = decision.allocation.to_dict()
+    record.seconds |= decision.seconds
+    if decision.scores is None:
+        record.source = f"file({parts.config.allocator.path})"
+        return
+    record.scores = list(decision.scores.values)
+    record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
+    record.fingerprint = decision.scores.fingerprint
+    record.reliability = decision.reliability
+    if decision.reused:
+        record.notes.append("scores from the store: this model and task were measured before")
+    if decision.num_truncated:
+        record.notes.append(
+            f"{decision.num_truncated} of {sum(decision.num_samples)} probed samples cut at probe.max_length"
+        )
+    for part, num in zip(("train", "validation"), decision.num_samples, strict=True):
+        record.samples[part] = num
+        asked = parts.config.probe[f"num_{part}"]
+        if 0 < num < asked:
+            record.notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
+
+
+def _evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
+    start = time.perf_counter()
+    result = parts.evaluation.run(model, parts.tokenizer, parts.splits.test, parts.task)  # type: ignore[arg-type]
+    record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
+    record.questions |= {
+        f"{prefix}{metric}": {answer.id: answer.correct for answer in answers}
+        for metric, answers in result.answers.items()
+    }
+    record.seconds[f"{prefix}evaluate"] = time.perf_counter() - start
+
+
+def callbacks(kept: Fit, checkpoints: Path) -> list[Callback]:
+    saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
+    found: list[Callback] = [saved(filename="last", every_n_train_steps=kept.checkpoint_steps)]
+    if kept.keep == "best":
+        found.append(saved(filename="best", monitor="validation/loss"))
+    if kept.patience is not None:
+        found.append(EarlyStopping("validation/loss", patience=kept.patience))
+    return found
+
+
+def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
+    """The checkpoint of a killed run of the same job in this folder; one of another job is removed."""
+    last, job = checkpoints / "last.ckpt", checkpoints / "job.json"
+    wanted = json.dumps([record.config, record.inputs], sort_keys=True)
+    if last.exists() and job.exists() and job.read_text() == wanted:
+        record.notes.append("resumed from the checkpoint of a run that did not finish")
+        log.info("resuming from %s", last)
+        return str(last)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    checkpoints.mkdir(parents=True)
+    job.write_text(wanted)
+    return None

@@ -1,0 +1,90 @@
+"""The objects a configuration names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from layerif.data.task import Splits
+from layerif.decide import Decider
+from layerif.evaluate import Evaluation
+from layerif.models import hash_file, hash_folder
+from layerif.modules import TaskDataModule
+from layerif.store import Store
+
+
+class Parts:
+    """The objects a configuration names, checked against one another.
+
+    No weights are loaded here, save that the embedded model is converted the first time it is asked for anything.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.model = instantiate(config.model)
+        self.task = instantiate(config.task)
+        self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
+        self.tokenizer = self.model.tokenizer()
+        self.splits: Splits = self.task.load()
+        self.decider = Decider(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            splits=self.splits,
+            probe=instantiate(config.probe),
+            estimator=instantiate(config.estimator),
+            allocator=instantiate(config.allocator),
+            store=Store(Path(config.store)),
+            seed=config.seed,
+            device=self.trainer([], Path()).strategy.root_device,
+        )
+        given = self.decider.rehearse(self.decider.layers()).kind
+        wanted = get_class(config.method["_target_"]).allocates if config.method else None  # type: ignore[attr-defined]
+        if wanted not in (None, given):
+            raise ValueError(
+                f"the allocator gives {given}, the method {config.method['_target_']} spends {wanted}; "
+                f"use allocator={wanted}, or method=none for scores and allocation only"
+            )
+        if config.method or self.evaluation.before:
+            positions = getattr(self.model.skeleton().config, "max_position_embeddings", None)
+            self.evaluation.check(self.tokenizer, self.splits.test, self.task, positions)
+
+    def inputs(self) -> dict[str, str]:
+        """What the configuration only names: a job is the same if the content is, too."""
+        rows = json.dumps(asdict(self.splits), sort_keys=True)
+        hashes = {"rows": hashlib.sha256(rows.encode()).hexdigest(), **self.model.fingerprint()}
+        for part in ("estimator", "allocator"):
+            if path := getattr(getattr(self.decider, part), "path", None):
+                hashes[part] = hash_file(Path(path))
+        for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
+            hashes[checkpoint] = hash_folder(Path(checkpoint))
+        return hashes
+
+    def method(self) -> Any:
+        """A Lightning module to fit, something to call, or None (scores and allocation only)."""
+        return instantiate(OmegaConf.to_container(self.config.method, resolve=True)) if self.config.method else None
+
+    def datamodule(self) -> TaskDataModule:
+        return instantiate(self.config.data)(self.splits, self.tokenizer)
+
+    def trainer(self, callbacks: list[Callback], folder: Path) -> L.Trainer:
+        try:
+            return instantiate(
+                self.config.trainer,
+                callbacks=callbacks,
+                logger=instantiate(self.config.logger) if self.config.logger and callbacks else False,
+                default_root_dir=str(folder),
+                enable_model_summary=False,
+                enable_checkpointing=bool(callbacks),
+                num_sanity_val_steps=0,
+            )
+        except InstantiationException as error:
+            raise ValueError(f"trainer: {error.__cause__ or error}") from error
