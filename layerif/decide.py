@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,8 +14,8 @@ from random import Random
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
-from torch import nn
+from scipy.stats import ConstantInputWarning, spearmanr
+from torch import Tensor, nn
 
 from layerif import loss, probe
 from layerif.allocate import Allocation
@@ -23,7 +24,8 @@ from layerif.data.task import Example, Splits
 from layerif.estimators import Estimator
 from layerif.layers import CheckpointGrams, LayerGrams, LayerMap
 from layerif.models import Pretrained, layer_map
-from layerif.probe import Probe, measure
+from layerif.probe import Probe, Projection, measure
+from layerif.probe.shards import Shards, spread
 from layerif.scores import LayerScores
 from layerif.store import Store
 
@@ -39,7 +41,8 @@ class Decision:
     scores: None where the allocator looks at none. num_samples: (train, validation) samples behind the scores, (0, 0)
     where the estimator needs none; num_truncated of them were cut at `probe.max_length`. reused: the Grams were in the
     store. seconds: evidence, score, allocate. reliability: Spearman's rank correlation of the scores of two disjoint
-    halves of the samples; None without samples.
+    halves of the samples; None without samples. fidelity: where the Grams are not exact (projection, half precision),
+    the rank correlation of `scores` and of `influences` with exact ones on some `train` and `validation` samples.
     """
 
     scores: LayerScores | None
@@ -49,11 +52,16 @@ class Decision:
     num_truncated: int = 0
     reused: bool = False
     reliability: float | None = None
+    fidelity: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Decider:
-    """Everything a decision depends on; calling it decides. device: where models of checkpoints are measured."""
+    """Everything a decision depends on; calling it decides.
+
+    device: where models are measured. spread: the model does not fit one device, so its weights are divided among all
+    processes for the measurement (FSDP).
+    """
 
     model: Pretrained
     tokenizer: Any
@@ -64,6 +72,7 @@ class Decider:
     store: Store
     seed: int = 0
     device: torch.device | str = "cpu"
+    spread: bool = False
 
     def __call__(self, load: Callable[[], nn.Module] | None = None) -> Decision:
         """load: gives the model, and is called only if a measurement is needed; None loads it here."""
@@ -91,7 +100,10 @@ class Decider:
         train, validation = self.samples()
         num_truncated = train.num_truncated + validation.num_truncated
         reliability = split_half(self.estimator, grams) if min(len(train), len(validation)) > 1 else None
-        return Decision(scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused, reliability)
+        fidelity = self.fidelity(grams) if isinstance(grams, LayerGrams) else None
+        return Decision(
+            scores, allocation, seconds, (len(train), len(validation)), num_truncated, reused, reliability, fidelity
+        )
 
     def layers(self) -> LayerMap:
         """All blocks with all their linear layers: what an allocation is spread over."""
@@ -126,12 +138,20 @@ class Decider:
 
     def _chosen(self, part: str) -> list[Example]:
         examples = getattr(self.splits, part)
-        order = list(range(len(examples)))
+        return [examples[row] for row in self._rows(part)]
+
+    def _rows(self, part: str) -> list[int]:
+        """Fewer are a subset of more."""
+        order = list(range(len(getattr(self.splits, part))))
         Random(f"{self.seed} {part}").shuffle(order)
-        return [examples[index] for index in sorted(order[: getattr(self.probe, f"num_{part}")])]
+        return sorted(order[: getattr(self.probe, f"num_{part}")])
 
     def grams(self, load: Callable[[], nn.Module]) -> tuple[LayerGrams, bool]:
-        """The Grams of the samples, measured unless the store has them."""
+        """The Grams of the samples, measured unless the store has them, and whether it had.
+
+        load: gives the model on its device. With several processes all call this and all receive the Grams; the store
+        is the first one's.
+        """
         train, validation = self.samples()
         description = {
             "probe": probe.VERSION,
@@ -139,29 +159,78 @@ class Decider:
             "model": self.model.fingerprint(),
             "scope": self.probe.scope,
             "parameters": self.probe.parameters,
+            "skip_unsupported": self.probe.skip_unsupported,
+            "projection": [self.probe.projection, self.probe.projection_seed] if self.probe.projection else None,
             "train": _hash(train),
             "validation": _hash(validation),
         }
+        shards = Shards.current()
+        if shards.rank > 0:
+            found = shards.share(None)[0]
+            return found or (self._measure(load, self.store.key(description)), False)
 
         def compute(key: str) -> LayerGrams:
-            model = load()
-            layers = layer_map(model, scope=self.probe.scope, parameters=self.probe.parameters)
-            log.info("measuring %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
-            pad, size = padding_id(self.tokenizer), self.probe.batch_size
-            return measure(
-                model,
-                layers,
-                list(batches(train, size, pad)),
-                list(batches(validation, size, pad)),
-                memory_gb=self.probe.memory_gb,
-                fingerprint=key,
-                names=[f"{part} row {row.id}" for part in ("train", "validation") for row in self._chosen(part)],
-            )
+            shards.share(None)  # nothing is stored: all begin to measure
+            return self._measure(load, key)
 
         grams, reused = self.store.grams(description, compute)
         if reused:
+            shards.share((grams, reused))
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
+
+    def _measure(self, load: Callable[[], nn.Module], key: str) -> LayerGrams:
+        probe = self.probe
+        is_shared = self.spread and Shards.current().size > 1
+        model = spread(self.model.load(), self.device) if is_shared else load()
+        layers = layer_map(
+            model, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
+        )
+        train, validation = self.samples()
+        log.info("gradient pass: %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
+        pad, size = padding_id(self.tokenizer), probe.batch_size
+        return measure(
+            model,
+            layers,
+            list(batches(train, size, pad)),
+            list(batches(validation, size, pad)),
+            form=probe.form,
+            memory_gb=probe.memory_gb,
+            offload=probe.offload,
+            projection=Projection(probe.projection, probe.projection_seed) if probe.projection else None,
+            partial=self.store.partial(key),
+            fingerprint=key,
+            names=[f"{part} row {row.id}" for part in ("train", "validation") for row in self._chosen(part)],
+        )
+
+    def fidelity(self, grams: LayerGrams) -> dict[str, float] | None:
+        """How well scores and influences rank like exact ones in float32, on some of the samples measured that way too.
+
+        None where these Grams are exact themselves, or where `probe.fidelity_samples` is 0.
+        """
+        probe = self.probe
+        is_exact = probe.projection is None and self.model.dtype not in ("bfloat16", "float16")
+        if is_exact or probe.fidelity_samples == 0:
+            return None
+        exact = replace(
+            self,
+            model=replace(self.model, dtype="float64" if self.model.dtype == "float64" else "float32"),
+            probe=replace(
+                probe,
+                projection=None,
+                num_train=min(probe.num_train, probe.fidelity_samples),
+                num_validation=min(probe.num_validation, probe.fidelity_samples // 2),
+            ),
+        )
+        reference, _ = exact.grams(lambda: exact.model.load().to(exact.device))  # type: ignore[arg-type]
+        rows = [
+            torch.tensor([self._rows(part).index(row) for row in exact._rows(part)]) for part in ("train", "validation")
+        ]
+        return {
+            "train": len(rows[0]),
+            "validation": len(rows[1]),
+            **agreement(self.estimator, grams.select(*rows), reference),
+        }
 
     def checkpoint_grams(self, checkpoints: Sequence[str]) -> tuple[CheckpointGrams, bool]:
         """The Grams of the samples at every checkpoint, and whether none was measured.
@@ -185,9 +254,29 @@ def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams) -> flo
         warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
         halves = [grams.select(half, half) for half in (slice(0, None, 2), slice(1, None, 2))]
         first, second = (estimator.score(half).values for half in halves)
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return None
-    return float(spearmanr(first, second)[0])  # type: ignore[arg-type]
+    return rank_correlation(first, second)
+
+
+def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
+    """Spearman's rank correlation of the layer `scores`, and of the entries of each matrix's influence (their mean).
+
+    estimator: one on Grams.
+    """
+    first, second = (estimator.solvable(each) for each in (grams, reference))  # type: ignore[attr-defined]
+    ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
+    influences = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
+    ranked = [value for value in influences if value is not None]
+    scores = rank_correlation(estimator.score(grams).values, estimator.score(reference).values)
+    found = {"scores": scores, "influences": sum(ranked) / len(ranked) if ranked else None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rank_correlation(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> float | None:
+    """Spearman's; None where either ranks nothing (all equal)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found = float(spearmanr(first, second)[0])  # type: ignore[arg-type]
+    return None if math.isnan(found) else found
 
 
 def _hash(encodings: Encodings) -> str:

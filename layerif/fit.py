@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import torch
 from hydra.utils import instantiate
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from layerif.callback import InfluenceCallback
@@ -40,6 +42,7 @@ class Fit:
 
 def score(parts: Parts, record: RunRecord) -> None:
     """Scores and allocation, and if asked the accuracy of the untouched model."""
+    _join_processes(parts)
     loaded: list[nn.Module] = []
 
     def load() -> nn.Module:
@@ -103,7 +106,9 @@ def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
     record.scores = list(decision.scores.values)
     record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
     record.fingerprint = decision.scores.fingerprint
-    record.reliability = decision.reliability
+    record.reliability, record.fidelity = decision.reliability, decision.fidelity
+    if parts.model.dtype in ("bfloat16", "float16") and sum(decision.num_samples) and decision.fidelity is None:
+        record.notes.append(f"probed in {parts.model.dtype}; not compared with float32 (probe.fidelity_samples=0)")
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
     if decision.num_truncated:
@@ -117,7 +122,16 @@ def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
             record.notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
 
 
+def _join_processes(parts: Parts) -> None:
+    """Start the processes that the trainer's settings ask for, as its `fit` would, and connect them."""
+    if parts.num_processes > 1:
+        settings = {key: parts.config.trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
+        Fabric(**settings).launch()
+
+
 def _evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
+    if rank_zero_only.rank > 0:
+        return
     start = time.perf_counter()
     result = parts.evaluation.run(model, parts.tokenizer, parts.splits.test, parts.task)  # type: ignore[arg-type]
     record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}

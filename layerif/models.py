@@ -77,13 +77,21 @@ class Pretrained:
             return PeftModel.from_pretrained(model, self.adapter).eval()  # type: ignore[return-value]
         return model.eval()
 
-    def skeleton(self) -> PreTrainedModel:
-        """The bare model without weights (on the meta device): names and shapes in a fraction of a second."""
+    def skeleton(self, *, with_adapter: bool = False) -> PreTrainedModel:
+        """The model without weights (on the meta device): names and shapes in a fraction of a second.
+
+        with_adapter: as `load` gives it; otherwise the bare model.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         where, revision = self.location()
         with _readable(where), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+            if not with_adapter or self.adapter is None:
+                return model
+            from peft import PeftConfig, get_peft_model
+
+            return get_peft_model(model, PeftConfig.from_pretrained(self.adapter))  # type: ignore[return-value]
 
     def at(self, checkpoint: str) -> Pretrained:
         """This model at a saved checkpoint: the PEFT adapter or the whole model in a folder, in place of its own.
@@ -340,7 +348,8 @@ def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> N
             if _in_scope(name, scope):
                 raise ValueError(
                     f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}, "
-                    f"and only linear layers can be measured; probe.scope={scope} holds it, choose another"
+                    f"and only linear layers can be measured; choose another probe.scope than {scope}, or leave such "
+                    "matrices out with probe.skip_unsupported=true"
                 )
 
 

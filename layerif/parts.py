@@ -12,6 +12,7 @@ import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.data.task import Splits
@@ -35,6 +36,8 @@ class Parts:
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
+        trainer = self.trainer([], Path())
+        self.num_processes = trainer.world_size
         self.decider = Decider(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -44,7 +47,8 @@ class Parts:
             allocator=instantiate(config.allocator),
             store=Store(Path(config.store)),
             seed=config.seed,
-            device=self.trainer([], Path()).strategy.root_device,
+            device=trainer.strategy.root_device,
+            spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
         )
         given = self.decider.rehearse(self.decider.layers()).kind
         wanted = get_class(config.method["_target_"]).allocates if config.method else None  # type: ignore[attr-defined]

@@ -22,9 +22,10 @@ class RunRecord:
     inputs: hashes of what the configuration only names (model, rows, files). samples: (train, validation) behind the
     scores. scores: one non-negative number per layer, none where the allocation needs none; higher_means, source: what
     a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
-    (Spearman). allocation: kind, budget, values. questions: by metric, whether each evaluated question was answered
-    right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak of the process in main memory.
-    notes: every departure and warning.
+    (Spearman); fidelity: where the measurement was not exact (projection, half precision), how well it ranks like one
+    that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
+    evaluated question was answered right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak
+    of the process in main memory. notes: every departure and warning.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RunRecord:
     higher_means: str = ""
     source: str = ""
     reliability: float | None = None
+    fidelity: dict[str, float] | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.config import check
@@ -39,6 +40,8 @@ def run(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if rank_zero_only.rank > 0:
+        logging.getLogger("layerif").setLevel(logging.WARNING)
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
     parts = Parts(config)
@@ -61,18 +64,24 @@ def run(config: DictConfig) -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
         sys.exit(130)
+    if rank_zero_only.rank > 0:  # the first process keeps the record for all
+        return
     record.memory_gb = _peak_memory()
     file = record.write(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for a run killed before its record stood
-    print_run(record, folder)
+    if record.allocation:  # other methods have said what they found
+        print_run(record, folder)
     log.info("record: %s", file)
 
 
 def _preview(parts: Parts, folder: Path) -> None:
     """Everything that can be said without weights: the sizes, one sample, and whether the budget can be met."""
     config, splits, template = parts.config, parts.splits, parts.task.template
-    skeleton = parts.model.skeleton()
-    layers, everything = layer_map(skeleton, scope=config.probe.scope), parts.decider.layers()
+    probe, everything = parts.decider.probe, parts.decider.layers()
+    skeleton = parts.model.skeleton(with_adapter=probe.parameters == "lora")
+    layers = layer_map(
+        skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
+    )
     train, validation = parts.decider.samples()
     allocation = parts.decider.rehearse(everything)
     example = splits.train[0]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ class Store:
 
         A corrupted or foreign file is recomputed, with a warning. Interrupted or out of disk, no half file remains.
         """
-        key = fingerprint({**description, "store": VERSION})
+        key = self.key(description)
         file = Path(self.root) / "grams" / f"{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):  # the operating system frees the lock of a job that died
@@ -57,7 +58,15 @@ class Store:
                     warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=2)
             grams = compute(key)
             _write(grams, file, description)
+            shutil.rmtree(self.partial(key), ignore_errors=True)
         return grams, False
+
+    def key(self, description: Mapping[str, Any]) -> str:
+        return fingerprint({**description, "store": VERSION})
+
+    def partial(self, key: str) -> Path:
+        """Where an interrupted measurement leaves what it has; gone once the Grams are stored."""
+        return Path(self.root) / "partial" / key
 
 
 def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> None:

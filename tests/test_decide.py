@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from layerif import decide
 from layerif.allocate import Experts
 from layerif.decide import Decider
+from layerif.estimators.datainf import DataInf
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.tracin import TracIn
 from layerif.models import Local, layer_map
@@ -157,3 +158,44 @@ def test_an_adapter_trained_on_another_base_of_the_same_shape_is_told(decider, a
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         decider.model.at(adapters[0])
+
+
+def test_half_precision_states_how_well_it_ranks_like_float32(decider):
+    half = replace(
+        decider,
+        model=replace(decider.model, dtype="bfloat16"),
+        probe=replace(decider.probe, fidelity_samples=6),
+        estimator=DataInf(),
+    )
+    found = half().fidelity
+    assert found is not None
+    assert (found["train"], found["validation"]) == (6, 3)
+    assert 0.9 < found["influences"] < 1
+    assert -1 <= found["scores"] <= 1
+    assert replace(half, probe=replace(half.probe, fidelity_samples=0))().fidelity is None
+    assert replace(half, model=decider.model)().fidelity is None
+
+
+def test_a_projection_as_wide_as_the_model_is_faithful_and_a_narrow_one_says_what_it_loses(decider):
+    def fidelity(projection: int) -> dict[str, float]:
+        probe = replace(decider.probe, projection=projection, fidelity_samples=8)
+        found = replace(decider, probe=probe, estimator=DataInf())().fidelity
+        assert found is not None
+        return found
+
+    wide, narrow = fidelity(64), fidelity(2)
+    assert wide["scores"] == pytest.approx(1)
+    assert wide["influences"] == pytest.approx(1)
+    assert narrow["influences"] < 0.99
+
+
+def test_what_changes_cost_alone_finds_the_same_grams(decider):
+    measured, reused = decider.grams(decider.model.load)
+    assert not reused
+    cheaper = replace(decider.probe, form="pairwise", memory_gb=1.0, offload="disk", batch_size=3)
+    again, reused = replace(decider, probe=cheaper).grams(decider.model.load)
+    assert reused
+    assert again.fingerprint == measured.fingerprint
+    _, reused = replace(decider, probe=replace(decider.probe, projection=8)).grams(decider.model.load)
+    assert not reused
+    assert not list((Path(decider.store.root) / "partial").glob("*"))

@@ -222,3 +222,20 @@ def test_tracin_over_saved_adapters(tiny_overrides, tmp_path):
     record = run_layerif([*tiny_overrides, "method=none", "estimator=tracin", *rates], tmp_path / "tracin")
     assert str(adapter) in record.inputs
     assert min(record.scores) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_score_and_train_like_one(tiny_overrides, tmp_path):
+    small = [*tiny_overrides, "probe.num_train=9", "probe.num_validation=4"]
+    alone = run_layerif([*small, "method=none", f"outputs={tmp_path / 'alone'}"], tmp_path)
+    two = ["trainer.devices=2", "trainer.strategy=ddp"]
+    together = tmp_path / "together"
+    together.mkdir()
+    scored = run_layerif([*small, *two, "method=none", f"outputs={together}"], together)
+    assert scored.scores == pytest.approx(alone.scores, rel=1e-5)
+    assert scored.allocation == alone.allocation
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    record = run_layerif([*small, *two, f"outputs={trained}"], trained)
+    assert record.scores == pytest.approx(alone.scores, rel=1e-5)
+    assert 0 <= record.metrics["accuracy"] <= 1

@@ -1,6 +1,6 @@
 """One pass over a model and its samples leaves a Gram matrix per weight matrix, for all blocks at once.
 
-`measurement` is the whole; `plan` decides how (several passes where memory is short), `factors` takes the inputs and
+`measurement` is the whole; `passes` decides how (several passes where memory is short), `factors` takes the inputs and
 output gradients of the linear layers, `projection` makes them smaller first, `shards` divides the work among processes
 and lays out one matrix's factors, `products` multiplies them.
 """
@@ -13,19 +13,19 @@ from typing import Literal
 from layerif.models import Parameters, Scope
 from layerif.probe.factors import first_non_finite_block
 from layerif.probe.measurement import IndexedBatch, measure, workload
-from layerif.probe.plan import Choice, Offload, Plan, Workload, plan
+from layerif.probe.passes import Choice, Offload, Passes, Workload, passes
 from layerif.probe.projection import Projection
 
 __all__ = [
     "VERSION",
     "IndexedBatch",
-    "Plan",
+    "Passes",
     "Probe",
     "Projection",
     "Workload",
     "first_non_finite_block",
     "measure",
-    "plan",
+    "passes",
     "workload",
 ]
 
@@ -44,8 +44,9 @@ class Probe:
     validation samples are measured exactly in float32 as well, to state how well the ranks agree; 0 measures nothing.
 
     The rest changes cost alone. form: how inner products are taken, see `layerif.probe.products`. memory_gb: of the
-    device, for what the probe holds beside the model and one batch; None: half of what is free. offload: where factors
-    wait that do not fit, see `layerif.probe.plan`; on `disk` an interrupted pass resumes from its finished batches.
+    device, for what the probe holds beside the model and one batch; None: half of what is free (85 % on a GPU).
+    offload: where factors wait that do not fit, see `layerif.probe.passes`; on `disk` an interrupted pass resumes from
+    its finished batches.
     """
 
     scope: Scope = "attention"

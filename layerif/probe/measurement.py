@@ -27,7 +27,7 @@ from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.models import bare
 from layerif.probe import products
 from layerif.probe.factors import InMemory, OnDisk, Waiting, capture, inputs_read_together, only_activations
-from layerif.probe.plan import Choice, Matrix, Offload, Plan, Workload, plan
+from layerif.probe.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.projection import Projection
 from layerif.probe.shards import Shards, is_spread
 
@@ -70,9 +70,11 @@ def measure(
         raise ValueError("probe.offload=disk needs a folder for the factors: measure(…, partial=folder)")
 
     shards = Shards.current()
-    load = workload(model, layers, train, validation, projection, shards.size)
-    device = next(model.parameters()).device
-    chosen = _plan(load, device, form, memory_gb, offload, shards)
+    reads_with = inputs_read_together(model, [param for block in layers.params for param in block])
+    load = workload(model, layers, train, validation, reads_with, projection, shards.size)
+    memory, host_memory = map(min, zip(*shards.share(budget(next(model.parameters()).device, memory_gb)), strict=True))
+    tile_bytes = tile(next(model.parameters()).device)
+    chosen = passes(load, memory, form=form, offload=offload, tile_bytes=tile_bytes, host_memory=host_memory)
     where = {"none": "the device", "cpu": "main memory", "disk": "files"}[chosen.offload]
     if len(chosen.groups) > 1 or chosen.offload != "none":
         size = f"{load.kept_bytes(load.matrices) / 1e9:.2f} GB of factors"
@@ -89,12 +91,15 @@ def workload(
     layers: LayerMap,
     train: Sequence[IndexedBatch],
     validation: Sequence[IndexedBatch],
+    reads_with: Mapping[str, str],
     projection: Projection | None = None,
     num_processes: int = 1,
 ) -> Workload:
-    """The sizes of a measurement. The model may be on the meta device."""
+    """The sizes of a measurement. The model may be on the meta device, the batches are not looked into.
+
+    reads_with: for each matrix the first that reads the same input, see `factors.inputs_read_together`.
+    """
     params = [param for block in layers.params for param in block]
-    reads_with = inputs_read_together(model, params)
     width = projection.width if projection else lambda features: features
     matrices = []
     for param in params:
@@ -115,17 +120,19 @@ def workload(
     )
 
 
-def _plan(
-    load: Workload, device: torch.device, form: Choice, memory_gb: float | None, offload: Offload, shards: Shards
-) -> Plan:
-    """With several processes the smallest budget counts: all must agree on the passes."""
-    is_cuda = device.type == "cuda"
+def budget(device: torch.device, memory_gb: float | None) -> tuple[float, float]:
+    """Bytes on the device, and of main memory where factors may be moved to; that is zero if it is the device."""
     host = psutil.virtual_memory().available / 2
-    free = torch.cuda.mem_get_info(device)[0] / 2 if is_cuda else host
-    memory, host = map(min, zip(*shards.share((free if memory_gb is None else memory_gb * 1e9, host)), strict=True))
-    # A tile stays inside a processor's cache, or keeps a GPU busy.
-    tile_bytes = 1e9 if is_cuda else 1.6e7
-    return plan(load, memory, form=form, offload=offload, tile_bytes=tile_bytes, host_memory=host if is_cuda else None)
+    if device.type != "cuda":
+        return (host if memory_gb is None else memory_gb * 1e9), 0.0
+    # A GPU is nobody else's: what the autograd graph of a batch needs is far less than the rest.
+    free = torch.cuda.mem_get_info(device)[0] * 0.85
+    return (free if memory_gb is None else memory_gb * 1e9), host
+
+
+def tile(device: torch.device) -> float:
+    """Bytes of a tile that stays inside a processor's cache, or keeps a GPU busy."""
+    return 1e9 if device.type == "cuda" else 1.6e7
 
 
 @dataclass(frozen=True)
@@ -137,22 +144,22 @@ class _Measurement:
     num_train: int
     num_samples: int
     names: Sequence[str]
-    plan: Plan
+    passes: Passes
     projection: Projection | None
     partial: Path | None
     shards: Shards
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        return {matrix.name: matrix for group in self.plan.groups for matrix in group}
+        return {matrix.name: matrix for group in self.passes.groups for matrix in group}
 
     def run(self, params: Sequence[str], description: str) -> dict[str, MatrixGram]:
         """The Grams of one pass, taken from `partial` if it was finished before."""
         if done := self.shards.share(self._finished(params))[0]:
             log.info("%s: finished before the interruption", description)
             return done
-        waiting: Waiting = InMemory(self.plan.offload == "cpu")
-        if self.plan.offload == "disk":
+        waiting: Waiting = InMemory(self.passes.offload == "cpu")
+        if self.passes.offload == "disk":
             assert self.partial is not None
             waiting = OnDisk(self.partial)
         with self.shards.failing_together():
@@ -167,7 +174,7 @@ class _Measurement:
                 self._require_finite(param, gram)
         shared = {param: gram for part in self.shards.share(mine) for param, gram in part.items()}
         grams = {param: shared[param] for param in params}
-        if self.partial is not None and self.shards.rank == 0 and len(self.plan.groups) > 1:
+        if self.partial is not None and self.shards.rank == 0 and len(self.passes.groups) > 1:
             self._keep(grams, self._file(params))
         return grams
 
@@ -197,7 +204,7 @@ class _Measurement:
             return {}
         param = params[self.shards.rank]
         gram_SN, square_M = products.gram(
-            self.plan.forms[param], input_STI, delta_SOT, self.num_train, self.plan.tile_bytes
+            self.passes.forms[param], input_STI, delta_SOT, self.num_train, self.passes.tile_bytes
         )
         gram_SN = gram_SN.cpu()
         return {
@@ -210,12 +217,12 @@ class _Measurement:
         }
 
     def _laid_out(self, factors: Sequence[tuple[int, Sequence[Tensor]]], *, swap: bool = False) -> Tensor | None:
-        weight = bare(self.model).get_parameter(self.plan.groups[0][0].name)
+        weight = bare(self.model).get_parameter(self.passes.groups[0][0].name)
         work = torch.promote_types(weight.dtype, torch.float32)
         return self.shards.lay_out(
             factors,
             [indices for indices, _ in self.batches],
-            longest=self.plan.workload.longest,
+            longest=self.passes.workload.longest,
             sent_as=work if self.projection else weight.dtype,
             dtype=work,
             device=weight.device,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from layerif.probe.products import FORMS, Form, cheaper, least_tile_bytes, operations
+from layerif.probe.products import Form, cheaper, least_tile_bytes, operations
 
 Offload = Literal["auto", "none", "cpu", "disk"]
 Choice = Literal["auto", "materialised", "pairwise"]
@@ -72,7 +72,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Passes:
     """groups: the matrices of each pass. forms: by matrix. offload: where factors wait. tile_bytes: of a product."""
 
     workload: Workload
@@ -100,20 +100,20 @@ class Plan:
         )
 
 
-def plan(
+def passes(
     workload: Workload,
     memory: float,
     *,
     form: Choice = "auto",
     offload: Offload = "auto",
     tile_bytes: float = 1.6e7,
-    host_memory: float | None = None,
-) -> Plan:
+    host_memory: float = 0,
+) -> Passes:
     """The passes that fit into `memory` bytes of the model's device.
 
     offload: `none` keeps factors on the device, in as many passes as they need; `cpu` moves them to main memory
     (`host_memory` bytes of it), `disk` into files, in one pass. `auto` is none where one pass suffices, otherwise cpu
-    where that needs fewer passes, otherwise none. host_memory: None where the device is main memory itself.
+    where that needs fewer passes, otherwise none. host_memory: 0 where the device is main memory itself.
     tile_bytes: wanted; smaller where the budget is.
     Raises ValueError with the least memory that would do.
     """
@@ -121,14 +121,14 @@ def plan(
     held = _Held(workload, forms, memory, tile_bytes)
     if offload == "auto":
         offload = "none"
-        fits = held.fits(host_memory) if host_memory is not None else False
-        if (fits and not held.fits(None)) or (fits and len(held.groups(host_memory)) < len(held.groups(None))):
+        fits = held.fits(None)
+        if held.fits(host_memory) and not (fits and len(held.groups(None)) <= len(held.groups(host_memory))):
             offload = "cpu"
-    if offload == "cpu" and host_memory is None:
+    if offload == "cpu" and not host_memory:
         raise ValueError("probe.offload=cpu has nowhere to go: the model is in main memory; use none or disk")
     room = {"none": None, "cpu": host_memory, "disk": float("inf")}[offload]
     held.require(room, offload)
-    return Plan(workload, held.groups(room), forms, offload, held.tile(room))
+    return Passes(workload, held.groups(room), forms, offload, held.tile(room))
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,3 @@ def _rounded_up(value: float) -> str:
     """Two figures, never below the value."""
     digits = f"{value:.1e}"
     return digits if float(digits) >= value else f"{float(digits) + 10 ** (int(digits[-3:]) - 1):.1e}"
-
-
-__all__ = ["FORMS", "Choice", "Matrix", "Offload", "Plan", "Workload", "plan"]
