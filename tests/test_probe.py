@@ -262,3 +262,28 @@ def test_matrices_that_are_no_linear_layers_are_named():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=32))
     with pytest.raises(ValueError, match=r"Conv1D|no linear layer"):
         layer_map(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "pairwise"}, {"offload": "cpu"}, {"projection": Projection(8)}], ids=str
+)
+def test_a_gpu_gives_the_grams_of_the_cpu(options):
+    model = double("llama")
+    reference = probe(model, scope="all", **{**options, "offload": "none"})
+    assert_equal(probe(model.cuda(), scope="all", **options), reference, 1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_multiplies_in_full_float32_even_where_tf32_is_allowed(form):
+    generator = torch.Generator().manual_seed(0)
+    input_STI, delta_SOT = (torch.randn(shape, generator=generator) for shape in ((40, 64, 128), (40, 256, 64)))
+    exact, _ = products.gram(form, input_STI.double(), delta_SOT.double(), 30, 1e8)
+    torch.set_float32_matmul_precision("high")
+    try:
+        found, _ = products.gram(form, input_STI.cuda(), delta_SOT.cuda(), 30, 1e8)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (found.cpu().double() - exact).norm() / exact.norm() < 1e-5
