@@ -116,8 +116,8 @@ def _approximation(report: Mapping[str, Any]) -> Conclusion | None:
     return Conclusion(
         f"{own} stands for the exact damped influence.",
         "supported" if found["off_max"] < OFF else "not supported",
-        f"its influence is off the exact one by {found['off_median']:.0%} in the median matrix and "
-        f"{found['off_max']:.0%} in the worst (bar {OFF:.0%}); what that costs, the loss changes below tell",
+        f"its influence is off the exact one by {found['off_median']:.2g} times its size in the median matrix and "
+        f"{found['off_max']:.2g} times in the worst (bar {OFF}); what that costs, the loss changes tell",
     )
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from layerif.diagnose.leave_out import lds, left_out_sets, membership, predicted_change
 from layerif.estimators.exact import exact
 
-RIDGE = 1e-2
+RIDGE = 1e-3
 
 
 @dataclass(frozen=True)

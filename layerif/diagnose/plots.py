@@ -33,7 +33,7 @@ def plot(report: Mapping[str, Any], folder: Path) -> None:
     with _figure(folder / "mislabel.png", (10, 4), columns=2) as (found, by_layer):
         _found(found, report["mislabel"], colours)
         _by_layer(by_layer, report)
-    with _figure(folder / "gradients.png", (max(6.0, 0.32 * len(report["layers"])), 3.4)) as (axes,):
+    with _figure(folder / "gradients.png", (max(7.0, 0.32 * len(report["layers"])), 3.4)) as (axes,):
         _gradients(axes, report)
 
 
@@ -44,6 +44,7 @@ def _convex(axes: Axes, found: Mapping[str, Any]) -> None:
         )
     _diagonal(axes, [*found["actual"], *itertools.chain(*found["predicted"].values())])
     axes.set(title="Logistic regression, exact", xlabel="predicted change of the mean loss", ylabel="actual change")
+    axes.locator_params(axis="x", nbins=5)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -62,10 +63,10 @@ def _lds(axes: Axes, found: Mapping[str, Any], colours: Mapping[str, str]) -> No
     for place, name in enumerate(names):
         _bar(axes, place, found["lds"][name], colours[name])
     if found["ceiling"] is not None:
-        axes.axvline(found["ceiling"], color="0.3", linestyle="--", linewidth=1)
-        axes.text(found["ceiling"], len(names) - 0.35, "another seed", ha="center", fontsize=8, color="0.3")
+        axes.axvline(found["ceiling"], color="0.3", linestyle="--", linewidth=1, label="another seed's retraining")
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.set(title="LDS, 95 % interval", xlabel="Spearman, predicted with actual change", ylim=(-0.6, len(names)))
+    axes.set(title="LDS, 95 % interval", xlabel="Spearman, predicted with actual change", ylim=(-0.6, len(names) + 0.2))
     axes.set_yticks(range(len(names)), names)
 
 
@@ -81,6 +82,7 @@ def _ranks(axes: Axes, report: Mapping[str, Any]) -> None:
         ylabel="rank (1 = highest score)",
         ylim=(len(ranks) + 0.5, 0.5),
     )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -100,9 +102,10 @@ def _agreement(axes: Axes, found: Mapping[str, Any]) -> None:
 
 
 def _found(axes: Axes, found: Mapping[str, Any], colours: Mapping[str, str]) -> None:
-    for name, each in found["estimators"].items():
+    for (name, each), style in zip(found["estimators"].items(), itertools.cycle(("-", "--", "-.", ":"))):
         looked_at = np.linspace(0, 1, len(each["curve"]))
-        axes.plot(looked_at, each["curve"], color=colours[name], label=f"{name}: AUC {each['auc']['value']:.2f}")
+        label = f"{name}: AUC {each['auc']['value']:.2f}"
+        axes.plot(looked_at, each["curve"], style, color=colours[name], label=label)  # some lie on one another
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="a random order")
     axes.set(title="Wrong answers found", xlabel="share of rows looked at, most harmful first", ylabel="share found")
     axes.legend(frameon=False, fontsize=8)
@@ -112,7 +115,12 @@ def _by_layer(axes: Axes, report: Mapping[str, Any]) -> None:
     aucs = list(report["mislabel"]["auc_by_layer"].values())
     axes.plot(range(len(aucs)), aucs, "o-", markersize=4, color=COLOURS[0])
     axes.axhline(0.5, color="0.6", linewidth=0.8)
-    axes.set(title=f"The same by single layers ({report['estimator']})", xlabel="layer (decoder block)", ylabel="AUC")
+    axes.set(
+        title=f"The same by single layers ({report['estimator']})",
+        xlabel="layer (decoder block)",
+        ylabel="AUC",
+        ylim=(0, 1),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -130,7 +138,7 @@ def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
         axes.plot(j, i, "x", color=COLOURS[1])
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.grid(False)
-    axes.set_title("Training gradients, root mean square norm (log10); × dead or not finite", loc="left", fontsize=11)
+    axes.set_title("log10 of the gradients' norm (root mean square); × dead or not finite", loc="left", fontsize=11)
     axes.set_xlabel("layer (decoder block)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.colorbar(image, ax=axes)

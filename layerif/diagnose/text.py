@@ -90,7 +90,7 @@ def _solver(report: Mapping[str, Any]) -> str:
         (
             name,
             f"{each['residual_median']:.1e} / {each['residual_max']:.1e}",
-            f"{each['off_median']:.1%} / {each['off_max']:.1%}",
+            f"{each['off_median']:.2g} / {each['off_max']:.2g}",
             each["worst"],
             f"{each['condition_max']:.1e}",
             f"{each['rounding_max']:.2g}",
@@ -171,7 +171,7 @@ def _leave_out(report: Mapping[str, Any]) -> str:
         f"the loss of {found['num_validation']} validation rows: {found['loss']['untrained']:.3f} untrained, {trained} "
         "trained (one a seed). LDS: Spearman of predicted and actual change over the sets, validation row by "
         "validation row, on the means over seeds; its interval is over sets and rows. Of the mean: the same for the "
-        "mean loss of all rows.\n\n"
+        "mean loss of all rows. Only the order counts: the damping sets the scale of an influence.\n\n"
         + _table(("estimator", "LDS", "seed by seed", "of the mean", "above grad_dot"), rows)
         + f"\n\nStandard deviation of a row's loss over sets {found['sd_over_sets']:.3f}{over_seeds} nats.{limit} "
         f"Common share of the gradients at the adapters: {common}."
