@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from layerif.diagnose.diagnose import Diagnose
 from layerif.diagnose.retrain import Recipe, Retrainer, losses, schedule
 from layerif.diagnose.retrainings import Retrainings
 from layerif.estimators.datainf import DataInf
+from layerif.estimators.exact import Exact
+from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.uniform import Uniform
 from layerif.models import Local, layer_map
 from layerif.probe import Probe
@@ -192,6 +195,48 @@ def test_a_dry_run_tells_the_cost_in_steps(decider):
     assert "2 seeds × (1 + 4 sets of 6 of 12 rows left out) × 2 steps" in plan["retraining"]
     assert "= 20 steps" in plan["retraining"]
     assert not list(decider.store.root.glob("*"))  # type: ignore[union-attr]
+
+
+def report_of(decider: Decider, folder, **settings) -> tuple[dict, RunRecord]:
+    folder.mkdir(exist_ok=True)
+    config = {"probe": {"num_train": 12, "num_validation": 6}, "evaluation": {"before": False}}
+    record = RunRecord(name="test", seed=0, config=config, overrides=[])
+    Diagnose(**SMALL, **settings)(replace(decider, probe=replace(decider.probe, parameters="weights")), record, folder)
+    return json.loads((folder / "diagnose.json").read_text()), record
+
+
+def test_one_seed_and_no_damping_leave_their_sections_out(decider, tmp_path):
+    report, record = report_of(replace(decider, estimator=GradDot()), tmp_path, seeds=1)
+    assert report["leave_out"]["ceiling"] is None
+    assert report["leave_out"]["sd_over_seeds"] is None
+    assert (report["stability"]["damping"], report["stability"]["seeds"]) == ([], [])
+    assert "lds_ceiling" not in record.metrics
+    claims = " ".join(each["claim"] for each in report["conclusions"])
+    assert "damping" not in claims
+    assert "another seed" not in claims
+    assert "nan" not in (tmp_path / "diagnose.md").read_text().lower().split()
+
+
+def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
+    seen = [
+        (example.instruction, example.options)
+        for part in ("train", "validation")
+        for example in getattr(decider.splits, part)
+    ]
+    assert all((example.instruction, example.options) not in seen for example in decider.splits.test)
+    blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
+    sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
+    assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
+    record = RunRecord(name="test", seed=0, config={"evaluation": {"before": True}}, overrides=[])
+    with pytest.raises(ValueError, match=r"looks at no evaluated row; use evaluation\.before=false"):
+        Diagnose(**SMALL)(decider, record, tmp_path)
+
+
+def test_half_precision_is_examined_like_any_other(decider, tmp_path):
+    half = replace(decider, model=replace(decider.model, dtype="bfloat16"), estimator=Exact(aggregation="top25"))
+    report, record = report_of(half, tmp_path, seeds=1)
+    assert report["solver"]["estimators"]["exact"]["residual_max"] < 1e-9
+    assert all(math.isfinite(value) for value in record.metrics.values())
 
 
 def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides, tmp_path):

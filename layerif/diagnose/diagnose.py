@@ -49,7 +49,7 @@ class Diagnose:
     allocates: ClassVar[None] = None  # any allocator will do
 
     seeds: int = 3
-    subsets: int = 24
+    subsets: int = 40
     removed: float = 0.5
     num_train: int = 48
     num_validation: int = 32
@@ -146,7 +146,7 @@ class Diagnose:
             "aggregation": own.aggregation,
             "source": own.source,
             "layers": list(grams.layers.names),
-            "samples": dict(record.samples),
+            "samples": dict(zip(("train", "validation"), map(len, decider.samples()), strict=True)),
         }
         sections: dict[str, Callable[[], Any]] = {
             "instrument": evidence.instrument,

@@ -31,7 +31,8 @@ def percentile(value: float, draws: np.ndarray) -> Estimate:
     known = draws[np.isfinite(draws)]
     if math.isnan(value) or not len(known):
         return Estimate(math.nan, math.nan, math.nan)
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.quantile(known, ends, method="inverted_cdf")  # values that occurred: ranks stay whole
     return Estimate(float(value), float(low), float(high))
 
 

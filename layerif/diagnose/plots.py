@@ -51,8 +51,6 @@ def _convex(axes: Axes, found: Mapping[str, Any]) -> None:
 def _changes(axes: Axes, report: Mapping[str, Any]) -> None:
     found, own = report["leave_out"], report["estimator"]
     axes.scatter(found["predicted"][own], found["actual"], s=18, color=COLOURS[0])
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.axvline(0, color="0.6", linewidth=0.8)
     title = f"LoRA, {found['num_subsets']} sets of {found['left_out']} of {found['num_train']} rows"
     axes.set(title=title, xlabel=f"predicted change of the mean loss ({own})", ylabel="actual change (nats)")
     axes.locator_params(axis="x", nbins=5)

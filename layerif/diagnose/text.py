@@ -160,10 +160,9 @@ def _leave_out(report: Mapping[str, Any]) -> str:
     trained = ", ".join(f"{loss:.3f}" for loss in found["loss"]["trained"])
     common = ", ".join(_number(each["value"]) for each in found["common"])
     over_seeds = f", over seeds {found['sd_over_seeds']:.3f}" if found["sd_over_seeds"] is not None else ""
-    limit = (
-        f" The actual changes of two seeds agree by {found['ceiling']:.2f}: nobody can be asked to predict better."
-        * (found["ceiling"] is not None)
-    )
+    limit = ""
+    if found["ceiling"] is not None:
+        limit = f" The actual changes of two seeds agree by {found['ceiling']:.2f}, the yardstick of any prediction."
     return (
         "## Predicted and actual loss change\n\n"
         f"Plain LoRA on {found['num_train']} training rows, again without each of {found['num_subsets']} random sets "
