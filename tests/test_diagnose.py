@@ -73,7 +73,7 @@ def test_the_predicted_change_is_minus_the_mean_share_of_what_left():
 
 def test_spearman_by_columns_is_that_of_each_column_with_ties():
     first, second = RNG.integers(4, size=(20, 6)), RNG.integers(4, size=(20, 6))
-    expected = [spearmanr(first[:, j], second[:, j])[0] for j in range(6)]
+    expected = np.array([spearmanr(first[:, j], second[:, j])[0] for j in range(6)])
     np.testing.assert_allclose(spearman(first, second), expected)
     assert math.isnan(spearman(np.ones((5, 1)), np.arange(5.0)[:, None])[0])
 
@@ -334,7 +334,7 @@ def test_the_total_influence_is_the_sum_of_the_layers(granularity):
     grams, estimator = layer_grams(), DataInf(granularity=granularity)
     layers = layer_influences(estimator, grams)
     assert list(layers) == list(LAYERS.names)
-    torch.testing.assert_close(total_influence(estimator, grams), sum(layers.values()))
+    torch.testing.assert_close(total_influence(estimator, grams), torch.stack(list(layers.values())).sum(dim=0))
 
 
 # Words

@@ -58,7 +58,7 @@ def rows(count: int = 8) -> Encodings:
 
 def trained_losses(train: Encodings, left_out=(), *, seed: int = 0, recipe: Recipe = RECIPE) -> list[float]:
     model = Retrainer(tiny_model(), TARGETS, train, 1, recipe, seed)(left_out)
-    return losses(model, rows()[::-1], 3, 1)
+    return losses(model, Encodings(rows()[::-1]), 3, 1)
 
 
 def test_a_row_left_out_might_as_well_be_any_other():
@@ -89,7 +89,7 @@ def test_training_lowers_the_loss_of_its_rows_and_detaching_leaves_the_base_as_i
 
 def test_leaving_every_row_of_a_batch_out_takes_its_step_away():
     recipe = Recipe(steps=1, batch_size=8, learning_rate=1e-2, r=2)
-    untrained = losses(tiny_model(), rows()[::-1], 3, 1)
+    untrained = losses(tiny_model(), Encodings(rows()[::-1]), 3, 1)
     np.testing.assert_allclose(trained_losses(rows(), range(8), recipe=recipe), untrained, rtol=1e-6)
 
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 matplotlib.use("Agg")
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by everybody
+STYLES = ("-", "--", "-.", ":", (0, (4, 4)))
 
 
 def plot(report: Mapping[str, Any], folder: Path) -> None:
@@ -100,10 +101,12 @@ def _agreement(axes: Axes, found: Mapping[str, Any]) -> None:
 
 
 def _found(axes: Axes, found: Mapping[str, Any], colours: Mapping[str, str]) -> None:
-    for (name, each), style in zip(found["estimators"].items(), itertools.cycle(("-", "--", "-.", ":"))):
+    for (name, each), style in zip(found["estimators"].items(), itertools.cycle(STYLES)):
         looked_at = np.linspace(0, 1, len(each["curve"]))
         label = f"{name}: AUC {each['auc']['value']:.2f}"
-        axes.plot(looked_at, each["curve"], style, color=colours[name], label=label)  # some lie on one another
+        axes.plot(
+            looked_at, each["curve"], linestyle=style, color=colours[name], label=label
+        )  # some lie on one another
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="a random order")
     axes.set(title="Wrong answers found", xlabel="share of rows looked at, most harmful first", ylabel="share found")
     axes.legend(frameon=False, fontsize=8)
@@ -128,12 +131,14 @@ def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
     owner = {name: max((layer for layer in layers if name.startswith(f"{layer}.")), key=len) for name in norms}
     kinds = list(dict.fromkeys(name.removeprefix(f"{owner[name]}.").removesuffix(".weight") for name in norms))
     grid = np.full((len(kinds), len(layers)), np.nan)
+    ill = {*report["gradients"]["dead"], *report["gradients"]["non_finite"]}
     for name, value in norms.items():
         kind = name.removeprefix(f"{owner[name]}.").removesuffix(".weight")
-        grid[kinds.index(kind), layers.index(owner[name])] = np.log10(value) if value else np.nan
+        place = kinds.index(kind), layers.index(owner[name])
+        grid[place] = np.log10(value) if value else np.nan
+        if name in ill:
+            axes.plot(place[1], place[0], "x", color=COLOURS[1])
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    for i, j in np.argwhere(np.isnan(grid)):
-        axes.plot(j, i, "x", color=COLOURS[1])
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.grid(False)
     axes.set_title("log10 of the gradients' norm (root mean square); × dead or not finite", loc="left", fontsize=11)
