@@ -49,7 +49,7 @@ def score(parts: Parts, record: RunRecord) -> None:
         loaded[:] = loaded or [parts.model.load().to(parts.decider.device)]
         return loaded[0]
 
-    _keep(parts.decider(load), parts, record)
+    keep(parts.decider(load), record)
     if parts.evaluation.before:
         _evaluate(load(), parts, record, "before/")
 
@@ -73,7 +73,7 @@ def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) ->
             raise KeyboardInterrupt from None
         raise
     assert influence.decision is not None
-    _keep(influence.decision, parts, record)
+    keep(influence.decision, record)
     record.seconds["fit"] = time.perf_counter() - start - influence.seconds
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
@@ -96,12 +96,13 @@ def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) ->
     _evaluate(model.to(device), parts, record, "")
 
 
-def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
+def keep(decision: Decision, record: RunRecord) -> None:
+    """Put a decision, and what there is to say of its samples, into the record."""
     record.layers = list(decision.allocation.layers)
     record.allocation = decision.allocation.to_dict()
     record.seconds |= decision.seconds
     if decision.scores is None:
-        record.source = f"file({parts.config.allocator.path})"
+        record.source = f"file({record.config['allocator']['path']})"
         return
     record.scores = list(decision.scores.values)
     record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
@@ -117,7 +118,7 @@ def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
         )
     for part, num in zip(("train", "validation"), decision.num_samples, strict=True):
         record.samples[part] = num
-        asked = parts.config.probe[f"num_{part}"]
+        asked = record.config["probe"][f"num_{part}"]
         if 0 < num < asked:
             record.notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
 
@@ -152,15 +153,23 @@ def callbacks(kept: Fit, checkpoints: Path) -> list[Callback]:
     return found
 
 
-def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
-    """The checkpoint of a killed run of the same job in this folder; one of another job is removed."""
-    last, job = checkpoints / "last.ckpt", checkpoints / "job.json"
+def carries_on(checkpoints: Path, record: RunRecord) -> bool:
+    """Whether `checkpoints` is what a killed run of the same job left; else it is emptied, and marked as this job's."""
+    job = checkpoints / "job.json"
     wanted = json.dumps([record.config, record.inputs], sort_keys=True)
-    if last.exists() and job.exists() and job.read_text() == wanted:
-        record.notes.append("resumed from the checkpoint of a run that did not finish")
-        log.info("resuming from %s", last)
-        return str(last)
+    if job.exists() and job.read_text() == wanted:
+        return True
     shutil.rmtree(checkpoints, ignore_errors=True)
     checkpoints.mkdir(parents=True)
     job.write_text(wanted)
+    return False
+
+
+def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
+    """The checkpoint of a killed run of the same job in this folder."""
+    last = checkpoints / "last.ckpt"
+    if carries_on(checkpoints, record) and last.exists():
+        record.notes.append("resumed from the checkpoint of a run that did not finish")
+        log.info("resuming from %s", last)
+        return str(last)
     return None

@@ -252,7 +252,7 @@ def print_run(record: RunRecord, folder: Path, console: Console | None = None) -
     ranking = f"; highest: {highest}" if len(set(scores)) > 1 else ""
     console.print(f"\n{record.source}{ranking}", highlight=False, markup=False)
     console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
-    if record.metrics:
+    if record.metrics and (record.questions or record.parameters):  # a report of method=diagnose has no accuracy
         show(table([record]), record.config["task"]["name"], console)
     for name, value in record.metrics.items():
         if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table

@@ -98,7 +98,10 @@ def _preview(parts: Parts, folder: Path) -> None:
     }
     # The settings of trainer, fit and method are checked by making them.
     parts.trainer(callbacks(instantiate(config.fit), folder / "checkpoints"), folder)
-    if isinstance(parts.method(), L.LightningModule):
+    method = parts.method()
+    if hasattr(method, "plan"):
+        lines |= method.plan(parts.decider)
+    if isinstance(method, L.LightningModule):
         data = parts.datamodule()
         lines["fit"] = (
             f"{len(data.train)} samples in batches of {data.batch_size}, "
