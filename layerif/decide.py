@@ -126,7 +126,7 @@ class Decider:
         probe = self.probe
         return tuple(  # type: ignore[return-value]
             encode(
-                self._chosen(part),
+                self.chosen(part),
                 self.tokenizer,
                 template=probe.template,
                 max_length=probe.max_length,
@@ -136,7 +136,8 @@ class Decider:
             for part in ("train", "validation")
         )
 
-    def _chosen(self, part: str) -> list[Example]:
+    def chosen(self, part: str) -> list[Example]:
+        """The rows of `train` or `validation` behind the samples, in their order."""
         examples = getattr(self.splits, part)
         return [examples[row] for row in self._rows(part)]
 
@@ -200,7 +201,7 @@ class Decider:
             projection=Projection(probe.projection, probe.projection_seed) if probe.projection else None,
             partial=self.store.partial(key),
             fingerprint=key,
-            names=[f"{part} row {row.id}" for part in ("train", "validation") for row in self._chosen(part)],
+            names=[f"{part} row {row.id}" for part in ("train", "validation") for row in self.chosen(part)],
         )
 
     def fidelity(self, grams: LayerGrams) -> dict[str, float] | None:

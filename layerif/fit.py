@@ -108,8 +108,9 @@ def keep(decision: Decision, record: RunRecord) -> None:
     record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
     record.fingerprint = decision.scores.fingerprint
     record.reliability, record.fidelity = decision.reliability, decision.fidelity
-    if parts.model.dtype in ("bfloat16", "float16") and sum(decision.num_samples) and decision.fidelity is None:
-        record.notes.append(f"probed in {parts.model.dtype}; not compared with float32 (probe.fidelity_samples=0)")
+    dtype = record.config["model"].get("dtype")
+    if dtype in ("bfloat16", "float16") and sum(decision.num_samples) and decision.fidelity is None:
+        record.notes.append(f"probed in {dtype}; not compared with float32 (probe.fidelity_samples=0)")
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
     if decision.num_truncated:

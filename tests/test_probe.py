@@ -271,7 +271,7 @@ def test_matrices_that_are_no_linear_layers_are_named():
 def test_a_gpu_gives_the_grams_of_the_cpu(options):
     model = double("llama")
     reference = probe(model, scope="all", **{**options, "offload": "none"})
-    assert_equal(probe(model.cuda(), scope="all", **options), reference, 1e-8)
+    assert_equal(probe(torch.nn.Module.cuda(model), scope="all", **options), reference, 1e-8)
 
 
 @pytest.mark.gpu

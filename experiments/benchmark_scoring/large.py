@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from typing import Any
 
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -15,7 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from layerif.models import layer_map
 from layerif.probe import IndexedBatch, measure
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1792,
     "num_hidden_layers": 4,

@@ -123,7 +123,7 @@ class Diagnose:
                     f"probe.num_{part} must be at least {LEAST_ROWS} for method=diagnose: fewer rank nothing"
                 )
         left_out_sets(self.num_train, self._left_out, self.subsets, seed=decider.seed)
-        flip(decider._chosen("train"), self.flipped, seed=decider.seed)
+        flip(decider.chosen("train"), self.flipped, seed=decider.seed)
 
     @property
     def _left_out(self) -> int:

@@ -92,7 +92,7 @@ def stability(
 def mislabel(
     estimators: Panel, decider: Decider, model: Callable[[], nn.Module], *, share: float, trials: int
 ) -> dict[str, Any]:
-    chosen = decider._chosen("train")
+    chosen = decider.chosen("train")
     is_flipped: list[np.ndarray] = []
     harms: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     by_layer: dict[str, list[float]] = {}
