@@ -183,8 +183,7 @@ def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams) -> flo
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
-        halves = [grams.select(half, half) for half in (slice(0, None, 2), slice(1, None, 2))]
-        first, second = (estimator.score(half).values for half in halves)
+        first, second = (estimator.score(half).values for half in grams.halves)
     if len(set(first)) == 1 or len(set(second)) == 1:
         return None
     return float(spearmanr(first, second)[0])  # type: ignore[arg-type]

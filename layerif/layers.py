@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from layerif.names import did_you_mean
 
 T = TypeVar("T")
+
+_HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,37 @@ class MatrixGram:
 
 @dataclass(frozen=True)
 class LayerGrams:
-    """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured."""
+    """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured.
+
+    What is derived of them is kept for the next setting, as long as these Grams are: never change a tensor in place.
+    """
 
     layers: LayerMap
     grams: Mapping[str, MatrixGram]
     fingerprint: str
+
+    @cached_property
+    def in_float64(self) -> LayerGrams:
+        """For solving: λ is about 1e-8 of a gradient's squared norm, and float32 cannot hold their sum.
+
+        Raises ValueError naming the matrix if a Gram is not finite.
+        """
+        grams = {name: _in_float64(name, gram) for name, gram in self.grams.items()}
+        return LayerGrams(self.layers, grams, self.fingerprint)
+
+    @cached_property
+    def by_block(self) -> LayerGrams:
+        """One Gram per block, of the gradients of its matrices laid end to end; it has the block's name."""
+        blocks = zip(self.layers.names, self.layers.params, strict=True)
+        grams = {block: reduce(add, (self.grams[name] for name in params)) for block, params in blocks}
+        layers = LayerMap(self.layers.names, tuple((block,) for block in self.layers.names), self.layers.numel)
+        return LayerGrams(layers, grams, self.fingerprint)
+
+    @cached_property
+    def halves(self) -> tuple[LayerGrams, LayerGrams]:
+        """Every other sample, and the others: two measurements that share no sample."""
+        first, second = (self.select(half, half) for half in _HALVES)
+        return first, second
 
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> LayerGrams:
         """The Grams of a subset of the samples: no gradient is needed again for subsamples, halves or a bootstrap."""
@@ -117,6 +147,11 @@ class CheckpointGrams:
         """A hash of all fingerprints in their order."""
         return hashlib.sha256(" ".join(grams.fingerprint for grams in self.checkpoints).encode()).hexdigest()
 
+    @cached_property
+    def halves(self) -> tuple[CheckpointGrams, CheckpointGrams]:
+        first, second = zip(*(grams.halves for grams in self.checkpoints), strict=True)
+        return CheckpointGrams(first), CheckpointGrams(second)
+
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> CheckpointGrams:
         return CheckpointGrams(tuple(grams.select(train, validation) for grams in self.checkpoints))
 
@@ -140,3 +175,14 @@ def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: s
             "give every layer a value"
         )
     return tuple(by_name[name] for name in layers)
+
+
+def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:
+    solved = MatrixGram(gram.train_train.double(), gram.val_train.double(), gram.val_norms.double(), gram.numel)
+    for what in ("train_train", "val_train", "val_norms"):
+        if not bool(getattr(solved, what).isfinite().all()):
+            raise ValueError(
+                f"the Gram {what} of {name!r} is not finite, so its gradients overflowed or are NaN; "
+                "look at the loss of the probed samples, or probe in float32"
+            )
+    return solved

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.names import check_choice
@@ -66,13 +67,7 @@ class GramEstimator:
 
     def solvable(self, evidence: LayerGrams) -> LayerGrams:
         """The Grams that influence is taken of: in float64, all finite, one per matrix or one per block."""
-        grams = {name: _in_float64(name, gram) for name, gram in evidence.grams.items()}
-        layers = evidence.layers
-        if self.granularity == "block":
-            blocks = zip(layers.names, layers.params, strict=True)
-            grams = {block: reduce(add, (grams[name] for name in params)) for block, params in blocks}
-            layers = LayerMap(layers.names, tuple((block,) for block in layers.names), layers.numel)
-        return LayerGrams(layers, grams, evidence.fingerprint)
+        return evidence.in_float64.by_block if self.granularity == "block" else evidence.in_float64
 
     def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
         """|S| of every block, from the influences of what `layers.params` names in it."""
@@ -121,11 +116,26 @@ def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
 
 
 def eigenbasis(train_train: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectrum (N, ascending, >= 0) and eigenvectors (N×N, columns) of K in float64."""
+    """Spectrum (N, ascending, >= 0) and eigenvectors (N×N, columns) of K in float64.
+
+    Remembered as long as the tensor lives and is not changed in place: it is nearly all that exact and LiSSA cost, and
+    the same at every damping.
+    """
+    version = None if train_train.is_inference() else train_train._version
+    known = _EIGENBASES.get(train_train)
+    if known is not None and known[0] == version:
+        return known[1]
     gram_NN = train_train.double()
     spectrum_N, basis_NN = torch.linalg.eigh((gram_NN + gram_NN.T) / 2)
     # A Gram built in float32 has noise eigenvalues below zero that can cancel the far smaller damping.
-    return spectrum_N.clamp(min=0), basis_NN
+    found = spectrum_N.clamp(min=0), basis_NN
+    if version is not None:  # an inference tensor does not tell of changes
+        _EIGENBASES[train_train] = version, found
+    return found
+
+
+# Of K by its identity: (version, eigenbasis).
+_EIGENBASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_damping(damping: float) -> None:
@@ -143,15 +153,3 @@ def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:
-    # λ is about 1e-8 of a gradient's squared norm: float32 cannot hold their sum, however the Gram was built.
-    solved = MatrixGram(gram.train_train.double(), gram.val_train.double(), gram.val_norms.double(), gram.numel)
-    for what in ("train_train", "val_train", "val_norms"):
-        if not bool(getattr(solved, what).isfinite().all()):
-            raise ValueError(
-                f"the Gram {what} of {name!r} is not finite, so its gradients overflowed or are NaN; "
-                "look at the loss of the probed samples, or probe in float32"
-            )
-    return solved
