@@ -156,6 +156,32 @@ class CheckpointGrams:
         return CheckpointGrams(tuple(grams.select(train, validation) for grams in self.checkpoints))
 
 
+@dataclass(frozen=True)
+class LayerInfluences:
+    """I (M×N) of every matrix in `layers`, by parameter name, where no Gram says it; I < 0: helpful.
+
+    Raises ValueError for a matrix without influence, or of other samples than the first.
+    """
+
+    layers: LayerMap
+    influences: Mapping[str, Tensor]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(self.influences[name].shape) for params in self.layers.params for name in params}
+        if len(set(shapes.values())) != 1:
+            raise ValueError(f"influences must be M×N of the same samples for every matrix, got {shapes}")
+
+    @cached_property
+    def halves(self) -> tuple[LayerInfluences, LayerInfluences]:
+        """Of every other sample, and of the others; what each I was preconditioned with stays that of all samples."""
+        first, second = (
+            LayerInfluences(self.layers, {name: I[half, half] for name, I in self.influences.items()}, self.fingerprint)
+            for half in _HALVES
+        )
+        return first, second
+
+
 def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:
     """The values of `by_name`, one for each of `layers`, in their order.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from layerif.layers import LayerMap
@@ -167,7 +168,10 @@ class Embedded(Pretrained):
         gguf = self._gguf()
         folder = Path(self.cache) / f"{gguf.stem}-{hash_file(gguf)[:12]}"
         if not folder.is_dir():
-            self._convert(gguf, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # one job converts, the others wait for it
+                if not folder.is_dir():
+                    self._convert(gguf, folder)
         return str(folder), None
 
     def _gguf(self) -> Path:
@@ -200,13 +204,11 @@ class Embedded(Pretrained):
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            if not folder.is_dir():  # another job may have been faster; both wrote the same
-                unfinished.rename(folder)
+            unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
