@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -95,7 +97,7 @@ class Decider:
 
     def layers(self) -> LayerMap:
         """All blocks with all their linear layers: what an allocation is spread over."""
-        return layer_map(self.model.skeleton(), scope="all", skip_unsupported=True)
+        return self.model.layers()
 
     def rehearse(self, layers: LayerMap) -> Allocation:
         """The allocation of equal scores: what is impossible fails here, before any pass over the data."""
@@ -111,6 +113,10 @@ class Decider:
 
     def samples(self) -> tuple[Encodings, Encodings]:
         """The samples that influence is measured on: a seeded choice of train and validation, never from test."""
+        return self._samples
+
+    @cached_property
+    def _samples(self) -> tuple[Encodings, Encodings]:
         probe = self.probe
         return tuple(  # type: ignore[return-value]
             encode(
@@ -158,10 +164,14 @@ class Decider:
                 names=[f"{part} row {row.id}" for part in ("train", "validation") for row in self._chosen(part)],
             )
 
-        grams, reused = self.store.grams(description, compute)
+        grams, reused = self.store.grams(description, compute, about=self.about())
         if reused:
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
+
+    def about(self) -> dict[str, str]:
+        """What `layerif-store` shows of this decider's measurements."""
+        return {"model": Path(self.model.location()[0]).name}
 
     def checkpoint_grams(self, checkpoints: Sequence[str]) -> tuple[CheckpointGrams, bool]:
         """The Grams of the samples at every checkpoint, and whether none was measured.

@@ -48,6 +48,17 @@ class Entry:
     problem: str = ""
 
     @property
+    def key(self) -> str:
+        """The hash in the name, as long as it is shown."""
+        return (self.name if re.fullmatch(_KEY, self.name) else self.name.rpartition("-")[2])[:12]
+
+    @property
+    def model(self) -> str:
+        """What was measured or converted."""
+        named = self.header.get("about", {}).get("model", "") if re.fullmatch(_KEY, self.name) else self.name
+        return re.sub(r"-[0-9a-f]{12}$", "", named)
+
+    @property
     def lock(self) -> Path:
         return self.folder / f"{self.name}.lock"
 
@@ -73,7 +84,7 @@ class Entry:
             return "unfinished: its job died"
         said = [self.problem] if self.problem else []
         said += [
-            f"written by {what} version {written}, unused now (this is {versions[what]})"
+            f"written by {what} version {written}, unused now"
             for what, written in self._written_by().items()
             if written != versions[what]
         ]
@@ -144,11 +155,10 @@ def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> N
     table.add_column("", overflow="fold")
     versions = _versions()
     for entry in listed:
-        description, about = entry.header.get("description", {}), entry.header.get("about", {})
+        description = entry.header.get("description", {})
+        measured = [str(description.get(what, "")) for what in ("scope", "parameters")]
         samples = f"{entry.samples[0]} + {entry.samples[1]}" if entry.samples else ""
-        told = [about.get("model", ""), description.get("scope", ""), description.get("parameters", "")]
-        name = entry.name[:12] if re.fullmatch(_KEY, entry.name) else entry.name
-        cells = [name, entry.kind, *map(str, told), samples, _bytes(entry.size), _time(entry.age)]
+        cells = [entry.key, entry.kind, entry.model, *measured, samples, _bytes(entry.size), _time(entry.age)]
         table.add_row(*map(escape, cells), escape(entry.state(versions)))
     console.print(table)
     kinds = {entry.kind: [other for other in listed if other.kind == entry.kind] for entry in listed}
@@ -201,13 +211,13 @@ def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
         raise ValueError("say what to clear, one way: KEY …, --all, --older-than=30d, --unused or --incomplete")
     if given.keys:
         for key in given.keys:
-            matching = [entry.name for entry in found if entry.name.startswith(key)]
+            matching = [entry.key for entry in found if _is_called(entry, key)]
             if len(matching) != 1:
                 raise ValueError(
                     f"{key!r} is the start of {len(matching)} keys; `layerif-store` lists them"
                     + (f": {', '.join(matching)}" if matching else "")
                 )
-        return [entry for entry in found if entry.name.startswith(tuple(given.keys))]
+        return [entry for entry in found if any(_is_called(entry, key) for key in given.keys)]
     if given.older_than is not None:
         return [entry for entry in found if entry.files and entry.age > given.older_than]
     if given.unused:
@@ -216,6 +226,10 @@ def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
     if given.incomplete:  # an entry being made holds its lock, and is left alone for that
         return [entry for entry in found if entry.leftovers or not (entry.files or entry.in_use)]
     return list(found)
+
+
+def _is_called(entry: Entry, key: str) -> bool:
+    return entry.name.startswith(key) or entry.key.startswith(key)
 
 
 def _describe(entry: Entry) -> None:
@@ -267,8 +281,11 @@ def _bytes(size: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    unit = max((unit for unit in _SECONDS if seconds >= _SECONDS[unit]), key=_SECONDS.__getitem__, default=None)
-    return f"{seconds / _SECONDS[unit]:.0f} {unit}" if unit else f"{max(seconds, 0):.0f} s"
+    words = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
+    for unit, word in words.items():
+        if seconds >= 2 * _SECONDS[unit]:
+            return f"{seconds / _SECONDS[unit]:.0f} {word}"
+    return f"{max(seconds, 0):.0f} seconds"
 
 
 def _duration(text: str) -> float:
