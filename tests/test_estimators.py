@@ -524,7 +524,7 @@ def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem, tmp_path):
     estimator = instantiate(config)
     assert type(estimator) is cls
     assert estimator == cls(**given)
-    assert cls.needs in ("grams", "checkpoints", "nothing", "weights", "activations", "training")
+    assert cls.needs in ("grams", "checkpoints", "curvature", "nothing", "weights", "activations", "training")
 
 
 def test_every_yaml_has_an_estimator():

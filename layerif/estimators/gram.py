@@ -27,15 +27,43 @@ Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GramEstimator:
-    """Scores |S| per block from the influence of train on validation samples.
+class InfluenceEstimator:
+    """Scores |S| per block from the influence of train on validation samples; the fields are the subclass's.
 
     aggregation: which train samples count towards S, see `layerif.scores.aggregate`.
-    granularity: `matrix` sums the influences of the block's matrices (the paper's); `block` takes the influence of one
-        Gram of the whole block. They differ where an estimator is not linear in the Gram.
     normalisation: `none` keeps |S| (the paper's). |S| grows with the number of parameters, so blocks of unequal size
         compare only under `numel`: |S| divided by the block's measured parameters.
+    """
+
+    aggregation: Aggregation
+    normalisation: Normalisation
+
+    def __post_init__(self) -> None:
+        check_choice("estimator.aggregation", self.aggregation, get_args(Aggregation))
+        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
+
+    def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
+        """|S| of every block, from the influences of what `layers.params` names in it."""
+        values = []
+        for params, numel in zip(layers.params, layers.numel, strict=True):
+            influence_MN = reduce(add, (influences[name] for name in params))
+            size = abs(aggregate(influence_MN, self.aggregation))
+            values.append(size / numel if self.normalisation == "numel" else size)
+        return LayerScores(layers.names, tuple(values), "undertrained", self.source, fingerprint)
+
+    @property
+    def source(self) -> str:
+        """The estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
+        settings = ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__module__.rpartition('.')[2]}({settings})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramEstimator(InfluenceEstimator):
+    """An estimator that needs nothing but Grams.
+
+    granularity: `matrix` sums the influences of the block's matrices (the paper's); `block` takes the influence of one
+        Gram of the whole block. They differ where an estimator is not linear in the Gram.
     Raises ValueError naming the matrix if a Gram is not finite. A matrix whose gradients are all zero has no
     influence; a RuntimeWarning names it.
     """
@@ -47,9 +75,8 @@ class GramEstimator:
     normalisation: Normalisation = "none"
 
     def __post_init__(self) -> None:
-        check_choice("estimator.aggregation", self.aggregation, get_args(Aggregation))
+        super().__post_init__()
         check_choice("estimator.granularity", self.granularity, get_args(Granularity))
-        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
 
     def influence(self, gram: MatrixGram) -> Tensor:
         """I (M×N) in float64; I_ji < 0: up-weighting train sample i lowers the loss of validation sample j."""
@@ -68,21 +95,6 @@ class GramEstimator:
     def solvable(self, evidence: LayerGrams) -> LayerGrams:
         """The Grams that influence is taken of: in float64, all finite, one per matrix or one per block."""
         return evidence.in_float64.by_block if self.granularity == "block" else evidence.in_float64
-
-    def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
-        """|S| of every block, from the influences of what `layers.params` names in it."""
-        values = []
-        for params, numel in zip(layers.params, layers.numel, strict=True):
-            influence_MN = reduce(add, (influences[name] for name in params))
-            size = abs(aggregate(influence_MN, self.aggregation))
-            values.append(size / numel if self.normalisation == "numel" else size)
-        return LayerScores(layers.names, tuple(values), "undertrained", self.source, fingerprint)
-
-    @property
-    def source(self) -> str:
-        """The estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
-        settings = ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-        return f"{type(self).__module__.rpartition('.')[2]}({settings})"
 
 
 @dataclass(frozen=True, kw_only=True)
