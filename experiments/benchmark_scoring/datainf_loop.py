@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.timing import timed
 from layerif.allocate import Experts
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact
@@ -64,7 +64,7 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # and warm
     for _ in range(rounds):
         for name, work in contestants.items():
-            influences[name], spent = _timed(work)
+            influences[name], spent = timed(work)
             seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -128,7 +128,7 @@ def measure_settings() -> dict[str, Any]:
     model = Embedded(cache="outputs/store/models").load()
     layers = layer_map(model)
     train, validation = _samples(NUM_TRAIN, seed=0), _samples(NUM_VALIDATION, seed=1)
-    grams, one_pass = _timed(lambda: probe(model, layers, train, validation))
+    grams, one_pass = timed(lambda: probe(model, layers, train, validation))
     estimators = list(_estimators())
     allocators = [
         Experts(budget=budget, smoothing=smoothing)
@@ -147,8 +147,8 @@ def measure_settings() -> dict[str, Any]:
         return len([allocator(estimator.score(grams), grams.layers) for estimator, allocator in settings])
 
     allocators[0](estimators[0].score(grams), grams.layers)  # warm
-    _, one_setting = _timed(lambda: allocators[0](estimators[0].score(grams), grams.layers))
-    (count, all_shared), (_, all_alone) = _timed(shared), _timed(alone)
+    _, one_setting = timed(lambda: allocators[0](estimators[0].score(grams), grams.layers))
+    (count, all_shared), (_, all_alone) = timed(shared), timed(alone)
     one = one_pass + one_setting
     return {
         "settings": count,
@@ -196,12 +196,6 @@ def _samples(count: int, *, seed: int, tokens: int = 64, batch_size: int = 8) ->
         (rows.tolist(), {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "labels": ids[rows]})
         for rows in torch.arange(count).split(batch_size)
     ]
-
-
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
 
 
 def main() -> None:

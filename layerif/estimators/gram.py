@@ -156,7 +156,7 @@ def check_damping(damping: float) -> None:
 
 
 def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
-    zero = [name for name, gram in grams.items() if not (gram.train_train.any() and gram.val_norms.any())]
+    zero = [name for name, gram in grams.items() if not (gram.train_train.diagonal().any() and gram.val_norms.any())]
     if zero:
         listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
