@@ -62,6 +62,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python experiments/benchmark_first_light/run.py
+	$(BIN)/python experiments/benchmark_scoring/datainf_loop.py
+	$(BIN)/python experiments/benchmark_scoring/multirun.py
+	$(BIN)/python experiments/benchmark_scoring/growth.py
 
 clean:
 	rm -rf .venv .peers outputs/runs outputs/sweeps outputs/store

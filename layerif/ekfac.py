@@ -73,10 +73,10 @@ def measure(
     check_installed()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ValueError("estimator=ekfac measures on one process; use trainer.devices=1, or estimator=exact")
-    from kronfluence import analyzer as kronfluence
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.utils.dataset import DataLoaderKwargs
-    from kronfluence.utils.state import State
+    from kronfluence import analyzer as kronfluence  # type: ignore[import-not-found]
+    from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found]
+    from kronfluence.utils.dataset import DataLoaderKwargs  # type: ignore[import-not-found]
+    from kronfluence.utils.state import State  # type: ignore[import-not-found]
 
     logging.getLogger("kronfluence").setLevel(logging.WARNING)
     names = [param.removesuffix(".weight") for params in layers.params for param in params]
@@ -137,7 +137,7 @@ def measure(
 
 def _task(names: Sequence[str]) -> Any:
     """What kronfluence asks of a model: its loss, which modules, and where padding is."""
-    from kronfluence.task import Task
+    from kronfluence.task import Task  # type: ignore[import-not-found]
 
     class Summed(Task):
         def compute_train_loss(self, batch: Mapping[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:

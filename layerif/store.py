@@ -151,7 +151,7 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(memoryview(tensors[name].contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -116,7 +116,7 @@ def test_clear_incomplete_removes_leftovers_and_nothing_whole(store):
 
 def test_clear_older_than_goes_by_age(store):
     old = store / "grams" / f"{keys(store)['org/first']}.safetensors"
-    os.utime(old, (time.time() - 3 * 86400,) * 2)
+    os.utime(old, times=(time.time(), time.time() - 3 * 86400))
     clear(store, "--older-than=2d")
     assert list(keys(store)) == ["org/second"]
 
