@@ -162,7 +162,7 @@ def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> N
         table.add_row(*map(escape, cells), escape(entry.state(versions)))
     console.print(table)
     kinds = {entry.kind: [other for other in listed if other.kind == entry.kind] for entry in listed}
-    sizes = [f"{len(of)} {kind} {_bytes(sum(entry.size for entry in of))}" for kind, of in kinds.items()]
+    sizes = [f"{len(of)} in {kind} {_bytes(sum(entry.size for entry in of))}" for kind, of in kinds.items()]
     sizes += [f"other files {_bytes(other)}"] if other else []
     total = sum(entry.size for entry in listed) + other
     console.print(f"{', '.join(sizes)}; {_bytes(total)} in all", highlight=False, markup=False)
