@@ -10,6 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,12 +19,12 @@ import torch
 from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor, nn
 
-from layerif import loss, probe
+from layerif import ekfac, loss, probe
 from layerif.allocate import Allocation
 from layerif.data.batches import Encodings, batches, encode, padding_id
 from layerif.data.task import Example, Splits
 from layerif.estimators import Estimator
-from layerif.layers import CheckpointGrams, LayerGrams, LayerMap
+from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap
 from layerif.models import Pretrained, layer_map
 from layerif.probe import Probe, Projection, measure
 from layerif.probe.shards import Shards, spread
@@ -86,6 +88,8 @@ class Decider:
             grams, reused = self.grams(load or self.model.load)
         elif self.estimator.needs == "checkpoints":
             grams, reused = self.checkpoint_grams(self.estimator.checkpoints)  # type: ignore[attr-defined]
+        elif self.estimator.needs == "curvature":
+            grams, reused = self.curvature(load or self.model.load)
         measured = time.perf_counter()
         scores = self.estimator.score(everything if grams is None else grams)
         scored = time.perf_counter()
@@ -107,15 +111,18 @@ class Decider:
 
     def layers(self) -> LayerMap:
         """All blocks with all their linear layers: what an allocation is spread over."""
-        return layer_map(self.model.skeleton(), scope="all", skip_unsupported=True)
+        return self.model.layers()
 
     def rehearse(self, layers: LayerMap) -> Allocation:
         """The allocation of equal scores: what is impossible fails here, before any pass over the data."""
-        if self.estimator.needs == "grams" and self.probe.parameters == "lora" and self.model.adapter is None:
+        measured = self.estimator.needs in ("grams", "curvature")
+        if measured and self.probe.parameters == "lora" and self.model.adapter is None:
             raise ValueError(
                 "probe.parameters=lora needs a LoRA adapter; give it with model.adapter=/folder, "
                 "or measure probe.parameters=weights"
             )
+        if self.estimator.needs == "curvature":
+            ekfac.check_installed()
         if self.estimator.needs == "nothing":
             self.estimator.score(layers)
         equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
@@ -123,6 +130,10 @@ class Decider:
 
     def samples(self) -> tuple[Encodings, Encodings]:
         """The samples that influence is measured on: a seeded choice of train and validation, never from test."""
+        return self._samples
+
+    @cached_property
+    def _samples(self) -> tuple[Encodings, Encodings]:
         probe = self.probe
         return tuple(  # type: ignore[return-value]
             encode(
@@ -174,7 +185,7 @@ class Decider:
             shards.share(None)  # nothing is stored: all begin to measure
             return self._measure(load, key)
 
-        grams, reused = self.store.grams(description, compute)
+        grams, reused = self.store.grams(description, compute, about=self.about())
         if reused:
             shards.share((grams, reused))
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
@@ -233,6 +244,48 @@ class Decider:
             **agreement(self.estimator, grams.select(*rows), reference),
         }
 
+    def curvature(self, load: Callable[[], nn.Module]) -> tuple[LayerInfluences, bool]:
+        """The influences of the samples under the estimator's own curvature, measured unless the store has them."""
+        estimator: Any = self.estimator
+        train, validation = self.samples()
+        relative = estimator.damping_rule == "relative"
+        description = {
+            "ekfac": ekfac.VERSION,
+            "damping": [estimator.damping, estimator.damping_rule],
+            "loss": loss.VERSION,
+            "model": self.model.fingerprint(),
+            "scope": self.probe.scope,
+            "parameters": self.probe.parameters,
+            "train": _hash(train),
+            "validation": _hash(validation),
+        }
+
+        def compute(key: str) -> LayerInfluences:
+            model = load()
+            layers = layer_map(model, scope=self.probe.scope, parameters=self.probe.parameters)
+            log.info("EK-FAC of %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
+            return ekfac.measure(
+                model,
+                layers,
+                train,
+                validation,
+                pad_id=padding_id(self.tokenizer),
+                batch_size=self.probe.batch_size,
+                damping=estimator.damping,
+                relative=relative,
+                memory_gb=self.probe.memory_gb,
+                fingerprint=key,
+            )
+
+        found, reused = self.store.influences(description, compute, about=self.about())
+        if reused:
+            log.info("scores from the store: %s… was measured before", found.fingerprint[:12])
+        return found, reused
+
+    def about(self) -> dict[str, str]:
+        """What `layerif-store` shows of this decider's measurements."""
+        return {"model": Path(self.model.location()[0]).name}
+
     def checkpoint_grams(self, checkpoints: Sequence[str]) -> tuple[CheckpointGrams, bool]:
         """The Grams of the samples at every checkpoint, and whether none was measured.
 
@@ -246,15 +299,14 @@ class Decider:
         return CheckpointGrams(tuple(grams for grams, _ in measured)), all(reused for _, reused in measured)
 
 
-def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams) -> float | None:
+def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerInfluences) -> float | None:
     """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
 
     None where a half ranks nothing (all layers equal).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
-        halves = [grams.select(half, half) for half in (slice(0, None, 2), slice(1, None, 2))]
-        first, second = (estimator.score(half).values for half in halves)
+        first, second = (estimator.score(half).values for half in grams.halves)
     return rank_correlation(first, second)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +60,7 @@ class Parts:
 
     def inputs(self) -> dict[str, str]:
         """What the configuration only names: a job is the same if the content is, too."""
-        rows = json.dumps(asdict(self.splits), sort_keys=True)
-        hashes = {"rows": hashlib.sha256(rows.encode()).hexdigest(), **self.model.fingerprint()}
+        hashes = {"rows": self.splits.fingerprint, **self.model.fingerprint()}
         for part in ("estimator", "allocator"):
             if path := getattr(getattr(self.decider, part), "path", None):
                 hashes[part] = hash_file(Path(path))

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     memory_gb: float = 0.0
     notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     git_sha: str | None = field(default_factory=lambda: _git_sha())
 
     def write(self, folder: Path) -> Path:
@@ -72,16 +73,15 @@ class RunRecord:
             raise ValueError(f"{file} is not a readable record of layerif: {error}") from error
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
+@cache  # of the code as this process loaded it, not as it may have become since
 def _git_sha() -> str | None:
     """The commit of the code that runs, with `-dirty` where it was changed; None for an installed package."""
     folder = Path(__file__).parent

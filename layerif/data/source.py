@@ -23,6 +23,10 @@ class Source(Protocol):
 
     def rows(self, split: str) -> Iterator[Row]: ...
 
+    def files(self) -> list[Path] | None:
+        """What the rows are read from, as far as it is there: the same files, the same rows. None: cannot be told."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
@@ -48,6 +52,9 @@ class Jsonl:
                 yield Row(f"{file}:{number}", _json_object(line, f"{file}:{number}"))
         if number == 0:
             raise ValueError(f"{file} is empty; it should hold one JSON object a line")
+
+    def files(self) -> list[Path]:
+        return sorted(Path(self.path).expanduser().glob("*.jsonl"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,9 @@ class Hub:
             for fields in table.to_pylist():
                 yield Row(f"{self} {split} row {index}", fields)
                 index += 1
+
+    def files(self) -> None:
+        """The hub may have other rows the next time."""
 
     def __str__(self) -> str:
         return self.name if self.config is None else f"{self.name}/{self.config}"
