@@ -164,18 +164,8 @@ class Decider:
         load: gives the model on its device. With several processes all call this and all receive the Grams; the store
         is the first one's.
         """
-        train, validation = self.samples()
-        description = {
-            "probe": probe.VERSION,
-            "loss": loss.VERSION,
-            "model": self.model.fingerprint(),
-            "scope": self.probe.scope,
-            "parameters": self.probe.parameters,
-            "skip_unsupported": self.probe.skip_unsupported,
-            "projection": [self.probe.projection, self.probe.projection_seed] if self.probe.projection else None,
-            "train": _hash(train),
-            "validation": _hash(validation),
-        }
+        projection = [self.probe.projection, self.probe.projection_seed] if self.probe.projection else None
+        description = self._description(probe=probe.VERSION, projection=projection)
         shards = Shards.current()
         if shards.rank > 0:
             found = shards.share(None)[0]
@@ -195,9 +185,7 @@ class Decider:
         probe = self.probe
         is_shared = self.spread and Shards.current().size > 1
         model = spread(self.model.load(), self.device) if is_shared else load()
-        layers = layer_map(
-            model, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
-        )
+        layers = self._measured_layers(model)
         train, validation = self.samples()
         log.info("gradient pass: %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
         pad, size = padding_id(self.tokenizer), probe.batch_size
@@ -249,20 +237,11 @@ class Decider:
         estimator: Any = self.estimator
         train, validation = self.samples()
         relative = estimator.damping_rule == "relative"
-        description = {
-            "ekfac": ekfac.VERSION,
-            "damping": [estimator.damping, estimator.damping_rule],
-            "loss": loss.VERSION,
-            "model": self.model.fingerprint(),
-            "scope": self.probe.scope,
-            "parameters": self.probe.parameters,
-            "train": _hash(train),
-            "validation": _hash(validation),
-        }
+        description = self._description(ekfac=ekfac.VERSION, damping=[estimator.damping, estimator.damping_rule])
 
         def compute(key: str) -> LayerInfluences:
             model = load()
-            layers = layer_map(model, scope=self.probe.scope, parameters=self.probe.parameters)
+            layers = self._measured_layers(model)
             log.info("EK-FAC of %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
             return ekfac.measure(
                 model,
@@ -281,6 +260,24 @@ class Decider:
         if reused:
             log.info("scores from the store: %s… was measured before", found.fingerprint[:12])
         return found, reused
+
+    def _measured_layers(self, model: nn.Module) -> LayerMap:
+        probe = self.probe
+        return layer_map(model, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported)
+
+    def _description(self, **measurement: Any) -> dict[str, Any]:
+        """All that determines a measurement of the samples: what the store finds it by."""
+        train, validation = self.samples()
+        return {
+            "loss": loss.VERSION,
+            "model": self.model.fingerprint(),
+            "scope": self.probe.scope,
+            "parameters": self.probe.parameters,
+            "skip_unsupported": self.probe.skip_unsupported,
+            "train": _hash(train),
+            "validation": _hash(validation),
+            **measurement,
+        }
 
     def about(self) -> dict[str, str]:
         """What `layerif-store` shows of this decider's measurements."""

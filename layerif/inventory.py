@@ -25,7 +25,7 @@ from rich.table import Table
 _KEY = r"[0-9a-f]{64}"
 _ENTRY = re.compile(rf"(?P<measurement>{_KEY})\.safetensors|(?P<model>[^.].*-[0-9a-f]{{12}})")
 _LOCK = re.compile(rf"(?P<name>{_KEY}|[^.].*-[0-9a-f]{{12}})\.lock")
-_UNFINISHED = re.compile(rf"\.(?:(?P<measurement>{_KEY})\.safetensors\.\d+|(?P<model>.+-[0-9a-f]{{12}})\.\w+)")
+_UNFINISHED = re.compile(rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -81,7 +81,8 @@ class Entry:
         if self.in_use:
             return "in use" if self.path else "being made now"
         if self.path is None:
-            return "unfinished: its job died"
+            carried_on = any(path.is_dir() and path.suffix == ".partial" for path in self.leftovers)
+            return "unfinished: its job died" + ("; the next one carries on" if carried_on else "")
         said = [self.problem] if self.problem else []
         said += [
             f"written by {what} version {written}, unused now"

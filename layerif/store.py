@@ -106,7 +106,7 @@ class Store:
 
     def partial(self, key: str) -> Path:
         """Where an interrupted measurement leaves what it has; gone once the Grams are stored."""
-        return Path(self.root) / "partial" / key
+        return Path(self.root) / "grams" / f".{key}.partial"
 
 
 @contextmanager

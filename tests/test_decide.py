@@ -198,4 +198,4 @@ def test_what_changes_cost_alone_finds_the_same_grams(decider):
     assert again.fingerprint == measured.fingerprint
     _, reused = replace(decider, probe=replace(decider.probe, projection=8)).grams(decider.model.load)
     assert not reused
-    assert not list((Path(decider.store.root) / "partial").glob("*"))
+    assert not list(Path(decider.store.root).rglob("*.partial"))

@@ -161,3 +161,14 @@ def test_the_headers_version_is_the_stores(store):
     headers = [entry.header for entry in entries(store)[0] if entry.header]
     assert {header["version"] for header in headers} == {str(store_module.VERSION)}
     assert all(json.dumps(header["description"]) for header in headers)
+
+
+def test_what_an_interrupted_probe_left_is_listed_and_goes_as_incomplete(store):
+    partial = Store(store).partial("f" * 64)
+    partial.mkdir()
+    (partial / "tile-0.safetensors").write_bytes(b"factors")
+    (line,) = [line for line in listing(store).splitlines() if "ffffffffffff" in line]
+    assert "its job died; the next one carries on" in line
+    clear(store, "--incomplete")
+    assert not partial.exists()
+    assert len(keys(store)) == 2
