@@ -1,4 +1,4 @@
-"""Scores the layers and allocates before fine-tuning starts."""
+"""Scores the layers and allocates before fine-tuning or pruning starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerif.scores import LayerScores
 
 
 class InfluenceCallback(L.Callback):
-    """Decides the experts of every block in `setup`, which Lightning runs before the module's `configure_model`.
+    """Decides what every block gets in `setup`, which Lightning runs before the module's `configure_model`.
 
     decide: takes a function that gives the model on the trainer's device, and returns a `Decision`; the model is asked
     for only if the evidence is not in the store. Rank 0 decides, the others receive. A module that already has an
@@ -41,7 +41,7 @@ class InfluenceCallback(L.Callback):
             self.seconds = sum(self.decision.seconds.values())
         self.decision = trainer.strategy.broadcast(self.decision)
         assert self.decision is not None
-        pl_module.allocation = {layer: int(count) for layer, count in self.decision.allocation.by_name().items()}
+        pl_module.allocation = self.decision.allocation.by_name()
 
     def state_dict(self) -> dict[str, Any]:
         if self.decision is None:

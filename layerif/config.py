@@ -31,6 +31,7 @@ class Config:
     estimator: Any = MISSING
     allocator: Any = MISSING
     method: Any = MISSING
+    pruner: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
     probe: Any = MISSING
