@@ -56,7 +56,8 @@ class PruneModule(L.LightningModule):
     calibration: the text that Wanda and SparseGPT look at. offload: where activations wait between blocks: the
     `device`, the `cpu` or the `disk`. recover: fine-tune the pruned model on the task, its zeros kept: `lora` merges
     into a folder `recovered`; `lora_moe` spends the budget of `experts` by scores of the pruned model and leaves an
-    adapter. adapter: makes the module for that. semi_structured: time torch's 2:4 format (needs CUDA).
+    adapter. adapter: makes the module for that. semi_structured: time torch's 2:4 format (needs CUDA). save: leave the
+    pruned model in the run's folder.
     allocation: sparsity by block or matrix; None until the influence callback decides.
     """
 
@@ -73,6 +74,7 @@ class PruneModule(L.LightningModule):
         adapter: Callable[..., LoRAMoEModule] | None = None,
         experts: Allocator | None = None,
         semi_structured: bool = False,
+        save: bool = True,
         allocation: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +82,8 @@ class PruneModule(L.LightningModule):
         check_choice("method.recover", recover, get_args(Recovery))
         if recover != "none" and (adapter is None or (recover == "lora_moe" and experts is None)):
             raise ValueError(f"method.recover={recover} needs method.adapter (and method.experts for lora_moe)")
+        if recover != "none" and not save:
+            raise ValueError(f"method.recover={recover} starts from the saved model; use method.save=true")
         if model.adapter:
             raise ValueError(
                 f"method=prune cannot prune through model.adapter={model.adapter!r}; merge the adapter into a folder "
@@ -88,7 +92,8 @@ class PruneModule(L.LightningModule):
         self.source, self.pruner, self.calibration = model, pruner, calibration
         self.offload: Offload = offload
         self.recover: Recovery = recover
-        self.adapter, self.experts, self.semi_structured = adapter, experts, semi_structured
+        self.adapter, self.experts = adapter, experts
+        self.semi_structured, self.save = semi_structured, save
         self.allocation = allocation
         self.job = ""  # what the saved blocks of a killed run must agree with
         self.walk: Walk | None = None
@@ -158,7 +163,8 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
         record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
     model = module.base_model()
     _keep_sparsity(model, module, record, folder)
-    _save(model, parts, folder / "model")
+    if module.save:
+        _save(model, parts, folder / "model")
     model.to(device)
     if module.semi_structured:
         _measure_two_four(model, module, record)
