@@ -41,10 +41,7 @@ def reference(model: nn.Module, pruner: Pruner) -> nn.Module:
     wanted = targets(model, dict.fromkeys(blocks(model), 0.5) | sparsities, pruner)
     for block_name, block in blocks(model).items():
         seen: dict[str, list[torch.Tensor]] = defaultdict(list)
-        handles = [
-            module.register_forward_pre_hook(lambda _, given, kept=seen[name]: kept.append(given[0].flatten(0, -2)))
-            for name, module in linears(block)
-        ]
+        handles = [module.register_forward_pre_hook(_keep(seen[name])) for name, module in linears(block)]
         with torch.no_grad():
             for batch in windows():
                 model(input_ids=batch, use_cache=False)
@@ -58,6 +55,13 @@ def reference(model: nn.Module, pruner: Pruner) -> nn.Module:
     return model
 
 
+def _keep(kept: list[torch.Tensor]):
+    def hook(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        kept.append(given[0].flatten(0, -2))
+
+    return hook
+
+
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -65,9 +69,8 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("pruner", [SparseGPT(block_size=16), SparseGPT(m=4)], ids=["any", "n:4"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_family_is_pruned_as_by_whole_forwards(tmp_path, family, pruner):
-    double = {"dtype": torch.float64}
-    expected = weights(reference(tiny_model(family).to(**double), pruner))
-    found = weights(walked(tiny_model(family).to(**double), pruner, tmp_path))
+    expected = weights(reference(tiny_model(family).double(), pruner))
+    found = weights(walked(tiny_model(family).double(), pruner, tmp_path))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
         assert torch.equal(found[name] == 0, value == 0), name

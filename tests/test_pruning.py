@@ -68,7 +68,7 @@ def pruned(parts: Parts, folder: Path) -> RunRecord:
 def zeros(record: RunRecord, folder: Path) -> float:
     table = pd.read_csv(folder / "sparsity.csv")
     assert dict(zip(table["matrix"], table["sparsity"], strict=True)) == pytest.approx(record.sparsity)
-    return table["zeros"].sum() / table["parameters"].sum()
+    return int(sum(table["zeros"])) / int(sum(table["parameters"]))
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])

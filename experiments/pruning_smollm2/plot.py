@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -62,7 +63,8 @@ def rows(records: list[RunRecord]) -> pd.DataFrame:
 def summarised(table: pd.DataFrame) -> pd.DataFrame:
     """One row a setting: means over calibration seeds and their intervals."""
     found = []
-    for (pruner, target, allocation), runs in table.groupby(["pruner", "target", "allocation"]):
+    for key, runs in table.groupby(["pruner", "target", "allocation"]):
+        pruner, target, allocation = key  # type: ignore[misc]
         single = len(runs) == 1
         accuracy = (runs["low"].iloc[0], runs["high"].iloc[0]) if single else interval(runs["accuracy"])
         found.append(
@@ -91,7 +93,8 @@ def against_uniform(table: pd.DataFrame) -> pd.DataFrame:
                 "accuracy": wide["accuracy", name] - wide["accuracy", "uniform"],
             }
         )
-        for (pruner, target), change in changes.groupby(level=["pruner", "target"]):
+        for key, change in changes.groupby(level=["pruner", "target"]):
+            pruner, target = key  # type: ignore[misc]
             bounds = {column: _bounds(interval(change[column]), 3) for column in change}
             cells = {column: f"{change[column].mean():+.3f}{bounds[column]}" for column in change}
             found.append({"pruner": pruner, "sparsity": target, "allocation": name, **cells})
@@ -105,7 +108,7 @@ def before(records: list[RunRecord]) -> pd.DataFrame:
     return pd.DataFrame([kept])
 
 
-def interval(values: pd.Series) -> tuple[float, float] | None:
+def interval(values: Any) -> tuple[float, float] | None:
     """Student's t over the seeds; none for a single one."""
     if len(values) < 2:
         return None
