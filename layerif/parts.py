@@ -64,6 +64,10 @@ class Parts:
         for part in ("estimator", "allocator"):
             if path := getattr(getattr(self.decider, part), "path", None):
                 hashes[part] = hash_file(Path(path))
+        for setting in ("method.allocation", "method.calibration.text", "evaluation.text"):
+            path = OmegaConf.select(self.config, setting)
+            if isinstance(path, str) and Path(path).is_file():
+                hashes[setting] = hash_file(Path(path))
         for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
             hashes[checkpoint] = hash_folder(Path(checkpoint))
         return hashes

@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+from layerif.allocate import Allocation, spent_budget
 from layerif.callback import InfluenceCallback
 from layerif.data.text import Calibration, check_disjoint
-from layerif.decide import Allocator
+from layerif.decide import Allocator, Decider
 from layerif.fit import evaluate, keep, run_trainer, train
 from layerif.models import Local, Pretrained, blocks
 from layerif.modules import LoRAMoEModule
@@ -27,9 +28,10 @@ from layerif.names import check_choice
 from layerif.parts import Parts
 from layerif.prune import Pruner
 from layerif.prune.semi_structured import speed_of_two_four
-from layerif.prune.targets import matrices, targets
+from layerif.prune.targets import matrices, sparsities, targets
 from layerif.prune.walk import Offload, Walk
 from layerif.record import RunRecord
+from layerif.scores import read_json
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class PruneModule(L.LightningModule):
     into a folder `recovered`; `lora_moe` spends the budget of `experts` by scores of the pruned model and leaves an
     adapter. adapter: makes the module for that. semi_structured: time torch's 2:4 format (needs CUDA). save: leave the
     pruned model in the run's folder.
-    allocation: sparsity by block or matrix; None until the influence callback decides.
+    allocation: sparsity by block or matrix, or the path of a JSON file with it; None until the influence callback decides.
     """
 
     allocates = "sparsity"
@@ -75,7 +77,7 @@ class PruneModule(L.LightningModule):
         experts: Allocator | None = None,
         semi_structured: bool = False,
         save: bool = True,
-        allocation: Mapping[str, float] | None = None,
+        allocation: Mapping[str, float] | str | None = None,
     ) -> None:
         super().__init__()
         check_choice("method.offload", offload, get_args(Offload))
@@ -94,7 +96,9 @@ class PruneModule(L.LightningModule):
         self.recover: Recovery = recover
         self.adapter, self.experts = adapter, experts
         self.semi_structured, self.save = semi_structured, save
-        self.allocation = allocation
+        self.allocation: Mapping[str, float] | None = (
+            read_json(allocation, what="method.allocation file") if isinstance(allocation, str) else allocation
+        )
         self.job = ""  # what the saved blocks of a killed run must agree with
         self.walk: Walk | None = None
         self._loaded: list[nn.Module] = []  # in a list, or Lightning would move all of it to the device
@@ -155,9 +159,11 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
     start = time.perf_counter()
     module.job = json.dumps([record.config, record.inputs], sort_keys=True)
     run_trainer(trainer, module)
-    assert influence.decision is not None
     assert module.walk is not None
-    keep(influence.decision, parts, record)
+    if influence.decision is not None:
+        keep(influence.decision, parts, record)
+    else:
+        _keep_given(module, record)
     record.seconds["prune"] = time.perf_counter() - start - influence.seconds
     if module.walk.num_replayed:
         record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
@@ -178,19 +184,12 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
 
 def check_pruning(parts: Parts, module: PruneModule) -> str:
     """What will be pruned, in a sentence. Raises ValueError for all that can be refused before any weight is read."""
-    pruner, decider = module.pruner, parts.decider
-    if (
-        pruner.n is not None
-        and decider.estimator.needs != "nothing"
-        and getattr(decider.allocator, "needs_scores", True)
-    ):
-        raise ValueError(
-            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same of every layer and leaves nothing to allocate; "
-            "use estimator=uniform, or pruner.n=null for an n per block from the scores"
-        )
+    pruner, decider, allocation = module.pruner, parts.decider, module.allocation
+    if allocation is None:
+        _refuse_nothing_to_allocate(pruner, decider)
+        allocation = decider.rehearse(decider.layers()).by_name()
     skeleton = parts.model.skeleton()
-    allocation = decider.rehearse(decider.layers())
-    targets(skeleton, allocation.by_name(), pruner)
+    targets(skeleton, allocation, pruner)
     numel = sum(module.weight.numel() for module in matrices(skeleton).values())
     said = f"{type(pruner).__name__}, {len(matrices(skeleton))} matrices of {numel:,} parameters together"
     if "perplexity" in parts.evaluation.metrics and pruner.needs_inputs:
@@ -204,6 +203,24 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
         if given.kind != "experts":
             raise ValueError(f"method.experts must allocate experts, got {given.kind}")
     return said
+
+
+def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
+    measures = decider.estimator.needs != "nothing" and getattr(decider.allocator, "needs_scores", True)
+    if pruner.n is not None and measures:
+        raise ValueError(
+            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same of every layer and leaves nothing to allocate; "
+            "use estimator=uniform, or pruner.n=null for an n per block from the scores"
+        )
+
+
+def _keep_given(module: PruneModule, record: RunRecord) -> None:
+    """An allocation that nobody decided, matrix by matrix."""
+    numel = {name: linear.weight.numel() for name, linear in matrices(module.base_model()).items()}
+    values = sparsities(numel, module.allocation or {})
+    spent = spent_budget("sparsity", list(values.values()), list(numel.values()))
+    given = Allocation(tuple(numel), "sparsity", tuple(values.values()), spent, tuple(numel.values()))
+    record.layers, record.allocation, record.source = list(numel), given.to_dict(), "method.allocation"
 
 
 def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -124,6 +125,20 @@ def test_a_killed_run_carries_on_to_the_same_bits(parts, tmp_path, monkeypatch):
     assert other.metrics["sparsity"] == pytest.approx(0.3, abs=1e-4)
 
 
+def test_a_sparsity_for_every_matrix_comes_from_a_file(parts, tmp_path):
+    file = tmp_path / "matrices.json"
+    blocks = {f"model.layers.{index}": 0.5 for index in range(3)}
+    file.write_text(json.dumps(blocks | {"model.layers.1.mlp.up_proj": 0.25, "model.layers.2.self_attn": 0.75}))
+    found = parts(f"method.allocation={file}", "evaluation.metrics=[options]")
+    record = pruned(found, tmp_path / "run")
+    assert record.scores == []
+    assert record.sparsity["model.layers.1.mlp.up_proj"] == 0.25
+    assert record.sparsity["model.layers.1.mlp.gate_proj"] == 0.5
+    assert record.sparsity["model.layers.2.self_attn.k_proj"] == 0.75
+    assert record.metrics["sparsity"] == pytest.approx(record.allocation["budget"], abs=1e-12)
+    assert "method.allocation" in found.inputs()
+
+
 def test_recovery_by_lora_keeps_every_zero_and_merges_to_what_was_trained(parts, tmp_path):
     recover = ["method.recover=lora", "method.adapter.learning_rate=0.05", "method.adapter.lora_dropout=0"]
     record = pruned(parts(*recover, "trainer.max_steps=4", "data.template=plain"), tmp_path / "run")
@@ -206,6 +221,7 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         (["method.calibration.num_windows=100000"], r"num_windows=100000 are asked for"),
         (["method.calibration.text=/nowhere"], r"'/nowhere' cannot be read"),
         (["method.recover=lora", "method.adapter=null"], r"needs method\.adapter"),
+        (["method.allocation=/nowhere.json"], r"method\.allocation file '/nowhere\.json' cannot be read"),
         (["method.recover=lora", "method.save=false"], r"use method\.save=true"),
         (["method.recover=lora_moe", "method.experts.budget=2"], "budget=2 cannot give 3 layers 1 expert each"),
         (["model.adapter=/nowhere"], r"cannot prune through model\.adapter"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,7 @@ from layerif.models import bare, blocks, linears
 from layerif.names import did_you_mean
 from layerif.prune import Pruner
 from layerif.prune.mask import check_width, counts, kept_of_m
+from layerif.scores import is_number
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,9 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
     """
     found = matrices(model)
     keys = _keys(allocation, found)
-    sparsities = {name: allocation[keys[name]] for name in found}
     numel = {name: module.weight.numel() for name, module in found.items()}
     if pruner.m is None:
-        counted = counts(sparsities, numel)
+        counted = counts(sparsities(found, allocation), numel)
         flat = {name: Target(sparsity=counted[name] / numel[name]) for name in found}
     else:
         for name, module in found.items():
@@ -53,6 +53,11 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
         block_name: {name: flat[f"{block_name}.{name}"] for name, _ in linears(block)}
         for block_name, block in blocks(model).items()
     }
+
+
+def sparsities(names: Collection[str], allocation: Mapping[str, float]) -> dict[str, float]:
+    """Of every matrix in `names` its own, or that of its block; the checks are those of `targets`."""
+    return {name: allocation[key] for name, key in _keys(allocation, names).items()}
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Linear]:
@@ -77,15 +82,15 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-def _keys(allocation: Mapping[str, float], found: Mapping[str, nn.Linear]) -> dict[str, str]:
+def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, str]:
     """For every matrix the most specific name in the allocation."""
     used = {name: _most_specific(name, allocation) for name in found}
     known = [*found, *{name.rpartition(".")[0] for name in found}]
     for key, sparsity in allocation.items():
         if not any(_covers(key, name) for name in found):
             raise ValueError(f"the allocation names {key!r}, which holds no linear layer{did_you_mean(key, known)}")
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"the sparsity of {key} must be in [0, 1), got {sparsity}; lower allocator.max_sparsity")
+        if not is_number(sparsity) or not 0 <= sparsity < 1:
+            raise ValueError(f"the sparsity of {key} must be in [0, 1), got {sparsity}")
     if missing := [name for name, key in used.items() if key is None]:
         raise ValueError(
             f"the allocation has no sparsity for {missing[0]} ({len(missing)} of {len(found)} matrices have none); "
