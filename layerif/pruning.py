@@ -60,7 +60,7 @@ class PruneModule(L.LightningModule):
     into a folder `recovered`; `lora_moe` spends the budget of `experts` by scores of the pruned model and leaves an
     adapter. adapter: makes the module for that. semi_structured: time torch's 2:4 format (needs CUDA). save: leave the
     pruned model in the run's folder.
-    allocation: sparsity by block or matrix, or the path of a JSON file with it; None until the influence callback decides.
+    allocation: sparsity by block or matrix, or the path of a JSON file with it; None: the influence callback decides.
     """
 
     allocates = "sparsity"
