@@ -279,7 +279,9 @@ def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path)
     influence = InfluenceCallback(
         parts.decider if module.experts is None else replace(parts.decider, model=pruned, allocator=module.experts)
     )
+    sizes = record.parameters
     model = train(parts, adapted, influence, record, folder)
+    record.parameters = sizes | record.parameters
     record.recovery = {"method": module.recover, "experts": dict(adapted.allocation or {})}
     if module.recover == "lora":
         zeros = {name: linear.weight == 0 for name, linear in matrices(Local(path=pruned.path).load()).items()}
