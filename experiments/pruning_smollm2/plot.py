@@ -93,7 +93,7 @@ def against_uniform(table: pd.DataFrame) -> pd.DataFrame:
                 "accuracy": wide["accuracy", name] - wide["accuracy", "uniform"],
             }
         )
-        for key, change in changes.groupby(level=["pruner", "target"]):
+        for key, change in changes.dropna().groupby(level=["pruner", "target"]):
             pruner, target = key  # type: ignore[misc]
             bounds = {column: _bounds(interval(change[column]), 3) for column in change}
             cells = {column: f"{change[column].mean():+.3f}{bounds[column]}" for column in change}
@@ -105,7 +105,7 @@ def before(records: list[RunRecord]) -> pd.DataFrame:
     dense = next((record for record in records if "before/accuracy" in record.metrics), None)
     metrics = {} if dense is None else dense.metrics
     kept = {name: value for name, value in metrics.items() if name.startswith("before/")}
-    return pd.DataFrame([kept])
+    return pd.DataFrame([kept] if kept else [])
 
 
 def interval(values: Any) -> tuple[float, float] | None:
@@ -141,7 +141,8 @@ def plot_sparsity(records: list[RunRecord], file: Path) -> None:
                 range(len(chosen[0].layers)), chosen[0].allocation["values"], where="mid", color=colour, label=name
             )
     axis.set(xlabel="block", ylabel="sparsity at 50 %")
-    axis.legend(frameon=False)
+    if axis.has_data():
+        axis.legend(frameon=False)
     _write(figure, file)
 
 
@@ -160,6 +161,8 @@ def _bounds(bounds: tuple[float, float] | None, digits: int) -> str:
 
 
 def _as_text(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return "(none yet)"
     header = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [*header, *frame.to_numpy().tolist()])
 
