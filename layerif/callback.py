@@ -1,4 +1,4 @@
-"""Scores the layers and allocates before fine-tuning starts."""
+"""Scores the layers and allocates before fine-tuning or pruning starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerif.scores import LayerScores
 
 
 class InfluenceCallback(L.Callback):
-    """Decides the experts of every block in `setup`, which Lightning runs before the module's `configure_model`.
+    """Decides what every block gets in `setup`, which Lightning runs before the module's `configure_model`.
 
     decide: takes a function that gives the model on the trainer's device, and returns a `Decision`; the model is asked
     for only if the evidence is not in the store. All processes measure together, and rank 0's decision counts. A module
@@ -40,7 +40,7 @@ class InfluenceCallback(L.Callback):
         decision = self.decide(lambda: pl_module.base_model().to(trainer.strategy.root_device))
         self.seconds = sum(decision.seconds.values())
         self.decision = decision = trainer.strategy.broadcast(decision)
-        pl_module.allocation = {layer: int(count) for layer, count in decision.allocation.by_name().items()}
+        pl_module.allocation = decision.allocation.by_name()
 
     def state_dict(self) -> dict[str, Any]:
         if self.decision is None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
@@ -51,29 +52,29 @@ def score(parts: Parts, record: RunRecord) -> None:
 
     keep(parts.decider(load), record)
     if parts.evaluation.before:
-        _evaluate(load(), parts, record, "before/")
+        evaluate(load(), parts, record, "before/")
 
 
 def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) -> None:
     """Scores, allocation, fine-tuning, evaluation."""
-    kept: Fit = instantiate(parts.config.fit)
-    data = parts.datamodule()
     influence = InfluenceCallback(parts.decider)
-    checkpoints = folder / "checkpoints"
-    trainer = parts.trainer([influence, *callbacks(kept, checkpoints)], folder)
-    device = trainer.strategy.root_device
     if parts.evaluation.before:
-        _evaluate(module.base_model().to(device), parts, record, "before/")
-    start = time.perf_counter()
-    trainer.ckpt_path = _unfinished(checkpoints, record)
-    try:
-        trainer.fit(module, datamodule=data)
-    except SystemExit:  # how Lightning leaves on Ctrl-C
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
+        evaluate(module.base_model().to(parts.decider.device), parts, record, "before/")
+    model = train(parts, module, influence, record, folder)
     assert influence.decision is not None
     keep(influence.decision, record)
+    evaluate(model, parts, record, "")
+
+
+def train(parts: Parts, module: LoRAMoEModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
+    """The fine-tuned model on the trainer's device; its adapter is in `folder`."""
+    kept: Fit = instantiate(parts.config.fit)
+    data = parts.datamodule()
+    checkpoints = folder / "checkpoints"
+    trainer = parts.trainer([influence, *callbacks(kept, checkpoints)], folder)
+    start = time.perf_counter()
+    trainer.ckpt_path = _unfinished(checkpoints, record)
+    run_trainer(trainer, module, data)
     record.seconds["fit"] = time.perf_counter() - start - influence.seconds
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
@@ -93,7 +94,17 @@ def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) ->
         "trainable": sum(numel for numel, is_trained in sizes if is_trained),
     }
     model.save_pretrained(folder / "adapter")
-    _evaluate(model.to(device), parts, record, "")
+    return model.to(trainer.strategy.root_device)
+
+
+def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:
+    """`trainer.fit`, leaving on Ctrl-C by KeyboardInterrupt like everything else."""
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def keep(decision: Decision, record: RunRecord) -> None:
@@ -131,7 +142,8 @@ def _join_processes(parts: Parts) -> None:
         Fabric(**settings).launch()
 
 
-def _evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
+def evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
+    """The metrics of `model` into the record, under `prefix`; the first process measures for all."""
     if rank_zero_only.rank > 0:
         return
     start = time.perf_counter()

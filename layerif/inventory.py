@@ -25,7 +25,9 @@ from rich.table import Table
 _KEY = r"[0-9a-f]{64}"
 _ENTRY = re.compile(rf"(?P<measurement>{_KEY})\.safetensors|(?P<model>[^.].*-[0-9a-f]{{12}})")
 _LOCK = re.compile(rf"(?P<name>{_KEY}|[^.].*-[0-9a-f]{{12}})\.lock")
-_UNFINISHED = re.compile(rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)")
+_UNFINISHED = re.compile(
+    rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)"
+)
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 

@@ -29,7 +29,7 @@ class LoRAMoEModule(L.LightningModule):
     where given) and falls linearly to zero.
 
     model: a configuration with `_target_`, so that a checkpoint can rebuild it. allocation: experts by block name;
-    None until the influence callback decides. Checkpoints hold the adapter alone.
+    None until the influence callback decides. keep_zeros: as in `LoraMoeConfig`. Checkpoints hold the adapter alone.
     """
 
     allocates = "experts"  # the kind of allocation this method spends
@@ -49,6 +49,7 @@ class LoRAMoEModule(L.LightningModule):
         warmup_ratio: float = 0.03,
         warmup_steps: int | None = None,
         gradient_checkpointing: bool = False,
+        keep_zeros: bool = False,
         seed: int = 0,
         allocation: dict[str, int] | None = None,
     ) -> None:
@@ -97,6 +98,7 @@ class LoRAMoEModule(L.LightningModule):
             top_k=hparams["top_k"],
             target_modules=hparams["target_modules"],
             balance_coefficient=hparams["balance_coefficient"],
+            keep_zeros=hparams["keep_zeros"],
             num_experts=self.allocation,
             task_type="CAUSAL_LM",
         )

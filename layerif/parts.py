@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -64,6 +64,10 @@ class Parts:
         for part in ("estimator", "allocator"):
             if path := getattr(getattr(self.decider, part), "path", None):
                 hashes[part] = hash_file(Path(path))
+        for setting in ("method.allocation", "method.calibration.text", "evaluation.text"):
+            path = OmegaConf.select(self.config, setting)
+            if isinstance(path, str) and Path(path).is_file():
+                hashes[setting] = hash_file(Path(path))
         for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
             hashes[checkpoint] = hash_folder(Path(checkpoint))
         return hashes
@@ -75,7 +79,8 @@ class Parts:
     def datamodule(self) -> TaskDataModule:
         return instantiate(self.config.data)(self.splits, self.tokenizer)
 
-    def trainer(self, callbacks: list[Callback], folder: Path) -> L.Trainer:
+    def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
+        """overrides: settings of the trainer that a method fixes."""
         try:
             return instantiate(
                 self.config.trainer,
@@ -83,8 +88,9 @@ class Parts:
                 logger=instantiate(self.config.logger) if self.config.logger and callbacks else False,
                 default_root_dir=str(folder),
                 enable_model_summary=False,
-                enable_checkpointing=bool(callbacks),
+                enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
                 num_sanity_val_steps=0,
+                **overrides,
             )
         except InstantiationException as error:
             raise ValueError(f"trainer: {error.__cause__ or error}") from error

@@ -25,6 +25,7 @@ from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
 from layerif.models import layer_map
 from layerif.parts import Parts
+from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
 
@@ -68,7 +69,8 @@ def run(config: DictConfig) -> None:
         return
     record.memory_gb = _peak_memory()
     file = record.write(folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for a run killed before its record stood
+    for name in ("checkpoints", "blocks"):  # they were for a run killed before its record stood
+        shutil.rmtree(folder / name, ignore_errors=True)
     if record.allocation:  # other methods have said what they found
         print_run(record, folder)
     log.info("record: %s", file)
@@ -101,7 +103,9 @@ def _preview(parts: Parts, folder: Path) -> None:
     method = parts.method()
     if hasattr(method, "plan"):
         lines |= method.plan(parts.decider)
-    if isinstance(method, L.LightningModule):
+    if isinstance(method, PruneModule):
+        lines["prune"] = check_pruning(parts, method)
+    elif isinstance(method, L.LightningModule):
         data = parts.datamodule()
         lines["fit"] = (
             f"{len(data.train)} samples in batches of {data.batch_size}, "
@@ -119,6 +123,8 @@ def _execute(parts: Parts, record: RunRecord, folder: Path) -> None:
     method = parts.method()
     if method is None:
         score(parts, record)
+    elif isinstance(method, PruneModule):
+        prune(parts, method, record, folder)
     elif isinstance(method, L.LightningModule):
         fit(parts, method, record, folder)  # type: ignore[arg-type]
     else:
