@@ -24,6 +24,7 @@ from layerif.allocate import Allocation
 from layerif.data.batches import Encodings, batches, encode, padding_id
 from layerif.data.task import Example, Splits
 from layerif.estimators import Estimator
+from layerif.estimators.lissa import Diverges
 from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap
 from layerif.models import Pretrained, layer_map
 from layerif.probe import Probe, Projection, measure
@@ -299,21 +300,29 @@ class Decider:
 def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerInfluences) -> float | None:
     """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
 
-    None where a half ranks nothing (all layers equal).
+    None where a half ranks nothing (all layers equal), and, with a warning, where a fixed step diverges on one.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
-        first, second = (estimator.score(half).values for half in grams.halves)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
+            first, second = (estimator.score(half).values for half in grams.halves)
+    except Diverges as error:
+        warnings.warn(f"no reliability: on a half of the samples {error}", RuntimeWarning, stacklevel=2)
+        return None
     return rank_correlation(first, second)
 
 
 def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
     """Spearman's rank correlation of the layer `scores`, and of the entries of each matrix's influence (their mean).
 
-    estimator: one on Grams.
+    estimator: one on Grams. Empty, with a warning, where its fixed step diverges on these Grams.
     """
     first, second = (estimator.solvable(each) for each in (grams, reference))  # type: ignore[attr-defined]
-    ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
+    try:
+        ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
+    except Diverges as error:
+        warnings.warn(f"no fidelity: on the samples of the comparison {error}", RuntimeWarning, stacklevel=2)
+        return {}
     influences = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
     ranked = [value for value in influences if value is not None]
     scores = rank_correlation(estimator.score(grams).values, estimator.score(reference).values)

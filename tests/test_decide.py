@@ -15,11 +15,14 @@ from layerif.allocate import Experts
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.grad_dot import GradDot
+from layerif.estimators.lissa import Lissa, step_bound
 from layerif.estimators.tracin import TracIn
+from layerif.layers import LayerGrams
 from layerif.models import Local, layer_map
 from layerif.moe import LoraMoeConfig
 from layerif.probe import Probe
 from layerif.store import Store
+from tests.test_estimators import LAYERS, gram_of
 from tests.tiny import shipped_task, tiny_model
 
 
@@ -199,3 +202,17 @@ def test_what_changes_cost_alone_finds_the_same_grams(decider):
     _, reused = replace(decider, probe=replace(decider.probe, projection=8)).grams(decider.model.load)
     assert not reused
     assert not list(Path(decider.store.root).rglob("*.partial"))
+
+
+def test_a_fixed_step_that_diverges_on_part_of_the_samples_leaves_a_warning_and_no_figure():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 30, dtype=torch.float64, generator=generator)
+    grams = LayerGrams(LAYERS, {name: gram_of(rows[:12], rows[12:]) for block in LAYERS.params for name in block}, "f")
+    whole = next(iter(grams.grams.values()))
+    estimator = Lissa(step_size=0.95 * step_bound(whole.train_train, numel=whole.numel, damping=0.1))
+    estimator.score(grams)
+    with pytest.warns(RuntimeWarning, match=r"no reliability: on a half of the samples estimator\.step_size="):
+        assert decide.split_half(estimator, grams) is None
+    with pytest.warns(RuntimeWarning, match=r"no fidelity: on the samples of the comparison estimator\.step_size="):
+        assert decide.agreement(estimator, grams, grams.halves[0]) == {}
+    assert decide.agreement(Lissa(), grams, grams)["influences"] == pytest.approx(1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,20 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from layerif.diagnose.agreement import agreement, layer_influences, panel, total_influence
-from layerif.diagnose.conclusions import above
+from layerif.diagnose.conclusions import Verdict, above, conclusions
 from layerif.diagnose.convex import convex_check
 from layerif.diagnose.diagnose import plain
 from layerif.diagnose.estimate import Estimate, percentile, spearman
 from layerif.diagnose.gradients import common_share, gradient_health
-from layerif.diagnose.leave_out import ceiling, lds, lds_estimates, left_out_sets, membership, noise, predicted_change
+from layerif.diagnose.leave_out import (
+    lds,
+    lds_estimates,
+    left_out_sets,
+    membership,
+    noise,
+    predicted_change,
+    seed_agreement,
+)
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
 from layerif.diagnose.solver import residual, solver_residuals
 from layerif.diagnose.stability import (
@@ -25,15 +35,15 @@ from layerif.diagnose.stability import (
     correlations,
     damping_profiles,
     halves,
-    profile_stability,
     rank_intervals,
     ranks,
+    stepped_up,
 )
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
-from layerif.layers import LayerGrams, MatrixGram
+from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from tests.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
 from tests.tiny import shipped_task
 
@@ -108,10 +118,10 @@ def test_lds_of_noise_is_not_above_zero_and_differences_are_paired():
     assert beyond["random"].high < 0
 
 
-def test_the_ceiling_is_the_agreement_of_seeds_and_one_seed_has_none():
+def test_alike_seeds_agree_wholly_and_one_seed_has_none_to_agree_with():
     actual_SM = RNG.normal(size=(8, 3))
-    assert ceiling(np.stack([actual_SM, 2 * actual_SM, actual_SM + 1])) == pytest.approx(1)
-    assert math.isnan(ceiling(actual_SM[None]))
+    assert seed_agreement(np.stack([actual_SM, 2 * actual_SM, actual_SM + 1])) == pytest.approx(1)
+    assert math.isnan(seed_agreement(actual_SM[None]))
     over_sets, over_seeds = noise(np.stack([actual_SM, actual_SM]), np.array([[0.0, 0, 0], [2, 2, 2]]))
     assert over_sets == pytest.approx(actual_SM.std(axis=0, ddof=1).mean())
     assert over_seeds == pytest.approx(math.sqrt(2))
@@ -162,14 +172,27 @@ def test_detection_is_one_when_separated_and_half_at_random():
 def test_auc_draws_scatter_about_the_auc_ties_included_and_are_paired():
     is_flipped_N = np.arange(60) % 5 == 0
     harm_N = RNG.integers(6, size=60) + is_flipped_N
-    draws = auc_draws([harm_N], [is_flipped_N], seed=0, resamples=2000)
+    influence_MN = np.tile(harm_N, (4, 1))
+    draws = auc_draws([influence_MN], [is_flipped_N], seed=0, resamples=2000)
     assert draws.mean() == pytest.approx(roc_auc_score(is_flipped_N, harm_N), abs=0.01)
-    assert np.array_equal(draws, auc_draws([10.0 * harm_N], [is_flipped_N], seed=0, resamples=2000))
-    assert set(auc_draws([1.0 * is_flipped_N], [is_flipped_N], seed=0)) == {1.0}
+    assert np.array_equal(draws, auc_draws([10.0 * influence_MN], [is_flipped_N], seed=0, resamples=2000))
+    assert set(auc_draws([1.0 * np.tile(is_flipped_N, (4, 1))], [is_flipped_N], seed=0)) == {1.0}
+    alone = np.arange(60) == 7  # about a third of the draws hold no flipped row and say nothing
+    lonely = auc_draws([influence_MN], [alone], seed=0)
+    assert 0.25 < np.isnan(lonely).mean() < 0.5
+
+
+def test_trials_share_their_draws_so_that_a_trial_told_twice_says_no_more():
+    is_flipped_N = np.arange(40) % 5 == 0
+    influence_MN = RNG.normal(size=(6, 40)) + 0.3 * is_flipped_N
+    once, twice = (auc_draws([influence_MN] * times, [is_flipped_N] * times, seed=0) for times in (1, 2))
+    np.testing.assert_allclose(twice, once)
+    summed_MN = np.tile(influence_MN.mean(axis=0), (6, 1))  # the same harm, whichever validation rows are drawn
+    assert auc_draws([summed_MN], [is_flipped_N], seed=0).std() < once.std()
 
 
 def test_harm_is_positive_where_up_weighting_raises_the_validation_loss():
-    influence_MN = torch.tensor([[1.0, -2.0], [3.0, -1.0]])
+    influence_MN = np.array([[1.0, -2.0], [3.0, -1.0]])
     assert harm(influence_MN).tolist() == [4, -3]
 
 
@@ -275,14 +298,12 @@ def test_identical_draws_give_degenerate_intervals():
     scores = (3.0, 1.0, 2.0)
     found = rank_intervals(scores, np.tile(scores, (50, 1)))
     assert found == [Estimate(1, 1, 1), Estimate(3, 3, 3), Estimate(2, 2, 2)]
-    assert profile_stability(scores, np.tile(scores, (50, 1))) == Estimate(1, 1, 1)
     assert ranks([1, 5, 5, 0]).tolist() == [3, 1.5, 1.5, 4]
 
 
 def test_a_rank_interval_holds_what_the_draws_did():
     scores_BL = np.array([[2.0, 1.0], [1.0, 2.0]] * 50)
     assert rank_intervals([2.0, 1.0], scores_BL) == [Estimate(1, 1, 2), Estimate(2, 1, 2)]
-    assert math.isnan(profile_stability([1.0, 1.0], scores_BL).value)
 
 
 def test_bootstrap_draws_are_seeded_and_scatter_about_the_scores():
@@ -292,7 +313,54 @@ def test_bootstrap_draws_are_seeded_and_scatter_about_the_scores():
     whole = np.array(estimator.score(grams).values)
     assert np.all(np.abs(draws_BL.mean(axis=0) - whole) < 2 * draws_BL.std(axis=0))
     assert np.all(draws_BL.std(axis=0) > 0)
-    assert halves(estimator, grams, draws=5, seed=0) == halves(estimator, grams, draws=5, seed=0)
+
+
+def layers_of(values_LMN: np.ndarray) -> LayerGrams:
+    """Grams of one matrix a layer, with these C."""
+    names = tuple(f"l{place}" for place in range(len(values_LMN)))
+    layers = LayerMap(names, tuple((name,) for name in names), (1,) * len(names))
+    _, num_val, num_train = values_LMN.shape
+    grams = {
+        name: MatrixGram(torch.eye(num_train), torch.from_numpy(C_MN), torch.ones(num_val), 1)
+        for name, C_MN in zip(names, values_LMN, strict=True)
+    }
+    return LayerGrams(layers, grams, "f")
+
+
+def test_the_interval_of_the_halves_holds_what_fresh_samples_do():
+    rng = np.random.default_rng(0)
+    true_L = 50 + rng.normal(size=10)
+
+    def fresh(num_train: int, num_val: int, times: int) -> np.ndarray:
+        """Means over samples: (L×times)."""
+        noise_LT = rng.normal(size=(10, times)) / num_train**0.5 + rng.normal(size=(10, times)) / num_val**0.5
+        return true_L[:, None] + 1.5 * noise_LT
+
+    half, whole = (spearman(fresh(*size, 3000), fresh(*size, 3000)).mean() for size in ((8, 5), (16, 10)))
+    held = []
+    for seed in range(15):
+        of_train, of_val = (1.5 * rng.normal(size=size) for size in ((10, 1, 16), (10, 10, 1)))
+        _, found = halves(GradDot(), layers_of(true_L[:, None, None] + of_train + of_val), draws=4, seed=seed)
+        stepped = stepped_up(found)
+        held.append((found.low <= half <= found.high, stepped.low <= whole <= stepped.high))
+    assert np.mean(held, axis=0).min() >= 0.8
+
+
+def test_equal_samples_have_equal_halves_and_few_samples_have_some():
+    same = layers_of(np.broadcast_to(np.arange(1.0, 6)[:, None, None], (5, 6, 9)).copy())
+    assert halves(GradDot(), same, draws=3, seed=0)[1] == Estimate(1, 1, 1)
+    few = layers_of(RNG.normal(size=(5, 4, 5)))
+    splits, found = halves(GradDot(), few, draws=5, seed=0)
+    assert -1 <= found.low <= found.value == pytest.approx(splits.mean())
+    assert found.value <= found.high <= 1
+    again, _ = halves(GradDot(), few, draws=5, seed=0)
+    assert np.array_equal(splits, again)
+
+
+def test_halves_are_stepped_up_to_the_whole_and_nothing_is_made_of_disagreement():
+    assert stepped_up(Estimate(0.5, 0.0, 1.0)) == Estimate(2 / 3, 0.0, 1.0)
+    assert stepped_up(Estimate(-0.1, -0.5, 0.25)) == Estimate(-0.1, -0.5, 0.4)
+    assert math.isnan(stepped_up(Estimate(math.nan, math.nan, math.nan)).value)
 
 
 def test_damping_profiles_hold_the_estimators_own():
@@ -347,3 +415,111 @@ def test_the_total_influence_is_the_sum_of_the_layers(granularity):
 def test_a_verdict_follows_the_interval(low, high, verdict):
     assert above(0, {"value": 0.0, "low": low, "high": high}) == verdict
     assert above(0, plain(percentile(math.nan, np.array([1.0])))) == "not enough evidence"
+
+
+def interval(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": high}
+
+
+HIGH = interval(0.9, 0.85, 0.95)
+REPORT = {
+    "estimator": "datainf",
+    "aggregation": "all",
+    "layers": ["a", "b", "c", "d", "e", "f"],
+    "instrument": {"lds": {"true Hessian": 0.999, "exact": 0.98}},
+    "gradients": {"non_finite": [], "dead": [], "train_norms": {"a": 1.0}, "common": interval(0.0, -0.01, 0.005)},
+    "solver": {
+        "estimators": {
+            "exact": {"residual_max": 1e-12, "condition_max": 10.0, "rounding_max": 0.0},
+            "datainf": {"off_median": 0.01, "off_max": 0.05},
+        }
+    },
+    "stability": {
+        "samples": HIGH,
+        "half": HIGH,
+        "ranks": [interval(float(rank), rank, rank) for rank in range(1, 7)],
+        "damping": [{"first": "damping 1", "second": "damping 10", "spearman": 0.95}],
+        "seeds": [{"spearman": 0.85}, {"spearman": 0.95}],
+    },
+    "agreement": {"names": ["datainf all", "grad_dot all"], "spearman": [[1.0, 0.5], [0.5, 1.0]]},
+    "leave_out": {
+        "num_seeds": 3,
+        "num_subsets": 9,
+        "num_train": 8,
+        "left_out": 4,
+        "lds": {"datainf": HIGH, "grad_dot": HIGH},
+        "lds_of_mean": {"datainf": HIGH},
+        "beyond_grad_dot": {"datainf": HIGH},
+        "seed_agreement": 0.8,
+        "sd_over_sets": 0.2,
+        "sd_over_seeds": 0.1,
+    },
+    "mislabel": {
+        "num_trials": 3,
+        "num_train": 8,
+        "num_flipped": 1,
+        "random": {"found": 0.1},
+        "estimators": {"datainf": {"auc": HIGH, "found": 0.5, "beyond_grad_dot": HIGH}, "grad_dot": {}},
+    },
+}
+YES, NO, OPEN = "supported", "not supported", "not enough evidence"
+SAMPLES, CHANCE = "Other samples of the task", "single validation rows better than chance"
+
+
+def changed(path: str, value: object) -> dict:
+    """REPORT with another value at a path of keys and places: `stability/ranks/0`."""
+    report = deepcopy(REPORT)
+    *ways, last = path.split("/")
+    at: object = report
+    for way in ways:
+        at = at[int(way) if isinstance(at, list) else way]  # type: ignore[index]
+    at[int(last) if isinstance(at, list) else last] = value  # type: ignore[index]
+    return report
+
+
+@pytest.mark.parametrize(
+    ("claim", "path", "values"),
+    [
+        ("The instrument is right", "instrument/lds/exact", {0.96: YES, 0.94: NO}),
+        ("The instrument is right", "instrument/lds/true Hessian", {0.995: YES, 0.98: NO}),
+        ("none is dead", "gradients/dead", {(): YES, ("a",): NO}),
+        ("none is dead", "gradients/non_finite", {(): YES, ("a",): NO}),
+        ("stands at an optimum", "gradients/common", {(0.0, -0.01, 0.009): YES, (0.1, 0.02, 0.2): NO}),
+        ("stands at an optimum", "gradients/common", {(0.1, -0.1, 0.3): OPEN, (None, None, None): OPEN}),
+        ("solves the damped systems", "solver/estimators/exact/residual_max", {1e-7: YES, 1e-5: NO}),
+        ("stands for the exact", "solver/estimators/datainf/off_max", {0.09: YES, 0.11: NO}),
+        (SAMPLES, "stability/samples", {(0.9, 0.81, 1.0): YES, (0.5, 0.2, 0.79): NO, (0.9, 0.79, 1.0): OPEN}),
+        ("is among the top third", "stability/ranks/0", {(1, 1, 2): YES, (1, 3, 4): NO, (1, 1, 3): OPEN}),
+        ("is among the top third", "stability/ranks/0", {(0.5, None, None): OPEN}),
+        ("hang on the damping", "stability/damping/0/spearman", {0.91: YES, 0.89: NO, None: OPEN}),
+        ("Any two adapters of these seeds", "stability/seeds/0/spearman", {0.81: YES, 0.79: NO}),
+        ("otherwise than plain", "agreement/spearman/0/1", {0.79: YES, 0.81: NO}),
+        (CHANCE, "leave_out/lds/datainf", {(0.2, 0.1, 0.3): YES, (-0.2, -0.3, -0.1): NO, (0.1, -0.1, 0.3): OPEN}),
+        ("mean validation loss", "leave_out/lds_of_mean/datainf", {(0.2, 0.1, 0.3): YES, (0.0, -0.3, 0.0): NO}),
+        ("mean validation loss", "leave_out/lds_of_mean/datainf", {(0.2, -0.1, 0.3): OPEN}),
+        ("than the seed does", "leave_out/sd_over_sets", {0.11: YES, 0.09: NO}),
+        ("loss changes better", "leave_out/beyond_grad_dot/datainf", {(0.2, 0.1, 0.3): YES, (0.0, -0.1, 0.0): NO}),
+        ("loss changes better", "leave_out/beyond_grad_dot/datainf", {(0.2, -0.1, 0.3): OPEN}),
+        ("tells wrong answers", "mislabel/estimators/datainf/auc", {(0.6, 0.51, 0.7): YES, (0.4, 0.3, 0.5): NO}),
+        ("tells wrong answers", "mislabel/estimators/datainf/auc", {(0.6, 0.49, 0.7): OPEN}),
+        ("answers better", "mislabel/estimators/datainf/beyond_grad_dot", {(0.2, 0.1, 0.3): YES, (0, -0.1, 0): NO}),
+        ("answers better", "mislabel/estimators/datainf/beyond_grad_dot", {(0.2, -0.1, 0.3): OPEN}),
+    ],
+)
+def test_every_rule_follows_its_figure_over_its_bar(claim: str, path: str, values: dict[Any, Verdict]):
+    for value, verdict in values.items():
+        is_interval = isinstance(value, tuple) and len(value) == 3
+        report = changed(path, interval(*value) if is_interval else list(value) if isinstance(value, tuple) else value)
+        (found,) = [each for each in conclusions(report) if claim in each.claim]
+        assert found.verdict == verdict, (value, found)
+        others = {each.claim for each in conclusions(report)} - {found.claim}
+        assert all(each.verdict == YES for each in conclusions(report) if each.claim in others)
+
+
+def test_a_claim_without_an_interval_speaks_of_what_was_measured_alone():
+    found = conclusions(REPORT)
+    assert len(found) == 16
+    for each in found:
+        has_interval = "interval" in each.because.replace("without an interval", "") or "bootstrap" in each.because
+        assert has_interval or "these" in each.claim or each.claim.startswith("The instrument"), each
+    assert not any("for sure" in each.because for each in found)

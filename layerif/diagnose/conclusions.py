@@ -1,8 +1,9 @@
 """What the evidence supports, in plain words and by stated rules.
 
-Every rule looks at a figure's 95 % interval: `supported` where all of it is on the claim's side of a stated bar, `not
-supported` where all of it is on the other, `not enough evidence` where the bar lies inside, or nothing was determined.
-Figures without sampling error (solver residuals, dead matrices) are compared with their bar as they are.
+A claim about what was not measured (other samples, other sets of rows) looks at its figure's 95 % interval:
+`supported` where all of it is on the claim's side of a stated bar, `not supported` where all of it is on the other,
+`not enough evidence` where the bar lies inside, or nothing was determined. A claim whose figure has no interval speaks
+of what was measured alone (these Grams, these samples, these seeds), says so, and compares the figure as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 Verdict = Literal["supported", "not supported", "not enough evidence"]
 
 ALIKE = 0.8  # Spearman from which on two rankings of layers count as the same
-SAME_DAMPING = 0.9  # Spearman, for figures without sampling error
+SAME_DAMPING = 0.9  # Spearman, on the same samples
 CONVEX = {"true Hessian": 0.99, "exact": 0.95}  # LDS that theory asks for
 RESIDUAL = 1e-6  # relative, of a solver in float64
 OFF = 0.1  # relative distance from the exact influence up to which an approximation counts as exact
@@ -67,7 +68,7 @@ def _gradients(report: Mapping[str, Any]) -> Conclusion:
     found = report["gradients"]
     bad = [f"{name} (not finite)" for name in found["non_finite"]] + [f"{name} (dead)" for name in found["dead"]]
     return Conclusion(
-        "Every measured matrix has finite gradients, and none is dead.",
+        "On these samples every measured matrix has finite gradients, and none is dead.",
         "not supported" if bad else "supported",
         ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
         if bad
@@ -101,7 +102,7 @@ def _solvers(report: Mapping[str, Any]) -> Conclusion | None:
     if worst is None:
         return None
     return Conclusion(
-        "The exact solver solves its damped system.",
+        "The exact solver solves the damped systems of these Grams.",
         "supported" if worst["residual_max"] < RESIDUAL else "not supported",
         f"relative residual at most {worst['residual_max']:.1e} (bar {RESIDUAL:.0e}), condition number up to "
         f"{worst['condition_max']:.1e}; rounding of the Grams is at most {worst['rounding_max']:.2g} of the damping",
@@ -114,7 +115,7 @@ def _approximation(report: Mapping[str, Any]) -> Conclusion | None:
     if found is None or own == "exact":
         return None
     return Conclusion(
-        f"{own} stands for the exact damped influence.",
+        f"On these samples {own} stands for the exact damped influence.",
         "supported" if found["off_max"] < OFF else "not supported",
         f"its influence is off the exact one by {found['off_median']:.2g} times its size in the median matrix and "
         f"{found['off_max']:.2g} times in the worst (bar {OFF}); what that costs, the loss changes tell",
@@ -122,11 +123,12 @@ def _approximation(report: Mapping[str, Any]) -> Conclusion | None:
 
 
 def _samples(report: Mapping[str, Any]) -> Conclusion:
-    found = report["stability"]["samples"]
+    found, half = report["stability"]["samples"], report["stability"]["half"]
     return Conclusion(
-        "Other samples of the task would rank the layers alike.",
+        "Other samples of the task, as many, would rank the layers alike.",
         above(ALIKE, found),
-        f"Spearman of bootstrap draws with the whole sample {shown(found)} (bar {ALIKE})",
+        f"Spearman {shown(found)} (bar {ALIKE}), stepped up by Spearman–Brown from disjoint halves, which agree by "
+        f"{shown(half)}",
     )
 
 
@@ -138,12 +140,14 @@ def _highest(report: Mapping[str, Any]) -> Conclusion:
     verdict: Verdict = "not enough evidence"
     if high is not None:
         verdict = "supported" if high <= third else "not supported" if low > third else "not enough evidence"
-    sure = sum(rank["high"] is not None and rank["high"] <= third for rank in ranks)
+    within = sum(rank["high"] is not None and rank["high"] <= third for rank in ranks)
     return Conclusion(
         f"The highest-scored layer, {layers[top]}, is among the top third.",
         verdict,
-        (f"its rank lies between {low:g} and {high:g} of {len(layers)}" if high is not None else "no rank determined")
-        + f"; {sure} of the {third} places of the top third are held for sure",
+        f"95 % of the bootstrap draws rank it {low:g} to {high:g} of {len(layers)}; layer by layer, and not all at "
+        f"once, {within} of the {third} in the top third stay there in as many"
+        if high is not None
+        else "no rank determined",
     )
 
 
@@ -152,10 +156,11 @@ def _damping(report: Mapping[str, Any]) -> Conclusion | None:
     if not pairs:
         return None
     worst = min((pair for pair in pairs if pair["spearman"] is not None), key=lambda p: p["spearman"], default=None)
+    claim = "On these samples the ranking of layers does not hang on the damping, over two orders of magnitude."
     if worst is None:
-        return Conclusion("The ranking of layers does not hang on the damping.", "not enough evidence", "no ranking")
+        return Conclusion(claim, "not enough evidence", "no ranking")
     return Conclusion(
-        "The ranking of layers does not hang on the damping, over two orders of magnitude.",
+        claim,
         "supported" if worst["spearman"] >= SAME_DAMPING else "not supported",
         f"Spearman at least {worst['spearman']:.2f} ({worst['first']} and {worst['second']}; bar {SAME_DAMPING})",
     )
@@ -166,10 +171,10 @@ def _seeds(report: Mapping[str, Any]) -> Conclusion | None:
     if not pairs:
         return None
     return Conclusion(
-        "Adapters trained from other seeds rank the layers alike.",
-        "supported" if min(pairs) >= ALIKE else "not supported" if max(pairs) < ALIKE else "not enough evidence",
-        f"Spearman {min(pairs):.2f} to {max(pairs):.2f} over {len(pairs)} pairs of seeds (bar {ALIKE}), scores "
-        "taken on the LoRA matrices of each adapter",
+        "Any two adapters of these seeds rank the layers alike.",
+        "supported" if min(pairs) >= ALIKE else "not supported",
+        f"Spearman {min(pairs):.2f} to {max(pairs):.2f} in {_counted(len(pairs), 'pair')} of seeds (bar {ALIKE}), "
+        "scores taken on the LoRA matrices of each adapter; without an interval over seeds",
     )
 
 
@@ -182,7 +187,7 @@ def _curvature(report: Mapping[str, Any]) -> Conclusion | None:
     if found is None:
         return None
     return Conclusion(
-        f"{report['estimator']} ranks the layers otherwise than plain gradient products do.",
+        f"On these samples {report['estimator']} ranks the layers otherwise than plain gradient products do.",
         "supported" if found < ALIKE else "not supported",
         f"Spearman {found:.2f} with grad_dot (below {ALIKE}: otherwise)",
     )
@@ -190,19 +195,20 @@ def _curvature(report: Mapping[str, Any]) -> Conclusion | None:
 
 def _prediction(report: Mapping[str, Any]) -> Conclusion:
     own, found = report["estimator"], report["leave_out"]
-    limit = f"; another seed's retraining reaches {found['ceiling']:.2f}" if found["ceiling"] is not None else ""
+    between = f"; the actual changes of two seeds agree by {found['seed_agreement']:.2f}"
     return Conclusion(
-        f"{own} predicts the loss change of single validation rows better than chance.",
+        f"Averaged over these seeds, {own} predicts the loss change of single validation rows better than chance.",
         above(0, found["lds"][own]),
         f"LDS {shown(found['lds'][own])} over {found['num_subsets']} left-out sets of {found['left_out']} of "
-        f"{found['num_train']} rows, {found['num_seeds']} seeds{limit}",
+        f"{found['num_train']} rows, {_counted(found['num_seeds'], 'seed')}"
+        + (between if found["seed_agreement"] is not None else ""),
     )
 
 
 def _average(report: Mapping[str, Any]) -> Conclusion:
     own, found = report["estimator"], report["leave_out"]
     return Conclusion(
-        f"{own} predicts the change of the mean validation loss better than chance.",
+        f"Averaged over these seeds, {own} predicts the change of the mean validation loss better than chance.",
         above(0, found["lds_of_mean"][own]),
         f"Spearman over the left-out sets {shown(found['lds_of_mean'][own])}",
     )
@@ -213,9 +219,10 @@ def _noise(report: Mapping[str, Any]) -> Conclusion | None:
     if found["sd_over_seeds"] is None:
         return None
     return Conclusion(
-        "Which rows are left out moves a validation loss more than another seed does.",
+        "Among these seeds, which rows are left out moves a validation loss more than the seed does.",
         "supported" if found["sd_over_sets"] > found["sd_over_seeds"] else "not supported",
-        f"standard deviation over sets {found['sd_over_sets']:.3f}, over seeds {found['sd_over_seeds']:.3f} nats",
+        f"standard deviation over sets {found['sd_over_sets']:.3f}, over {_counted(found['num_seeds'], 'seed')} "
+        f"{found['sd_over_seeds']:.3f} nats; without an interval over seeds",
     )
 
 
@@ -224,7 +231,7 @@ def _better(report: Mapping[str, Any]) -> Conclusion | None:
     if own == "grad_dot" or "grad_dot" not in found["lds"]:
         return None
     return Conclusion(
-        f"{own} predicts loss changes better than plain gradient products.",
+        f"Averaged over these seeds, {own} predicts loss changes better than plain gradient products.",
         above(0, found["beyond_grad_dot"][own]),
         f"its LDS exceeds that of grad_dot by {shown(found['beyond_grad_dot'][own])}",
     )
@@ -251,3 +258,7 @@ def _mislabel_better(report: Mapping[str, Any]) -> Conclusion | None:
         above(0, found[own]["beyond_grad_dot"]),
         f"its AUC exceeds that of grad_dot by {shown(found[own]['beyond_grad_dot'])}",
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

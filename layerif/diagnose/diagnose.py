@@ -25,6 +25,7 @@ from layerif.diagnose.mislabel import flip
 from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import Retrainings, write
 from layerif.estimators.gram import GramEstimator
+from layerif.estimators.lissa import Lissa
 from layerif.fit import carries_on, keep
 from layerif.record import RunRecord
 
@@ -105,6 +106,11 @@ class Diagnose:
             raise ValueError(
                 f"method=diagnose examines influence taken from Grams, and {type(estimator).__name__} takes it from "
                 f"{estimator.needs}; use estimator=datainf, exact, lissa, grad_dot or cosine"
+            )
+        if isinstance(estimator, Lissa) and estimator.step_size is not None:
+            raise ValueError(
+                f"method=diagnose solves many subsamples, and estimator.step_size={estimator.step_size} need not "
+                "converge on all of them; leave it null, and every matrix gets a step of its own"
             )
         if decider.model.adapter is not None:
             raise ValueError(

@@ -10,14 +10,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from layerif.decide import Decider
 from layerif.diagnose.agreement import agreement, layer_influences, total_influence
 from layerif.diagnose.convex import convex_check
 from layerif.diagnose.estimate import mean, percentile
 from layerif.diagnose.gradients import gradient_health
-from layerif.diagnose.leave_out import ceiling, lds, lds_estimates, membership, noise, predicted_change
+from layerif.diagnose.leave_out import lds, lds_estimates, membership, noise, predicted_change, seed_agreement
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
 from layerif.diagnose.retrainings import Retrainings
 from layerif.diagnose.solver import Solved, solver_residuals
@@ -26,8 +26,8 @@ from layerif.diagnose.stability import (
     correlations,
     damping_profiles,
     halves,
-    profile_stability,
     rank_intervals,
+    stepped_up,
 )
 from layerif.estimators.gram import DampedEstimator, GramEstimator
 from layerif.layers import LayerGrams
@@ -79,11 +79,13 @@ def stability(
         scores = own.score(grams).values
         by_seed = {f"seed {number}": own.score(found).values for number, found in at_adapters.items()}
     draws_BL = bootstrap_scores(own, grams, resamples=resamples, seed=seed)
+    splits, half = halves(own, grams, draws=20, seed=seed)
     return {
         "scores": scores,
         "ranks": rank_intervals(scores, draws_BL),
-        "samples": profile_stability(scores, draws_BL),
-        "halves": halves(own, grams, draws=20, seed=seed),
+        "samples": stepped_up(half),
+        "half": half,
+        "halves": splits,
         "damping": correlations(damping_profiles(own, grams)),
         "seeds": correlations(by_seed),
     }
@@ -94,7 +96,7 @@ def mislabel(
 ) -> dict[str, Any]:
     chosen = decider.chosen("train")
     is_flipped: list[np.ndarray] = []
-    harms: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
+    influences: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     by_layer: dict[str, list[float]] = {}
     for trial in range(trials):
         examples, is_flipped_N = flip(chosen, share, seed=decider.seed + trial)
@@ -102,13 +104,13 @@ def mislabel(
         is_flipped.append(is_flipped_N)
         with quiet():
             for name, estimator in estimators.items():
-                harms[name].append(harm(total_influence(estimator, grams)))
+                influences[name].append(_array(total_influence(estimator, grams)))
             for layer, influence_MN in layer_influences(next(iter(estimators.values())), grams).items():
-                by_layer.setdefault(layer, []).append(detection(harm(influence_MN), is_flipped_N).auc)
-    draws = {name: auc_draws(found, is_flipped, seed=decider.seed) for name, found in harms.items()}
+                by_layer.setdefault(layer, []).append(detection(harm(_array(influence_MN)), is_flipped_N).auc)
+    draws = {name: auc_draws(found, is_flipped, seed=decider.seed) for name, found in influences.items()}
     found: dict[str, dict[str, Any]] = {}
     for name in estimators:
-        pairs = list(zip(harms[name], is_flipped, strict=True))
+        pairs = list(zip(map(harm, influences[name]), is_flipped, strict=True))
         detected = [detection(*pair) for pair in pairs]
         found[name] = {
             "found": float(np.mean([each.found for each in detected])),
@@ -164,13 +166,17 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
         "lds_of_mean": of_mean,
         "beyond_grad_dot": beyond,
         "lds_by_seed": {name: [*map(lds, predicted[name], actual_ESM)] for name in estimators},
-        "ceiling": ceiling(actual_ESM),
+        "seed_agreement": seed_agreement(actual_ESM),
         "sd_over_sets": over_sets,
         "sd_over_seeds": over_seeds,
         "common": [gradient_health(each).common for each in adapters],
         "actual": actual_SM.mean(axis=1),
         "predicted": {name: change_SM.mean(axis=1) for name, change_SM in means.items()},
     }
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def lds(predicted_SM: np.ndarray, actual_SM: np.ndarray) -> float:
 def lds_draws(
     predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, np.ndarray]:
-    """The LDS of every prediction under a bootstrap of sets and of validation rows.
+    """The LDS of every prediction under a bootstrap of sets and of validation rows; the trained seeds stay as they are.
 
     All predictions see the same draws, so that their differences are paired.
     """
@@ -93,10 +93,10 @@ def lds_estimates(
     )
 
 
-def ceiling(actual_ESM: np.ndarray) -> float:
-    """The mean LDS of one seed's actual changes with another's: what no prediction made before can be held to beat.
+def seed_agreement(actual_ESM: np.ndarray) -> float:
+    """The mean LDS of one seed's actual changes with another's: how reliable a single seed's are.
 
-    NaN for a single seed.
+    Predictions are compared with the mean over seeds, which is more reliable, and may exceed this. NaN for one seed.
     """
     pairs = combinations(actual_ESM, 2)
     return mean(np.array([lds(first_SM, second_SM) for first_SM, second_SM in pairs]))

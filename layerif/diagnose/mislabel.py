@@ -11,10 +11,9 @@ from random import Random
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from layerif.data.task import Example
-from layerif.diagnose.estimate import RESAMPLES
+from layerif.diagnose.estimate import RESAMPLES, mean
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[
     return flipped, is_flipped_N
 
 
-def harm(influence_MN: Tensor) -> np.ndarray:
+def harm(influence_MN: np.ndarray) -> np.ndarray:
     """Σ over validation rows of I: (N)."""
-    return influence_MN.double().sum(dim=0).cpu().numpy()
+    return influence_MN.sum(axis=0)
 
 
 def detection(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> Detection:
@@ -66,20 +65,25 @@ def detection(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> Detection:
 
 
 def auc_draws(
-    harms: Sequence[np.ndarray], is_flipped: Sequence[np.ndarray], *, seed: int, resamples: int = RESAMPLES
+    influences: Sequence[np.ndarray], is_flipped: Sequence[np.ndarray], *, seed: int, resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """The mean AUC over trials under a bootstrap of the flipped and of the unflipped rows of each, apart.
+    """The mean AUC over trials under a bootstrap of train and of validation rows, which all trials share: one draw of
+    rows for them all. influences: I (M×N) of each trial, is_flipped: (N) of each.
 
-    The draws depend on the seed and on which rows are flipped alone: those of two estimators are paired.
+    A trial none (or all) of whose drawn rows are flipped says nothing in that draw. The draws depend on the seed and
+    the sizes alone: those of two estimators are paired.
     """
     rng = np.random.default_rng(seed)
-    draws = np.zeros(resamples)
-    for harm_N, is_flipped_N in zip(harms, is_flipped, strict=True):
-        kinds = [np.flatnonzero(is_flipped_N), np.flatnonzero(~is_flipped_N)]
-        for number in range(resamples):
-            bad_F, good_G = (harm_N[rng.choice(kind, len(kind))] for kind in kinds)
-            draws[number] += _auc(bad_F, good_G)
-    return draws / len(harms)
+    num_val, num_train = influences[0].shape
+    train_BN = rng.integers(num_train, size=(resamples, num_train))
+    times_BM = rng.multinomial(num_val, np.full(num_val, 1 / num_val), size=resamples)
+    draws = np.full((len(influences), resamples), np.nan)
+    for trial, (influence_MN, is_flipped_N) in enumerate(zip(influences, is_flipped, strict=True)):
+        for number, (harm_N, drawn_N) in enumerate(zip(times_BM @ influence_MN, train_BN, strict=True)):
+            is_bad_N = is_flipped_N[drawn_N]
+            if is_bad_N.any() and not is_bad_N.all():
+                draws[trial, number] = _auc(harm_N[drawn_N[is_bad_N]], harm_N[drawn_N[~is_bad_N]])
+    return np.array([mean(draw_T) for draw_T in draws.T])
 
 
 def curve(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> np.ndarray:

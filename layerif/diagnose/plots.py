@@ -53,7 +53,8 @@ def _changes(axes: Axes, report: Mapping[str, Any]) -> None:
     found, own = report["leave_out"], report["estimator"]
     axes.scatter(found["predicted"][own], found["actual"], s=18, color=COLOURS[0])
     title = f"LoRA, {found['num_subsets']} sets of {found['left_out']} of {found['num_train']} rows"
-    axes.set(title=title, xlabel=f"predicted change of the mean loss ({own})", ylabel="actual change (nats)")
+    predicted = f"predicted change of the mean loss\n({own}; only its order counts)"
+    axes.set(title=title, xlabel=predicted, ylabel="actual change (nats)")
     axes.locator_params(axis="x", nbins=5)
 
 
@@ -61,11 +62,17 @@ def _lds(axes: Axes, found: Mapping[str, Any], colours: Mapping[str, str]) -> No
     names = sorted(found["lds"], key=lambda name: found["lds"][name]["value"] or -1.0)
     for place, name in enumerate(names):
         _bar(axes, place, found["lds"][name], colours[name])
-    if found["ceiling"] is not None:
-        axes.axvline(found["ceiling"], color="0.3", linestyle="--", linewidth=1, label="another seed's retraining")
+    if found["seed_agreement"] is not None:
+        axes.axvline(
+            found["seed_agreement"], color="0.3", linestyle="--", linewidth=1, label="two seeds' actual changes"
+        )
         axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.set(title="LDS, 95 % interval", xlabel="Spearman, predicted with actual change", ylim=(-0.6, len(names) + 0.2))
+    axes.set(
+        title="LDS, 95 % interval for these seeds",
+        xlabel="Spearman, predicted with actual change",
+        ylim=(-0.6, len(names) + 0.2),
+    )
     axes.set_yticks(range(len(names)), names)
 
 
@@ -76,7 +83,7 @@ def _ranks(axes: Axes, report: Mapping[str, Any]) -> None:
             axes.plot([l, l], [rank["low"], rank["high"]], color=COLOURS[5], linewidth=4, solid_capstyle="butt")
             axes.plot(l, rank["value"], "o", color=COLOURS[0], markersize=5)
     axes.set(
-        title=f"Rank of each layer by {report['estimator']}, 95 % bootstrap interval",
+        title=f"Rank of each layer by {report['estimator']}, and where 95 % of bootstrap draws put it",
         xlabel="layer (decoder block)",
         ylabel="rank (1 = highest score)",
         ylim=(len(ranks) + 0.5, 0.5),

@@ -36,7 +36,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, Any]:
         "lds": left_out["lds"][own]["value"],
         "lds_low": left_out["lds"][own]["low"],
         "lds_high": left_out["lds"][own]["high"],
-        "lds_ceiling": left_out["ceiling"],
+        "seed_agreement": left_out["seed_agreement"],
         "lds_of_mean": left_out["lds_of_mean"][own]["value"],
         "mislabel_auc": mine["auc"]["value"],
         "mislabel_auc_low": mine["auc"]["low"],
@@ -54,8 +54,9 @@ def _conclusions(report: Mapping[str, Any]) -> str:
     return (
         f"{report['source']} over {len(report['layers'])} layers, from {samples} rows. No evaluated row was looked at. "
         "A claim is supported where the whole 95 % interval of its figure is on the claim's side of the bar, not "
-        "supported where all of it is on the other side, and otherwise there is not enough evidence.\n\n"
-        + _table(("verdict", "claim", "because"), rows)
+        "supported where all of it is on the other side, and otherwise there is not enough evidence. A claim whose "
+        "figure has no interval speaks of what was measured alone and compares the figure as it is; no interval "
+        "covers other seeds.\n\n" + _table(("verdict", "claim", "because"), rows)
     )
 
 
@@ -113,13 +114,14 @@ def _stability(report: Mapping[str, Any]) -> str:
         for layer, score, rank in zip(report["layers"], found["scores"], found["ranks"], strict=True)
     ]
     halves = [value for value in found["halves"] if value is not None]
-    lines = [f"Bootstrap draws agree with the whole sample by Spearman {shown(found['samples'])}."]
+    lines = ["No two halves could be compared."]
     if halves:
-        mean = sum(halves) / len(halves)
-        lines.append(
-            f"Disjoint random halves agree with each other by {mean:.2f} on average ({min(halves):.2f} to "
-            f"{max(halves):.2f} over {len(halves)} draws)."
-        )
+        lines = [
+            f"The scores of disjoint random halves of the samples agree by Spearman {shown(found['half'])} on average "
+            f"({min(halves):.2f} to {max(halves):.2f} over {len(halves)} splits); the interval is a jackknife's over "
+            f"samples. Stepped up to samples as large as the whole (Spearman–Brown, 2r/(1 + r)): "
+            f"{shown(found['samples'])}."
+        ]
     pairs = [
         (pair["first"], pair["second"], _number(pair["spearman"]), _number(pair["kendall"]))
         for pair in (*found["damping"], *found["seeds"])
@@ -129,8 +131,10 @@ def _stability(report: Mapping[str, Any]) -> str:
             "## Ranks of the layers",
             "\n".join(lines),
             _table(("scores at", "and at", "Spearman", "Kendall"), pairs) if pairs else "Nothing else to compare.",
-            "Seeds are those of the trained adapters, scored on their LoRA matrices. Rank 1 is the highest score:",
-            _table(("layer", "score", "rank", "95 % interval"), rows),
+            "Seeds are those of the trained adapters, scored on their LoRA matrices. Rank 1 is the highest score; the "
+            "last column holds 95 % of the ranks under bootstrap draws of the samples, layer by layer and not all at "
+            "once:",
+            _table(("layer", "score", "rank", "95 % of draws"), rows),
         ]
     )
 
@@ -161,16 +165,20 @@ def _leave_out(report: Mapping[str, Any]) -> str:
     common = ", ".join(_number(each["value"]) for each in found["common"])
     over_seeds = f", over seeds {found['sd_over_seeds']:.3f}" if found["sd_over_seeds"] is not None else ""
     limit = ""
-    if found["ceiling"] is not None:
-        limit = f" The actual changes of two seeds agree by {found['ceiling']:.2f}, the yardstick of any prediction."
+    if found["seed_agreement"] is not None:
+        limit = (
+            f" The actual changes of two seeds agree by {found['seed_agreement']:.2f}; the mean over seeds, which is "
+            "what was predicted, is more reliable than that."
+        )
     return (
         "## Predicted and actual loss change\n\n"
         f"Plain LoRA on {found['num_train']} training rows, again without each of {found['num_subsets']} random sets "
         f"of {found['left_out']} rows, with {found['num_seeds']} seeds: same start, same order, no dropout. Watched is "
         f"the loss of {found['num_validation']} validation rows: {found['loss']['untrained']:.3f} untrained, {trained} "
         "trained (one a seed). LDS: Spearman of predicted and actual change over the sets, validation row by "
-        "validation row, on the means over seeds; its interval is over sets and rows. Of the mean: the same for the "
-        "mean loss of all rows. Only the order counts: the damping sets the scale of an influence.\n\n"
+        "validation row, on the means over seeds; its interval is over sets and rows, for these seeds. Of the "
+        "mean: the same for the mean loss of all rows. Only the order counts: the damping sets the scale of an "
+        "influence.\n\n"
         + _table(("estimator", "LDS", "seed by seed", "of the mean", "above grad_dot"), rows)
         + f"\n\nStandard deviation of a row's loss over sets {found['sd_over_sets']:.3f}{over_seeds} nats.{limit} "
         f"Common share of the gradients at the adapters: {common}."
@@ -194,7 +202,8 @@ def _mislabel(report: Mapping[str, Any]) -> str:
     named = ", ".join(f"{layer} ({by_layer[layer]:.2f})" for layer in best)
     return (
         f"## Wrong answers\n\n{found['num_flipped']} of {found['num_train']} training answers made wrong, "
-        f"{found['num_trials']} times; found is their share among the {found['num_flipped']} most harmful rows.\n\n"
+        f"{found['num_trials']} times; found is their share among the {found['num_flipped']} most harmful rows. "
+        "Intervals are over training and validation rows, drawn once for all trials.\n\n"
         + _table(("estimator", "found", "AUC", "above grad_dot"), rows)
         + f"\n\nSingle layers that tell most ({report['estimator']}, AUC; the best of {len(by_layer)} is flattered by "
         f"the choice): {named}."

@@ -39,7 +39,7 @@ def lissa(
     train_train: K; val_train: C; numel: P; num_steps: T, at least 1.
     step_size: α. It converges, to `exact`, iff 0 < α < 2/(σmax/N + λ). None takes half of that bound: every factor
     1 − αs then lies in [0, 1), so that no direction oscillates and the rounding of σmax cannot make it diverge.
-    Negative: helpful. Zero train gradients (λ = 0) give zero. Raises ValueError naming the bound for a diverging step.
+    Negative: helpful. Zero train gradients (λ = 0) give zero. Raises Diverges, a ValueError, naming the bound.
     """
     return _solve(train_train, val_train, numel, damping, num_steps, step_size)[0]
 
@@ -65,6 +65,10 @@ def step_bound(train_train: Tensor, *, numel: int, damping: float) -> float:
     lam = damping_lambda(train_train, numel=numel, damping=damping)
     curvature = float(eigenbasis(train_train)[0][-1]) / len(train_train) + lam
     return 2 / curvature if curvature > 0 else math.inf
+
+
+class Diverges(ValueError):
+    """The step size is not below the bound of some matrix; another sample's Grams have another bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +165,7 @@ def _check_steps(num_steps: int, step_size: float | None) -> None:
 
 def _check_converges(step_size: float, bound: float, whose: str = "") -> None:
     if step_size >= bound:
-        raise ValueError(
+        raise Diverges(
             f"estimator.step_size={step_size} makes LiSSA diverge: it must be below {bound:.6g}, "
             f"the bound 2/(σmax/N + λ){whose}; use a smaller one, or null for half of the bound"
         )
