@@ -195,13 +195,13 @@ def _curvature(report: Mapping[str, Any]) -> Conclusion | None:
 
 def _prediction(report: Mapping[str, Any]) -> Conclusion:
     own, found = report["estimator"], report["leave_out"]
-    between = f"; the actual changes of two seeds agree by {found['seed_agreement']:.2f}"
+    agree = found["seed_agreement"]
+    between = f"; the actual changes of two seeds agree by {agree:.2f}" if agree is not None else ""
     return Conclusion(
         f"Averaged over these seeds, {own} predicts the loss change of single validation rows better than chance.",
         above(0, found["lds"][own]),
         f"LDS {shown(found['lds'][own])} over {found['num_subsets']} left-out sets of {found['left_out']} of "
-        f"{found['num_train']} rows, {_counted(found['num_seeds'], 'seed')}"
-        + (between if found["seed_agreement"] is not None else ""),
+        f"{found['num_train']} rows, {_counted(found['num_seeds'], 'seed')}{between}",
     )
 
 
