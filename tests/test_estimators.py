@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import warnings
 from dataclasses import fields, replace
@@ -13,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 import layerif.estimators
+from layerif.config import register
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact, exact_path
@@ -24,6 +27,8 @@ from layerif.estimators.file import File
 from layerif.estimators.grad_dot import GradDot, grad_dot
 from layerif.estimators.gram import DampedEstimator, GramEstimator
 from layerif.estimators.lissa import Lissa, lissa, lissa_residual, step_bound
+from layerif.estimators.random import Random
+from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
 from layerif.layers import CheckpointGrams, LayerGrams, LayerMap, MatrixGram
@@ -55,11 +60,15 @@ def classes_of(stem: str) -> list[type[Any]]:
 GRAM_ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if issubclass(cls, GramEstimator)]
 DAMPED_ESTIMATORS = [cls for cls in GRAM_ESTIMATORS if issubclass(cls, DampedEstimator)]
 # What an estimator cannot do without. These two checkpoints, where both are the same, weigh as one.
-REQUIRED: dict[str, dict[str, Any]] = {"checkpoints": {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]}}
+REQUIRED: dict[type, dict[str, Any]] = {
+    TracIn: {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]},
+    File: {"path": "scores.json"},
+    Reversed: {"of": DataInf()},
+}
 
 
 def make(cls: type[Any], **settings: Any) -> Any:
-    return cls(**REQUIRED.get(cls.needs, {}), **settings)
+    return cls(**REQUIRED.get(cls, {}), **settings)
 
 
 def score(estimator: GramEstimator, grams: LayerGrams) -> LayerScores:
@@ -486,17 +495,18 @@ def test_an_unknown_setting_is_refused_with_the_nearest(estimator_class):
 
 
 @pytest.mark.parametrize("stem", FILES)
-def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem, tmp_path):
+def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem):
     (cls,) = classes_of(stem)
-    config = OmegaConf.load(CONF / f"{stem}.yaml")
-    keys = [str(key) for key in config]
-    assert keys == ["_target_", *(field.name for field in fields(cls))]
-    given = {"path": str(tmp_path / "scores.json")} if stem == "file" else REQUIRED.get(cls.needs, {})
-    config.update(given)
-    estimator = instantiate(config)
+    register()
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        config = compose("config", [f"estimator={stem}"])
+    assert {str(key) for key in config.estimator} == {"_target_", *(field.name for field in fields(cls))}
+    given = {} if cls is Reversed else REQUIRED.get(cls, {})  # a nested choice has its own YAML
+    config.estimator.update(given)
+    estimator = instantiate(config.estimator)
     assert type(estimator) is cls
-    assert estimator == cls(**given)
-    assert cls.needs in ("grams", "checkpoints", "nothing", "weights", "activations", "training")
+    assert estimator == make(cls)
+    assert estimator.needs in ("grams", "checkpoints", "nothing", "weights", "activations", "training")
 
 
 def test_every_yaml_has_an_estimator():
@@ -510,6 +520,51 @@ def test_uniform_scores_every_layer_the_same():
     scores = Uniform().score(LAYERS)
     assert scores.layers == LAYERS.names
     assert len(set(scores.values)) == 1
+
+
+def test_random_scores_are_a_function_of_the_seed_and_the_name():
+    scores = Random(seed=3).score(LAYERS)
+    assert scores == Random(seed=3).score(LAYERS)
+    assert scores.values != Random(seed=4).score(LAYERS).values
+    turned = replace(LAYERS, names=LAYERS.names[::-1])
+    assert Random(seed=3).score(turned).values == scores.values[::-1]
+    assert len(set(scores.values)) == 2
+    assert all(0 <= value < 1 for value in scores.values)
+
+
+# Scores upside down
+
+
+def test_reversed_turns_the_order_round_and_twice_is_the_identity():
+    grams = layer_grams()
+    for of in (DataInf(), Exact(aggregation="top25"), Cosine()):
+        plain, once = of.score(grams), Reversed(of=of).score(grams)
+        twice = Reversed(of=Reversed(of=of)).score(grams)
+        assert plain.values[0] != plain.values[1]
+        assert once.values == pytest.approx(plain.values[::-1], rel=1e-12)  # of two layers
+        assert twice.values == pytest.approx(plain.values, rel=1e-12)
+        assert once.higher_means == plain.higher_means
+        assert once.source == f"reversed({plain.source})"
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1], [0, 3, 3, 1e-300], [5, 0, 2, 9, 2], [1e-9, 1e9, 1.0]])
+def test_reversed_keeps_ties_and_ends(values, tmp_path):
+    layers = LayerMap(tuple(f"b.{i}" for i in range(len(values))), (("q",),) * len(values), (1,) * len(values))
+    path = write(tmp_path, {"layers": list(layers.names), "values": values, "higher_means": "important"})
+    once = Reversed(of=File(path=path)).score(layers).values
+    assert (min(once), max(once)) == (min(values), max(values))
+    for i, j in itertools.combinations(range(len(values)), 2):
+        assert (once[i] - once[j]) * (values[i] - values[j]) <= 0
+        assert values[i] != values[j] or once[i] == once[j]
+
+
+def test_reversed_asks_the_shell_for_what_the_wrapped_one_needs():
+    checkpoints = make(TracIn)
+    assert Reversed(of=checkpoints).needs == "checkpoints"
+    assert Reversed(of=Reversed(of=checkpoints)).checkpoints == ["a", "b"]
+    assert Reversed(of=Uniform()).needs == "nothing"
+    assert not hasattr(Reversed(of=Uniform()), "path")
+    assert copy.deepcopy(Reversed(of=checkpoints)) == Reversed(of=checkpoints)
 
 
 def write(folder: Path, content: object) -> str:

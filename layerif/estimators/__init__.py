@@ -9,7 +9,7 @@ Every estimator is a frozen keyword-only dataclass whose fields are its configur
 |-------------|-------------------------------------------------------------|-----------------------------------------|
 | grams       | `LayerGrams` of one probe                                   | datainf, exact, lissa, grad_dot, cosine |
 | checkpoints | `CheckpointGrams`, a probe at each of its own `checkpoints` | tracin                                  |
-| nothing     | `LayerMap` of the model; no pass over data is made          | uniform, file                           |
+| nothing     | `LayerMap` of the model; no pass over data is made          | uniform, random, file                   |
 
 Estimators on Grams derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
 normalisation come from there, and the damping from `gram.DampedEstimator`. To add one: write `layerif/estimators/x.py`
