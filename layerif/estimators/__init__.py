@@ -19,7 +19,7 @@ Nothing is registered anywhere; the law tests find it by its file.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from layerif.scores import LayerScores
 
@@ -27,6 +27,7 @@ from layerif.scores import LayerScores
 class Estimator(Protocol):
     """What the shell knows of an estimator."""
 
-    needs: ClassVar[str]
+    @property
+    def needs(self) -> str: ...
 
     def score(self, evidence: Any, /) -> LayerScores: ...

@@ -18,6 +18,10 @@ class Reversed:
 
     of: Estimator
 
+    @property
+    def needs(self) -> str:
+        return self.of.needs
+
     def score(self, evidence: Any, /) -> LayerScores:
         scores = self.of.score(evidence)
         low, high = min(scores.values), max(scores.values)
@@ -25,7 +29,7 @@ class Reversed:
         return replace(scores, values=values, source=f"reversed({scores.source})")
 
     def __getattr__(self, name: str) -> Any:
-        """What the shell asks of an estimator besides its scores (needs, path, checkpoints) is the wrapped one's."""
+        """What the shell asks of an estimator besides its scores (path, checkpoints) is the wrapped one's."""
         if name == "of" or name.startswith("__"):  # not set yet, as in a copy being made
             raise AttributeError(name)
         return getattr(self.of, name)
