@@ -98,12 +98,13 @@ def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
     record.allocation = decision.allocation.to_dict()
     record.seconds |= decision.seconds
     if decision.scores is None:
-        record.source = f"file({parts.config.allocator.path})"
+        record.source = parts.decider.allocator.source  # type: ignore[attr-defined]
         return
     record.scores = list(decision.scores.values)
     record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
     record.fingerprint = decision.scores.fingerprint
     record.reliability = decision.reliability
+    record.notes.extend(decision.notes)
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
     if decision.num_truncated:

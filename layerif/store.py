@@ -59,6 +59,23 @@ class Store:
             _write(grams, file, description)
         return grams, False
 
+    def tensors(
+        self, kind: str, description: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], str, bool]:
+        """Named tensors of another kind (a folder of its own), their key, and whether they were already here."""
+        key = fingerprint({**description, "kind": kind, "store": VERSION})
+        file = Path(self.root) / kind / f"{key}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if file.exists():
+                try:
+                    return _read_checked(file)[0], key, True
+                except (SafetensorError, KeyError, ValueError, OSError) as error:
+                    warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=2)
+            found = {name: tensor.contiguous() for name, tensor in compute().items()}
+            _write_checked(found, {"description": json.dumps(dict(description), sort_keys=True)}, file)
+        return found, key, False
+
 
 def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> None:
     tensors = {
@@ -71,6 +88,10 @@ def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> Non
         "numel": json.dumps({param: gram.numel for param, gram in grams.grams.items()}),
         "description": json.dumps(dict(description), sort_keys=True),
     }
+    _write_checked(tensors, header, file)
+
+
+def _write_checked(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
     header["checksum"] = _checksum(tensors, header)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -83,11 +104,7 @@ def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> Non
 
 
 def _read(file: Path, key: str) -> LayerGrams:
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata() or {}
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    if header.pop("checksum") != _checksum(tensors, header):
-        raise ValueError("its checksum does not match its content")
+    tensors, header = _read_checked(file)
     layers = json.loads(header["layers"])
     grams = {
         param: MatrixGram(*(tensors[f"{param}/{field}"] for field in _FIELDS), numel=numel)
@@ -95,6 +112,15 @@ def _read(file: Path, key: str) -> LayerGrams:
     }
     names, params, numel = tuple(layers["names"]), tuple(map(tuple, layers["params"])), tuple(layers["numel"])
     return LayerGrams(LayerMap(names, params, numel), grams, key)
+
+
+def _read_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    if header.pop("checksum") != _checksum(tensors, header):
+        raise ValueError("its checksum does not match its content")
+    return tensors, header
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

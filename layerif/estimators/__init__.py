@@ -5,13 +5,20 @@ Every estimator is a frozen keyword-only dataclass whose fields are its configur
     needs: ClassVar[str]                            what evidence the shell has to take
     score(evidence) -> LayerScores                  the same call for every estimator
 
-| needs       | evidence passed to `score`                                  | estimators                              |
-|-------------|-------------------------------------------------------------|-----------------------------------------|
-| grams       | `LayerGrams` of one probe                                   | datainf, exact, lissa, grad_dot, cosine |
-| checkpoints | `CheckpointGrams`, a probe at each of its own `checkpoints` | tracin                                  |
-| nothing     | `LayerMap` of the model; no pass over data is made          | uniform, random, file                   |
+| needs       | evidence passed to `score`                              | estimators                               |
+|-------------|---------------------------------------------------------|------------------------------------------|
+| grams       | `LayerGrams` of one probe                               | datainf, exact, lissa, grad_dot, cosine, |
+|             |                                                         | grad_norm, fisher_trace                  |
+| checkpoints | `CheckpointGrams`, a probe at each of its `checkpoints` | tracin                                   |
+| weights     | `LayerSpectra` of the weights alone                     | alpha                                    |
+| activations | `LayerActivations` of one forward pass                  | outlier, dlp, block_influence, avss,     |
+|             |                                                         | linear_probe, cca                        |
+| training    | `LayerGates` learned on a trained adapter               | ila                                      |
+| nothing     | `LayerMap` of the model; no pass over data is made      | uniform, random, file                    |
 
-Estimators on Grams derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
+`reversed` wraps any of them and needs what that one needs.
+
+Influence estimators derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
 normalisation come from there, and the damping from `gram.DampedEstimator`. To add one: write `layerif/estimators/x.py`
 (the formula as a pure function of tensors, and the dataclass) and `conf/estimator/x.yaml` (`_target_` and every field).
 Nothing is registered anywhere; the law tests find it by its file.
@@ -19,7 +26,7 @@ Nothing is registered anywhere; the law tests find it by its file.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from layerif.scores import LayerScores
 
@@ -27,7 +34,6 @@ from layerif.scores import LayerScores
 class Estimator(Protocol):
     """What the shell knows of an estimator."""
 
-    @property
-    def needs(self) -> str: ...
+    needs: ClassVar[str]
 
     def score(self, evidence: Any, /) -> LayerScores: ...

@@ -85,9 +85,7 @@ class GramEstimator:
 
     @property
     def source(self) -> str:
-        """The estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
-        settings = ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
-        return f"{type(self).__module__.rpartition('.')[2]}({settings})"
+        return described(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +108,42 @@ class DampedEstimator(GramEstimator):
         """The damping, in units of the mean squared gradient entry, that gives this Gram its λ under the rule."""
         mean_square = damping_lambda(gram.train_train, numel=gram.numel, damping=1.0)
         return self.damping if self.damping_rule == "relative" or mean_square == 0 else self.damping / mean_square
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormEstimator:
+    """Scores a block by the size of its train gradients, those of all its matrices laid end to end.
+
+    normalisation: `none`, or `numel`: the size of a vector of as many entries of the same mean square, so that blocks
+        of unequal size compare.
+    Large gradients mark an undertrained block. Raises ValueError naming the matrix if a Gram is not finite.
+    """
+
+    needs: ClassVar[str] = "grams"
+
+    normalisation: Normalisation = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
+
+    def size(self, train_train: Tensor, *, numel: int) -> float:
+        """Of gradients with these inner products K (N×N), for each of `numel` parameters."""
+        raise NotImplementedError
+
+    def score(self, evidence: LayerGrams, /) -> LayerScores:
+        warn_of_zero_gradients(evidence.grams)
+        values = []
+        for params, numel in zip(evidence.layers.params, evidence.layers.numel, strict=True):
+            gram = reduce(add, (_in_float64(name, evidence.grams[name]) for name in params))
+            values.append(self.size(gram.train_train, numel=numel if self.normalisation == "numel" else 1))
+        layers = evidence.layers.names
+        return LayerScores(layers, tuple(values), "undertrained", described(self), evidence.fingerprint)
+
+
+def described(estimator: Any) -> str:
+    """An estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
+    settings = ", ".join(f"{field.name}={getattr(estimator, field.name)}" for field in fields(estimator))
+    return f"{type(estimator).__module__.rpartition('.')[2]}({settings})"
 
 
 def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
@@ -138,7 +172,7 @@ def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
     if zero:
         listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
-            f"all gradients are zero, so the influence counts as zero, in {listed} ({len(zero)} of {len(grams)} "
+            f"all gradients are zero, so they count as nothing, in {listed} ({len(zero)} of {len(grams)} "
             "matrices); for LoRA's A this is so while B is zero",
             RuntimeWarning,
             stacklevel=3,

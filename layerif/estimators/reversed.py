@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from layerif.estimators import Estimator
 from layerif.scores import LayerScores
@@ -16,11 +16,9 @@ class Reversed:
     of: the estimator whose scores are turned round; the evidence is what that one needs.
     """
 
-    of: Estimator
+    needs: ClassVar[Any] = property(lambda self: self.of.needs)
 
-    @property
-    def needs(self) -> str:
-        return self.of.needs
+    of: Estimator
 
     def score(self, evidence: Any, /) -> LayerScores:
         scores = self.of.score(evidence)
