@@ -16,7 +16,7 @@ from layerif.scores import LayerScores
 
 
 class InfluenceCallback(L.Callback):
-    """Decides the experts of every block in `setup`, which Lightning runs before the module's `configure_model`.
+    """Decides what every block gets in `setup`, which Lightning runs before the module's `configure_model`.
 
     decide: takes a function that gives the model on the trainer's device, and returns a `Decision`; the model is asked
     for only if the evidence is not in the store. Rank 0 decides, the others receive. A module that already has an

@@ -16,9 +16,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 
+from layerif.adapters import AdapterModule
 from layerif.callback import InfluenceCallback
 from layerif.decide import Decision
-from layerif.modules import LoRAMoEModule
 from layerif.parts import Parts
 from layerif.record import RunRecord
 
@@ -51,7 +51,7 @@ def score(parts: Parts, record: RunRecord) -> None:
         _evaluate(load(), parts, record, "before/")
 
 
-def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) -> None:
+def fit(parts: Parts, module: AdapterModule, record: RunRecord, folder: Path) -> None:
     """Scores, allocation, fine-tuning, evaluation."""
     kept: Fit = instantiate(parts.config.fit)
     data = parts.datamodule()
@@ -88,6 +88,7 @@ def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) ->
     record.parameters = {
         "total": sum(numel for numel, _ in sizes),
         "trainable": sum(numel for numel, is_trained in sizes if is_trained),
+        **module.compared,
     }
     model.save_pretrained(folder / "adapter")
     _evaluate(model.to(device), parts, record, "")

@@ -47,10 +47,11 @@ def learn_gates(
             if not bool(loss.isfinite()):
                 raise ValueError(f"the loss is {loss.item()} at step {step} of the gates; look at model.adapter")
             optimizer.zero_grad()
-            loss.backward()
-            if step == 0 and (scores_L.grad is None or not bool(scores_L.grad.any())):
+            if loss.requires_grad:  # or no block is adapted at all
+                loss.backward()
+            if scores_L.grad is None or (step == 0 and not bool(scores_L.grad.any())):
                 raise ValueError(
-                    "the adapter changes nothing (its B are zero), so there is no change to gate; train it first, for "
+                    "the adapter changes nothing in any block, so there is no change to gate; train it first, for "
                     "example with method=lora allocator=rank, and give its folder as model.adapter"
                 )
             optimizer.step()

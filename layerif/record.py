@@ -23,7 +23,8 @@ class RunRecord:
     scores. scores: one non-negative number per layer, none where the allocation needs none; higher_means, source: what
     a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
     (Spearman). allocation: kind, budget, values. questions: by metric, whether each evaluated question was answered
-    right, by its id, for paired tests. parameters: total and trainable. memory_gb: peak of the process in main memory.
+    right, by its id, for paired tests. parameters: total and trainable, and of what a
+    baseline of equal size is compared with. memory_gb: peak of the process in main memory.
     notes: every departure and warning.
     """
 

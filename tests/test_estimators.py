@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import layerif.estimators
+from layerif.allocate import Experts, Rank, Sparsity
 from layerif.config import register
+from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact, exact_path
@@ -31,6 +34,7 @@ from layerif.estimators.random import Random
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
+from layerif.evidence import LayerActivations, LayerGates, LayerSpectra
 from layerif.layers import CheckpointGrams, LayerGrams, LayerMap, MatrixGram
 from layerif.scores import LayerScores, aggregate
 
@@ -489,6 +493,107 @@ def test_normalisation_divides_by_the_parameters_of_the_block(estimator_class):
 def test_an_unknown_setting_is_refused_with_the_nearest(estimator_class):
     with pytest.raises(ValueError, match=r"estimator\.granularity.*did you mean 'matrix'"):
         make(estimator_class, granularity="matrices")
+
+
+# Laws of every estimator whatever it needs, found by its file
+
+
+DEEP = LayerMap(
+    names=tuple(f"block.{l}" for l in range(8)),
+    params=tuple((f"block.{l}.q", f"block.{l}.o") for l in range(8)),
+    numel=(30 * 12,) * 8,
+)
+ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if cls is not File]
+NUM_SAMPLES, HIDDEN = 20, 6
+
+
+def evidence(needs: str, *, alike: bool = False, order: Sequence[int] = range(8)) -> Any:
+    """Random evidence of each kind, every block drawn on its own or all alike, listed in any order."""
+    layers = LayerMap(*(tuple(part[l] for l in order) for part in (DEEP.names, DEEP.params, DEEP.numel)))
+
+    def draw(*shape: int, salt: int) -> dict[int, torch.Tensor]:
+        generators = {l: torch.Generator().manual_seed(100 * salt + (0 if alike else l + 1)) for l in order}
+        return {l: torch.rand(shape, dtype=torch.float64, generator=generators[l]) + 0.01 for l in order}
+
+    def stacked(*shape: int, salt: int) -> torch.Tensor:
+        return torch.stack(list(draw(*shape, salt=salt).values()))
+
+    of_q, of_o = draw(12, 30, salt=1), draw(30, 12, salt=2)
+    weights = {
+        f"block.{l}.{name}": of[l] ** -2 for l in order for name, of in (("q", of_q), ("o", of_o))
+    }  # heavy tails
+    if needs in ("grams", "checkpoints"):
+        train, validation = draw(NUM_TRAIN, 40, salt=3), draw(NUM_VAL, 40, salt=4)
+        grams = {
+            f"block.{l}.{name}": gram_of(train[l][:, part], validation[l][:, part])
+            for l in order
+            for name, part in (("q", slice(0, 25)), ("o", slice(25, 40)))
+        }
+        found = LayerGrams(layers, grams, "f1")
+        return CheckpointGrams((found, found)) if needs == "checkpoints" else found
+    if needs == "weights":
+        spectra = {name: torch.linalg.svdvals(weight).square().flip(0) for name, weight in weights.items()}
+        return LayerSpectra(layers, spectra, (0.1,) * 8, "f1")
+    if needs == "activations":
+        norms = draw(42, salt=5)
+        right, wrong = stacked(NUM_SAMPLES, HIDDEN, salt=9), stacked(NUM_SAMPLES, HIDDEN, salt=10)
+        return LayerActivations(
+            layers=layers,
+            input_square_norms={f"block.{l}.q": norms[l][:30] for l in order}
+            | {f"block.{l}.o": norms[l][30:] for l in order},
+            weight=weights.__getitem__,
+            cosines=stacked(salt=6) * 0.9,
+            variances=stacked(salt=7),
+            sparsities=stacked(salt=8) * 0.5,
+            num_entries=1000,
+            epsilon=Avss().epsilon,
+            prompts=right,
+            right=right,
+            wrong=wrong,
+            answers=tuple("abab" * (NUM_SAMPLES // 4)),
+            fingerprint="f1",
+        )
+    return LayerGates(layers, stacked(salt=11), "f1") if needs == "training" else layers
+
+
+@pytest.fixture(params=ESTIMATORS, ids=lambda cls: cls.__name__)
+def any_estimator(request) -> Any:
+    return make(request.param)
+
+
+def test_every_estimator_names_its_layers_direction_and_source(any_estimator):
+    scores = any_estimator.score(evidence(any_estimator.needs))
+    assert scores.layers == DEEP.names
+    assert scores.higher_means in ("undertrained", "important")
+    assert scores.source.startswith(type(any_estimator).__module__.rpartition(".")[2])
+    assert scores == any_estimator.score(evidence(any_estimator.needs))
+    assert isinstance(any_estimator, Uniform) or len(set(scores.values)) > 1
+
+
+def test_every_estimator_is_usable_for_experts_rank_and_sparsity(any_estimator):
+    scores = any_estimator.score(evidence(any_estimator.needs))
+    assert sum(Experts(budget=40)(scores, DEEP).values) == 40
+    assert sum(Rank(budget=64)(scores, DEEP).values) == 64
+    for rule in ("scaled", "shifted"):
+        allocation = Sparsity(target=0.5, smoothing=False, rule=rule)(scores, DEEP)
+        assert sum(allocation.values) / 8 == pytest.approx(0.5, abs=1e-6)
+
+
+def test_blocks_alike_get_a_uniform_allocation(any_estimator):
+    if "random" in any_estimator.score(evidence(any_estimator.needs)).source:
+        pytest.skip("random scores are of the layers' names alone")
+    scores = any_estimator.score(evidence(any_estimator.needs, alike=True))
+    assert Experts(budget=40)(scores, DEEP).values == (5,) * 8
+    assert Rank(budget=64)(scores, DEEP).values == (8,) * 8
+    assert Sparsity(smoothing=False)(scores, DEEP).values == pytest.approx([0.5] * 8)
+
+
+def test_the_order_of_blocks_does_not_matter(any_estimator):
+    order = (3, 0, 7, 5, 1, 2, 6, 4)
+    listed, shuffled = (any_estimator.score(evidence(any_estimator.needs, order=o)) for o in (range(8), order))
+    assert shuffled.layers == tuple(f"block.{l}" for l in order)
+    expected = listed.by_name()
+    assert shuffled.by_name() == pytest.approx({name: expected[name] for name in shuffled.layers}, rel=1e-9)
 
 
 # Files: every estimator has its configuration
