@@ -45,8 +45,8 @@ def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
     mid: the tail starts at the median, i = N/2.
     peak: of the starts from 0.95 to 1.5 times the mode of log₁₀ λ (left edge of the fullest of 100 bins) the one whose
         tail fits best by `distance`, the lower of equals.
-    peak_upstream: as released with AlphaLoRA and AlphaPruning, where the lower bound is log₁₀(0.95·mode), compared with
-        eigenvalues, not their logarithms: below a mode of 1.05 every start up to 1.5 times the mode is tried.
+    peak_upstream: as released with AlphaLoRA and AlphaPruning, whose lower bound is log₁₀(0.95·mode), compared with the
+        eigenvalues themselves: starts far below the mode are tried as well.
     Raises ValueError for fewer than ten non-zero eigenvalues, and where no tail has any spread.
     """
     check_choice("estimator.fit", fit, get_args(Fit))
