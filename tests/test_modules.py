@@ -376,7 +376,8 @@ def test_a_run_trains_ranks_and_its_adapter_is_weighed_by_ila(tmp_path, tiny_ove
     assert trained.parameters["trainable"] > 0
     ila = ["estimator=reversed", "estimator@estimator.of=ila", "estimator.of.num_steps=3", "method=none"]
     adapter_folder = f"model.adapter={tmp_path / 'run' / 'adapter'}"
-    scored = run_layerif([*tiny_overrides[:-3], *ila, adapter_folder, "name=again"], tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    scored = run_layerif([*tiny_overrides, *ila, adapter_folder], tmp_path / "again")
     assert scored.higher_means == "important"
     assert scored.source.startswith("reversed(ila(")
     assert scored.samples == {"train": 20, "validation": 0}
