@@ -31,15 +31,16 @@ def learn_gates(
     start: float,
     seed: int = 0,
 ) -> Tensor:
-    """The scores s (L, float32) after `num_steps` of Adam on the mean loss, every adapted linear of block l giving
-    base + σ(s_l)·(adapted − base); nothing else is learned, dropout is off.
+    """The scores s (L, float32) after `num_steps` of plain gradient descent on the mean loss.
 
+    Every adapted linear of block l gives base + σ(s_l)·(adapted − base); nothing else is learned, dropout is off.
     model: with a PEFT adapter; batches: seen in an order of their own in every round, a function of the seed.
     Raises ValueError where the adapter changes nothing, and for a loss that is not finite.
     """
     device = next(model.parameters()).device
     scores_L = torch.full((len(layers.names),), start, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([scores_L], lr=learning_rate)
+    # Plain descent: where every block's change helps, Adam would open all gates at one pace and tell none apart.
+    optimizer = torch.optim.SGD([scores_L], lr=learning_rate)
     order = itertools.islice(_rounds(len(batches), seed), num_steps)
     with _frozen(model), _hooked(model, layers, scores_L), torch.enable_grad():
         for step, number in enumerate(tqdm(order, total=num_steps, desc="gates", disable=None, leave=False)):
