@@ -382,3 +382,13 @@ def test_a_run_trains_ranks_and_its_adapter_is_weighed_by_ila(tmp_path, tiny_ove
     assert scored.source.startswith("reversed(ila(")
     assert scored.samples == {"train": 20, "validation": 0}
     assert all(0 < value < 1 for value in scored.scores)
+
+
+def test_the_baseline_of_equal_size_states_both_sizes_and_a_shape_its_name(tmp_path, tiny_overrides):
+    shape = ["allocator=shape", "allocator.shape=[1,3,2]", "allocator.budget=6", "method=lora_equal"]
+    record = run_layerif([*tiny_overrides, *shape], tmp_path)
+    assert record.source == "shape(1-3-2)"
+    assert record.scores == []
+    assert record.allocation["values"] == [1, 3, 2]
+    assert record.parameters["trainable"] == pytest.approx(record.parameters["lora_moe"], rel=0.05)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()

@@ -121,7 +121,7 @@ def plot_accuracy(table: pd.DataFrame, file: Path) -> None:
         for value in rows.loc[rows["arm"] == REFERENCE, "accuracy"]:
             axis.axvline(value, color="#d55e00", linewidth=0.8, linestyle=":")
         axis.set_yticks(rows.index, rows["arm"])
-        questions, seeds = rows["questions"].max(), rows["seeds"].max()
+        questions, seeds = int(rows["questions"].max()), int(rows["seeds"].max())
         axis.set_xlabel(f"accuracy on {questions} questions, {seeds} seed{'s' * (seeds > 1)}, 95 % interval")
         axis.set_title(task)
     figure.tight_layout()
