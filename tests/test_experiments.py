@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from layerif.config import check, conf_folder, register
 from layerif.record import RunRecord
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -17,7 +20,12 @@ LAYERS = [f"model.layers.{number}" for number in range(6)]
 
 
 def plot_of(experiment: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"plot_of_{experiment}", EXPERIMENTS / experiment / "plot.py")
+    return loaded(experiment, "plot")
+
+
+def loaded(experiment: str, file: str) -> ModuleType:
+    path = EXPERIMENTS / experiment / f"{file}.py"
+    spec = importlib.util.spec_from_file_location(f"{file}_of_{experiment}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -51,6 +59,30 @@ def write(folder: Path, name: str, *, seed: int = 0, task: str = "currency", **o
 
 def answers(right: list[bool]) -> dict[str, dict[str, bool]]:
     return {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}}
+
+
+def composed(*overrides: str) -> Any:
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", [*overrides, "outputs=/nowhere", "logger=none"])
+    check(config)
+    return config
+
+
+def test_every_arm_composes_and_binds():
+    arms = loaded("expert_allocation_smollm2", "run").ARMS
+    configs = [composed("experiment=expert_allocation_smollm2", "task=currency", *arm, "seed=2") for arm in arms]
+    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) == 10
+    assert [config.estimator.seed for config in configs if "seed" in config.estimator] == [2]
+
+
+def test_the_profiles_are_of_every_estimator():
+    found = {file.stem for file in conf_folder().glob("estimator/*.yaml")}
+    shown = set(loaded("layer_profiles", "run").ESTIMATORS)
+    # ila is run apart, with its adapter; the others are flat, given, turned round, or need checkpoints.
+    assert found - shown == {"ila", "uniform", "file", "reversed", "tracin"}
+    assert shown <= found
+    assert not composed("experiment=layer_profiles", "task=region", "estimator=ila").method
 
 
 def test_allocations_are_compared_by_question_over_seeds(tmp_path):

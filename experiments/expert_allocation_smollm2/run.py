@@ -14,9 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from plot import draw
-
 # 150 experts over 30 blocks, or plain LoRA of the same size. MoLA's third shape, 5555, is the uniform allocation.
 ARMS: tuple[tuple[str, ...], ...] = (
     ("estimator=uniform",),
@@ -46,7 +43,8 @@ def main() -> None:
     for seed in seeds:  # whole seeds, so that whatever is there can be compared at any time
         for arm in ARMS:
             layerif(*shared, *arm, f"seed={seed}")
-    draw(options.outputs / "sweeps" / name, Path(__file__).parent)
+    plot = Path(__file__).with_name("plot.py")
+    subprocess.run([sys.executable, plot, options.outputs / "sweeps" / name, plot.parent], check=True)
 
 
 def layerif(*arguments: str) -> None:

@@ -13,9 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from plot import draw
-
 TASKS = ("capital", "currency", "demonym", "region")
 ESTIMATORS = (
     # Controls, weights, one forward pass, gradients. `tracin` needs checkpoints of a training and is left out.
@@ -37,7 +34,8 @@ def main() -> None:
         layerif(*shared, f"task={task}", *lora, f"hydra.run.dir={trained}")
         ila = ["estimator=ila", f"model.adapter={trained.resolve() / 'adapter'}"]
         layerif(*shared, f"task={task}", *ila, f"hydra.run.dir={sweep / f'estimator=ila,task={task}'}")
-    draw(sweep, Path(__file__).parent)
+    plot = Path(__file__).with_name("plot.py")
+    subprocess.run([sys.executable, plot, sweep, plot.parent], check=True)
 
 
 def layerif(*arguments: str) -> None:
