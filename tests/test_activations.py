@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,7 +36,7 @@ def look(model, **options) -> dict[str, torch.Tensor]:
     return observe(model, layers, RIGHT, WRONG, epsilon=EPSILON, **options)  # type: ignore[arg-type]
 
 
-def one_by_one(model, layers: LayerMap, rows: list[Encoded | None]):
+def one_by_one(model, layers: LayerMap, rows: list[Encoded | None]) -> Iterator[Any]:
     """Per sample: input and output of every block (L×T×H), and the input of every matrix, by plain hooks."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 

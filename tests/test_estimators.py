@@ -509,7 +509,8 @@ NUM_SAMPLES, HIDDEN = 20, 6
 
 def evidence(needs: str, *, alike: bool = False, order: Sequence[int] = range(8)) -> Any:
     """Random evidence of each kind, every block drawn on its own or all alike, listed in any order."""
-    layers = LayerMap(*(tuple(part[l] for l in order) for part in (DEEP.names, DEEP.params, DEEP.numel)))
+    names, params, numel = (tuple(part[l] for l in order) for part in (DEEP.names, DEEP.params, DEEP.numel))
+    layers: Any = LayerMap(names, params, numel)  # type: ignore[arg-type]
 
     def draw(*shape: int, salt: int) -> dict[int, torch.Tensor]:
         generators = {l: torch.Generator().manual_seed(100 * salt + (0 if alike else l + 1)) for l in order}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import pandas as pd
@@ -106,7 +107,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, model_config, data, k
 
 
 def test_plain_lora_resumes_bit_for_bit_too(tmp_path, model_config, data):
-    settings = {"allocation": ALLOCATION, "seed": 1}
+    settings: dict[str, Any] = {"allocation": ALLOCATION, "seed": 1}
     whole = LoRAModule(model_config, **settings)
     trainer(tmp_path / "whole").fit(whole, data(seed=1))
     with pytest.raises(SystemExit):
@@ -124,8 +125,9 @@ def test_plain_lora_has_the_rank_of_its_block_and_one_scaling_everywhere(tmp_pat
     module = LoRAModule(model_config, allocation=ranks, scaling=1.5)
     trainer(tmp_path, max_steps=2).fit(module, data())
     expected = 0
-    for block, layer in blocks(module.model).items():
-        adapted = [linear for linear in layer.modules() if isinstance(linear, LoraLayer)]
+    model: Any = module.model
+    for block, layer in blocks(model).items():
+        adapted: list[Any] = [linear for linear in layer.modules() if isinstance(linear, LoraLayer)]
         assert len(adapted) == 7  # q, k, v, o, gate, up, down
         for linear in adapted:
             assert linear.r["default"] == linear.lora_A["default"].out_features == ranks[block]
@@ -133,17 +135,18 @@ def test_plain_lora_has_the_rank_of_its_block_and_one_scaling_everywhere(tmp_pat
             expected += ranks[block] * (linear.in_features + linear.out_features)
     assert sum(value.numel() for value in adapter(module).values()) == expected
     assert not [name for name in adapter(module) if "lm_head" in name]
-    module.model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(Local(path=model_config["path"]).load(), tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(Local(path=model_config["path"]).load(), tmp_path / "adapter")
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
-        assert torch.equal(again(ids).logits, module.model.eval()(ids).logits)
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
 def test_the_callback_gives_plain_lora_its_ranks(tmp_path, model_config, model_folder, data, splits):
     decide = replace(decider(model_folder, splits, tmp_path / "store"), allocator=Rank(budget=20))
     module = LoRAModule(model_config)
     trainer(tmp_path, InfluenceCallback(decide), max_steps=1).fit(module, data())
+    assert module.allocation is not None
     assert sum(module.allocation.values()) == 20
 
 
@@ -151,13 +154,14 @@ def test_the_callback_gives_plain_lora_its_ranks(tmp_path, model_config, model_f
 @pytest.mark.parametrize("experts", [(1, 3, 2), (1, 1, 1), (5, 5, 5)])
 def test_the_baseline_of_equal_size_is_as_near_as_ranks_come(model_config, targets, experts):
     allocation = dict(zip(ALLOCATION, experts, strict=True))
-    shared = {"allocation": allocation, "r": 4, "target_modules": targets}
+    shared: dict[str, Any] = {"allocation": allocation, "r": 4, "target_modules": targets}
     moe, plain = LoRAMoEModule(model_config, **shared), EqualLoRAModule(model_config, **shared)
     for module in (moe, plain):
         module.configure_model()
     of_moe, of_plain = (sum(value.numel() for value in adapter(module).values()) for module in (moe, plain))
     assert plain.compared == {"lora_moe": of_moe}
-    linears = [module for module in plain.model.modules() if isinstance(module, LoraLayer)]
+    assert plain.model is not None
+    linears: list[Any] = [module for module in plain.model.modules() if isinstance(module, LoraLayer)]
     ranks = [linear.r["default"] for linear in linears]
     assert max(ranks) - min(ranks) <= 1
     per_rank_of_a_block = sum(linear.in_features + linear.out_features for linear in linears) / 3

@@ -355,21 +355,21 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("cls", "settings", "message"),
     [
-        (lambda: Alpha(fit="top"), r"estimator\.fit must be one of mid, peak, peak_upstream"),
-        (lambda: Outlier(multiple=0), r"estimator\.multiple=0 must be finite and > 0"),
-        (lambda: Dlp(centre="middle"), r"estimator\.centre must be one of mean, median"),
-        (lambda: Avss(epsilon=-1), r"estimator\.epsilon=-1 must be finite and > 0"),
-        (lambda: LinearProbe(folds=1), r"estimator\.folds=1 must be at least 2"),
-        (lambda: LinearProbe(classes="true"), r"estimator\.classes.*did you mean 'truth'"),
-        (lambda: Cca(components=0), r"estimator\.components=0 must be at least 1"),
-        (lambda: Ila(num_steps=0), r"estimator\.num_steps=0 must be at least 1"),
-        (lambda: Ila(learning_rate=NAN), r"estimator\.learning_rate=nan must be finite"),
-        (lambda: Ila(start=NAN), r"estimator\.start=nan must be finite"),
-        (lambda: GradNorm(normalisation="size"), r"estimator\.normalisation must be one of"),
+        (Alpha, {"fit": "top"}, r"estimator\.fit must be one of mid, peak, peak_upstream"),
+        (Outlier, {"multiple": 0}, r"estimator\.multiple=0 must be finite and > 0"),
+        (Dlp, {"centre": "middle"}, r"estimator\.centre must be one of mean, median"),
+        (Avss, {"epsilon": -1}, r"estimator\.epsilon=-1 must be finite and > 0"),
+        (LinearProbe, {"folds": 1}, r"estimator\.folds=1 must be at least 2"),
+        (LinearProbe, {"classes": "true"}, r"estimator\.classes.*did you mean 'truth'"),
+        (Cca, {"components": 0}, r"estimator\.components=0 must be at least 1"),
+        (Ila, {"num_steps": 0}, r"estimator\.num_steps=0 must be at least 1"),
+        (Ila, {"learning_rate": NAN}, r"estimator\.learning_rate=nan must be finite"),
+        (Ila, {"start": NAN}, r"estimator\.start=nan must be finite"),
+        (GradNorm, {"normalisation": "size"}, r"estimator\.normalisation must be one of"),
     ],
 )
-def test_bad_settings_are_refused_by_name(made, message):
+def test_bad_settings_are_refused_by_name(cls, settings, message):
     with pytest.raises(ValueError, match=message):
-        made()
+        cls(**settings)

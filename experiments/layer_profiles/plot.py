@@ -54,17 +54,17 @@ def heat_maps(profiles: Profiles, file: Path) -> None:
     names = order(profiles)
     size = (max(9.0, 4 * len(profiles) + 2), 0.32 * len(names) + 1.6)
     figure, axes = plt.subplots(1, len(profiles), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    image = None
+    images = []
     for axis, (task, runs) in zip(axes[0], profiles.items(), strict=True):
         depth = max(len(run.layers) for run in runs.values())
         ranks = [ranked(runs[name].scores) if name in runs else np.full(depth, np.nan) for name in names]
-        image = axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        images.append(axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"))
         axis.set_title(task)
         axis.set_xlabel("block")
         axis.set_xticks(range(0, depth, 5))
     directions = {name: run.higher_means for runs in profiles.values() for name, run in runs.items()}
     axes[0, 0].set_yticks(range(len(names)), [f"{name} ({directions[name][0]})" for name in names])
-    figure.colorbar(image, ax=axes, label="rank of the score")
+    figure.colorbar(images[0], ax=axes, label="rank of the score")
     figure.suptitle("Rank of each block under each estimator; (u) high is undertrained, (i) high is important")
     figure.savefig(file, dpi=130, bbox_inches="tight")
     plt.close(figure)
