@@ -33,7 +33,7 @@ def main() -> None:
         lora = ["method=lora", "allocator=rank", "estimator=uniform"]
         layerif(*shared, f"task={task}", *lora, f"hydra.run.dir={trained}")
         ila = ["estimator=ila", f"model.adapter={trained.resolve() / 'adapter'}"]
-        layerif(*shared, f"task={task}", *ila, f"hydra.run.dir={sweep / f'estimator=ila,task={task}'}")
+        layerif(*shared, f"task={task}", *ila, f"hydra.run.dir={sweep / f'ila-{task}'}")
     plot = Path(__file__).with_name("plot.py")
     subprocess.run([sys.executable, plot, sweep, plot.parent], check=True)
 
