@@ -2,17 +2,20 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := kronfluence dattri dattri-llm
 export OMP_WAIT_POLICY ?= passive
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help demo test test-gpu lint bench clean
+.PHONY: help demo test test-gpu test-ekfac lint bench bench-peers clean
 
 help:
 	@echo "make demo      score two tasks, allocate experts, fine-tune, compare (about 10 minutes on two cores)"
 	@echo "make test      import contract, ruff, all tests"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-ekfac   the tests that need kronfluence, in an environment of its own"
 	@echo "make lint      ruff, pyright, import contract"
 	@echo "make bench     speed, as ratios measured side by side"
+	@echo "make bench-peers  the same beside other libraries, each in an environment of its own"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "layerif needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -37,6 +40,20 @@ test: $(READY)
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
+# A peer's own packages, over those of .venv, and without what they ask for and do not use (torchvision pins torch).
+.peers/%/.ready: experiments/benchmark_scoring/peers/%.txt $(READY)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(@D)/path
+	mv $(@D)/path "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+test-ekfac: .peers/kronfluence/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .peers/kronfluence/bin/python -m pytest tests/test_ekfac.py
+
+bench-peers: $(PEERS:%=.peers/%/.ready)
+	$(BIN)/python experiments/benchmark_scoring/peers.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +62,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python experiments/benchmark_first_light/run.py
+	$(BIN)/python experiments/benchmark_scoring/datainf_loop.py
+	$(BIN)/python experiments/benchmark_scoring/multirun.py
+	$(BIN)/python experiments/benchmark_scoring/growth.py
 
 clean:
-	rm -rf .venv outputs/runs outputs/sweeps outputs/store
+	rm -rf .venv .peers outputs/runs outputs/sweeps outputs/store

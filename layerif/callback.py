@@ -1,4 +1,4 @@
-"""Scores the layers and allocates before fine-tuning starts."""
+"""Scores the layers and allocates before fine-tuning or pruning starts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class InfluenceCallback(L.Callback):
     """Decides what every block gets in `setup`, which Lightning runs before the module's `configure_model`.
 
     decide: takes a function that gives the model on the trainer's device, and returns a `Decision`; the model is asked
-    for only if the evidence is not in the store. Rank 0 decides, the others receive. A module that already has an
-    allocation keeps that. A resumed run keeps the decision of its checkpoint; set `trainer.ckpt_path` before `fit`
-    rather than passing it (Lightning tells nobody of the argument before it restores), and nothing is decided twice.
+    for only if the evidence is not in the store. All processes measure together, and rank 0's decision counts. A module
+    that already has an allocation keeps that. A resumed run keeps the decision of its checkpoint; set
+    `trainer.ckpt_path` before `fit` rather than passing it (Lightning tells nobody of the argument before it restores),
+    and nothing is decided twice.
     """
 
     def __init__(self, decide: Callable[[Callable[[], nn.Module]], Decision]) -> None:
@@ -36,12 +37,10 @@ class InfluenceCallback(L.Callback):
             saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
             pl_module.allocation = saved["hyper_parameters"]["allocation"]
             return
-        if trainer.is_global_zero:
-            self.decision = self.decide(lambda: pl_module.base_model().to(trainer.strategy.root_device))
-            self.seconds = sum(self.decision.seconds.values())
-        self.decision = trainer.strategy.broadcast(self.decision)
-        assert self.decision is not None
-        pl_module.allocation = {layer: int(count) for layer, count in self.decision.allocation.by_name().items()}
+        decision = self.decide(lambda: pl_module.base_model().to(trainer.strategy.root_device))
+        self.seconds = sum(decision.seconds.values())
+        self.decision = decision = trainer.strategy.broadcast(decision)
+        pl_module.allocation = decision.allocation.by_name()
 
     def state_dict(self) -> dict[str, Any]:
         if self.decision is None:

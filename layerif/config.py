@@ -31,6 +31,7 @@ class Config:
     estimator: Any = MISSING
     allocator: Any = MISSING
     method: Any = MISSING
+    pruner: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
     probe: Any = MISSING
@@ -155,7 +156,7 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
     except NameError:  # annotations of another library that only a type checker can resolve
         return
     for key, value in given.items():
-        if key in hints:
+        if key in hints and not (isinstance(value, dict) and "_target_" in value):  # those are bound on their own
             _check_value(f"{path}.{key}", value, hints[key])
 
 

@@ -29,30 +29,37 @@ from layerif.data.answers import (
     parse_answer,
 )
 from layerif.data.batches import Encoded, collate, num_shared, output_text, padding_id, prompt_text, token_ids
-from layerif.data.source import documentation_text
 from layerif.data.task import Example, Task, Template
+from layerif.data.text import text
 from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
+
+ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is measured, and how.
 
-    metrics: any of options (likelihood of each option), generation (greedy answer, parsed), perplexity (on the
-        documentation text every CPython carries) and lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
-    before: measure the untouched model as well, before fine-tuning.
+    metrics: any of options (likelihood of each option), generation (greedy answer, parsed), perplexity (on `text`) and
+        lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
+    before: measure the untouched model as well, before fine-tuning or pruning.
     batch_size: questions (or windows) at a time; no result depends on it.
-    max_new_tokens: of a generated answer; window: tokens of a perplexity window.
-    lm_eval_tasks: further tasks by lm-eval's names, for example arc_easy (lm-eval fetches them itself).
+    max_new_tokens: of a generated answer.
+    text: of the perplexity: documentation (which every CPython carries), wikitext2, c4, or the path of a file.
+    window: tokens of a perplexity window; num_windows: only the first so many (None: all).
+    lm_eval_tasks: further tasks by lm-eval's names, for example arc_easy (lm-eval fetches them itself); zero_shot
+        stands for the seven of the pruning literature, whose means are reported, too.
     """
 
     metrics: Sequence[str] = ("options",)
     before: bool = False
     batch_size: int = 16
     max_new_tokens: int = 128
+    text: str = "documentation"
     window: int = 256
+    num_windows: int | None = None
     lm_eval_tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -62,6 +69,8 @@ class Evaluation:
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("window", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}; use {least} or more")
+        if self.num_windows is not None and self.num_windows < 1:
+            raise ValueError(f"evaluation.num_windows={self.num_windows}; use 1 or more, or null for all")
 
     def check(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task, max_positions: int | None
@@ -78,10 +87,10 @@ class Evaluation:
         if "options" in self.metrics or "generation" in self.metrics:
             padding_id(tokenizer)
         if "perplexity" in self.metrics:
-            _check_window(self.window, len(_documentation_ids(tokenizer)), max_positions)
+            _check_window(self.window, len(_text_ids(self.text, tokenizer)), max_positions)
         if "lm_eval" in self.metrics:
             _, _, task_manager = _lm_eval_names()
-            _check_lm_eval_tasks(self.lm_eval_tasks, task_manager().all_tasks if self.lm_eval_tasks else ())
+            _check_lm_eval_tasks(_spelt_out(self.lm_eval_tasks), task_manager().all_tasks if self.lm_eval_tasks else ())
 
     def run(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
@@ -106,8 +115,10 @@ class Evaluation:
             answers["generation"] = generated.answers
             metrics |= generated.metrics()
         if "perplexity" in self.metrics:
-            ids = _documentation_ids(tokenizer)
-            metrics[f"perplexity_{self.window}"] = perplexity(
+            ids = _text_ids(self.text, tokenizer)
+            ids = ids if self.num_windows is None else ids[: self.num_windows * self.window]
+            of_text = "" if self.text == "documentation" else f"{Path(self.text).stem}/"
+            metrics[f"{of_text}perplexity_{self.window}"] = perplexity(
                 model, ids, window=self.window, batch_size=self.batch_size
             )
         if "lm_eval" in self.metrics:
@@ -117,9 +128,11 @@ class Evaluation:
                 examples,
                 name=task.name,
                 template=task.template,
-                tasks=self.lm_eval_tasks,
+                tasks=_spelt_out(self.lm_eval_tasks),
                 batch_size=self.batch_size,
             )
+            if "zero_shot" in self.lm_eval_tasks:
+                metrics |= zero_shot_means(metrics)
         return EvaluationResult(metrics=metrics, answers=answers)
 
 
@@ -276,6 +289,20 @@ def lm_eval(
     }
 
 
+def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The mean over the seven zero-shot tasks, of acc, and of acc_norm (acc where a task has no acc_norm)."""
+    acc = [metrics[f"lm_eval/{task}/acc"] for task in ZERO_SHOT]
+    normed = [metrics.get(f"lm_eval/{task}/acc_norm", plain) for task, plain in zip(ZERO_SHOT, acc, strict=True)]
+    return {
+        "lm_eval/zero_shot_mean/acc": math.fsum(acc) / len(acc),
+        "lm_eval/zero_shot_mean/acc_norm_or_acc": math.fsum(normed) / len(normed),
+    }
+
+
+def _spelt_out(tasks: Sequence[str]) -> list[str]:
+    return [task for given in tasks for task in (ZERO_SHOT if given == "zero_shot" else (given,))]
+
+
 def _lm_eval_names() -> tuple[Any, Any, Any]:
     """lm-eval's simple_evaluate, HFLM and TaskManager; imported only where asked for, as the package is optional."""
     try:
@@ -358,8 +385,8 @@ def _prompts(
     return [Encoded(ids, len(ids)) for ids in prompts]
 
 
-def _documentation_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return token_ids(tokenizer, [documentation_text("test")])[0]
+def _text_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return token_ids(tokenizer, [text(name, "test")])[0]
 
 
 def _question(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> _Question:

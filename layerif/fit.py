@@ -11,9 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from layerif.adapters import AdapterModule
@@ -40,37 +43,38 @@ class Fit:
 
 def score(parts: Parts, record: RunRecord) -> None:
     """Scores and allocation, and if asked the accuracy of the untouched model."""
+    _join_processes(parts)
     loaded: list[nn.Module] = []
 
     def load() -> nn.Module:
         loaded[:] = loaded or [parts.model.load().to(parts.decider.device)]
         return loaded[0]
 
-    _keep(parts.decider(load), parts, record)
+    keep(parts.decider(load), record)
     if parts.evaluation.before:
-        _evaluate(load(), parts, record, "before/")
+        evaluate(load(), parts, record, "before/")
 
 
 def fit(parts: Parts, module: AdapterModule, record: RunRecord, folder: Path) -> None:
     """Scores, allocation, fine-tuning, evaluation."""
+    influence = InfluenceCallback(parts.decider)
+    if parts.evaluation.before:
+        evaluate(module.base_model().to(parts.decider.device), parts, record, "before/")
+    model = train(parts, module, influence, record, folder)
+    assert influence.decision is not None
+    keep(influence.decision, record)
+    evaluate(model, parts, record, "")
+
+
+def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
+    """The fine-tuned model on the trainer's device; its adapter is in `folder`."""
     kept: Fit = instantiate(parts.config.fit)
     data = parts.datamodule()
-    influence = InfluenceCallback(parts.decider)
     checkpoints = folder / "checkpoints"
     trainer = parts.trainer([influence, *callbacks(kept, checkpoints)], folder)
-    device = trainer.strategy.root_device
-    if parts.evaluation.before:
-        _evaluate(module.base_model().to(device), parts, record, "before/")
     start = time.perf_counter()
     trainer.ckpt_path = _unfinished(checkpoints, record)
-    try:
-        trainer.fit(module, datamodule=data)
-    except SystemExit:  # how Lightning leaves on Ctrl-C
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
-    assert influence.decision is not None
-    _keep(influence.decision, parts, record)
+    run_trainer(trainer, module, data)
     record.seconds["fit"] = time.perf_counter() - start - influence.seconds
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
@@ -91,20 +95,30 @@ def fit(parts: Parts, module: AdapterModule, record: RunRecord, folder: Path) ->
         **module.compared,
     }
     model.save_pretrained(folder / "adapter")
-    _evaluate(model.to(device), parts, record, "")
+    return model.to(trainer.strategy.root_device)
 
 
-def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
+def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:
+    """`trainer.fit`, leaving on Ctrl-C by KeyboardInterrupt like everything else."""
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def keep(decision: Decision, record: RunRecord) -> None:
+    """Put a decision, and what there is to say of its samples, into the record."""
     record.layers = list(decision.allocation.layers)
     record.allocation = decision.allocation.to_dict()
     record.seconds |= decision.seconds
+    record.source = decision.source
     if decision.scores is None:
-        record.source = parts.decider.allocator.source  # type: ignore[attr-defined]
         return
     record.scores = list(decision.scores.values)
-    record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
-    record.fingerprint = decision.scores.fingerprint
-    record.reliability = decision.reliability
+    record.higher_means, record.fingerprint = decision.scores.higher_means, decision.scores.fingerprint
+    record.reliability, record.fidelity = decision.reliability, decision.fidelity
     record.notes.extend(decision.notes)
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
@@ -114,12 +128,19 @@ def _keep(decision: Decision, parts: Parts, record: RunRecord) -> None:
         )
     for part, num in zip(("train", "validation"), decision.num_samples, strict=True):
         record.samples[part] = num
-        asked = parts.config.probe[f"num_{part}"]
-        if 0 < num < asked:
-            record.notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
 
 
-def _evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
+def _join_processes(parts: Parts) -> None:
+    """Start the processes that the trainer's settings ask for, as its `fit` would, and connect them."""
+    if parts.num_processes > 1:
+        settings = {key: parts.config.trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
+        Fabric(**settings).launch()
+
+
+def evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
+    """The metrics of `model` into the record, under `prefix`; the first process measures for all."""
+    if rank_zero_only.rank > 0:
+        return
     start = time.perf_counter()
     result = parts.evaluation.run(model, parts.tokenizer, parts.splits.test, parts.task)  # type: ignore[arg-type]
     record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
@@ -140,15 +161,23 @@ def callbacks(kept: Fit, checkpoints: Path) -> list[Callback]:
     return found
 
 
-def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
-    """The checkpoint of a killed run of the same job in this folder; one of another job is removed."""
-    last, job = checkpoints / "last.ckpt", checkpoints / "job.json"
+def carries_on(checkpoints: Path, record: RunRecord) -> bool:
+    """Whether `checkpoints` is what a killed run of the same job left; else it is emptied, and marked as this job's."""
+    job = checkpoints / "job.json"
     wanted = json.dumps([record.config, record.inputs], sort_keys=True)
-    if last.exists() and job.exists() and job.read_text() == wanted:
-        record.notes.append("resumed from the checkpoint of a run that did not finish")
-        log.info("resuming from %s", last)
-        return str(last)
+    if job.exists() and job.read_text() == wanted:
+        return True
     shutil.rmtree(checkpoints, ignore_errors=True)
     checkpoints.mkdir(parents=True)
     job.write_text(wanted)
+    return False
+
+
+def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
+    """The checkpoint of a killed run of the same job in this folder."""
+    last = checkpoints / "last.ckpt"
+    if carries_on(checkpoints, record) and last.exists():
+        record.notes.append("resumed from the checkpoint of a run that did not finish")
+        log.info("resuming from %s", last)
+        return str(last)
     return None

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from layerif.names import did_you_mean
 
 T = TypeVar("T")
+
+_HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,37 @@ class MatrixGram:
 
 @dataclass(frozen=True)
 class LayerGrams:
-    """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured."""
+    """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured.
+
+    What is derived of them is kept for the next setting, as long as these Grams are: never change a tensor in place.
+    """
 
     layers: LayerMap
     grams: Mapping[str, MatrixGram]
     fingerprint: str
+
+    @cached_property
+    def in_float64(self) -> LayerGrams:
+        """For solving: λ is about 1e-8 of a gradient's squared norm, and float32 cannot hold their sum.
+
+        Raises ValueError naming the matrix if a Gram is not finite.
+        """
+        grams = {name: _in_float64(name, gram) for name, gram in self.grams.items()}
+        return LayerGrams(self.layers, grams, self.fingerprint)
+
+    @cached_property
+    def by_block(self) -> LayerGrams:
+        """One Gram per block, of the gradients of its matrices laid end to end; it has the block's name."""
+        blocks = zip(self.layers.names, self.layers.params, strict=True)
+        grams = {block: reduce(add, (self.grams[name] for name in params)) for block, params in blocks}
+        layers = LayerMap(self.layers.names, tuple((block,) for block in self.layers.names), self.layers.numel)
+        return LayerGrams(layers, grams, self.fingerprint)
+
+    @cached_property
+    def halves(self) -> tuple[LayerGrams, LayerGrams]:
+        """Every other sample, and the others: two measurements that share no sample."""
+        first, second = (self.select(half, half) for half in _HALVES)
+        return first, second
 
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> LayerGrams:
         """The Grams of a subset of the samples: no gradient is needed again for subsamples, halves or a bootstrap."""
@@ -117,8 +147,39 @@ class CheckpointGrams:
         """A hash of all fingerprints in their order."""
         return hashlib.sha256(" ".join(grams.fingerprint for grams in self.checkpoints).encode()).hexdigest()
 
+    @cached_property
+    def halves(self) -> tuple[CheckpointGrams, CheckpointGrams]:
+        first, second = zip(*(grams.halves for grams in self.checkpoints), strict=True)
+        return CheckpointGrams(first), CheckpointGrams(second)
+
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> CheckpointGrams:
         return CheckpointGrams(tuple(grams.select(train, validation) for grams in self.checkpoints))
+
+
+@dataclass(frozen=True)
+class LayerInfluences:
+    """I (M×N) of every matrix in `layers`, by parameter name, where no Gram says it; I < 0: helpful.
+
+    Raises ValueError for a matrix without influence, or of other samples than the first.
+    """
+
+    layers: LayerMap
+    influences: Mapping[str, Tensor]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(self.influences[name].shape) for params in self.layers.params for name in params}
+        if len(set(shapes.values())) != 1:
+            raise ValueError(f"influences must be M×N of the same samples for every matrix, got {shapes}")
+
+    @cached_property
+    def halves(self) -> tuple[LayerInfluences, LayerInfluences]:
+        """Of every other sample, and of the others; what each I was preconditioned with stays that of all samples."""
+        first, second = (
+            LayerInfluences(self.layers, {name: I[half, half] for name, I in self.influences.items()}, self.fingerprint)
+            for half in _HALVES
+        )
+        return first, second
 
 
 def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:
@@ -140,3 +201,14 @@ def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: s
             "give every layer a value"
         )
     return tuple(by_name[name] for name in layers)
+
+
+def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:
+    solved = MatrixGram(gram.train_train.double(), gram.val_train.double(), gram.val_norms.double(), gram.numel)
+    for what in ("train_train", "val_train", "val_norms"):
+        if not bool(getattr(solved, what).isfinite().all()):
+            raise ValueError(
+                f"the Gram {what} of {name!r} is not finite, so its gradients overflowed or are NaN; "
+                "look at the loss of the probed samples, or probe in float32"
+            )
+    return solved

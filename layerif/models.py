@@ -9,13 +9,14 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from layerif.layers import LayerMap
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Scope = Literal["attention", "mlp", "all"]
 Parameters = Literal["weights", "lora"]
+T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -56,11 +58,12 @@ class Pretrained:
         return {"weights": self.weights_hash(), "adapter": adapter, "dtype": self.dtype}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
+        """One object for all callers, see `_remembered`: not to be changed."""
+        return _remembered(_tokenizer, self)
 
-        where, revision = self.location()
-        with _readable(where):
-            return AutoTokenizer.from_pretrained(where, revision=revision)
+    def layers(self) -> LayerMap:
+        """All blocks with all their linear layers; no weights are loaded."""
+        return _remembered(_layers, self)
 
     def load(self) -> PreTrainedModel:
         """The model in evaluation mode, adapter included, on the CPU."""
@@ -77,13 +80,21 @@ class Pretrained:
             return PeftModel.from_pretrained(model, self.adapter).eval()  # type: ignore[return-value]
         return model.eval()
 
-    def skeleton(self) -> PreTrainedModel:
-        """The bare model without weights (on the meta device): names and shapes in a fraction of a second."""
+    def skeleton(self, *, with_adapter: bool = False) -> PreTrainedModel:
+        """The model without weights (on the meta device): names and shapes in a fraction of a second.
+
+        with_adapter: as `load` gives it; otherwise the bare model.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         where, revision = self.location()
         with _readable(where), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+            if not with_adapter or self.adapter is None:
+                return model
+            from peft import PeftConfig, get_peft_model
+
+            return get_peft_model(model, PeftConfig.from_pretrained(self.adapter))  # type: ignore[return-value]
 
     def at(self, checkpoint: str) -> Pretrained:
         """This model at a saved checkpoint: the PEFT adapter or the whole model in a folder, in place of its own.
@@ -167,7 +178,10 @@ class Embedded(Pretrained):
         gguf = self._gguf()
         folder = Path(self.cache) / f"{gguf.stem}-{hash_file(gguf)[:12]}"
         if not folder.is_dir():
-            self._convert(gguf, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # one job converts, the others wait for it
+                if not folder.is_dir():
+                    self._convert(gguf, folder)
         return str(folder), None
 
     def _gguf(self) -> Path:
@@ -200,13 +214,11 @@ class Embedded(Pretrained):
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            if not folder.is_dir():  # another job may have been faster; both wrote the same
-                unfinished.rename(folder)
+            unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -270,6 +282,32 @@ def layer_map(
         params.append(tuple(matrices))
         numel.append(sum(weight.numel() for weight in matrices.values()))
     return LayerMap(tuple(names), tuple(params), tuple(numel))
+
+
+def _remembered(make: Callable[[Pretrained], T], model: Pretrained) -> T:
+    """`make(model)`, once in a process as long as no file of the model's folder changes; a hub is asked every time."""
+    folder = Path(model.location()[0])
+    if not folder.is_dir():
+        return make(model)
+    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    return _make_once(make, model, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@lru_cache(maxsize=8)
+def _make_once(make: Callable[[Pretrained], T], model: Pretrained, files: tuple[tuple[str, int, int], ...]) -> T:
+    return make(model)
+
+
+def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    where, revision = model.location()
+    with _readable(where):
+        return AutoTokenizer.from_pretrained(where, revision=revision)
+
+
+def _layers(model: Pretrained) -> LayerMap:
+    return layer_map(model.skeleton(), scope="all", skip_unsupported=True)
 
 
 @lru_cache
@@ -340,7 +378,8 @@ def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> N
             if _in_scope(name, scope):
                 raise ValueError(
                     f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}, "
-                    f"and only linear layers can be measured; probe.scope={scope} holds it, choose another"
+                    f"and only linear layers can be measured; choose another probe.scope than {scope}, or leave such "
+                    "matrices out with probe.skip_unsupported=true"
                 )
 
 

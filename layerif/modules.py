@@ -20,8 +20,8 @@ from layerif.moe import LoraMoeConfig, balance_loss
 class LoRAMoEModule(AdapterModule):
     """A frozen model with as many LoRA experts per block as the allocation says.
 
-    Loss: mean over the batch of the per-sample loss, plus `balance_coefficient` times the balance loss. Everything else
-    is as in `AdapterModule`.
+    Loss: mean over the batch of the per-sample loss, plus `balance_coefficient` times the balance loss. keep_zeros: as
+    in `LoraMoeConfig`. Everything else is as in `AdapterModule`.
     """
 
     allocates = "experts"
@@ -41,6 +41,7 @@ class LoRAMoEModule(AdapterModule):
         warmup_ratio: float = 0.03,
         warmup_steps: int | None = None,
         gradient_checkpointing: bool = False,
+        keep_zeros: bool = False,
         seed: int = 0,
         allocation: dict[str, int] | None = None,
     ) -> None:
@@ -49,7 +50,7 @@ class LoRAMoEModule(AdapterModule):
         self.check()
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
-        names = ("r", "lora_alpha", "lora_dropout", "top_k", "target_modules", "balance_coefficient")
+        names = ("r", "lora_alpha", "lora_dropout", "top_k", "target_modules", "balance_coefficient", "keep_zeros")
         return LoraMoeConfig(
             num_experts=allocation, task_type="CAUSAL_LM", **{name: self.hparams[name] for name in names}
         )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.data.task import Splits
@@ -35,6 +33,8 @@ class Parts:
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
+        trainer = self.trainer([], Path())
+        self.num_processes = trainer.world_size
         self.decider = Decider(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -44,7 +44,8 @@ class Parts:
             allocator=instantiate(config.allocator),
             store=Store(Path(config.store)),
             seed=config.seed,
-            device=self.trainer([], Path()).strategy.root_device,
+            device=trainer.strategy.root_device,
+            spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
         )
         given = self.decider.rehearse(self.decider.layers()).kind
         wanted = get_class(config.method["_target_"]).allocates if config.method else None  # type: ignore[attr-defined]
@@ -59,11 +60,14 @@ class Parts:
 
     def inputs(self) -> dict[str, str]:
         """What the configuration only names: a job is the same if the content is, too."""
-        rows = json.dumps(asdict(self.splits), sort_keys=True)
-        hashes = {"rows": hashlib.sha256(rows.encode()).hexdigest(), **self.model.fingerprint()}
+        hashes = {"rows": self.splits.fingerprint, **self.model.fingerprint()}
         for part in ("estimator", "allocator"):
             if path := getattr(getattr(self.decider, part), "path", None):
                 hashes[part] = hash_file(Path(path))
+        for setting in ("method.allocation", "method.calibration.text", "evaluation.text"):
+            path = OmegaConf.select(self.config, setting)
+            if isinstance(path, str) and Path(path).is_file():
+                hashes[setting] = hash_file(Path(path))
         for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
             hashes[checkpoint] = hash_folder(Path(checkpoint))
         return hashes
@@ -75,7 +79,8 @@ class Parts:
     def datamodule(self) -> TaskDataModule:
         return instantiate(self.config.data)(self.splits, self.tokenizer)
 
-    def trainer(self, callbacks: list[Callback], folder: Path) -> L.Trainer:
+    def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
+        """overrides: settings of the trainer that a method fixes."""
         try:
             return instantiate(
                 self.config.trainer,
@@ -83,8 +88,9 @@ class Parts:
                 logger=instantiate(self.config.logger) if self.config.logger and callbacks else False,
                 default_root_dir=str(folder),
                 enable_model_summary=False,
-                enable_checkpointing=bool(callbacks),
+                enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
                 num_sanity_val_steps=0,
+                **overrides,
             )
         except InstantiationException as error:
             raise ValueError(f"trainer: {error.__cause__ or error}") from error

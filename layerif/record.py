@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ class RunRecord:
     inputs: hashes of what the configuration only names (model, rows, files). samples: (train, validation) behind the
     scores. scores: one non-negative number per layer, none where the allocation needs none; higher_means, source: what
     a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
-    (Spearman). allocation: kind, budget, values. questions: by metric, whether each evaluated question was answered
-    right, by its id, for paired tests. parameters: total and trainable, and of what a
-    baseline of equal size is compared with. memory_gb: peak of the process in main memory.
+    (Spearman); fidelity: where the measurement was not exact (projection, half precision), how well it ranks like one
+    that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
+    evaluated question was answered right, by its id, for paired tests. parameters: total and trainable, and of what a
+    baseline of equal size is compared with. sparsity: the fraction of zeros in each pruned matrix, by name; recovery:
+    how the pruned model was fine-tuned, and the experts it got. memory_gb: peak of the process in main memory.
     notes: every departure and warning.
     """
 
@@ -39,15 +42,18 @@ class RunRecord:
     higher_means: str = ""
     source: str = ""
     reliability: float | None = None
+    fidelity: dict[str, float] | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     questions: dict[str, dict[str, bool]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    sparsity: dict[str, float] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory_gb: float = 0.0
     notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     git_sha: str | None = field(default_factory=lambda: _git_sha())
 
     def write(self, folder: Path) -> Path:
@@ -71,16 +77,15 @@ class RunRecord:
             raise ValueError(f"{file} is not a readable record of layerif: {error}") from error
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
+@cache  # of the code as this process loaded it, not as it may have become since
 def _git_sha() -> str | None:
     """The commit of the code that runs, with `-dirty` where it was changed; None for an installed package."""
     folder = Path(__file__).parent

@@ -252,7 +252,7 @@ def print_run(record: RunRecord, folder: Path, console: Console | None = None) -
     ranking = f"; highest: {highest}" if len(set(scores)) > 1 else ""
     console.print(f"\n{record.source}{ranking}", highlight=False, markup=False)
     console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
-    if record.metrics:
+    if record.metrics and (record.questions or record.parameters):  # a report of method=diagnose has no accuracy
         show(table([record]), record.config["task"]["name"], console)
     for name, value in record.metrics.items():
         if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
@@ -393,15 +393,21 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 @contextmanager
 def _axes(file: Path, title: str):
-    """A plot, saved on leaving it."""
-    figure, axes = plt.subplots(layout="constrained")
+    """A plot, saved on leaving it.
+
+    Margins are given in inches: measuring every text to fit them, as a layout engine does, takes as long as drawing.
+    """
+    figure, axes = plt.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_title(title, loc="left", fontsize=11)
     yield axes
-    figure.set_size_inches(8, 3.6 + 0.2 * len(axes.get_legend_handles_labels()[1]))
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9)  # labels may be long: not over the data
-    figure.savefig(file, dpi=150)
+    legend = 0.1 + 0.2 * len(axes.get_legend_handles_labels()[1])
+    height = 3.5 + legend
+    figure.set_size_inches(8, height)
+    figure.subplots_adjust(left=0.09, right=0.985, top=1 - 0.32 / height, bottom=(0.5 + legend) / height)
+    figure.legend(loc="lower left", frameon=False, fontsize=9, borderaxespad=0.2)  # may be long: not over the data
+    figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

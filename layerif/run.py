@@ -17,6 +17,7 @@ import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.config import check
@@ -24,6 +25,7 @@ from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
 from layerif.models import layer_map
 from layerif.parts import Parts
+from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
 
@@ -39,6 +41,8 @@ def run(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if rank_zero_only.rank > 0:
+        logging.getLogger("layerif").setLevel(logging.WARNING)
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
     parts = Parts(config)
@@ -61,18 +65,25 @@ def run(config: DictConfig) -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
         sys.exit(130)
+    if rank_zero_only.rank > 0:  # the first process keeps the record for all
+        return
     record.memory_gb = _peak_memory()
     file = record.write(folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for a run killed before its record stood
-    print_run(record, folder)
+    for name in ("checkpoints", "blocks"):  # they were for a run killed before its record stood
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if record.allocation:  # other methods have said what they found
+        print_run(record, folder)
     log.info("record: %s", file)
 
 
 def _preview(parts: Parts, folder: Path) -> None:
     """Everything that can be said without weights: the sizes, one sample, and whether the budget can be met."""
     config, splits, template = parts.config, parts.splits, parts.task.template
-    skeleton = parts.model.skeleton()
-    layers, everything = layer_map(skeleton, scope=config.probe.scope), parts.decider.layers()
+    probe, everything = parts.decider.probe, parts.decider.layers()
+    skeleton = parts.model.skeleton(with_adapter=probe.parameters == "lora")
+    layers = layer_map(
+        skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
+    )
     train, validation = parts.decider.samples()
     allocation = parts.decider.rehearse(everything)
     example = splits.train[0]
@@ -89,7 +100,12 @@ def _preview(parts: Parts, folder: Path) -> None:
     }
     # The settings of trainer, fit and method are checked by making them.
     parts.trainer(callbacks(instantiate(config.fit), folder / "checkpoints"), folder)
-    if isinstance(parts.method(), L.LightningModule):
+    method = parts.method()
+    if hasattr(method, "plan"):
+        lines |= method.plan(parts.decider)
+    if isinstance(method, PruneModule):
+        lines["prune"] = check_pruning(parts, method)
+    elif isinstance(method, L.LightningModule):
         data = parts.datamodule()
         lines["fit"] = (
             f"{len(data.train)} samples in batches of {data.batch_size}, "
@@ -107,6 +123,8 @@ def _execute(parts: Parts, record: RunRecord, folder: Path) -> None:
     method = parts.method()
     if method is None:
         score(parts, record)
+    elif isinstance(method, PruneModule):
+        prune(parts, method, record, folder)
     elif isinstance(method, L.LightningModule):
         fit(parts, method, record, folder)  # type: ignore[arg-type]
     else:

@@ -1,8 +1,10 @@
-"""Gram matrices on disk, named by a hash of everything that determines them.
+"""Measurements on disk, named by a hash of everything that determines them.
 
-One safetensors file a measurement, `<root>/grams/<key>.safetensors`; its header holds the layer map, the description
-that was hashed, and a checksum of the tensors. A file is written under a temporary name and then renamed, so that a
-reader sees the whole or nothing; a lock lets one of several jobs that want the same key compute it.
+One safetensors file a measurement, `<root>/grams/<key>.safetensors` (a folder a kind: `influences/`, `spectra/` …); its
+header holds the format's version, the description that was hashed, the layer map, what a person wants to know of it,
+and a checksum of all that and the tensors. A file is written under a temporary name and then renamed, so that a reader
+sees the whole or nothing; a lock lets one of several jobs that want the same key compute it. `layerif-store`
+(`inventory.py`) lists and clears what is here.
 """
 
 from __future__ import annotations
@@ -11,23 +13,29 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.layers import LayerGrams, LayerInfluences, LayerMap, MatrixGram
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the file format, part of every key
+VERSION = 2  # of the file format, part of every key
 _FIELDS = ("train_train", "val_train", "val_norms")
+
+Measured = TypeVar("Measured", LayerGrams, LayerInfluences, Mapping[str, Tensor])
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
@@ -37,61 +45,97 @@ def fingerprint(description: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of measurements."""
+    """A folder of measurements.
+
+    A measurement is found by its description, and computed if it is not here; then `compute(key)` makes it. A file
+    that is corrupted, foreign or of another version is recomputed, with a warning. Interrupted or out of disk, no half
+    file remains. about: for the eyes of whoever lists the store; two descriptions that differ in it alone are the same.
+    """
 
     root: Path | str
 
-    def grams(self, description: Mapping[str, Any], compute: Callable[[str], LayerGrams]) -> tuple[LayerGrams, bool]:
-        """The Grams of `description` and whether they were already here; otherwise `compute(key)` makes them.
+    def grams(
+        self,
+        description: Mapping[str, Any],
+        compute: Callable[[str], LayerGrams],
+        *,
+        about: Mapping[str, str] | None = None,
+    ) -> tuple[LayerGrams, bool]:
+        """The Grams of `description`, and whether they were already here."""
+        return self._kept("grams", _pack_grams, _unpack_grams, description, compute, about)
 
-        A corrupted or foreign file is recomputed, with a warning. Interrupted or out of disk, no half file remains.
-        """
-        key = fingerprint({**description, "store": VERSION})
-        file = Path(self.root) / "grams" / f"{key}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):  # the operating system frees the lock of a job that died
-            if file.exists():
-                try:
-                    return _read(file, key), True
-                except (SafetensorError, KeyError, ValueError, OSError) as error:
-                    warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=2)
-            grams = compute(key)
-            _write(grams, file, description)
-        return grams, False
+    def influences(
+        self,
+        description: Mapping[str, Any],
+        compute: Callable[[str], LayerInfluences],
+        *,
+        about: Mapping[str, str] | None = None,
+    ) -> tuple[LayerInfluences, bool]:
+        """The influences of `description`, and whether they were already here."""
+        return self._kept("influences", _pack_influences, _unpack_influences, description, compute, about)
 
     def tensors(
-        self, kind: str, description: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], str, bool]:
+        self,
+        kind: str,
+        description: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, Tensor]],
+        *,
+        about: Mapping[str, str] | None = None,
+    ) -> tuple[Mapping[str, Tensor], str, bool]:
         """Named tensors of another kind (a folder of its own), their key, and whether they were already here."""
-        key = fingerprint({**description, "kind": kind, "store": VERSION})
+        tensors, reused = self._kept(kind, _pack_tensors, _unpack_tensors, description, lambda _: compute(), about)
+        return tensors, self.key(description), reused
+
+    def _kept(
+        self,
+        kind: str,
+        pack: Callable[[Measured], tuple[dict[str, Tensor], dict[str, str]]],
+        unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured],
+        description: Mapping[str, Any],
+        compute: Callable[[str], Measured],
+        about: Mapping[str, str] | None,
+    ) -> tuple[Measured, bool]:
+        key = self.key(description)
         file = Path(self.root) / kind / f"{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
+        with _locked(file.with_suffix(".lock"), key):
             if file.exists():
                 try:
-                    return _read_checked(file)[0], key, True
+                    return _read(file, unpack), True
                 except (SafetensorError, KeyError, ValueError, OSError) as error:
-                    warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=2)
-            found = {name: tensor.contiguous() for name, tensor in compute().items()}
-            _write_checked(found, {"description": json.dumps(dict(description), sort_keys=True)}, file)
-        return found, key, False
+                    warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=3)
+            measured = compute(key)
+            tensors, header = pack(measured)
+            header["version"] = str(VERSION)
+            header["description"] = json.dumps(dict(description), sort_keys=True)
+            header["about"] = json.dumps(dict(about or {}))
+            _write(tensors, header, file)
+            shutil.rmtree(self.partial(key), ignore_errors=True)
+        return measured, False
+
+    def key(self, description: Mapping[str, Any]) -> str:
+        return fingerprint({**description, "store": VERSION})
+
+    def partial(self, key: str) -> Path:
+        """Where an interrupted measurement leaves what it has; gone once the Grams are stored."""
+        return Path(self.root) / "grams" / f".{key}.partial"
 
 
-def _write(grams: LayerGrams, file: Path, description: Mapping[str, Any]) -> None:
-    tensors = {
-        f"{param}/{field}": getattr(gram, field).contiguous()
-        for param, gram in grams.grams.items()
-        for field in _FIELDS
-    }
-    header = {
-        "layers": json.dumps(asdict(grams.layers)),
-        "numel": json.dumps({param: gram.numel for param, gram in grams.grams.items()}),
-        "description": json.dumps(dict(description), sort_keys=True),
-    }
-    _write_checked(tensors, header, file)
+@contextmanager
+def _locked(file: Path, key: str) -> Iterator[None]:
+    lock = FileLock(file)  # the operating system frees the lock of a job that died
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.info("another job measures %s… already; waiting for it", key[:12])
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _write_checked(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
+def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
     header["checksum"] = _checksum(tensors, header)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -103,29 +147,71 @@ def _write_checked(tensors: dict[str, Tensor], header: dict[str, str], file: Pat
         unfinished.unlink(missing_ok=True)
 
 
-def _read(file: Path, key: str) -> LayerGrams:
-    tensors, header = _read_checked(file)
-    layers = json.loads(header["layers"])
-    grams = {
-        param: MatrixGram(*(tensors[f"{param}/{field}"] for field in _FIELDS), numel=numel)
-        for param, numel in json.loads(header["numel"]).items()
-    }
-    names, params, numel = tuple(layers["names"]), tuple(map(tuple, layers["params"])), tuple(layers["numel"])
-    return LayerGrams(LayerMap(names, params, numel), grams, key)
+def _read(file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured]) -> Measured:
+    stat = file.stat()
+    return _read_once(file, unpack, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
 
 
-def _read_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@lru_cache(maxsize=4)
+def _read_once(file: Path, unpack: Callable[..., Measured], state: tuple[int, int, int]) -> Measured:
+    """Read and checked once in a process as long as the file stays the same: what is derived of it is kept, too."""
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    written_by = header.get("version", "1")
+    if written_by != str(VERSION):
+        raise ValueError(f"it was written by version {written_by} of the store, and this is {VERSION}")
     if header.pop("checksum") != _checksum(tensors, header):
         raise ValueError("its checksum does not match its content")
-    return tensors, header
+    if fingerprint({**json.loads(header["description"]), "store": VERSION}) != file.stem:
+        raise ValueError("it holds another measurement than its name says")
+    return unpack(tensors, header, file.stem)
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
+        digest.update(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _pack_grams(grams: LayerGrams) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {
+        f"{param}/{field}": getattr(gram, field).contiguous()
+        for param, gram in grams.grams.items()
+        for field in _FIELDS
+    }
+    numel = {param: gram.numel for param, gram in grams.grams.items()}
+    return tensors, {"layers": json.dumps(asdict(grams.layers)), "numel": json.dumps(numel)}
+
+
+def _unpack_grams(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerGrams:
+    grams = {
+        param: MatrixGram(*(tensors[f"{param}/{field}"] for field in _FIELDS), numel=numel)
+        for param, numel in json.loads(header["numel"]).items()
+    }
+    return LayerGrams(_layer_map(header), grams, key)
+
+
+def _pack_influences(measured: LayerInfluences) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {param: influence.contiguous() for param, influence in measured.influences.items()}
+    return tensors, {"layers": json.dumps(asdict(measured.layers))}
+
+
+def _unpack_influences(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerInfluences:
+    layers = _layer_map(header)
+    return LayerInfluences(layers, {name: tensors[name] for params in layers.params for name in params}, key)
+
+
+def _pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {}
+
+
+def _unpack_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> Mapping[str, Tensor]:
+    return tensors
+
+
+def _layer_map(header: Mapping[str, str]) -> LayerMap:
+    layers = json.loads(header["layers"])
+    return LayerMap(tuple(layers["names"]), tuple(map(tuple, layers["params"])), tuple(layers["numel"]))

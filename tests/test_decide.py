@@ -1,4 +1,4 @@
-"""Evidence at checkpoints of a model: each is measured once, and none where one belongs to another model."""
+"""Decisions take the evidence their estimator needs, once, refuse a checkpoint of another model, and state fidelity."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from layerif import activations, decide
+from layerif import activations, measurements
 from layerif.allocate import Experts
 from layerif.decide import Decider
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
 from layerif.estimators.block_influence import BlockInfluence
 from layerif.estimators.cca import Cca
+from layerif.estimators.datainf import DataInf
 from layerif.estimators.dlp import Dlp
 from layerif.estimators.grad_dot import GradDot
+from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
 from layerif.estimators.linear_probe import LinearProbe
 from layerif.estimators.outlier import Outlier
@@ -92,16 +94,6 @@ def test_ila_needs_a_trained_adapter_and_learns_its_gates_once(decider, adapters
     assert first.scores == again.scores
     assert not replace(trained, estimator=Ila(num_steps=3))().reused
     assert not replace(trained, seed=1)().reused
-
-
-def test_a_wrong_answer_stands_in_for_the_right_one(decider):
-    examples = decider._chosen("train")
-    for right, wrong, example in zip(decider.samples()[0], decider._wrong(), examples, strict=True):
-        assert wrong is not None
-        assert wrong.input_ids != right.input_ids
-        assert wrong.input_ids[: wrong.prompt_length] == right.input_ids[: wrong.prompt_length]
-        assert len(example.options) == 4
-    assert decider._wrong() == decider._wrong()
 
 
 def saved_adapter(folder: Path, base: str, *, seed: int = 0, moe: bool = False, **overrides) -> str:
@@ -200,7 +192,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_is_measured(
     else:
         tiny_model("llama", **overrides).save_pretrained(other)
         message = "is .* there and .* here"
-    monkeypatch.setattr(decide, "measure", None)
+    monkeypatch.setattr(measurements, "measure", None)
     with pytest.raises(ValueError, match=f"'{other}' is of another model: .*{message}"):
         replace(decider, estimator=tracin_of([*adapters, str(other)], 0.1, 0.1, 0.1))()
 
@@ -226,3 +218,37 @@ def test_an_adapter_trained_on_another_base_of_the_same_shape_is_told(decider, a
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         decider.model.at(adapters[0])
+
+
+def test_half_precision_states_how_well_it_ranks_like_float32(decider):
+    half = replace(
+        decider,
+        model=replace(decider.model, dtype="bfloat16"),
+        probe=replace(decider.probe, fidelity_samples=6),
+        estimator=DataInf(),
+    )
+    found = half().fidelity
+    assert found is not None
+    assert (found["train"], found["validation"]) == (6, 3)
+    assert 0.9 < found["influences"] < 1
+    assert -1 <= found["scores"] <= 1
+    blind = replace(half, probe=replace(half.probe, fidelity_samples=0))()
+    assert blind.fidelity is None
+    assert blind.notes == ("probed in bfloat16; not compared with float32 (probe.fidelity_samples=0)",)
+    assert replace(half, model=decider.model)().fidelity is None
+    sizes = replace(half, estimator=GradNorm())().fidelity
+    assert sizes is not None
+    assert set(sizes) == {"train", "validation", "scores"}  # it takes no influence of the Grams
+
+
+def test_a_projection_as_wide_as_the_model_is_faithful_and_a_narrow_one_says_what_it_loses(decider):
+    def fidelity(projection: int) -> dict[str, float]:
+        probe = replace(decider.probe, projection=projection, fidelity_samples=8)
+        found = replace(decider, probe=probe, estimator=DataInf())().fidelity
+        assert found is not None
+        return found
+
+    wide, narrow = fidelity(64), fidelity(2)
+    assert wide["scores"] == pytest.approx(1)
+    assert wide["influences"] == pytest.approx(1)
+    assert narrow["influences"] < 0.99

@@ -22,20 +22,21 @@ from hydra.utils import instantiate
 import layerif.estimators
 from layerif.allocate import Experts, Rank, Sparsity
 from layerif.config import register
+from layerif.estimators import gram as gram_module
 from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact, exact_path
 from layerif.estimators.file import File
 from layerif.estimators.grad_dot import GradDot, grad_dot
-from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.estimators.gram import DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.lissa import Lissa, lissa, lissa_residual, step_bound
 from layerif.estimators.random import Random
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
 from layerif.evidence import LayerActivations, LayerGates, LayerSpectra
-from layerif.layers import CheckpointGrams, LayerGrams, LayerMap, MatrixGram
+from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap, MatrixGram
 from layerif.scores import LayerScores, aggregate
 
 FILES = sorted(
@@ -163,13 +164,40 @@ def test_a_path_of_dampings_is_exact_at_each_from_one_eigendecomposition(monkeyp
     expected = [exact(gram.train_train, gram.val_train, numel=20, damping=damping) for damping in dampings]
     decompose, calls = torch.linalg.eigh, []
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or decompose(matrix))
-    path = exact_path(gram.train_train, gram.val_train, numel=20, dampings=dampings)
+    path = exact_path(gram.train_train.clone(), gram.val_train, numel=20, dampings=dampings)
     assert len(calls) == 1
     for influence_MN, at_damping_MN in zip(path, expected, strict=True):
         assert torch.equal(influence_MN, at_damping_MN)
     zero_NN, zero_MN = 0 * gram.train_train, 0 * gram.val_train
     assert not torch.stack(exact_path(zero_NN, zero_MN, numel=20, dampings=dampings)).any()
     assert exact_path(gram.train_train, gram.val_train, numel=20, dampings=[]) == []
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "block"])
+def test_all_settings_of_one_measurement_share_its_eigendecompositions(monkeypatch, granularity):
+    settings = [
+        cls(damping=damping, aggregation=aggregation, granularity=granularity)
+        for cls in (Exact, Lissa)
+        for damping in (0.01, 0.1, 1.0)
+        for aggregation in ("all", "positive")
+    ]
+    alone = [setting.score(layer_grams()) for setting in settings]
+    decompose, calls = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or decompose(matrix))
+    grams = layer_grams()
+    assert [setting.score(grams) for setting in settings] == alone
+    assert len(calls) == (len(SIZES) if granularity == "matrix" else len(LAYERS.names))
+
+
+def test_an_eigenbasis_is_forgotten_with_its_gram_and_when_that_is_changed():
+    kept = len(gram_module._EIGENBASES)
+    gram_NN = gram_of(*random_gradients(20, seed=6)).train_train
+    before = eigenbasis(gram_NN)[0]
+    assert eigenbasis(gram_NN)[0] is before
+    gram_NN.mul_(4)
+    torch.testing.assert_close(eigenbasis(gram_NN)[0], 4 * before)
+    del gram_NN
+    assert len(gram_module._EIGENBASES) == kept
 
 
 def iterated_lissa(gram: MatrixGram, lam: float, step: float, num_steps: int) -> torch.Tensor:
@@ -554,6 +582,9 @@ def evidence(needs: str, *, alike: bool = False, order: Sequence[int] = range(8)
             answers=tuple("abab" * (NUM_SAMPLES // 4)),
             fingerprint="f1",
         )
+    if needs == "curvature":
+        influences = {f"block.{l}.{name}": -of[l] for name, of in (("q", of_q), ("o", of_q)) for l in order}
+        return LayerInfluences(layers, influences, "f1")
     return LayerGates(layers, stacked(salt=11), "f1") if needs == "training" else layers
 
 
@@ -612,7 +643,7 @@ def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem):
     estimator = instantiate(config.estimator)
     assert type(estimator) is cls
     assert estimator == make(cls)
-    assert estimator.needs in ("grams", "checkpoints", "nothing", "weights", "activations", "training")
+    assert estimator.needs in ("grams", "checkpoints", "curvature", "nothing", "weights", "activations", "training")
 
 
 def test_every_yaml_has_an_estimator():

@@ -238,7 +238,7 @@ def test_questions_that_cannot_be_scored_say_why():
 
 
 def test_an_evaluation_runs_what_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr("layerif.evaluate.documentation_text", lambda part: f"Words of {part}. " * 100)
+    monkeypatch.setattr("layerif.data.text.documentation_text", lambda part: f"Words of {part}. " * 100)
     task = shipped_task("capital", "task.template=plain", "task.num_test=4")
     examples = task.load().test
     evaluation = Evaluation(metrics=ALL_METRICS, max_new_tokens=3, window=512)

@@ -79,8 +79,8 @@ def test_every_arm_composes_and_binds():
 def test_the_profiles_are_of_every_estimator():
     found = {file.stem for file in conf_folder().glob("estimator/*.yaml")}
     shown = set(loaded("layer_profiles", "run").ESTIMATORS)
-    # ila is run apart, with its adapter; the others are flat, given, turned round, or need checkpoints.
-    assert found - shown == {"ila", "uniform", "file", "reversed", "tracin"}
+    # ila is run apart, with its adapter; the others are flat, given, turned round, or need checkpoints or kronfluence.
+    assert found - shown == {"ila", "uniform", "file", "reversed", "tracin", "ekfac"}
     assert shown <= found
     assert not composed("experiment=layer_profiles", "task=region", "estimator=ila").method
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +51,21 @@ def test_the_fingerprint_follows_weights_dtype_and_adapter_and_nothing_else(tmp_
         changed.get_parameter("model.norm.weight").add_(1)
     changed.save_pretrained(folder)
     assert hash_folder(folder) != before
+
+
+def test_tokenizer_and_layers_are_made_once_until_a_file_of_the_folder_changes(tmp_path, model_folder):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    model = Local(path=str(folder))
+    tokenizer, layers = model.tokenizer(), model.layers()
+    assert model.tokenizer() is tokenizer
+    assert model.layers() is layers
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    assert len(layers.names) == 3
+    assert len(model.layers().names) == 2
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<unk>"}))
+    assert (tokenizer.pad_token, model.tokenizer().pad_token) == ("</s>", "<unk>")
 
 
 def test_an_adapter_adds_no_weight_of_the_model(model_folder):

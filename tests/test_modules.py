@@ -220,7 +220,15 @@ def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_f
 def decider(model_folder, splits, store) -> Decider:
     model = Local(path=str(model_folder))
     probe = Probe(num_train=8, num_validation=4)
-    return Decider(model, model.tokenizer(), splits, probe, DataInf(), Experts(budget=9), Store(store))
+    return Decider(
+        model=model,
+        tokenizer=model.tokenizer(),
+        splits=splits,
+        probe=probe,
+        estimator=DataInf(),
+        allocator=Experts(budget=9),
+        store=Store(store),
+    )
 
 
 def test_the_callback_decides_before_the_model_is_built(tmp_path, model_config, model_folder, data, splits):

@@ -665,3 +665,24 @@ def test_says_what_it_is() -> None:
     assert "default: 3 experts of rank 4, top 2" in text
     assert model.get_model_status().peft_types == {"default": "LORA_MOE"}
     assert peft.PeftType("LORA_MOE") in list(peft.PeftType)
+
+
+def test_keeping_zeros_the_merged_weight_has_those_of_its_base_and_equals_the_adapted_model():
+    base = tiny()
+    linear = base.get_submodule("model.layers.0.mlp.up_proj")
+    with torch.no_grad():
+        linear.weight[:, ::3] = 0  # type: ignore[index]
+    zeros = linear.weight == 0
+    model = get_peft_model(base, LoraMoeConfig(num_experts=1, keep_zeros=True, lora_dropout=0.0))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    with torch.no_grad():
+        layer.lora_moe_B["default"].weight.normal_()  # type: ignore[index,union-attr]
+    ids = torch.arange(20)[None]
+    adapted = model(input_ids=ids).logits
+    adapted.sum().backward()
+    assert bool(layer.lora_moe_A["default"].weight.grad.any())  # type: ignore[index,union-attr]
+    merged = model.merge_and_unload()
+    weight = merged.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert bool((weight[zeros] == 0).all())  # type: ignore[index]
+    assert bool((weight[~zeros] != 0).all())  # type: ignore[index]
+    torch.testing.assert_close(merged(input_ids=ids).logits, adapted, rtol=1e-4, atol=1e-4)

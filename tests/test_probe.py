@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import torch
 
+from layerif.estimators.datainf import DataInf
 from layerif.layers import LayerGrams
 from layerif.loss import per_sample_loss
 from layerif.models import Scope, blocks, layer_map
-from layerif.probe import measure
+from layerif.probe import Projection, measure, measurement, products
+from layerif.probe.products import FORMS
 from tests.tiny import FAMILIES, tiny_model
 
 LENGTHS = (9, 4, 7, 7, 2, 5, 8)
@@ -94,17 +99,78 @@ def test_batch_size_padding_side_and_order_change_nothing(family):
     assert_equal(probe(model, size=2, orders=([2, 0, 3, 1], [1, 2, 0])), reference, 1e-9)
 
 
-def test_several_passes_equal_one():
+def least_memory(**options) -> float:
+    """The gigabytes the error asks for."""
+    with pytest.raises(ValueError, match=r"probe\.memory_gb=1e-09 is too small: model\.") as caught:
+        probe(double("llama"), scope="all", memory_gb=1e-9, **options)
+    return float(re.search(r"at least ([\d.e-]+)", str(caught.value))[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_passes_equal_one(form, caplog):
     model = double("llama")
-    assert_equal(probe(model, scope="all", memory_gb=1e-6), probe(model, scope="all"), 1e-12)
+    with caplog.at_level(logging.INFO):
+        grams = probe(model, scope="all", form=form, memory_gb=least_memory(form=form))
+    passes = int(re.search(r"(\d+) passes", caplog.text)[1])  # type: ignore[index]
+    assert 1 < passes <= 21
+    assert_equal(grams, probe(model, scope="all"), 1e-9)
 
 
-def test_slabs_equal_the_whole():
-    from layerif.probe import _gram
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_forms_agree(dtype):
+    model = tiny_model("llama").to(dtype)
+    materialised, pairwise = (probe(model, scope="all", form=form) for form in FORMS)
+    assert_equal(pairwise, materialised, 1e-9 if dtype == torch.float64 else 2e-4)
+    for first, second in zip(materialised.grams.values(), pairwise.grams.values(), strict=True):
+        relative = (first.train_train - second.train_train).norm() / second.train_train.norm()
+        assert relative < 1e-5
+    scores = [torch.tensor(DataInf().score(grams).values) for grams in (materialised, pairwise)]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=0)
 
-    torch.manual_seed(0)
-    factors = [(torch.randn(3, 5, 6), torch.randn(3, 5, 7)), (torch.randn(2, 4, 6), torch.randn(2, 4, 7))]
-    torch.testing.assert_close(_gram(factors, 5, slab_bytes=1), _gram(factors, 5))
+
+def test_factors_on_disk_equal_those_in_memory(tmp_path):
+    model = double("llama")
+    assert_equal(probe(model, offload="disk", partial=tmp_path), probe(model), 1e-12)
+    with pytest.raises(ValueError, match="needs a folder"):
+        probe(model, offload="disk")
+
+
+def test_an_interrupted_probe_resumes_from_its_finished_batches(tmp_path, monkeypatch):
+    model, ran, dies_at = double("llama"), [], 2
+    run = measurement.capture
+
+    def capture(model, params, batch, *rest):
+        if len(ran) == dies_at:
+            raise KeyboardInterrupt
+        ran.append(batch)
+        return run(model, params, batch, *rest)
+
+    monkeypatch.setattr(measurement, "capture", capture)
+    with pytest.raises(KeyboardInterrupt):
+        probe(model, size=1, offload="disk", partial=tmp_path)
+    dies_at = 100
+    resumed = probe(model, size=1, offload="disk", partial=tmp_path)
+    assert len(ran) == len(LENGTHS)  # two before, five after
+    assert_equal(resumed, probe(model, size=1), 0)
+
+
+def test_an_interrupted_probe_resumes_from_its_finished_passes(tmp_path, monkeypatch):
+    model, memory = double("llama"), least_memory()
+    multiplied, run = [], products.gram
+
+    def gram(*args):
+        if len(multiplied) == 12:
+            raise KeyboardInterrupt
+        multiplied.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(products, "gram", gram)
+    with pytest.raises(KeyboardInterrupt):
+        probe(model, scope="all", memory_gb=memory, partial=tmp_path)
+    monkeypatch.setattr(products, "gram", lambda *args: [multiplied.append(args), run(*args)][1])
+    resumed = probe(model, scope="all", memory_gb=memory, partial=tmp_path)
+    assert len(multiplied) < 12 + 21
+    assert_equal(resumed, probe(model, scope="all"), 1e-12)
 
 
 def test_sdpa_and_eager_agree():
@@ -127,6 +193,19 @@ def test_model_is_left_as_it_was():
         "model.embed_tokens.weight"
     ]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_projection_is_unbiased_seeded_and_exact_where_nothing_is_wider():
+    model = double("llama")
+    exact = probe(model)
+    assert_equal(probe(model, projection=Projection(56)), exact, 1e-9)
+    assert_equal(probe(model, projection=Projection(4, seed=1)), probe(model, projection=Projection(4, seed=1)), 1e-12)
+    draws = [probe(model, projection=Projection(16, seed=seed)) for seed in range(40)]
+    for param, gram in exact.grams.items():
+        mean = torch.stack([draw.grams[param].train_train for draw in draws]).mean(0)
+        assert (mean - gram.train_train).norm() / gram.train_train.norm() < 0.2, param
+        assert draws[0].grams[param].numel == gram.numel
+        assert not torch.allclose(draws[0].grams[param].train_train, draws[1].grams[param].train_train)
 
 
 def test_lora_parameters_are_measured_and_unused_a_is_zero():
@@ -162,7 +241,8 @@ def test_non_finite_gradient_names_matrix_and_sample():
     block = blocks(model)["model.layers.1"]
 
     def spoil(_module, _inputs, output):
-        output.register_hook(lambda delta: delta * float("nan"))
+        if output.requires_grad:
+            output.register_hook(lambda delta: delta * float("nan"))
 
     block.get_submodule("self_attn.o_proj").register_forward_hook(spoil)
     with pytest.raises(
@@ -182,3 +262,28 @@ def test_matrices_that_are_no_linear_layers_are_named():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=32))
     with pytest.raises(ValueError, match=r"Conv1D|no linear layer"):
         layer_map(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "pairwise"}, {"offload": "cpu"}, {"projection": Projection(8)}], ids=str
+)
+def test_a_gpu_gives_the_grams_of_the_cpu(options):
+    model = double("llama")
+    reference = probe(model, scope="all", **{**options, "offload": "none"})
+    assert_equal(probe(torch.nn.Module.cuda(model), scope="all", **options), reference, 1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_multiplies_in_full_float32_even_where_tf32_is_allowed(form):
+    generator = torch.Generator().manual_seed(0)
+    input_STI, delta_SOT = (torch.randn(shape, generator=generator) for shape in ((40, 64, 128), (40, 256, 64)))
+    exact, _ = products.gram(form, input_STI.double(), delta_SOT.double(), 30, 1e8)
+    torch.set_float32_matmul_precision("high")
+    try:
+        found, _ = products.gram(form, input_STI.cuda(), delta_SOT.cuda(), 30, 1e8)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (found.cpu().double() - exact).norm() / exact.norm() < 1e-5

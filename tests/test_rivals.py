@@ -347,10 +347,7 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
     with pytest.warns(RuntimeWarning, match=r"in b\.0\.q.*3 of 3"):
         assert cls().score(LayerGrams(LAYERS, grams, "f")).values == (0, 0)
     broken = {**grams, "b.1.q": replace(zero, train_train=torch.full((3, 3), NAN))}
-    with (
-        pytest.warns(RuntimeWarning),
-        pytest.raises(ValueError, match=r"train_train of 'b\.1\.q' is not finite"),
-    ):
+    with pytest.raises(ValueError, match=r"train_train of 'b\.1\.q' is not finite"):
         cls().score(LayerGrams(LAYERS, broken, "f"))
 
 

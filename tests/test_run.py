@@ -111,6 +111,18 @@ def test_a_sweep_gives_one_folder_a_job_and_a_report(tiny_overrides, tmp_path):
         assert (sweep / name).stat().st_size > 0
 
 
+def test_settings_of_a_sweep_share_one_gradient_pass(tiny_overrides, tmp_path):
+    sweep = ["estimator=datainf,exact,lissa", "estimator.damping=0.01,0.1,1", "method=none", "name=mine"]
+    done = layerif(["-m", *tiny_overrides, *sweep], tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [RunRecord.read(file.parent) for file in (tmp_path / "sweeps" / "mine").glob("*/record.json")]
+    assert len(records) == 9
+    assert len({record.fingerprint for record in records}) == 1
+    assert len({tuple(record.scores) for record in records}) == 9
+    assert done.stdout.count("gradient pass: 20 + 8 samples") == 1
+    assert done.stdout.count("no gradient pass") == 8
+
+
 def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
     done = layerif([*tiny_overrides, "dry_run=true"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -222,3 +234,20 @@ def test_tracin_over_saved_adapters(tiny_overrides, tmp_path):
     record = run_layerif([*tiny_overrides, "method=none", "estimator=tracin", *rates], tmp_path / "tracin")
     assert str(adapter) in record.inputs
     assert min(record.scores) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_score_and_train_like_one(tiny_overrides, tmp_path):
+    small = [*tiny_overrides, "probe.num_train=9", "probe.num_validation=4"]
+    alone = run_layerif([*small, "method=none", f"outputs={tmp_path / 'alone'}"], tmp_path)
+    two = ["trainer.devices=2", "trainer.strategy=ddp"]
+    together = tmp_path / "together"
+    together.mkdir()
+    scored = run_layerif([*small, *two, "method=none", f"outputs={together}"], together)
+    assert scored.scores == pytest.approx(alone.scores, rel=1e-5)
+    assert scored.allocation == alone.allocation
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    record = run_layerif([*small, *two, f"outputs={trained}"], trained)
+    assert record.scores == pytest.approx(alone.scores, rel=1e-5)
+    assert 0 <= record.metrics["accuracy"] <= 1

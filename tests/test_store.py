@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from layerif import store as store_module
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.layers import LayerGrams, LayerInfluences, LayerMap, MatrixGram
 from layerif.store import Store, fingerprint
+
+ROOT = Path(__file__).parents[1]
 
 LAYERS = LayerMap(("block.0", "block.1"), (("block.0.q.weight", "block.0.k.weight"), ("block.1.q.weight",)), (18, 12))
 
@@ -63,6 +66,75 @@ def test_fingerprint_ignores_the_order_of_keys():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
 
 
+def test_influences_come_back_equal_and_are_another_kind(tmp_path):
+    torch.manual_seed(0)
+    influences = {param: torch.randn(3, 4, dtype=torch.float64) for params in LAYERS.params for param in params}
+    store = Store(tmp_path)
+    store.grams({"model": "a"}, some_grams)
+    first, reused = store.influences({"model": "a"}, lambda key: LayerInfluences(LAYERS, influences, key))
+    assert not reused
+    second, reused = store.influences({"model": "a"}, never)  # type: ignore[arg-type]
+    assert reused
+    assert (first.layers, first.fingerprint) == (second.layers, second.fingerprint)
+    assert all(torch.equal(influences[param], second.influences[param]) for param in influences)
+
+
+def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path):
+    store = Store(tmp_path)
+    store.grams({"model": "a"}, some_grams)
+    first, _ = store.grams({"model": "a"}, never)
+    assert store.grams({"model": "a"}, never)[0] is first
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes())
+    second, _ = store.grams({"model": "a"}, never)
+    assert second is not first
+    assert_same(first, second)
+
+
+def rewritten(file: Path, change) -> None:
+    """The file with another header, its checksum as it should be."""
+    with safe_open(file, framework="pt") as opened:
+        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    header.pop("checksum")
+    header = change(header)
+    save_file(tensors, file, metadata={**header, "checksum": store_module._checksum(tensors, header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda header: {**header, "version": "99"}, "written by version 99 of the store, and this is"),
+        (lambda header: {k: v for k, v in header.items() if k != "version"}, "written by version 1 of the store"),
+        (lambda header: {**header, "description": '{"model": "b"}'}, "holds another measurement"),
+    ],
+)
+def test_a_whole_file_of_another_version_or_measurement_is_recomputed_with_a_warning(tmp_path, change, reason):
+    store = Store(tmp_path)
+    first, _ = store.grams({"model": "a"}, some_grams)
+    (file,) = tmp_path.rglob("*.safetensors")
+    rewritten(file, lambda header: header)
+    assert store.grams({"model": "a"}, never)[1]  # it is the change that is found out
+    rewritten(file, change)
+    with pytest.warns(UserWarning, match=reason):
+        second, reused = store.grams({"model": "a"}, some_grams)
+    assert not reused
+    assert_same(first, second)
+
+
+def test_what_is_said_about_a_measurement_is_no_part_of_its_key(tmp_path):
+    Store(tmp_path).grams({"model": "a"}, some_grams, about={"model": "one name"})
+    assert Store(tmp_path).grams({"model": "a"}, never, about={"model": "another"})[1]
+
+
+def test_nothing_in_the_store_is_pickled(tmp_path):
+    """A pickle runs code when it is read: safetensors is a JSON header and plain bytes."""
+    Store(tmp_path).grams({"model": "a"}, some_grams)
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
+    assert [file.suffix for file in files] == [".safetensors"]
+    content = files[0].read_bytes()
+    json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped", "empty", "header"])
 def test_a_corrupted_file_is_recomputed_with_a_warning(tmp_path, damage):
     store = Store(tmp_path)
@@ -109,35 +181,52 @@ def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
         f"try: Store({str(tmp_path)!r}).grams({{}}, some_grams)\n"
         "except OSError as error: print('refused:', error)"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert "refused: cannot write" in done.stdout, done.stderr
     assert "free some space" in done.stdout
     assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
 
 
-def _job(root, counter, results):
-    def compute(key: str) -> LayerGrams:
-        with counter.get_lock():
-            counter.value += 1
-        time.sleep(0.3)
-        return some_grams(key)
+# A job that wants one key; what it says it does comes out line by line.
+JOB = """
+import logging, sys, time
+logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO)
+from tests.test_store import Store, some_grams
 
-    grams, _ = Store(root).grams({"model": "a"}, compute)
-    results.put(float(grams.grams["block.1.q.weight"].train_train.sum()))
+def compute(key):
+    print("computing", flush=True)
+    time.sleep(float(sys.argv[2]))
+    return some_grams(key)
+
+grams, reused = Store(sys.argv[1]).grams({"model": "a"}, compute)
+print("reused" if reused else "computed", float(grams.grams["block.1.q.weight"].train_train.sum()), flush=True)
+"""
 
 
-def test_two_jobs_wanting_one_key_compute_it_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    counter, results = context.Value("i", 0), context.Queue()
-    jobs = [context.Process(target=_job, args=(tmp_path, counter, results)) for _ in range(3)]
-    for job in jobs:
-        job.start()
-    values = {results.get(timeout=30) for _ in jobs}
-    for job in jobs:
-        job.join()
-    assert counter.value == 1
-    assert len(values) == 1
+def start_job(root: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", JOB, str(root), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_several_jobs_wanting_one_key_compute_it_once(tmp_path):
+    jobs = [start_job(tmp_path, 2) for _ in range(3)]
+    said = [job.communicate(timeout=120)[0].splitlines() for job in jobs]
+    assert sorted(lines[-1].split()[0] for lines in said) == ["computed", "reused", "reused"]
+    assert sum("computing" in lines for lines in said) == 1
+    assert len({lines[-1].split()[1] for lines in said}) == 1
+
+
+def test_the_lock_of_a_killed_job_is_broken(tmp_path):
+    holder = start_job(tmp_path, 600)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "computing\n"
+    waiting = start_job(tmp_path, 0)
+    assert waiting.stdout is not None
+    assert "another job measures" in waiting.stdout.readline()
+    holder.kill()  # -9: nothing in it can clean up
+    assert waiting.communicate(timeout=60)[0].split()[:2] == ["computing", "computed"]
+    holder.wait(timeout=60)
+    assert Store(tmp_path).grams({"model": "a"}, never)[1]
 
 
 def test_named_tensors_are_kept_by_kind_and_read_back_equal(tmp_path):

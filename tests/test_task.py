@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,22 @@ def test_limits_are_seeded_nested_and_keep_the_order(folder):
     assert few != other
     assert list(more) == sorted(more, key=whole.index)
     assert task(folder, num_train=1000).load().train == whole
+
+
+def test_rows_are_read_once_until_their_files_change(folder, tmp_path):
+    first = task(folder).load()
+    assert task(folder).load() is first
+    assert task(folder, instruction="{{ question }}\n").load() != first
+    write(tmp_path, train=rows_of(*range(39)))
+    second = task(folder).load()
+    assert len(second.train) == 39
+    assert second.fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_of_rows_follows_every_field_of_an_example(folder):
+    splits = task(folder).load()
+    example = splits.train[0]
+    changes = [{"id": "x"}, {"instruction": "x"}, {"labels": ("x", "y", "z")}, {"answer": 2 - example.answer}]
+    changed = [replace(splits, train=(replace(example, **change), *splits.train[1:])) for change in changes]
+    assert len({each.fingerprint for each in (splits, *changed)}) == len(changed) + 1
+    assert replace(splits).fingerprint == splits.fingerprint

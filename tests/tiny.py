@@ -39,6 +39,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 24, "dropout": 0.0},
     "gpt_neox": {"intermediate_size": 56},
 }
+# Not in every test: for pruning, whose blocks are called one by one.
+FURTHER: dict[str, dict[str, Any]] = {
+    "gemma3_text": {**_GROUPED, "num_hidden_layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 12},
+    "mixtral": {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
+}
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -46,7 +51,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Pre
 
     overrides: fields of the family's configuration. The global random state is left as it was.
     """
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | FURTHER)[family], **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

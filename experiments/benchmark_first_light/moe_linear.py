@@ -10,8 +10,6 @@ for backward besides the parameters and the layer's own input, which the caller 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig
 from torch import Tensor, nn
 
+from experiments.timing import seconds as seconds_of
 from layerif.moe import LoraMoeConfig, LoraMoeLinear
 from layerif.moe.routing import Routing
 
@@ -130,22 +129,12 @@ def _interleaved(layers: dict[str, nn.Module], device: str, rounds: int) -> dict
     x = _input(device)
     gradient = torch.randn_like(x)
     for layer in layers.values():
-        _seconds(lambda layer=layer: layer(x).backward(gradient), device)
+        seconds_of(lambda layer=layer: layer(x).backward(gradient), device)
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(rounds):
         for name, layer in layers.items():
-            seconds[name].append(_seconds(lambda layer=layer: layer(x).backward(gradient), device))
+            seconds[name].append(seconds_of(lambda layer=layer: layer(x).backward(gradient), device))
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-
-
-def _seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -7,18 +7,16 @@ Every pair takes turns in one process and each figure is a median. Nothing else 
 
 from __future__ import annotations
 
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from moe_linear import main as measure_moe_linear
 
+from experiments.timing import machine
+from experiments.timing import seconds as seconds_of
 from layerif.data.batches import batches, encode, padding_id
 from layerif.data.countries import Countries
 from layerif.data.task import Task
@@ -36,7 +34,7 @@ NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}\n")
+    print(f"{machine()}, device {device}\n")
     grams = scoring(device)
     estimating(grams)
     measure_moe_linear()
@@ -60,8 +58,8 @@ def scoring(device: str) -> LayerGrams:
         both = [*train, *validation]
         seconds: dict[str, list[float]] = {"probe": [], "plain": []}
         for _ in range(ROUNDS):
-            seconds["probe"].append(_timed(lambda t=train, v=validation: measure(model, layers, t, v), device))
-            seconds["plain"].append(_timed(lambda b=both: plain(model, b, device), device))
+            seconds["probe"].append(seconds_of(lambda t=train, v=validation: measure(model, layers, t, v), device))
+            seconds["plain"].append(seconds_of(lambda b=both: plain(model, b, device), device))
         probe, whole = (statistics.median(seconds[key]) for key in ("probe", "plain"))
         tokens = sum(int(batch["attention_mask"].sum()) for _, batch in both)
         print(f"{name:<27}{tokens:>8}{probe:>10.1f}{whole:>10.1f}{probe / whole:>14.2f}")
@@ -112,34 +110,15 @@ def estimating(grams: LayerGrams) -> None:
     """Estimator + aggregation from ready Grams: 30 blocks × 4 matrices, n = 64, m = 32."""
     print("estimator and aggregation from ready Grams, milliseconds")
     for estimator in (DataInf(), DataInf(granularity="block"), Exact(), GradDot(), Cosine()):
-        times = [_timed(lambda e=estimator: e.score(grams), "cpu") for _ in range(15)]
+        times = [seconds_of(lambda e=estimator: e.score(grams), "cpu") for _ in range(15)]
         print(f"{type(estimator).__name__ + ' ' + estimator.granularity:<18}{1000 * statistics.median(times):>8.1f}")
     print()
 
 
 def helping() -> None:
     command = [sys.executable, "-m", "layerif", "--help"]
-    times = [_timed(lambda: subprocess.run(command, check=True, capture_output=True), "cpu") for _ in range(5)]
+    times = [seconds_of(lambda: subprocess.run(command, check=True, capture_output=True), "cpu") for _ in range(5)]
     print(f"\nlayerif --help: {statistics.median(times):.2f} s")
-
-
-def machine() -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}{gpu}, Python {platform.python_version()}"
-
-
-def _timed(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

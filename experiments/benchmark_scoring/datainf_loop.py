@@ -1,40 +1,29 @@
-"""DataInf from Grams against a loop over samples, and two hundred settings against the one pass they share.
+"""DataInf from Grams against a loop over samples.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python experiments/benchmark_scoring/datainf_loop.py
 
-The first part takes per-sample gradients as given (random, with a common direction): 12 blocks × 7 linears × A and B of
+It takes per-sample gradients as given (random, with a common direction): 12 blocks × 7 linears × A and B of
 a rank-8 LoRA on a 768-wide Llama, n = 64, m = 32, float32. Ours forms K and C of every matrix and solves them in
 float64; the second figure is the solve alone, which is what a further damping or estimator costs. The loop is the
 definition: dictionaries of gradients, and for every validation row and matrix λ and the average over the samples of
 the product with their inverse, with elementwise products and sums of gradients in their matrix's shape. The dot loop
 is the best such a loop can do: λ once per matrix, dot products of flat gradients. All take turns in one process;
 figures are medians.
-
-The second part measures SmolLM2-135M once (attention weights, 64 + 32 samples of 64 random tokens) and then computes
-estimator × damping × aggregation × smoothing × budget from the Grams. "One" is that gradient pass and one setting.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerif.allocate import Experts
-from layerif.estimators.datainf import DataInf, datainf
-from layerif.estimators.exact import Exact
-from layerif.estimators.grad_dot import GradDot
-from layerif.estimators.gram import GramEstimator
-from layerif.estimators.lissa import Lissa
-from layerif.models import Embedded, layer_map
-from layerif.probe import IndexedBatch
-from layerif.probe import measure as probe
+from experiments.timing import timed
+from layerif.estimators.datainf import datainf
 
 NUM_TRAIN, NUM_VALIDATION, DAMPING = 64, 32, 0.1
 BLOCKS, WIDTH, HIDDEN, RANK = 12, 768, 3072, 8
@@ -64,7 +53,7 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # and warm
     for _ in range(rounds):
         for name, work in contestants.items():
-            influences[name], spent = _timed(work)
+            influences[name], spent = timed(work)
             seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -123,48 +112,6 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - other).abs().max() / other.abs().max()) for name, other in theirs.items())
 
 
-def measure_settings() -> dict[str, Any]:
-    """Seconds of the pass, of one setting and of all, sharing scores or each on its own; ratios to pass + one."""
-    model = Embedded(cache="outputs/store/models").load()
-    layers = layer_map(model)
-    train, validation = _samples(NUM_TRAIN, seed=0), _samples(NUM_VALIDATION, seed=1)
-    grams, one_pass = _timed(lambda: probe(model, layers, train, validation))
-    estimators = list(_estimators())
-    allocators = [
-        Experts(budget=budget, smoothing=smoothing)
-        for smoothing, budget in itertools.product((False, True), (90, 120, 150, 180, 210))
-    ]
-
-    def shared() -> int:
-        count = 0
-        for estimator in estimators:
-            scores = estimator.score(grams)
-            count += len([allocator(scores, grams.layers) for allocator in allocators])
-        return count
-
-    def alone() -> int:
-        settings = itertools.product(estimators, allocators)
-        return len([allocator(estimator.score(grams), grams.layers) for estimator, allocator in settings])
-
-    allocators[0](estimators[0].score(grams), grams.layers)  # warm
-    _, one_setting = _timed(lambda: allocators[0](estimators[0].score(grams), grams.layers))
-    (count, all_shared), (_, all_alone) = _timed(shared), _timed(alone)
-    one = one_pass + one_setting
-    return {
-        "settings": count,
-        "seconds": {"pass": one_pass, "one setting": one_setting, "shared": all_shared, "alone": all_alone},
-        "ratio": {"shared": (one_pass + all_shared) / one, "alone": (one_pass + all_alone) / one},
-    }
-
-
-def _estimators() -> Iterator[GramEstimator]:
-    for aggregation in ("all", "positive"):
-        yield GradDot(aggregation=aggregation)
-        for damping in (0.01, 0.1, 1.0):
-            for cls in (DataInf, Exact, Lissa):
-                yield cls(aggregation=aggregation, damping=damping)
-
-
 def _gradients(count: int, blocks: int, *, seed: int) -> Gradients:
     generator = torch.Generator().manual_seed(seed)
     gradients = {}
@@ -190,20 +137,6 @@ def _shape(name: str) -> tuple[int, int]:
     return (RANK, inputs) if factor == "A" else (outputs, RANK)
 
 
-def _samples(count: int, *, seed: int, tokens: int = 64, batch_size: int = 8) -> list[IndexedBatch]:
-    ids = torch.randint(10_000, (count, tokens), generator=torch.Generator().manual_seed(seed))
-    return [
-        (rows.tolist(), {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "labels": ids[rows]})
-        for rows in torch.arange(count).split(batch_size)
-    ]
-
-
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
-
-
 def main() -> None:
     row = measure()
     print(f"DataInf, {row['matrices']} LoRA matrices, n = {NUM_TRAIN}, m = {NUM_VALIDATION}, {row['threads']} threads")
@@ -214,17 +147,6 @@ def main() -> None:
             f"{loop:<12}{row['seconds'][loop]:10.2f}{row['ratio'][loop]:13.0f}{row['ratio to solve'][loop]:13.0f}"
             f"{row['difference'][loop]:30.1e}"
         )
-    print()
-    row = measure_settings()
-    seconds, ratio = row["seconds"], row["ratio"]
-    print(
-        f"{row['settings']} settings from the Grams of one pass: SmolLM2-135M, attention weights, 64 + 32 × 64 tokens"
-    )
-    print("one pass s   one setting s   all, scores shared s   over one   all, each alone s   over one")
-    print(
-        f"{seconds['pass']:10.2f}{seconds['one setting']:16.3f}{seconds['shared']:23.2f}{ratio['shared']:11.3f}"
-        f"{seconds['alone']:20.2f}{ratio['alone']:11.3f}"
-    )
 
 
 if __name__ == "__main__":

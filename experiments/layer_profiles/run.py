@@ -15,7 +15,8 @@ from pathlib import Path
 
 TASKS = ("capital", "currency", "demonym", "region")
 ESTIMATORS = (
-    # Controls, weights, one forward pass, gradients. `tracin` needs checkpoints of a training and is left out.
+    # Controls, weights, one forward pass, gradients. `tracin` needs checkpoints of a training, `ekfac` a package that
+    # does not come with this one: both are left out.
     *("random", "alpha", "outlier", "dlp", "block_influence", "avss", "linear_probe", "cca"),
     *("datainf", "exact", "lissa", "grad_dot", "cosine", "grad_norm", "fisher_trace"),
 )

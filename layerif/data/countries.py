@@ -71,6 +71,9 @@ class Countries:
                 {"id": code, "question": question.format(country=country), "options": options, "answer": values[0]},
             )
 
+    def files(self) -> list[Path]:
+        return sorted(_data_folder().glob("*.json"))
+
 
 def _facts(field: str) -> Iterator[tuple[str, str, list[str]]]:
     """(code, country, its right answers) for every country that has the field; one entry a code."""

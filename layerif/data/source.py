@@ -23,6 +23,10 @@ class Source(Protocol):
 
     def rows(self, split: str) -> Iterator[Row]: ...
 
+    def files(self) -> list[Path] | None:
+        """What the rows are read from, as far as it is there: the same files, the same rows. None: cannot be told."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl:
@@ -48,6 +52,9 @@ class Jsonl:
                 yield Row(f"{file}:{number}", _json_object(line, f"{file}:{number}"))
         if number == 0:
             raise ValueError(f"{file} is empty; it should hold one JSON object a line")
+
+    def files(self) -> list[Path]:
+        return sorted(Path(self.path).expanduser().glob("*.jsonl"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,9 @@ class Hub:
                 yield Row(f"{self} {split} row {index}", fields)
                 index += 1
 
+    def files(self) -> None:
+        """The hub may have other rows the next time."""
+
     def __str__(self) -> str:
         return self.name if self.config is None else f"{self.name}/{self.config}"
 
@@ -85,16 +95,28 @@ def documentation_text(part: Literal["calibration", "test"]) -> str:
     """English technical prose that every CPython carries (`pydoc_data.topics`), split by topic into two parts.
 
     No topic is in both parts and each part is about half (by a fixed hash of the topic's name); topics are sorted and
-    joined by a blank line. The text is that of the running Python version: compare perplexities within one version.
+    joined by a blank line. Topics quote one another: a sixth of the calibration half stands in the test half, too, and
+    is left out of the calibration part, paragraph by paragraph. The text is that of the running Python version: compare
+    perplexities within one version.
     """
     from pydoc_data.topics import topics
 
     if part not in ("calibration", "test"):
         raise ValueError(f"part={part!r} is not a part of the documentation text; use 'calibration' or 'test'")
-    wanted = 0 if part == "calibration" else 1
-    return "\n\n".join(
-        topics[name].strip() for name in sorted(topics) if sha256(name.encode()).digest()[0] % 2 == wanted
-    )
+    halves = ["\n\n".join(topics[name].strip() for name in sorted(topics) if _half(name) == half) for half in (0, 1)]
+    if part == "test":
+        return halves[1]
+    tested = {_words(paragraph) for paragraph in halves[1].split("\n\n")}
+    return "\n\n".join(paragraph for paragraph in halves[0].split("\n\n") if _words(paragraph) not in tested)
+
+
+def _half(topic: str) -> int:
+    return sha256(topic.encode()).digest()[0] % 2
+
+
+def _words(paragraph: str) -> str:
+    """However it is indented and wrapped."""
+    return " ".join(paragraph.split())
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -50,6 +53,11 @@ class Splits:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     num_dropped: int = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every example."""
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +129,27 @@ class Task:
 
         Raises ValueError for rows that cannot be read or rendered, for an id twice in a part, and for rows that ask
         what a later part asks, which train (before validation) and validation (before test) must not (unless
-        `drop_overlap`).
+        `drop_overlap`). Rows are read once in a process as long as the files of the source stay; of a hub every time.
         """
+        files = self._source().files()
+        if files is None:
+            return self._load()
+        stats = [(str(file), file.stat()) for file in files]
+        return _load_once(self, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # mappings among the fields have no hash of their own
+
+    def _source(self) -> Source:
+        source = Jsonl(path=self.path) if self.path is not None else self.source
+        if source is None:
+            raise ValueError(
+                f"task {self.name} has no rows to read; set task.path=/folder with the files "
+                + ", ".join(f"{name}.jsonl" for name in self.splits.values() if name)
+            )
+        return source
+
+    def _load(self) -> Splits:
         test = self._read("test")
         train, num_dropped = self._apart("train", self._read("train"), "test", test)
         if self.splits["validation"] is None:
@@ -141,13 +168,7 @@ class Task:
     def _read(self, part: str) -> list[_Read]:
         split = self.splits[part]
         assert split is not None
-        source = Jsonl(path=self.path) if self.path is not None else self.source
-        if source is None:
-            raise ValueError(
-                f"task {self.name} has no rows to read; set task.path=/folder with the files "
-                + ", ".join(f"{name}.jsonl" for name in self.splits.values() if name)
-            )
-        renderer, num_rows = _Renderer(self), 0
+        source, renderer, num_rows = self._source(), _Renderer(self), 0
         by_id: dict[str, _Read] = {}
         for num_rows, row in enumerate(source.rows(split), start=1):
             read = renderer.read(row, default_id=f"{split}-{num_rows}")
@@ -216,6 +237,11 @@ class Task:
 
     def _shuffled(self, what: str, num: int) -> list[int]:
         return Random(f"{self.seed} {what}").sample(range(num), num)
+
+
+@lru_cache(maxsize=4)
+def _load_once(task: Task, files: tuple[tuple[str, int, int], ...]) -> Splits:
+    return task._load()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Every estimator is a frozen keyword-only dataclass whose fields are its configur
 | grams       | `LayerGrams` of one probe                               | datainf, exact, lissa, grad_dot, cosine, |
 |             |                                                         | grad_norm, fisher_trace                  |
 | checkpoints | `CheckpointGrams`, a probe at each of its `checkpoints` | tracin                                   |
+| curvature   | `LayerInfluences`, measured under its own damping       | ekfac                                    |
 | weights     | `LayerSpectra` of the weights alone                     | alpha                                    |
 | activations | `LayerActivations` of one forward pass                  | outlier, dlp, block_influence, avss,     |
 |             |                                                         | linear_probe, cca                        |

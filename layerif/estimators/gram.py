@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.names import check_choice
@@ -26,15 +27,41 @@ Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GramEstimator:
-    """Scores |S| per block from the influence of train on validation samples.
+class InfluenceEstimator:
+    """Scores |S| per block from the influence of train on validation samples; the fields are the subclass's.
 
     aggregation: which train samples count towards S, see `layerif.scores.aggregate`.
-    granularity: `matrix` sums the influences of the block's matrices (the paper's); `block` takes the influence of one
-        Gram of the whole block. They differ where an estimator is not linear in the Gram.
     normalisation: `none` keeps |S| (the paper's). |S| grows with the number of parameters, so blocks of unequal size
         compare only under `numel`: |S| divided by the block's measured parameters.
+    """
+
+    aggregation: Aggregation
+    normalisation: Normalisation
+
+    def __post_init__(self) -> None:
+        check_choice("estimator.aggregation", self.aggregation, get_args(Aggregation))
+        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
+
+    def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
+        """|S| of every block, from the influences of what `layers.params` names in it."""
+        values = []
+        for params, numel in zip(layers.params, layers.numel, strict=True):
+            influence_MN = reduce(add, (influences[name] for name in params))
+            size = abs(aggregate(influence_MN, self.aggregation))
+            values.append(size / numel if self.normalisation == "numel" else size)
+        return LayerScores(layers.names, tuple(values), "undertrained", self.source, fingerprint)
+
+    @property
+    def source(self) -> str:
+        return described(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramEstimator(InfluenceEstimator):
+    """An estimator that needs nothing but Grams.
+
+    granularity: `matrix` sums the influences of the block's matrices (the paper's); `block` takes the influence of one
+        Gram of the whole block. They differ where an estimator is not linear in the Gram.
     Raises ValueError naming the matrix if a Gram is not finite. A matrix whose gradients are all zero has no
     influence; a RuntimeWarning names it.
     """
@@ -46,9 +73,8 @@ class GramEstimator:
     normalisation: Normalisation = "none"
 
     def __post_init__(self) -> None:
-        check_choice("estimator.aggregation", self.aggregation, get_args(Aggregation))
+        super().__post_init__()
         check_choice("estimator.granularity", self.granularity, get_args(Granularity))
-        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
 
     def influence(self, gram: MatrixGram) -> Tensor:
         """I (M×N) in float64; I_ji < 0: up-weighting train sample i lowers the loss of validation sample j."""
@@ -66,26 +92,7 @@ class GramEstimator:
 
     def solvable(self, evidence: LayerGrams) -> LayerGrams:
         """The Grams that influence is taken of: in float64, all finite, one per matrix or one per block."""
-        grams = {name: _in_float64(name, gram) for name, gram in evidence.grams.items()}
-        layers = evidence.layers
-        if self.granularity == "block":
-            blocks = zip(layers.names, layers.params, strict=True)
-            grams = {block: reduce(add, (grams[name] for name in params)) for block, params in blocks}
-            layers = LayerMap(layers.names, tuple((block,) for block in layers.names), layers.numel)
-        return LayerGrams(layers, grams, evidence.fingerprint)
-
-    def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
-        """|S| of every block, from the influences of what `layers.params` names in it."""
-        values = []
-        for params, numel in zip(layers.params, layers.numel, strict=True):
-            influence_MN = reduce(add, (influences[name] for name in params))
-            size = abs(aggregate(influence_MN, self.aggregation))
-            values.append(size / numel if self.normalisation == "numel" else size)
-        return LayerScores(layers.names, tuple(values), "undertrained", self.source, fingerprint)
-
-    @property
-    def source(self) -> str:
-        return described(self)
+        return evidence.in_float64.by_block if self.granularity == "block" else evidence.in_float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +138,13 @@ class NormEstimator:
         raise NotImplementedError
 
     def score(self, evidence: LayerGrams, /) -> LayerScores:
+        blocks = evidence.in_float64.by_block.grams
         warn_of_zero_gradients(evidence.grams)
-        values = []
-        for params, numel in zip(evidence.layers.params, evidence.layers.numel, strict=True):
-            gram = reduce(add, (_in_float64(name, evidence.grams[name]) for name in params))
-            values.append(self.size(gram.train_train, numel=numel if self.normalisation == "numel" else 1))
-        layers = evidence.layers.names
-        return LayerScores(layers, tuple(values), "undertrained", described(self), evidence.fingerprint)
+        values = tuple(
+            self.size(blocks[block].train_train, numel=numel if self.normalisation == "numel" else 1)
+            for block, numel in zip(evidence.layers.names, evidence.layers.numel, strict=True)
+        )
+        return LayerScores(evidence.layers.names, values, "undertrained", described(self), evidence.fingerprint)
 
 
 def described(estimator: Any) -> str:
@@ -155,11 +162,26 @@ def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
 
 
 def eigenbasis(train_train: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectrum (N, ascending, >= 0) and eigenvectors (N×N, columns) of K in float64."""
+    """Spectrum (N, ascending, >= 0) and eigenvectors (N×N, columns) of K in float64.
+
+    Remembered as long as the tensor lives and is not changed in place: it is nearly all that exact and LiSSA cost, and
+    the same at every damping.
+    """
+    version = None if train_train.is_inference() else train_train._version
+    known = _EIGENBASES.get(train_train)
+    if known is not None and known[0] == version:
+        return known[1]
     gram_NN = train_train.double()
     spectrum_N, basis_NN = torch.linalg.eigh((gram_NN + gram_NN.T) / 2)
     # A Gram built in float32 has noise eigenvalues below zero that can cancel the far smaller damping.
-    return spectrum_N.clamp(min=0), basis_NN
+    found = spectrum_N.clamp(min=0), basis_NN
+    if version is not None:  # an inference tensor does not tell of changes
+        _EIGENBASES[train_train] = version, found
+    return found
+
+
+# Of K by its identity: (version, eigenbasis).
+_EIGENBASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_damping(damping: float) -> None:
@@ -168,7 +190,7 @@ def check_damping(damping: float) -> None:
 
 
 def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
-    zero = [name for name, gram in grams.items() if not (gram.train_train.any() and gram.val_norms.any())]
+    zero = [name for name, gram in grams.items() if not (gram.train_train.diagonal().any() and gram.val_norms.any())]
     if zero:
         listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
@@ -177,15 +199,3 @@ def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:
-    # λ is about 1e-8 of a gradient's squared norm: float32 cannot hold their sum, however the Gram was built.
-    solved = MatrixGram(gram.train_train.double(), gram.val_train.double(), gram.val_norms.double(), gram.numel)
-    for what in ("train_train", "val_train", "val_norms"):
-        if not bool(getattr(solved, what).isfinite().all()):
-            raise ValueError(
-                f"the Gram {what} of {name!r} is not finite, so its gradients overflowed or are NaN; "
-                "look at the loss of the probed samples, or probe in float32"
-            )
-    return solved

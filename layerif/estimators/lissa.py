@@ -63,7 +63,7 @@ def lissa_residual(
 def step_bound(train_train: Tensor, *, numel: int, damping: float) -> float:
     """2/(σmax/N + λ), which every converging step size is below; infinite for zero gradients."""
     lam = damping_lambda(train_train, numel=numel, damping=damping)
-    curvature = float(torch.linalg.eigvalsh(train_train.double())[-1]) / len(train_train) + lam
+    curvature = float(eigenbasis(train_train)[0][-1]) / len(train_train) + lam
     return 2 / curvature if curvature > 0 else math.inf
 
 

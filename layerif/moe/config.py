@@ -26,6 +26,8 @@ class LoraMoeConfig(PeftConfig):
     top_k: experts per token; never more than E, so 1 where E = 1.
     balance_coefficient: weight of the load-balancing loss. The training loop adds it,
         `loss + config.balance_coefficient * balance_loss(model)`; a model trained without reading it warns.
+    keep_zeros: for a pruned base. One expert: B·A·α/r counts only where W is not zero, so that the merged weight has
+        W's zeros and equals the trained model. More experts cannot merge, and leave W as it is.
     target_modules: names or name endings (or one regular expression) of nn.Linear modules; None, or "all-linear", is
         every nn.Linear inside the decoder blocks, which leaves the output head alone.
     exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig.
@@ -39,6 +41,7 @@ class LoraMoeConfig(PeftConfig):
     num_experts: int | Mapping[str, int] = 5
     top_k: int = 2
     balance_coefficient: float = 0.0
+    keep_zeros: bool = False
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None

@@ -16,6 +16,7 @@ import warnings
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -32,7 +33,15 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_moe_A", "lora_moe_B", "lora_moe_router")
-    other_param_names = ("r", "num_experts", "top_k", "scaling", "balance_coefficient", "lora_moe_dropout")
+    other_param_names = (
+        "r",
+        "num_experts",
+        "top_k",
+        "scaling",
+        "balance_coefficient",
+        "keeps_zeros",
+        "lora_moe_dropout",
+    )
 
     def __init__(
         self,
@@ -58,6 +67,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.lora_moe_A = nn.ModuleDict()
         self.lora_moe_B = nn.ModuleDict()
         self.lora_moe_router = nn.ModuleDict()
+        self.keeps_zeros: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -70,6 +80,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.top_k[adapter_name] = min(config.top_k, num_experts)
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self.balance_coefficient[adapter_name] = config.balance_coefficient
+        self.keeps_zeros[adapter_name] = config.keep_zeros and num_experts == 1
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_moe_dropout[adapter_name] = dropout
         down = nn.Linear(self.in_features, num_experts * config.r, bias=False)
@@ -104,6 +115,8 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
     def _experts(self, x: Tensor, adapter: str) -> Tensor:
         down = cast(nn.Linear, self.lora_moe_A[adapter])
         x = self._cast_input_dtype(x, down.weight.dtype)
+        if self.keeps_zeros[adapter]:
+            return F.linear(self.lora_moe_dropout[adapter](x), self._delta_weight(adapter))
         hidden_TER = down(self.lora_moe_dropout[adapter](x))
         if self.num_experts[adapter] == 1:
             scaled = hidden_TER * self.scaling[adapter]
@@ -131,10 +144,17 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         return torch.zeros_like(logits_TE).scatter(-1, chosen, top_logits.softmax(dim=-1))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """B·A·α/r (d_out × d_in). Raises ValueError for more than one expert."""
+        """B·A·α/r (d_out × d_in), with `keep_zeros` only where the base weight is not zero.
+
+        Raises ValueError for more than one expert.
+        """
         self.refuse_merge(adapter)
+        return self._delta_weight(adapter).detach()
+
+    def _delta_weight(self, adapter: str) -> Tensor:
         down, up = cast(nn.Linear, self.lora_moe_A[adapter]), cast(nn.Linear, self.lora_moe_B[adapter])
-        return up.weight.detach() @ down.weight.detach() * self.scaling[adapter]
+        delta = up.weight @ down.weight * self.scaling[adapter]
+        return delta.where(self._base_linear().weight != 0, 0) if self.keeps_zeros[adapter] else delta
 
     def refuse_merge(self, adapter: str) -> None:
         """Raise ValueError, naming this module, where no single weight equals base and adapter."""

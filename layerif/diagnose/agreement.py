@@ -1,0 +1,78 @@
+"""Every estimator that works on Grams, and how alike they rank the layers."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from functools import reduce
+from operator import add
+from typing import get_args
+
+import numpy as np
+from torch import Tensor
+
+import layerif.estimators
+from layerif.diagnose.estimate import spearman
+from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.layers import LayerGrams
+from layerif.scores import Aggregation
+
+
+def panel(own: GramEstimator) -> dict[str, GramEstimator]:
+    """`own` first, then every other estimator on Grams found in `layerif/estimators/`, by its file's name.
+
+    The others take over what they share with `own`: aggregation, granularity, normalisation and the damping.
+    """
+    shared = {field.name: getattr(own, field.name) for field in fields(GramEstimator)}
+    damping = {"damping": own.damping, "damping_rule": own.damping_rule} if isinstance(own, DampedEstimator) else {}
+    found: dict[str, GramEstimator] = {name_of(own): own}
+    for module in pkgutil.iter_modules(layerif.estimators.__path__):
+        imported = importlib.import_module(f"layerif.estimators.{module.name}")
+        for _, cls in inspect.getmembers(imported, inspect.isclass):
+            if cls.__module__ == imported.__name__ and issubclass(cls, GramEstimator) and _stands_alone(cls):
+                settings = shared | (damping if issubclass(cls, DampedEstimator) else {})
+                found.setdefault(module.name, cls(**settings))
+    return found
+
+
+def name_of(estimator: GramEstimator) -> str:
+    return type(estimator).__module__.rpartition(".")[2]
+
+
+def total_influence(estimator: GramEstimator, grams: LayerGrams) -> Tensor:
+    """I (M×N) summed over all matrices of all layers."""
+    return reduce(add, estimator.influences(estimator.solvable(grams).grams).values())
+
+
+def layer_influences(estimator: GramEstimator, grams: LayerGrams) -> dict[str, Tensor]:
+    """I (M×N) of each layer: the sum of its matrices'."""
+    solvable = estimator.solvable(grams)
+    influences = estimator.influences(solvable.grams)
+    blocks = zip(solvable.layers.names, solvable.layers.params, strict=True)
+    return {layer: reduce(add, (influences[name] for name in params)) for layer, params in blocks}
+
+
+def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tuple[list[str], np.ndarray]:
+    """(names, Spearman matrix) of the layer scores of every estimator under every aggregation.
+
+    Names are the estimator's, followed by the aggregation. NaN where all layers score alike.
+    """
+    scores: dict[str, tuple[float, ...]] = {}
+    for name, estimator in estimators.items():
+        solvable = estimator.solvable(grams)
+        influences = estimator.influences(solvable.grams)
+        for how in get_args(Aggregation):
+            found = replace(estimator, aggregation=how).scores(influences, solvable.layers, grams.fingerprint)
+            scores[f"{name} {how}"] = found.values
+    values_LC = np.array(list(scores.values())).T
+    columns = [spearman(values_LC, np.broadcast_to(column_L[:, None], values_LC.shape)) for column_L in values_LC.T]
+    return list(scores), np.array(columns)
+
+
+def _stands_alone(cls: type[GramEstimator]) -> bool:
+    """One that asks for Grams alone: no checkpoints, no setting without a default, not abstract."""
+    required = [field for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
+    return cls.needs == "grams" and not required and cls not in (GramEstimator, DampedEstimator)

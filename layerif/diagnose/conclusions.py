@@ -1,0 +1,253 @@
+"""What the evidence supports, in plain words and by stated rules.
+
+Every rule looks at a figure's 95 % interval: `supported` where all of it is on the claim's side of a stated bar, `not
+supported` where all of it is on the other, `not enough evidence` where the bar lies inside, or nothing was determined.
+Figures without sampling error (solver residuals, dead matrices) are compared with their bar as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["supported", "not supported", "not enough evidence"]
+
+ALIKE = 0.8  # Spearman from which on two rankings of layers count as the same
+SAME_DAMPING = 0.9  # Spearman, for figures without sampling error
+CONVEX = {"true Hessian": 0.99, "exact": 0.95}  # LDS that theory asks for
+RESIDUAL = 1e-6  # relative, of a solver in float64
+OFF = 0.1  # relative distance from the exact influence up to which an approximation counts as exact
+CONVERGED = 0.01  # share of the gradients' squared length in common
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    claim: str
+    verdict: Verdict
+    because: str
+
+
+def above(bar: float, estimate: Mapping[str, float | None]) -> Verdict:
+    """Is a figure above `bar`, by its interval?"""
+    value, low, high = (estimate[end] for end in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return "not enough evidence"
+    if low > bar:
+        return "supported"
+    return "not supported" if high <= bar else "not enough evidence"
+
+
+def shown(estimate: Mapping[str, float | None], digits: int = 2) -> str:
+    if estimate["value"] is None or estimate["low"] is None or estimate["high"] is None:
+        return "undetermined"
+    value, low, high = (f"{estimate[end]:.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value} (95 % interval {low} to {high})"
+
+
+def conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
+    """From the sections of a report, as `diagnose.json` holds them."""
+    rules = (_instrument, _gradients, _optimum, _solvers, _approximation, _samples, _highest, _damping)
+    rules += (_seeds, _curvature, _prediction, _average, _noise, _better, _mislabel, _mislabel_better)
+    return [conclusion for rule in rules if (conclusion := rule(report)) is not None]
+
+
+def _instrument(report: Mapping[str, Any]) -> Conclusion:
+    lds = report["instrument"]["lds"]
+    verdict = "supported" if all(lds[name] > bar for name, bar in CONVEX.items()) else "not supported"
+    return Conclusion(
+        "The instrument is right: where theory is exact, predicted and actual loss change agree.",
+        verdict,
+        f"logistic regression retrained to its optimum: LDS {lds['true Hessian']:.4f} with the true Hessian (bar "
+        f"{CONVEX['true Hessian']}), {lds['exact']:.4f} from gradients alone (bar {CONVEX['exact']})",
+    )
+
+
+def _gradients(report: Mapping[str, Any]) -> Conclusion:
+    found = report["gradients"]
+    bad = [f"{name} (not finite)" for name in found["non_finite"]] + [f"{name} (dead)" for name in found["dead"]]
+    return Conclusion(
+        "Every measured matrix has finite gradients, and none is dead.",
+        "not supported" if bad else "supported",
+        ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
+        if bad
+        else f"{len(found['train_norms'])} matrices looked at",
+    )
+
+
+def _optimum(report: Mapping[str, Any]) -> Conclusion:
+    found = report["gradients"]
+    common = found["common"]
+    verdict: Verdict = "not enough evidence"
+    if common["high"] is not None:
+        verdict = {"supported": "not supported", "not supported": "supported"}.get(  # type: ignore[assignment]
+            above(CONVERGED, common), "not enough evidence"
+        )
+    meaning = {
+        "supported": "influence then stands for the effect of a training row, as theory has it",
+        "not supported": "the scores then tell where training would start to move, not what a converged model owes to "
+        "its rows",
+    }.get(verdict, "")
+    return Conclusion(
+        "The model stands at an optimum of the training loss, as influence theory assumes.",
+        verdict,
+        f"the training gradients have {shown(common, 3)} of their squared length in common (bar {CONVERGED}; 0 at an "
+        f"optimum)" + (f": {meaning}" if meaning else ""),
+    )
+
+
+def _solvers(report: Mapping[str, Any]) -> Conclusion | None:
+    worst = report["solver"]["estimators"].get("exact")
+    if worst is None:
+        return None
+    return Conclusion(
+        "The exact solver solves its damped system.",
+        "supported" if worst["residual_max"] < RESIDUAL else "not supported",
+        f"relative residual at most {worst['residual_max']:.1e} (bar {RESIDUAL:.0e}), condition number up to "
+        f"{worst['condition_max']:.1e}; rounding of the Grams is at most {worst['rounding_max']:.2g} of the damping",
+    )
+
+
+def _approximation(report: Mapping[str, Any]) -> Conclusion | None:
+    own = report["estimator"]
+    found = report["solver"]["estimators"].get(own)
+    if found is None or own == "exact":
+        return None
+    return Conclusion(
+        f"{own} stands for the exact damped influence.",
+        "supported" if found["off_max"] < OFF else "not supported",
+        f"its influence is off the exact one by {found['off_median']:.2g} times its size in the median matrix and "
+        f"{found['off_max']:.2g} times in the worst (bar {OFF}); what that costs, the loss changes tell",
+    )
+
+
+def _samples(report: Mapping[str, Any]) -> Conclusion:
+    found = report["stability"]["samples"]
+    return Conclusion(
+        "Other samples of the task would rank the layers alike.",
+        above(ALIKE, found),
+        f"Spearman of bootstrap draws with the whole sample {shown(found)} (bar {ALIKE})",
+    )
+
+
+def _highest(report: Mapping[str, Any]) -> Conclusion:
+    layers, ranks = report["layers"], report["stability"]["ranks"]
+    top = min(range(len(layers)), key=lambda l: ranks[l]["value"])
+    third = max(1, len(layers) // 3)
+    low, high = ranks[top]["low"], ranks[top]["high"]
+    verdict: Verdict = "not enough evidence"
+    if high is not None:
+        verdict = "supported" if high <= third else "not supported" if low > third else "not enough evidence"
+    sure = sum(rank["high"] is not None and rank["high"] <= third for rank in ranks)
+    return Conclusion(
+        f"The highest-scored layer, {layers[top]}, is among the top third.",
+        verdict,
+        (f"its rank lies between {low:g} and {high:g} of {len(layers)}" if high is not None else "no rank determined")
+        + f"; {sure} of the {third} places of the top third are held for sure",
+    )
+
+
+def _damping(report: Mapping[str, Any]) -> Conclusion | None:
+    pairs = report["stability"]["damping"]
+    if not pairs:
+        return None
+    worst = min((pair for pair in pairs if pair["spearman"] is not None), key=lambda p: p["spearman"], default=None)
+    if worst is None:
+        return Conclusion("The ranking of layers does not hang on the damping.", "not enough evidence", "no ranking")
+    return Conclusion(
+        "The ranking of layers does not hang on the damping, over two orders of magnitude.",
+        "supported" if worst["spearman"] >= SAME_DAMPING else "not supported",
+        f"Spearman at least {worst['spearman']:.2f} ({worst['first']} and {worst['second']}; bar {SAME_DAMPING})",
+    )
+
+
+def _seeds(report: Mapping[str, Any]) -> Conclusion | None:
+    pairs = [pair["spearman"] for pair in report["stability"]["seeds"] if pair["spearman"] is not None]
+    if not pairs:
+        return None
+    return Conclusion(
+        "Adapters trained from other seeds rank the layers alike.",
+        "supported" if min(pairs) >= ALIKE else "not supported" if max(pairs) < ALIKE else "not enough evidence",
+        f"Spearman {min(pairs):.2f} to {max(pairs):.2f} over {len(pairs)} pairs of seeds (bar {ALIKE}), scores "
+        "taken on the LoRA matrices of each adapter",
+    )
+
+
+def _curvature(report: Mapping[str, Any]) -> Conclusion | None:
+    names, matrix = report["agreement"]["names"], report["agreement"]["spearman"]
+    own, plain = f"{report['estimator']} {report['aggregation']}", f"grad_dot {report['aggregation']}"
+    if own == plain or plain not in names:
+        return None
+    found = matrix[names.index(own)][names.index(plain)]
+    if found is None:
+        return None
+    return Conclusion(
+        f"{report['estimator']} ranks the layers otherwise than plain gradient products do.",
+        "supported" if found < ALIKE else "not supported",
+        f"Spearman {found:.2f} with grad_dot (below {ALIKE}: otherwise)",
+    )
+
+
+def _prediction(report: Mapping[str, Any]) -> Conclusion:
+    own, found = report["estimator"], report["leave_out"]
+    limit = f"; another seed's retraining reaches {found['ceiling']:.2f}" if found["ceiling"] is not None else ""
+    return Conclusion(
+        f"{own} predicts the loss change of single validation rows better than chance.",
+        above(0, found["lds"][own]),
+        f"LDS {shown(found['lds'][own])} over {found['num_subsets']} left-out sets of {found['left_out']} of "
+        f"{found['num_train']} rows, {found['num_seeds']} seeds{limit}",
+    )
+
+
+def _average(report: Mapping[str, Any]) -> Conclusion:
+    own, found = report["estimator"], report["leave_out"]
+    return Conclusion(
+        f"{own} predicts the change of the mean validation loss better than chance.",
+        above(0, found["lds_of_mean"][own]),
+        f"Spearman over the left-out sets {shown(found['lds_of_mean'][own])}",
+    )
+
+
+def _noise(report: Mapping[str, Any]) -> Conclusion | None:
+    found = report["leave_out"]
+    if found["sd_over_seeds"] is None:
+        return None
+    return Conclusion(
+        "Which rows are left out moves a validation loss more than another seed does.",
+        "supported" if found["sd_over_sets"] > found["sd_over_seeds"] else "not supported",
+        f"standard deviation over sets {found['sd_over_sets']:.3f}, over seeds {found['sd_over_seeds']:.3f} nats",
+    )
+
+
+def _better(report: Mapping[str, Any]) -> Conclusion | None:
+    own, found = report["estimator"], report["leave_out"]
+    if own == "grad_dot" or "grad_dot" not in found["lds"]:
+        return None
+    return Conclusion(
+        f"{own} predicts loss changes better than plain gradient products.",
+        above(0, found["beyond_grad_dot"][own]),
+        f"its LDS exceeds that of grad_dot by {shown(found['beyond_grad_dot'][own])}",
+    )
+
+
+def _mislabel(report: Mapping[str, Any]) -> Conclusion:
+    own, found = report["estimator"], report["mislabel"]
+    mine = found["estimators"][own]
+    return Conclusion(
+        f"{own} tells wrong answers from right ones better than chance.",
+        above(0.5, mine["auc"]),
+        f"AUC {shown(mine['auc'])} over {found['num_trials']} trials with {found['num_flipped']} of "
+        f"{found['num_train']} answers flipped; {mine['found']:.0%} of them are among the {found['num_flipped']} most "
+        f"harmful rows (a random order: {found['random']['found']:.0%})",
+    )
+
+
+def _mislabel_better(report: Mapping[str, Any]) -> Conclusion | None:
+    own, found = report["estimator"], report["mislabel"]["estimators"]
+    if own == "grad_dot" or "grad_dot" not in found:
+        return None
+    return Conclusion(
+        f"{own} finds wrong answers better than plain gradient products.",
+        above(0, found[own]["beyond_grad_dot"]),
+        f"its AUC exceeds that of grad_dot by {shown(found[own]['beyond_grad_dot'])}",
+    )

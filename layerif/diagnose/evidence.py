@@ -1,0 +1,181 @@
+"""The sections of the report: each asks one question of Grams and retrainings, and answers in figures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from layerif.decide import Decider
+from layerif.diagnose.agreement import agreement, layer_influences, total_influence
+from layerif.diagnose.convex import convex_check
+from layerif.diagnose.estimate import mean, percentile
+from layerif.diagnose.gradients import gradient_health
+from layerif.diagnose.leave_out import ceiling, lds, lds_estimates, membership, noise, predicted_change
+from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
+from layerif.diagnose.retrainings import Retrainings
+from layerif.diagnose.solver import Solved, solver_residuals
+from layerif.diagnose.stability import (
+    bootstrap_scores,
+    correlations,
+    damping_profiles,
+    halves,
+    profile_stability,
+    rank_intervals,
+)
+from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.layers import LayerGrams
+
+Panel = Mapping[str, GramEstimator]  # the user's own comes first
+
+
+def instrument() -> dict[str, Any]:
+    found = convex_check()
+    predicted = {name: change_SM.mean(axis=1) for name, change_SM in found.predicted.items()}
+    return {"lds": found.lds, "actual": found.actual_SM.mean(axis=1), "predicted": predicted}
+
+
+def solver(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
+    with quiet():
+        found = {
+            name: solver_residuals(estimator, grams)
+            for name, estimator in estimators.items()
+            if isinstance(estimator, DampedEstimator)
+        }
+    return {"estimators": {name: _summary(each) for name, each in found.items() if each}, "matrices": found}
+
+
+def _summary(matrices: list[Solved]) -> dict[str, Any]:
+    residuals, off = [each.residual for each in matrices], [each.off for each in matrices]
+    steps = [each.step for each in matrices if each.step is not None]
+    return {
+        "residual_median": median(residuals),
+        "residual_max": max(residuals),
+        "off_median": median(off),
+        "off_max": max(off),
+        "worst": max(matrices, key=lambda each: each.off).matrix,
+        "condition_max": max(each.condition for each in matrices),
+        "rounding_max": max(each.rounding for each in matrices),
+        "step": [min(steps), max(steps)] if steps else None,
+    }
+
+
+def agreements(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
+    with quiet():
+        names, matrix = agreement(estimators, grams)
+    return {"names": names, "spearman": matrix}
+
+
+def stability(
+    own: GramEstimator, grams: LayerGrams, at_adapters: Mapping[int, LayerGrams], *, resamples: int, seed: int
+) -> dict[str, Any]:
+    with quiet():
+        scores = own.score(grams).values
+        by_seed = {f"seed {number}": own.score(found).values for number, found in at_adapters.items()}
+    draws_BL = bootstrap_scores(own, grams, resamples=resamples, seed=seed)
+    return {
+        "scores": scores,
+        "ranks": rank_intervals(scores, draws_BL),
+        "samples": profile_stability(scores, draws_BL),
+        "halves": halves(own, grams, draws=20, seed=seed),
+        "damping": correlations(damping_profiles(own, grams)),
+        "seeds": correlations(by_seed),
+    }
+
+
+def mislabel(
+    estimators: Panel, decider: Decider, model: Callable[[], nn.Module], *, share: float, trials: int
+) -> dict[str, Any]:
+    chosen = decider.chosen("train")
+    is_flipped: list[np.ndarray] = []
+    harms: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
+    by_layer: dict[str, list[float]] = {}
+    for trial in range(trials):
+        examples, is_flipped_N = flip(chosen, share, seed=decider.seed + trial)
+        grams, _ = replace(decider, splits=replace(decider.splits, train=tuple(examples))).grams(model)
+        is_flipped.append(is_flipped_N)
+        with quiet():
+            for name, estimator in estimators.items():
+                harms[name].append(harm(total_influence(estimator, grams)))
+            for layer, influence_MN in layer_influences(next(iter(estimators.values())), grams).items():
+                by_layer.setdefault(layer, []).append(detection(harm(influence_MN), is_flipped_N).auc)
+    draws = {name: auc_draws(found, is_flipped, seed=decider.seed) for name, found in harms.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name in estimators:
+        pairs = list(zip(harms[name], is_flipped, strict=True))
+        detected = [detection(*pair) for pair in pairs]
+        found[name] = {
+            "found": float(np.mean([each.found for each in detected])),
+            "auc": percentile(float(np.mean([each.auc for each in detected])), draws[name]),
+            "trials": detected,
+            "curve": np.mean([curve(*pair) for pair in pairs], axis=0),
+        }
+    for name, figures in found.items():
+        gain = figures["auc"].value - found["grad_dot"]["auc"].value
+        figures["beyond_grad_dot"] = percentile(gain, draws[name] - draws["grad_dot"])
+    num_flipped = int(is_flipped[0].sum())
+    return {
+        "num_trials": trials,
+        "num_train": len(chosen),
+        "num_flipped": num_flipped,
+        "random": {"found": num_flipped / len(chosen), "auc": 0.5},
+        "estimators": found,
+        "auc_by_layer": {layer: float(np.mean(aucs)) for layer, aucs in by_layer.items()},
+    }
+
+
+def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
+    """The headline compares the means over seeds: what leaving rows out does, rather than what it did once."""
+    train, validation = retrainings.decider.samples()
+    seed, num_train = retrainings.decider.seed, len(train)
+    untrained_M, full_EM, left_out_ESM = retrainings.losses()
+    actual_ESM = left_out_ESM - full_EM[:, None]
+    actual_SM = actual_ESM.mean(axis=0)
+    adapters = list(retrainings.grams().values())
+    left_out_SN = membership(retrainings.sets, num_train)
+    with quiet():
+        predicted = {
+            name: np.stack([predicted_change(total_influence(estimator, each), left_out_SN) for each in adapters])
+            for name, estimator in estimators.items()
+        }
+    means = {name: change_ESM.mean(axis=0) for name, change_ESM in predicted.items()}
+    scores, beyond = lds_estimates(means, actual_SM, than="grad_dot", seed=seed)
+    of_mean, _ = lds_estimates(
+        {name: change_SM.mean(axis=1, keepdims=True) for name, change_SM in means.items()},
+        actual_SM.mean(axis=1, keepdims=True),
+        than="grad_dot",
+        seed=seed,
+    )
+    over_sets, over_seeds = noise(actual_ESM, full_EM)
+    return {
+        "num_seeds": len(full_EM),
+        "num_subsets": len(retrainings.sets),
+        "num_train": num_train,
+        "num_validation": len(validation),
+        "left_out": len(retrainings.sets[0]),
+        "loss": {"untrained": mean(untrained_M), "trained": full_EM.mean(axis=1)},
+        "lds": scores,
+        "lds_of_mean": of_mean,
+        "beyond_grad_dot": beyond,
+        "lds_by_seed": {name: [*map(lds, predicted[name], actual_ESM)] for name in estimators},
+        "ceiling": ceiling(actual_ESM),
+        "sd_over_sets": over_sets,
+        "sd_over_seeds": over_seeds,
+        "common": [gradient_health(each).common for each in adapters],
+        "actual": actual_SM.mean(axis=1),
+        "predicted": {name: change_SM.mean(axis=1) for name, change_SM in means.items()},
+    }
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What an estimator has to say of a Gram was said when the scores were taken; the report gives it as figures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield

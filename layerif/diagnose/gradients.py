@@ -1,0 +1,83 @@
+"""The health of the gradients: their size, dead and non-finite matrices, and how far the model is from an optimum.
+
+Influence theory starts where the mean training gradient is zero. With K = G Gᵀ (N×N) summed over the matrices,
+
+    common = mean of K off its diagonal / mean of K on its diagonal
+
+is the share of the gradients' squared length that all samples have in common: an unbiased estimate of
+‖E g‖²/E‖g‖², 0 at an optimum of the training loss and 1 where every sample pulls the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from layerif.diagnose.estimate import LEVEL, Estimate
+from layerif.layers import LayerGrams
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """train_norms, val_norms: root mean square over samples of ‖g‖, by matrix (NaN where not finite).
+
+    dead: matrices whose gradient is zero for every train or for every validation sample. non_finite: matrices with an
+    infinite or NaN entry in a Gram. common: see above, over all other matrices; length: ‖mean g‖ over the root mean
+    square of ‖g‖, and chance: what 1/√N of it sampling alone would leave at an optimum.
+    """
+
+    train_norms: dict[str, float]
+    val_norms: dict[str, float]
+    dead: list[str]
+    non_finite: list[str]
+    common: Estimate
+    length: float
+    chance: float
+
+
+def gradient_health(grams: LayerGrams) -> Gradients:
+    train_norms, val_norms, dead, non_finite = {}, {}, [], []
+    num_train = len(next(iter(grams.grams.values())).train_train)
+    total_NN = torch.zeros(num_train, num_train, dtype=torch.float64)
+    for name, gram in grams.grams.items():
+        tensors = gram.train_train, gram.val_train, gram.val_norms
+        train_norms[name] = math.sqrt(max(0.0, float(gram.train_train.double().diagonal().mean())))
+        val_norms[name] = math.sqrt(float(gram.val_norms.double().square().mean()))
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            non_finite.append(name)
+            train_norms[name] = val_norms[name] = math.nan
+            continue
+        if not (gram.train_train.any() and gram.val_norms.any()):
+            dead.append(name)
+        total_NN += gram.train_train
+    if not total_NN.any():
+        unknown = Estimate(math.nan, math.nan, math.nan)
+        return Gradients(train_norms, val_norms, dead, non_finite, unknown, math.nan, 1 / math.sqrt(num_train))
+    length = math.sqrt(max(0.0, float(total_NN.mean())) / float(total_NN.diagonal().mean()))
+    return Gradients(train_norms, val_norms, dead, non_finite, common_share(total_NN), length, 1 / math.sqrt(num_train))
+
+
+def common_share(gram_NN: Tensor) -> Estimate:
+    """`common` of a Gram with its jackknife interval; undetermined below three samples.
+
+    A bootstrap would draw samples twice and take a gradient's product with itself for agreement.
+    """
+    num = len(gram_NN)
+    if num < 3:
+        return Estimate(math.nan, math.nan, math.nan)
+    gram_NN = gram_NN.double()
+    diagonal_N = gram_NN.diagonal()
+    total, trace = gram_NN.sum(), diagonal_N.sum()
+    share = float((total - trace) / (num - 1) / trace)
+    left_total_N = total - 2 * gram_NN.sum(dim=1) + diagonal_N  # without each sample in turn
+    left_trace_N = trace - diagonal_N
+    if bool((left_trace_N <= 0).any()):  # one sample has all the gradient
+        return Estimate(share, math.nan, math.nan)
+    left_N = (left_total_N - left_trace_N) / (num - 2) / left_trace_N
+    error = float(torch.sqrt((num - 1) * (left_N - left_N.mean()).square().mean()))
+    width = float(norm.ppf((1 + LEVEL) / 2)) * error
+    return Estimate(share, share - width, share + width)

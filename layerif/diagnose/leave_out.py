@@ -1,0 +1,112 @@
+"""Predicted against actual loss change when training rows are left out: the linear datamodeling score (LDS).
+
+Influence I (M×N) is the change of a validation loss per unit of up-weighting a train sample whose weight is 1/N.
+Leaving a row out takes that 1/N away, so that leaving out a set R is predicted to change validation row j's loss by
+
+    Δ_j(R) = −(1/N) Σ_{i in R} I_ji:
+
+above zero where helpful rows (I < 0) go. The LDS (Park et al., 2023) of a validation row is Spearman's rank correlation
+of predicted and actual change over the sets; their mean over validation rows is the LDS. 1: influence orders the sets
+as retraining does; 0: no better than chance.
+
+Letters in shape suffixes: S left-out sets, N train rows, M validation rows, E seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from random import Random
+
+import numpy as np
+from torch import Tensor
+
+from layerif.diagnose.estimate import RESAMPLES, Estimate, mean, percentile, spearman
+
+
+def left_out_sets(num_rows: int, size: int, count: int, *, seed: int) -> list[tuple[int, ...]]:
+    """`count` different random sets of `size` of `num_rows` rows, each in ascending order.
+
+    The first sets do not depend on how many are asked for. Raises ValueError where there are not so many.
+    """
+    if not 1 <= size < num_rows:
+        raise ValueError(
+            f"leaving {size} of {num_rows} training rows out is impossible: between 1 and {num_rows - 1} can go; "
+            "change method.removed or method.num_train"
+        )
+    if math.comb(num_rows, size) < count:
+        raise ValueError(
+            f"method.subsets={count} different sets of {size} of {num_rows} rows do not exist, only "
+            f"{math.comb(num_rows, size)}; use fewer subsets or more rows (method.num_train)"
+        )
+    chosen, found = Random(f"{seed} left out"), {}
+    while len(found) < count:
+        found.setdefault(tuple(sorted(chosen.sample(range(num_rows), size))))
+    return list(found)
+
+
+def membership(sets: Sequence[Sequence[int]], num_rows: int) -> np.ndarray:
+    """1 where a row is left out of a set, 0 elsewhere: (S×N)."""
+    left_out_SN = np.zeros((len(sets), num_rows))
+    for number, rows in enumerate(sets):
+        left_out_SN[number, list(rows)] = 1
+    return left_out_SN
+
+
+def predicted_change(influence_MN: Tensor, left_out_SN: np.ndarray) -> np.ndarray:
+    """−(1/N) Σ over the left-out rows of I: (S×M)."""
+    return -left_out_SN @ influence_MN.double().cpu().numpy().T / left_out_SN.shape[1]
+
+
+def lds(predicted_SM: np.ndarray, actual_SM: np.ndarray) -> float:
+    """The mean over validation rows of Spearman's correlation over sets; NaN where nothing was predicted."""
+    return mean(spearman(predicted_SM, actual_SM))
+
+
+def lds_draws(
+    predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, seed: int, resamples: int = RESAMPLES
+) -> dict[str, np.ndarray]:
+    """The LDS of every prediction under a bootstrap of sets and of validation rows.
+
+    All predictions see the same draws, so that their differences are paired.
+    """
+    num_sets, num_val = actual_SM.shape
+    rng = np.random.default_rng(seed)
+    draws: dict[str, list[float]] = {name: [] for name in predicted}
+    for _ in range(resamples):
+        drawn = np.ix_(rng.integers(num_sets, size=num_sets), rng.integers(num_val, size=num_val))
+        for name, predicted_SM in predicted.items():
+            draws[name].append(lds(predicted_SM[drawn], actual_SM[drawn]))
+    return {name: np.array(values) for name, values in draws.items()}
+
+
+def lds_estimates(
+    predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, than: str, seed: int
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """The LDS of every prediction, and by how much it exceeds that of the prediction `than`; both with intervals."""
+    draws = lds_draws(predicted, actual_SM, seed=seed)
+    values = {name: lds(predicted_SM, actual_SM) for name, predicted_SM in predicted.items()}
+    return (
+        {name: percentile(values[name], draws[name]) for name in predicted},
+        {name: percentile(values[name] - values[than], draws[name] - draws[than]) for name in predicted},
+    )
+
+
+def ceiling(actual_ESM: np.ndarray) -> float:
+    """The mean LDS of one seed's actual changes with another's: what no prediction made before can be held to beat.
+
+    NaN for a single seed.
+    """
+    pairs = combinations(actual_ESM, 2)
+    return mean(np.array([lds(first_SM, second_SM) for first_SM, second_SM in pairs]))
+
+
+def noise(actual_ESM: np.ndarray, full_EM: np.ndarray) -> tuple[float, float]:
+    """(standard deviation of the change over sets, of the unchanged training's loss over seeds), means over rows.
+
+    Where the second is not well below the first, another seed moves a loss as much as other rows do.
+    """
+    over_sets = float(actual_ESM.std(axis=1, ddof=1).mean())
+    over_seeds = float(full_EM.std(axis=0, ddof=1).mean()) if len(full_EM) > 1 else math.nan
+    return over_sets, over_seeds

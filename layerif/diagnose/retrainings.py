@@ -1,0 +1,122 @@
+"""All retrainings of a report, each kept as it finishes: adapters, their Grams, losses with and without rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from layerif.data.batches import padding_id
+from layerif.decide import Decider
+from layerif.diagnose.retrain import Recipe, Retrainer, losses
+from layerif.layers import LayerGrams
+from layerif.models import layer_map
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrainings:
+    """decider: its probe says which rows are trained on and watched, and where the adapters stand (its scope).
+
+    sets: the rows left out of each retraining, the same for every seed. model: gives the bare model. work: the folder
+    of what is done already; the same work done again in the same folder costs nothing.
+    """
+
+    decider: Decider
+    recipe: Recipe
+    seeds: Sequence[int]
+    sets: Sequence[Sequence[int]]
+    model: Callable[[], nn.Module]
+    work: Path
+
+    def losses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of M validation rows: untrained (M), trained on all rows (E×M), and without each set (E×S×M)."""
+        untrained = self._kept("untrained", lambda: self._losses(self.model()))
+        for seed in self.seeds:
+            self._train(seed)
+        full = [self._read(seed) for seed in self.seeds]
+        left_out = [[self._read(seed, number) for number in range(len(self.sets))] for seed in self.seeds]
+        return np.array(untrained), np.array(full), np.array(left_out)
+
+    def grams(self) -> dict[int, LayerGrams]:
+        """Of the LoRA matrices of each seed's adapter, trained on all rows."""
+        for seed in self.seeds:
+            self._train(seed)
+        return {seed: self._measure(seed, None) for seed in self.seeds}
+
+    def _train(self, seed: int) -> None:
+        """What is missing of one seed: first the adapter of all rows with its Grams, then the sets."""
+        rows: list[tuple[Path, Sequence[int]]] = [(self._file(seed), ())]
+        rows += [(self._file(seed, number), left_out) for number, left_out in enumerate(self.sets)]
+        missing = [(file, left_out) for file, left_out in rows if not file.exists()]
+        if not missing:
+            return
+        base, (train, _) = self.model(), self.decider.samples()
+        scope = self.decider.probe.scope
+        params = [param for block in layer_map(base, scope=scope).params for param in block]
+        targets = [param.removesuffix(".weight") for param in params]
+        log.info("seed %d: %d of %d trainings to do", seed, len(missing), len(rows))
+        retrainer = Retrainer(base, targets, train, padding_id(self.decider.tokenizer), self.recipe, seed)
+        try:
+            for file, left_out in tqdm(missing, desc=f"retraining, seed {seed}", disable=None, leave=False):
+                model = retrainer(left_out)
+                if not left_out:
+                    self._save(retrainer, seed)
+                    self._measure(seed, model)
+                write(file, json.dumps(self._losses(model)))
+        finally:
+            retrainer.detach()
+
+    def _losses(self, model: nn.Module) -> list[float]:
+        _, validation = self.decider.samples()
+        return losses(model, validation, self.decider.probe.batch_size, padding_id(self.decider.tokenizer))
+
+    def _measure(self, seed: int, model: nn.Module | None) -> LayerGrams:
+        """The Grams at a saved adapter; `model` is that adapter in memory, if it is."""
+        at = replace(self.decider.model, adapter=str(self._adapter(seed)))
+
+        def load() -> nn.Module:
+            return at.load().to(self.decider.device) if model is None else model  # type: ignore[arg-type]
+
+        return replace(self.decider, model=at).grams(load)[0]
+
+    def _save(self, retrainer: Retrainer, seed: int) -> None:
+        folder, unfinished = self._adapter(seed), self._adapter(seed).with_suffix(".unfinished")
+        for old in (folder, unfinished):
+            shutil.rmtree(old, ignore_errors=True)
+        retrainer.model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        unfinished.rename(folder)
+
+    def _adapter(self, seed: int) -> Path:
+        return self.work / f"adapter-{seed}"
+
+    def _file(self, seed: int, number: int | None = None) -> Path:
+        return self.work / (f"losses-{seed}.json" if number is None else f"losses-{seed}-without-{number}.json")
+
+    def _read(self, seed: int, number: int | None = None) -> list[float]:
+        return json.loads(self._file(seed, number).read_text())
+
+    def _kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
+        file = self.work / f"losses-{name}.json"
+        if not file.exists():
+            write(file, json.dumps(compute()))
+        return json.loads(file.read_text())
+
+
+def write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)

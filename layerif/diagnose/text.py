@@ -1,0 +1,209 @@
+"""A report in words: the page `diagnose.md`, the few lines of the console, the headline figures of the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from layerif.diagnose.conclusions import shown
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole report, conclusions first; `report` is what `diagnose.json` holds."""
+    sections = [_conclusions, _instrument, _gradients, _solver, _stability, _agreement, _leave_out, _mislabel]
+    return "\n\n".join(["# Can these scores be trusted?", *(section(report) for section in sections)]) + "\n"
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    found = report["conclusions"]
+    width = max(len(each["verdict"]) for each in found)
+    return "\n".join(
+        f"  {each['verdict']:<{width}}  {each['claim']}\n  {'':<{width}}    {each['because']}" for each in found
+    )
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the user's own estimator, by metric; what was not determined is left out."""
+    own, left_out = report["estimator"], report["leave_out"]
+    mine = report["mislabel"]["estimators"][own]
+    found: dict[str, Any] = {
+        "convex_lds": report["instrument"]["lds"]["exact"],
+        "common_gradient": report["gradients"]["common"]["value"],
+        "dead_matrices": len(report["gradients"]["dead"]),
+        "rank_stability": report["stability"]["samples"]["value"],
+        "rank_stability_low": report["stability"]["samples"]["low"],
+        "rank_stability_high": report["stability"]["samples"]["high"],
+        "lds": left_out["lds"][own]["value"],
+        "lds_low": left_out["lds"][own]["low"],
+        "lds_high": left_out["lds"][own]["high"],
+        "lds_ceiling": left_out["ceiling"],
+        "lds_of_mean": left_out["lds_of_mean"][own]["value"],
+        "mislabel_auc": mine["auc"]["value"],
+        "mislabel_auc_low": mine["auc"]["low"],
+        "mislabel_auc_high": mine["auc"]["high"],
+        "mislabel_found": mine["found"],
+    }
+    counts = [each["verdict"] for each in report["conclusions"]]
+    found |= {verdict.replace(" ", "_"): counts.count(verdict) for verdict in sorted(set(counts))}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _conclusions(report: Mapping[str, Any]) -> str:
+    samples = " and ".join(f"{num} {part}" for part, num in report["samples"].items())
+    rows = [(each["verdict"], each["claim"], each["because"]) for each in report["conclusions"]]
+    return (
+        f"{report['source']} over {len(report['layers'])} layers, from {samples} rows. No evaluated row was looked at. "
+        "A claim is supported where the whole 95 % interval of its figure is on the claim's side of the bar, not "
+        "supported where all of it is on the other side, and otherwise there is not enough evidence.\n\n"
+        + _table(("verdict", "claim", "because"), rows)
+    )
+
+
+def _instrument(report: Mapping[str, Any]) -> str:
+    rows = [(name, f"{value:.4f}") for name, value in report["instrument"]["lds"].items()]
+    return (
+        "## Instrument check\n\nL2-regularised logistic regression, retrained to its optimum with rows left out, in "
+        "float64. Theory is exact here, so anything far below 1 would be a defect of this program.\n\n"
+        + _table(("influence by", "LDS"), rows)
+    )
+
+
+def _gradients(report: Mapping[str, Any]) -> str:
+    found = report["gradients"]
+    norms = {name: norm for name, norm in found["train_norms"].items() if norm is not None}
+    lines = []
+    if norms:
+        low, high = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
+        lines.append(f"Root mean square norms run from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high}).")
+    lines.append(f"Dead: {', '.join(found['dead']) or 'none'}. Not finite: {', '.join(found['non_finite']) or 'none'}.")
+    if found["length"] is not None:
+        lines.append(
+            f"The mean training gradient has {found['length']:.2f} of a single gradient's length; at an optimum, "
+            f"sampling alone would leave about {found['chance']:.2f}. Of the squared length, "
+            f"{shown(found['common'], 3)} is common to all samples: 0 at an optimum, 1 where every sample pulls alike."
+        )
+    return "## Gradients\n\n" + "\n".join(lines)
+
+
+def _solver(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            f"{each['residual_median']:.1e} / {each['residual_max']:.1e}",
+            f"{each['off_median']:.2g} / {each['off_max']:.2g}",
+            each["worst"],
+            f"{each['condition_max']:.1e}",
+            f"{each['rounding_max']:.2g}",
+            f"{each['step'][0]:.2g} to {each['step'][1]:.2g}" if each["step"] else "–",
+        )
+        for name, each in report["solver"]["estimators"].items()
+    ]
+    head = ("estimator", "residual median / max", "off exact median / max", "worst matrix")
+    return (
+        "## Solvers\n\nResidual: ‖I·(K/N + λ) + C‖/‖C‖ of each matrix. Off exact: ‖I − I_exact‖/‖I_exact‖ at the same "
+        "damping. Rounding: the largest negative eigenvalue of a Gram, which is float32 noise, over the damping.\n\n"
+        + _table((*head, "condition", "rounding", "step"), rows)
+    )
+
+
+def _stability(report: Mapping[str, Any]) -> str:
+    found = report["stability"]
+    rows = [
+        (layer, f"{score:.3g}", f"{rank['value']:g}", f"{rank['low']:g} to {rank['high']:g}")
+        for layer, score, rank in zip(report["layers"], found["scores"], found["ranks"], strict=True)
+    ]
+    halves = [value for value in found["halves"] if value is not None]
+    lines = [f"Bootstrap draws agree with the whole sample by Spearman {shown(found['samples'])}."]
+    if halves:
+        mean = sum(halves) / len(halves)
+        lines.append(
+            f"Disjoint random halves agree with each other by {mean:.2f} on average ({min(halves):.2f} to "
+            f"{max(halves):.2f} over {len(halves)} draws)."
+        )
+    pairs = [
+        (pair["first"], pair["second"], _number(pair["spearman"]), _number(pair["kendall"]))
+        for pair in (*found["damping"], *found["seeds"])
+    ]
+    return "\n\n".join(
+        [
+            "## Ranks of the layers",
+            "\n".join(lines),
+            _table(("scores at", "and at", "Spearman", "Kendall"), pairs) if pairs else "Nothing else to compare.",
+            "Seeds are those of the trained adapters, scored on their LoRA matrices. Rank 1 is the highest score:",
+            _table(("layer", "score", "rank", "95 % interval"), rows),
+        ]
+    )
+
+
+def _agreement(report: Mapping[str, Any]) -> str:
+    names, matrix = report["agreement"]["names"], report["agreement"]["spearman"]
+    chosen = [index for index, name in enumerate(names) if name.endswith(f" {report['aggregation']}")]
+    rows = [(names[i], *(_number(matrix[i][j]) for j in chosen)) for i in chosen]
+    return (
+        f"## Agreement of estimators\n\nSpearman of the layer scores, aggregation `{report['aggregation']}`; the other "
+        "aggregations are in agreement.png and diagnose.json.\n\n" + _table(("", *(names[j] for j in chosen)), rows)
+    )
+
+
+def _leave_out(report: Mapping[str, Any]) -> str:
+    found = report["leave_out"]
+    rows = [
+        (
+            name,
+            shown(lds),
+            ", ".join(_number(value) for value in found["lds_by_seed"][name]),
+            shown(found["lds_of_mean"][name]),
+            shown(found["beyond_grad_dot"][name]) if name != "grad_dot" else "–",
+        )
+        for name, lds in sorted(found["lds"].items(), key=lambda item: -(item[1]["value"] or -1.0))
+    ]
+    trained = ", ".join(f"{loss:.3f}" for loss in found["loss"]["trained"])
+    common = ", ".join(_number(each["value"]) for each in found["common"])
+    over_seeds = f", over seeds {found['sd_over_seeds']:.3f}" if found["sd_over_seeds"] is not None else ""
+    limit = ""
+    if found["ceiling"] is not None:
+        limit = f" The actual changes of two seeds agree by {found['ceiling']:.2f}, the yardstick of any prediction."
+    return (
+        "## Predicted and actual loss change\n\n"
+        f"Plain LoRA on {found['num_train']} training rows, again without each of {found['num_subsets']} random sets "
+        f"of {found['left_out']} rows, with {found['num_seeds']} seeds: same start, same order, no dropout. Watched is "
+        f"the loss of {found['num_validation']} validation rows: {found['loss']['untrained']:.3f} untrained, {trained} "
+        "trained (one a seed). LDS: Spearman of predicted and actual change over the sets, validation row by "
+        "validation row, on the means over seeds; its interval is over sets and rows. Of the mean: the same for the "
+        "mean loss of all rows. Only the order counts: the damping sets the scale of an influence.\n\n"
+        + _table(("estimator", "LDS", "seed by seed", "of the mean", "above grad_dot"), rows)
+        + f"\n\nStandard deviation of a row's loss over sets {found['sd_over_sets']:.3f}{over_seeds} nats.{limit} "
+        f"Common share of the gradients at the adapters: {common}."
+    )
+
+
+def _mislabel(report: Mapping[str, Any]) -> str:
+    found = report["mislabel"]
+    rows = [
+        (
+            name,
+            f"{each['found']:.0%}",
+            shown(each["auc"]),
+            shown(each["beyond_grad_dot"]) if name != "grad_dot" else "–",
+        )
+        for name, each in sorted(found["estimators"].items(), key=lambda item: -item[1]["auc"]["value"])
+    ]
+    rows.append(("a random order", f"{found['random']['found']:.0%}", f"{found['random']['auc']:.2f}", "–"))
+    by_layer = found["auc_by_layer"]
+    best = sorted(by_layer, key=by_layer.__getitem__, reverse=True)[:3]
+    named = ", ".join(f"{layer} ({by_layer[layer]:.2f})" for layer in best)
+    return (
+        f"## Wrong answers\n\n{found['num_flipped']} of {found['num_train']} training answers made wrong, "
+        f"{found['num_trials']} times; found is their share among the {found['num_flipped']} most harmful rows.\n\n"
+        + _table(("estimator", "found", "AUC", "above grad_dot"), rows)
+        + f"\n\nSingle layers that tell most ({report['estimator']}, AUC; the best of {len(by_layer)} is flattered by "
+        f"the choice): {named}."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

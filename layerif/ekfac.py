@@ -1,0 +1,220 @@
+"""Influence under EK-FAC, by way of kronfluence: the same loss, samples and matrices as the probe's.
+
+For one matrix with inputs a and output gradients δ, whose per-sample gradients are g = Σ_t δ_t a_tᵀ:
+
+    U_A, U_S: eigenvectors of E_t[a aᵀ] and E_t[δ δᵀ];    g' = U_Sᵀ g U_A;    Λ = E[g'²] elementwise over train samples
+    I_ji = −Σ v'_j ∘ g'_i / (Λ + λ),    λ = damping · mean of Λ = damping · the mean squared gradient entry
+
+(George et al., 2018; Grosse et al., 2023), with the empirical Fisher: the data's own labels. It takes three passes over
+the train samples; kronfluence keeps its factors meanwhile, four square matrices per matrix, in the folder for temporary
+files.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from layerif.data.batches import Encodings, collate
+from layerif.layers import LayerInfluences, LayerMap
+from layerif.loss import per_sample_loss
+from layerif.models import bare
+
+VERSION = 1  # part of every key: raise it when the meaning of an influence changes
+
+_SUPPORTED = "1.0.1"  # the one release whose factors were compared with the dense definition
+
+
+def check_installed() -> None:
+    """Raises ValueError with the commands that install kronfluence where it is missing or another release."""
+    try:
+        found = version("kronfluence")
+    except PackageNotFoundError:
+        found = "not installed"
+    if found != _SUPPORTED:
+        raise ValueError(
+            f"estimator=ekfac needs kronfluence {_SUPPORTED}, which is {found}; run `pip install --no-deps "
+            f"kronfluence=={_SUPPORTED}` and `pip install accelerate einops einconv opt-einsum` "
+            "(it asks for torchvision and never uses it), or use estimator=exact"
+        )
+
+
+def measure(
+    model: nn.Module,
+    layers: LayerMap,
+    train: Encodings,
+    validation: Encodings,
+    *,
+    pad_id: int,
+    batch_size: int,
+    damping: float,
+    relative: bool = True,
+    memory_gb: float | None = None,
+    fingerprint: str = "",
+) -> LayerInfluences:
+    """I (M×N) of every matrix in `layers`; the model is left as it was.
+
+    relative: λ = damping · mean Λ, else λ = damping. memory_gb: for the preconditioned validation gradients; beyond it
+    the train samples are passed over once for each part of them. None: half of what is free.
+    A matrix whose train gradients are all zero has no influence; a RuntimeWarning names it.
+    """
+    check_installed()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ValueError("estimator=ekfac measures on one process; use trainer.devices=1, or estimator=exact")
+    from kronfluence import analyzer as kronfluence  # type: ignore[import-not-found]
+    from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found]
+    from kronfluence.utils.dataset import DataLoaderKwargs  # type: ignore[import-not-found]
+    from kronfluence.utils.state import State  # type: ignore[import-not-found]
+
+    logging.getLogger("kronfluence").setLevel(logging.WARNING)
+    names = [param.removesuffix(".weight") for params in layers.params for param in params]
+    weight = bare(model).get_parameter(f"{names[0]}.weight")
+    precise: Any = torch.promote_types(weight.dtype, torch.float32)
+    of_samples = {"per_sample_gradient_dtype": precise}
+    factors = FactorArguments(
+        use_empirical_fisher=True,
+        activation_covariance_dtype=precise,
+        gradient_covariance_dtype=precise,
+        lambda_dtype=precise,
+        **of_samples,
+    )
+    memory = _free_memory(weight.device) / 2 if memory_gb is None else memory_gb * 1e9
+    scores = ScoreArguments(
+        damping_factor=None if relative else damping,
+        compute_per_module_scores=True,
+        query_gradient_accumulation_steps=max(1, int(memory / (batch_size * sum(layers.numel) * precise.itemsize))),
+        precondition_dtype=precise,
+        score_dtype=precise,
+        **of_samples,
+    )
+    State._reset_state()  # or the device of an earlier measurement would stay
+    with _lent(bare(model), names) as lent, tempfile.TemporaryDirectory(prefix="layerif-ekfac-") as folder, _quiet():
+        task = _task(names)
+        analyzer = kronfluence.Analyzer(
+            "ekfac",
+            kronfluence.prepare_model(lent, task),
+            task,
+            cpu=weight.device.type == "cpu",
+            disable_tqdm=not sys.stderr.isatty(),
+            output_dir=folder,
+        )
+        analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=partial(collate, pad_id=pad_id)))
+        analyzer.fit_all_factors("factors", train, per_device_batch_size=batch_size, factor_args=factors)  # type: ignore[arg-type]
+        # Where no damping is given, the library takes its constant times the mean of Λ.
+        with patch("kronfluence.factor.config.HEURISTIC_DAMPING_SCALE", damping):
+            analyzer.compute_pairwise_scores(
+                "scores",
+                "factors",
+                validation,  # type: ignore[arg-type]
+                train,  # type: ignore[arg-type]
+                per_device_query_batch_size=batch_size,
+                per_device_train_batch_size=batch_size,
+                score_args=scores,
+            )
+        found = analyzer.load_pairwise_scores("scores")
+        spectra = analyzer.load_lambda_matrices("factors")["lambda_matrix"]
+    zero = [name for name in names if not spectra[name].any()]
+    _warn_of_zero_gradients(zero, len(names))
+    influences = {
+        f"{name}.weight": torch.zeros_like(found[name]).double() if name in zero else -found[name].double()
+        for name in names
+    }
+    _check_finite(influences)
+    return LayerInfluences(layers, influences, fingerprint)
+
+
+def _task(names: Sequence[str]) -> Any:
+    """What kronfluence asks of a model: its loss, which modules, and where padding is."""
+    from kronfluence.task import Task  # type: ignore[import-not-found]
+
+    class Summed(Task):
+        def compute_train_loss(self, batch: Mapping[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+            assert not sample, "the empirical Fisher draws no labels"
+            return self.compute_measurement(batch, model)
+
+        def compute_measurement(self, batch: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+            loss_B = per_sample_loss(model, batch)
+            if not bool(loss_B.isfinite().all()):
+                raise ValueError("the loss of a sample is not finite; look at the weights, or use model.dtype=float32")
+            return loss_B.sum()
+
+        def get_influence_tracked_modules(self) -> list[str]:
+            return list(names)
+
+        def get_attention_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+            return batch["attention_mask"]
+
+    return Summed()
+
+
+@contextmanager
+def _lent(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """The model to wrap and switch off gradients in, put back afterwards; its biases are added outside the matrices.
+
+    kronfluence counts a bias as one more column of its matrix, and so would measure another thing than the probe.
+    """
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    biases = {name: linear.bias for name, linear in linears.items() if linear.bias is not None}
+    training = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    handles = []
+    for name, bias in biases.items():
+        linears[name].bias = None
+        handles.append(linears[name].register_forward_hook(lambda module, inputs, output, bias=bias: output + bias))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, linear in linears.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+        for name, bias in biases.items():
+            linears[name].bias = bias
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, is_wanted in wanted.items():
+            parameter.requires_grad_(is_wanted)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"kronfluence\.")
+        yield
+
+
+def _warn_of_zero_gradients(zero: Sequence[str], num_matrices: int) -> None:
+    if zero:
+        listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
+        warnings.warn(
+            f"all train gradients are zero, so the influence counts as zero, in {listed} ({len(zero)} of "
+            f"{num_matrices} matrices); for LoRA's A this is so while B is zero",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _check_finite(influences: Mapping[str, Tensor]) -> None:
+    for name, influence_MN in influences.items():
+        if not bool(influence_MN.isfinite().all()):
+            raise ValueError(
+                f"the EK-FAC influence of {name} is not finite, so its gradients overflowed or are NaN; "
+                "load the model in float32 (model.dtype=float32)"
+            )
+
+
+def _free_memory(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

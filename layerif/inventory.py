@@ -1,0 +1,320 @@
+"""`layerif-store`: what the store holds, how large it is, and clearing it.
+
+Everything one folder below the store counts as an entry if its name is a key (measurements) or ends in the hash of
+what it was made from (converted models); nothing else is ever removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_KEY = r"[0-9a-f]{64}"
+_ENTRY = re.compile(rf"(?P<measurement>{_KEY})\.safetensors|(?P<model>[^.].*-[0-9a-f]{{12}})")
+_LOCK = re.compile(rf"(?P<name>{_KEY}|[^.].*-[0-9a-f]{{12}})\.lock")
+_UNFINISHED = re.compile(
+    rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)"
+)
+# What has a version that is part of a description, named as its module is.
+_VERSIONED = ("probe", "loss", "ekfac", "spectra", "activations", "gates")
+_SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """One measurement or converted model, with what belongs to it on disk.
+
+    name: the key, or the model's folder. path: None where only leftovers are there. leftovers: temporary files of
+    writes that did not end (or, while the lock is held, have not yet). header: the file's own account of itself.
+    """
+
+    kind: str
+    name: str
+    folder: Path
+    path: Path | None = None
+    leftovers: list[Path] = field(default_factory=list)
+    in_use: bool = False
+    header: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[int, int] | None = None
+    problem: str = ""
+
+    @property
+    def key(self) -> str:
+        """The hash in the name, as long as it is shown."""
+        return (self.name if re.fullmatch(_KEY, self.name) else self.name.rpartition("-")[2])[:12]
+
+    @property
+    def model(self) -> str:
+        """What was measured or converted."""
+        named = self.header.get("about", {}).get("model", "") if re.fullmatch(_KEY, self.name) else self.name
+        return re.sub(r"-[0-9a-f]{12}$", "", named)
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / f"{self.name}.lock"
+
+    @property
+    def files(self) -> list[Path]:
+        return [*([self.path] if self.path else []), *self.leftovers]
+
+    @property
+    def size(self) -> int:
+        return sum(map(_size, self.files))
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was written."""
+        written = [file.stat().st_mtime for file in self.files if file.exists()]
+        return time.time() - max(written, default=time.time())
+
+    def state(self, versions: Mapping[str, str]) -> str:
+        """What there is to say of it. versions: what this program writes, by what it is the version of."""
+        if self.in_use:
+            return "in use" if self.path else "being made now"
+        if self.path is None:
+            carried_on = any(path.is_dir() and path.suffix == ".partial" for path in self.leftovers)
+            return "unfinished: its job died" + ("; the next one carries on" if carried_on else "")
+        said = [self.problem] if self.problem else []
+        said += [
+            f"written by {what} version {written}, unused now"
+            for what, written in self._written_by().items()
+            if written != versions[what]
+        ]
+        said += ["beside it an unfinished write"] if self.leftovers else []
+        return "; ".join(said)
+
+    def is_unused(self, versions: Mapping[str, str]) -> bool:
+        return bool(self.problem) or any(written != versions[what] for what, written in self._written_by().items())
+
+    def _written_by(self) -> dict[str, str]:
+        if not self.header:
+            return {}
+        description = self.header["description"]
+        probed = {what: str(description[what]) for what in _VERSIONED if what in description}
+        return {"store": self.header["version"], **probed}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # a file has no width
+    try:
+        found, other = entries(given.store)
+        if given.command == "clear":
+            _clear(given, found, console)
+        else:
+            show(found, other, given.store, console)
+    except (ValueError, OSError) as error:
+        print(f"layerif-store: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def entries(store: Path) -> tuple[list[Entry], int]:
+    """All entries, the largest kinds together and the newest first, and the bytes of files that are none of ours."""
+    if not store.is_dir():
+        raise ValueError(f"{str(store)!r} is no folder; give the store with --store=FOLDER (runs set it with store=…)")
+    found: dict[tuple[str, str], Entry] = {}
+    folders = [folder for folder in store.iterdir() if folder.is_dir()]
+    other = sum(_size(path) for path in store.iterdir() if not path.is_dir())
+    for path in sorted(path for folder in folders for path in folder.iterdir()):
+        whole, part, lock = (pattern.fullmatch(path.name) for pattern in (_ENTRY, _UNFINISHED, _LOCK))
+        if not (whole or part or lock):
+            other += _size(path)
+            continue
+        name = next(group for match in (part, lock, whole) if match for group in match.groups() if group)
+        entry = found.setdefault((path.parent.name, name), Entry(kind=path.parent.name, name=name, folder=path.parent))
+        if part:
+            entry.leftovers.append(path)
+        elif lock:
+            entry.in_use = _is_held(path)
+        else:
+            entry.path = path
+            _describe(entry)
+    listed = [entry for entry in found.values() if entry.files or entry.in_use or entry.lock.exists()]
+    return sorted(listed, key=lambda entry: (entry.kind, entry.age)), other
+
+
+def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> None:
+    """The entries and their sizes as a table."""
+    listed = [entry for entry in found if entry.files or entry.in_use]  # a lock that nobody holds is an empty file
+    if not listed:
+        console.print(f"{store} holds nothing", highlight=False, markup=False)
+        return
+    table = Table(title=f"{store}", title_justify="left")
+    for column in ("key", "kind", "model", "scope", "parameters"):
+        table.add_column(column, no_wrap=column != "model", overflow="fold")
+    for column in ("samples", "size", "age"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    versions = _versions()
+    for entry in listed:
+        description = entry.header.get("description", {})
+        measured = [str(description.get(what, "")) for what in ("scope", "parameters")]
+        samples = f"{entry.samples[0]} + {entry.samples[1]}" if entry.samples else ""
+        cells = [entry.key, entry.kind, entry.model, *measured, samples, _bytes(entry.size), _time(entry.age)]
+        table.add_row(*map(escape, cells), escape(entry.state(versions)))
+    console.print(table)
+    kinds = {entry.kind: [other for other in listed if other.kind == entry.kind] for entry in listed}
+    sizes = [f"{len(of)} in {kind} {_bytes(sum(entry.size for entry in of))}" for kind, of in kinds.items()]
+    sizes += [f"other files {_bytes(other)}"] if other else []
+    total = sum(entry.size for entry in listed) + other
+    console.print(f"{', '.join(sizes)}; {_bytes(total)} in all", highlight=False, markup=False)
+
+
+def clear(chosen: Iterable[Entry], *, only_leftovers: bool = False) -> Iterator[tuple[Entry, int | None]]:
+    """Remove entries, each under its lock; with each comes the number of bytes freed, None for one that is in use."""
+    for entry in chosen:
+        files = entry.leftovers if only_leftovers else entry.files
+        size = sum(map(_size, files))
+        lock = FileLock(entry.lock)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield entry, None
+            continue
+        try:
+            for file in files:
+                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+            entry.lock.unlink(missing_ok=True)  # last, and held: who waits for it finds it gone and makes its own
+        finally:
+            lock.release()
+        yield entry, size
+
+
+def _clear(given: argparse.Namespace, found: Sequence[Entry], console: Console) -> None:
+    chosen = _chosen(given, found)
+    if given.dry_run:
+        for entry in chosen:
+            console.print(f"would remove {entry.kind} {entry.name} ({_bytes(entry.size)})", highlight=False)
+        return
+    freed = [(entry, size) for entry, size in clear(chosen, only_leftovers=given.incomplete)]
+    removed = [(entry, size) for entry, size in freed if size is not None]
+    for entry, size in removed:
+        if size:
+            console.print(f"removed {entry.kind} {entry.name} ({_bytes(size)})", highlight=False)
+    console.print(f"{_bytes(sum(size for _, size in removed))} freed", highlight=False)
+    kept = [entry.name for entry, size in freed if size is None]
+    if kept:
+        raise ValueError(f"{len(kept)} in use by a running job and left alone: {', '.join(kept)}; try again after it")
+
+
+def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
+    wanted = [given.all, bool(given.keys), given.older_than is not None, given.unused, given.incomplete]
+    if sum(wanted) != 1:
+        raise ValueError("say what to clear, one way: KEY …, --all, --older-than=30d, --unused or --incomplete")
+    if given.keys:
+        for key in given.keys:
+            matching = [entry.key for entry in found if _is_called(entry, key)]
+            if len(matching) != 1:
+                raise ValueError(
+                    f"{key!r} is the start of {len(matching)} keys; `layerif-store` lists them"
+                    + (f": {', '.join(matching)}" if matching else "")
+                )
+        return [entry for entry in found if any(_is_called(entry, key) for key in given.keys)]
+    if given.older_than is not None:
+        return [entry for entry in found if entry.files and entry.age > given.older_than]
+    if given.unused:
+        versions = _versions()
+        return [entry for entry in found if entry.is_unused(versions)]
+    if given.incomplete:  # an entry being made holds its lock, and is left alone for that
+        return [entry for entry in found if entry.leftovers or not (entry.files or entry.in_use)]
+    return list(found)
+
+
+def _is_called(entry: Entry, key: str) -> bool:
+    return entry.name.startswith(key) or entry.key.startswith(key)
+
+
+def _describe(entry: Entry) -> None:
+    """What a file says of itself, without reading its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if entry.path is None or entry.path.is_dir():
+        return
+    try:
+        with safe_open(entry.path, framework="np") as opened:
+            header = opened.metadata() or {}
+            if entry.kind in ("grams", "influences"):
+                matrix = next(name for name in opened.keys() if not name.endswith(("train_train", "val_norms")))  # noqa: SIM118
+                num_validation, num_train = opened.get_slice(matrix).get_shape()
+                entry.samples = num_train, num_validation
+        texts = {name: json.loads(header.get(name, "{}")) for name in ("description", "about")}
+        entry.header = {"version": header.get("version", "1"), **texts}
+    except (SafetensorError, OSError, ValueError, StopIteration):
+        entry.problem = "unreadable, would be computed anew"
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _versions() -> dict[str, str]:
+    """Of all that is part of a key. A second for torch, where there is something to compare."""
+    versioned = {what: import_module(f"layerif.{what}") for what in ("store", *_VERSIONED)}
+    return {what: str(module.VERSION) for what, module in versioned.items()}
+
+
+def _size(path: Path) -> int:
+    try:
+        return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().st_size
+    except FileNotFoundError:  # a job finished writing meanwhile
+        return 0
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def _time(seconds: float) -> str:
+    words = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
+    for unit, word in words.items():
+        if seconds >= 2 * _SECONDS[unit]:
+            return f"{seconds / _SECONDS[unit]:.0f} {word}"
+    return f"{max(seconds, 0):.0f} seconds"
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; give a number and m, h, d or w, such as 30d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="layerif-store", description="List and clear the store of measurements.")
+    parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="its folder (outputs/store)")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    commands.add_parser("list", help="entries and sizes; what is done without a command")
+    clearing = commands.add_parser("clear", help="remove entries that no running job uses")
+    clearing.add_argument("keys", nargs="*", metavar="KEY", help="entries whose key starts so")
+    clearing.add_argument("--all", action="store_true", help="everything, converted models included")
+    clearing.add_argument("--older-than", type=_duration, metavar="AGE", help="written longer ago, such as 30d or 12h")
+    clearing.add_argument("--unused", action="store_true", help="written by another version, or unreadable")
+    clearing.add_argument("--incomplete", action="store_true", help="only what jobs left that died while writing")
+    clearing.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

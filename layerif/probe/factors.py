@@ -1,0 +1,263 @@
+"""The factors of per-sample gradients: inputs and output gradients of linear layers, taken by hooks, batch by batch.
+
+The gradient of sample i's loss in the weight of a linear layer is a sum over its tokens, g_i = Σ_t δ_it a_itᵀ, with a
+the layer's input and δ the loss gradient at its output. The weights themselves need no gradient, so that the pass costs
+less than an ordinary backward.
+
+Letters in shape suffixes: B samples of a batch, T tokens, I inputs and O outputs of a layer, F features of either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from layerif.loss import per_sample_loss
+from layerif.models import bare, blocks
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix: (input_BTI, delta_BTO)
+
+
+def capture(
+    model: nn.Module,
+    params: Sequence[str],
+    batch: Mapping[str, Tensor],
+    names: Sequence[str],
+    keep: Callable[[Tensor, str], Tensor] = lambda values, side: values,
+) -> Factors:
+    """One forward and backward of a batch: the factors of every matrix, zero where there is padding.
+
+    keep: what to keep of masked values, given them and their side, `in` or `out`; applied once to an input that several
+    matrices read. names: of the samples, for messages.
+    Raises ValueError naming block and sample for a loss that is not finite, and for a layer that ran not exactly once.
+    """
+    found: Factors = {}
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with _hooks(model, params, batch["attention_mask"].bool(), keep, found), torch.enable_grad():
+        loss_B = per_sample_loss(model, batch)
+        if not bool(loss_B.isfinite().all()):
+            sample = names[int((~loss_B.isfinite()).nonzero()[0])]
+            raise ValueError(
+                f"the loss of {sample} is not finite, from {first_non_finite_block(model, batch)} on; look at "
+                "that row and at the weights, or load the model in float32 (model.dtype=float32)"
+            )
+        loss_B.sum().backward()
+    if idle := [param for param in params if param not in found]:
+        raise ValueError(
+            f"{idle[0]} took no part in the forward pass, so it has no gradient; choose another probe.scope"
+        )
+    return found
+
+
+def inputs_read_together(model: nn.Module, params: Sequence[str]) -> dict[str, str]:
+    """For each matrix the first of `params` that reads the very same tensor (q, k and v do); takes a two-token forward.
+
+    Works on the meta device too.
+    """
+    first: dict[int, str] = {}
+    alive: list[Tensor] = []  # a freed tensor's id may be given to another
+    found: dict[str, str] = {}
+
+    def hook(param: str):
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            alive.append(inputs[0])
+            found[param] = first.setdefault(id(inputs[0]), param)
+
+        return note
+
+    handles = [_module(model, param).register_forward_pre_hook(hook(param)) for param in params]
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {param: found.get(param, param) for param in params}
+
+
+def first_non_finite_block(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
+    """The first block whose output on `batch` is not finite, or what follows the blocks."""
+    spoilt: list[str] = []
+
+    def note(name: str):
+        def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not bool(hidden.isfinite().all()):
+                spoilt.append(name)
+
+        return hook
+
+    handles = [block.register_forward_hook(note(name)) for name, block in blocks(model).items()]
+    try:
+        with torch.no_grad():
+            per_sample_loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"block {spoilt[0]}" if spoilt else "the head"
+
+
+@contextmanager
+def only_activations(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient for any weight, both put back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+
+class Waiting(Protocol):
+    """Where the factors of a pass wait until all batches are through."""
+
+    def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
+        """Whether batch `number` is here already, from a pass that was interrupted."""
+        ...
+
+    def add(self, number: int, factors: Factors) -> None: ...
+
+    def take(self, param: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number of the batch, input_BTI, delta_BTO) of one matrix; each can be taken once."""
+        ...
+
+
+@dataclass
+class InMemory:
+    """On the model's device, or moved to main memory."""
+
+    offload: bool = False
+    _batches: dict[int, Factors] = field(default_factory=dict)
+
+    def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
+        return False
+
+    def add(self, number: int, factors: Factors) -> None:
+        if self.offload:
+            moved: dict[int, Tensor] = {}
+
+            def move(values: Tensor) -> Tensor:
+                if id(values) not in moved:  # pinned: the copy does not hold up the device
+                    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                    moved[id(values)] = there.copy_(values, non_blocking=True)
+                return moved[id(values)]
+
+            factors = {param: (move(inputs), move(delta)) for param, (inputs, delta) in factors.items()}
+        self._batches[number] = factors
+
+    def take(self, param: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for number, factors in self._batches.items():
+            yield number, *factors.pop(param)
+
+
+@dataclass
+class OnDisk:
+    """In files, one per batch, named by everything they depend on beside the measurement that owns the folder.
+
+    An interrupted pass leaves the files of its finished batches; the next one does not run those again.
+    """
+
+    folder: Path
+    _files: dict[int, Path] = field(default_factory=dict)
+
+    def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = [batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")]
+        name = hashlib.sha256(json.dumps([list(params), *tensors]).encode()).hexdigest()[:32]
+        self._files[number] = self.folder / f"tile-{name}.safetensors"
+        return self._files[number].exists()
+
+    def add(self, number: int, factors: Factors) -> None:
+        tensors: dict[str, Tensor] = {}
+        inputs_of: dict[str, str] = {}
+        names: dict[int, str] = {}
+        for param, (inputs, delta) in factors.items():
+            inputs_of[param] = names.setdefault(id(inputs), f"{param}/input")
+            tensors[inputs_of[param]] = inputs.cpu().contiguous()
+            tensors[f"{param}/delta"] = delta.cpu().contiguous()
+        file = self._files[number]
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            save_file(tensors, unfinished, metadata={"inputs_of": json.dumps(inputs_of)})
+            os.replace(unfinished, file)
+        except Exception as error:  # what a full disk becomes in there
+            raise OSError(
+                f"cannot write {file}: {error}; free some space, set store=/another/folder, "
+                "or probe.offload=none (several passes)"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def take(self, param: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for number, file in self._files.items():
+            with safe_open(file, framework="pt") as opened:
+                inputs = json.loads(opened.metadata()["inputs_of"])[param]
+                yield number, opened.get_tensor(inputs), opened.get_tensor(f"{param}/delta")
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module,
+    params: Sequence[str],
+    mask_BT: Tensor,
+    keep: Callable[[Tensor, str], Tensor],
+    found: Factors,
+) -> Iterator[None]:
+    # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
+    # freed tensor's id may be given to another.
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def masked(values: Tensor, side: str) -> Tensor:
+        # Some families (OPT) flatten samples and tokens. Where, not a product: padded positions may hold NaN.
+        values_BTF = values.detach().reshape(*mask_BT.shape, -1)
+        return keep(values_BTF.where(mask_BT[..., None], 0), side)
+
+    def forward_hook(param: str):
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
+            original = inputs[0]
+            if id(original) not in shared:
+                shared[id(original)] = original, masked(original, "in")
+            input_BTI = shared[id(original)][1]
+            if not output_BTO.requires_grad:  # the first matrix of the pass: the backward ends here
+                output_BTO.requires_grad_()
+
+            def keep_both(delta_BTO: Tensor) -> None:
+                if param in found:
+                    raise ValueError(f"{param} ran several times in one forward: shared layers cannot be measured")
+                found[param] = input_BTI, masked(delta_BTO, "out")
+
+            output_BTO.register_hook(keep_both)
+
+        return note
+
+    handles = [_module(model, param).register_forward_hook(forward_hook(param)) for param in params]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module(model: nn.Module, param: str) -> nn.Module:
+    return bare(model).get_submodule(param.removesuffix(".weight"))

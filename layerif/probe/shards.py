@@ -1,0 +1,149 @@
+"""Probing with several processes: each runs its share of the samples, each multiplies its share of the matrices.
+
+Every factor is sent once, to the process that owns its matrix, so that a Gram is computed by one process from all
+samples and equals the single-process one. Processes come from whatever started them (Lightning, torchrun, Slurm); with
+one process everything here does nothing.
+
+A model that does not fit one device is spread over them block by block (`spread`, PyTorch's FSDP): weights are gathered
+for the block that runs, and every process then has to run equally many batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from layerif.models import bare, blocks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """This process among those that probe together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> Shards:
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def of(self, items: Sequence[T], rank: int | None = None) -> Sequence[T]:
+        """The share of a process, this one if none is named; shares differ in length by one at most."""
+        return items[self.rank if rank is None else rank :: self.size]
+
+    def share(self, mine: Any) -> list[Any]:
+        """What every process has to give, in the order of their ranks."""
+        if self.size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """If any process fails inside, all do: none is left waiting for it."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        messages = self.share(failure and str(failure)) if self.size > 1 else []
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ValueError(f"process {rank} of {self.size} could not go on: {message}")
+
+    def lay_out(
+        self,
+        factors: Sequence[tuple[int, Sequence[Tensor]]],
+        indices: Sequence[Sequence[int]],
+        *,
+        longest: int,
+        sent_as: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device,
+        swap: bool = False,
+    ) -> Tensor | None:
+        """One side of a matrix's factors, all samples in their positions: (S×T×F), or (S×F×T) if swapped.
+
+        factors: for the matrix of each process in turn, its width F and what this process has of it, a tensor (B×T×F)
+        for each of its batches. indices: the positions of the samples of every batch. Samples shorter than `longest`
+        are followed by zeros, which add nothing to a product. None where this process owns no matrix.
+        """
+        rows = [[index for batch in self.of(indices, rank) for index in batch] for rank in range(self.size)]
+        width = factors[self.rank][0] if self.rank < len(factors) else None
+        piece = piece_STF = None
+        if width is not None:
+            num_samples = sum(map(len, indices))
+            shape = (num_samples, width, longest) if swap else (num_samples, longest, width)
+            piece = torch.empty(shape, dtype=dtype, device=device)
+            piece_STF = piece.mT if swap else piece
+
+        def place(positions: Sequence[int], part_BTF: Tensor) -> None:
+            assert piece_STF is not None
+            where, length = torch.tensor(positions, device=device), part_BTF.shape[1]
+            piece_STF[where, :length] = part_BTF.to(device).to(dtype)
+            piece_STF[where, length:] = 0
+
+        if width is not None:
+            for positions, part_BTF in zip(self.of(indices), factors[self.rank][1], strict=True):
+                place(positions, part_BTF)
+        if self.size == 1:
+            return piece
+        here = len(rows[self.rank])
+        outgoing = {
+            owner: _packed(parts, torch.zeros(here, longest, features, dtype=sent_as, device=device))
+            for owner, (features, parts) in enumerate(factors)
+            if owner != self.rank and here
+        }
+        incoming = {
+            rank: torch.empty(len(positions), longest, width, dtype=sent_as, device=device)
+            for rank, positions in enumerate(rows)
+            if width is not None and rank != self.rank and positions
+        }
+        self.exchange(outgoing, incoming)
+        for rank, part_BTF in incoming.items():
+            place(rows[rank], part_BTF)
+        return piece
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Send a tensor to each process in `outgoing`, fill each tensor in `incoming` from its process."""
+        moves = [dist.P2POp(dist.isend, rows, to) for to, rows in outgoing.items()]
+        moves += [dist.P2POp(dist.irecv, rows, source) for source, rows in incoming.items()]
+        for work in dist.batch_isend_irecv(moves) if moves else ():
+            work.wait()
+
+
+def spread(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model with its weights divided among all processes, on `device` (FSDP2, block by block)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for block in blocks(model).values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(bare(model), mesh=mesh)
+    return model
+
+
+def is_spread(model: nn.Module) -> bool:
+    return any(hasattr(block, "unshard") for block in blocks(model).values())
+
+
+def _packed(parts_BTF: Sequence[Tensor], packed_STF: Tensor) -> Tensor:
+    start = 0
+    for part in parts_BTF:
+        packed_STF[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return packed_STF

@@ -1,0 +1,100 @@
+"""The lowest entries of a metric: of a whole matrix, of every row, of every group of M. True: to be removed.
+
+Counts are exact, whatever is equal. Letters in shape suffixes: O outputs, I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def lowest(metric_OI: Tensor, count: int) -> Tensor:
+    """The `count` lowest entries of the matrix; among equal ones the first."""
+    flat = metric_OI.flatten()
+    if count == 0:
+        return torch.zeros_like(metric_OI, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    mask = flat < threshold
+    mask[(flat == threshold).nonzero()[: count - int(mask.sum()), 0]] = True
+    return mask.view_as(metric_OI)
+
+
+def lowest_per_row(metric_OI: Tensor, count: int) -> Tensor:
+    """The lowest entries of every row, `count` in all: rows get ⌊count/O⌋, and the rest goes, one each, to the rows
+    whose next entry is lowest."""
+    num_rows = len(metric_OI)
+    each, rest = divmod(count, num_rows)
+    mask = torch.zeros_like(metric_OI, dtype=torch.bool)
+    if count == 0:
+        return mask
+    values, indices = metric_OI.topk(each + (rest > 0), dim=1, largest=False, sorted=False)
+    mask.scatter_(1, indices, True)
+    if rest:
+        highest, where = values.max(dim=1, keepdim=True)
+        spared = highest[:, 0].topk(num_rows - rest).indices
+        mask[spared, indices.gather(1, where)[spared, 0]] = False
+    return mask
+
+
+def lowest_per_group(metric_OI: Tensor, n: int, m: int) -> Tensor:
+    """All but the `n` highest of every `m` consecutive entries of a row."""
+    num_rows, width = metric_OI.shape
+    check_width(width, m)
+    groups = metric_OI.reshape(num_rows, width // m, m)
+    indices = groups.topk(m - n, dim=2, largest=False, sorted=False).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, indices, True).view(num_rows, width)
+
+
+def check_target(sparsity: float | None, n: int | None, m: int | None) -> None:
+    """Raises ValueError unless the call asks for a sparsity in [0, 1] or for n of m, and not for two different ones."""
+    if (n is None) != (m is None) or (n is None and sparsity is None):
+        raise ValueError(f"give a sparsity, or n and m; got sparsity={sparsity}, n={n}, m={m}")
+    if n is not None and m is not None:
+        if not 0 <= n <= m or m < 1:
+            raise ValueError(f"n={n} of every m={m} weights cannot be kept; use 0 <= n <= m")
+        if sparsity is not None and not math.isclose(sparsity, 1 - n / m, abs_tol=1e-9):
+            raise ValueError(f"sparsity={sparsity} is not the {1 - n / m} of {n}:{m}; leave the sparsity out")
+    elif sparsity is not None and not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity} must be in [0, 1]")
+
+
+def check_width(width: int, m: int, name: str = "a matrix") -> None:
+    if width % m:
+        raise ValueError(f"{name} with {width} inputs cannot be cut into groups of m={m}; use an m that divides it")
+
+
+def num_removed(sparsity: float, numel: int) -> int:
+    return math.floor(sparsity * numel + 0.5)
+
+
+def counts(sparsities: Mapping[str, float], numel: Mapping[str, int]) -> dict[str, int]:
+    """How many weights each matrix loses: within one of sparsity·numel, and within a half of their sum together.
+
+    What rounding leaves over is carried to the next matrix.
+    """
+    total, given, found = Fraction(0), 0, {}
+    for name, sparsity in sparsities.items():
+        total += Fraction(sparsity) * numel[name]
+        found[name] = math.floor(total + Fraction(1, 2)) - given
+        given += found[name]
+    return found
+
+
+def kept_of_m(sparsities: Mapping[str, float], numel: Mapping[str, int], m: int) -> dict[str, int]:
+    """n of every `m` kept per block, as near to the sparsities as whole numbers come.
+
+    ⌊m·ρ_l⌋ of every m go; then one more in the blocks with the largest fractions, as long as that brings the
+    parameter-weighted mean nearer to that of the sparsities. At least one of m stays.
+    """
+    removed = {name: min(m - 1, math.floor(m * sparsity + 1e-9)) for name, sparsity in sparsities.items()}
+    missing = math.fsum((m * sparsities[name] - removed[name]) * numel[name] for name in sparsities)
+    for name in sorted(sparsities, key=lambda name: removed[name] - m * sparsities[name]):
+        if removed[name] < m - 1 and missing > numel[name] / 2:
+            removed[name] += 1
+            missing -= numel[name]
+    return {name: m - removed[name] for name in sparsities}

@@ -1,0 +1,134 @@
+"""SparseGPT (Frantar & Alistarh, ICML 2023): weights go column by column, later columns make up for them.
+
+With H = (2/S)·Σ_s X_s X_sᵀ over S samples and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), removing w_j costs
+w_j²/U_jj² and is made up for by w_k −= w_j·U_jk/U_jj in all later columns k.
+Letters in shape suffixes: O outputs and I inputs of a linear layer, S samples, T tokens, B columns of a slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerif.prune import Pruner
+from layerif.prune.mask import check_target, check_width, lowest, lowest_per_group, num_removed
+
+
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float | None = None,
+    *,
+    n: int | None = None,
+    m: int | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+    name: str = "a matrix",
+) -> Tensor:
+    """The pruned and updated weight (O×I), in the weight's dtype, computed in float32 or better.
+
+    hessian: H (I×I). Inputs that never act (H_jj = 0) lose their weights and count as H_jj = 1; then
+    H += damping·mean(diag H). Slabs of `block_size` columns choose their mask by W²/U_jj² over the whole slab, n:m by
+    groups of m on the weights as updated so far. name: of the matrix, for messages.
+    Raises ValueError, with the damping to try, where H is not positive definite.
+    """
+    factor_II, is_dead_I = inverse_factor(hessian, damping=damping, name=name)
+    return prune_by_factor(weight, factor_II, is_dead_I, sparsity, n=n, m=m, block_size=block_size)
+
+
+def inverse_factor(hessian: Tensor, *, damping: float, name: str = "a matrix") -> tuple[Tensor, Tensor]:
+    """U (I×I), upper, with H⁻¹ = UᵀU for the damped H, and which inputs never act (I)."""
+    hessian_II = hessian.to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    diagonal_I = hessian_II.diagonal()
+    is_dead_I = diagonal_I == 0
+    diagonal_I[is_dead_I] = 1
+    diagonal_I += damping * diagonal_I.mean()
+    # H = RRᵀ with R upper is the Cholesky factorisation of H with its axes turned round; then U = R⁻¹.
+    lower_II, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
+    if not int(failed):
+        identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
+        factor_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1)
+        if bool(factor_II.isfinite().all()):
+            return factor_II, is_dead_I
+    raise ValueError(
+        f"the Hessian of {name} ({len(hessian)} inputs) is not positive definite with pruner.damping={damping}; "
+        f"try pruner.damping={max(10 * damping, 0.001):g}, or give more calibration windows"
+    )
+
+
+def prune_by_factor(
+    weight: Tensor,
+    factor_II: Tensor,
+    is_dead_I: Tensor,
+    sparsity: float | None = None,
+    *,
+    n: int | None = None,
+    m: int | None = None,
+    block_size: int = 128,
+) -> Tensor:
+    """`sparsegpt` from its factor, which matrices with the same inputs share."""
+    check_target(sparsity, n, m)
+    num_outputs, num_inputs = weight.shape
+    if factor_II.shape != (num_inputs, num_inputs):
+        raise ValueError(f"a weight with {num_inputs} inputs needs a hessian of as many, got {tuple(factor_II.shape)}")
+    if m is not None:
+        check_width(num_inputs, m)
+        check_width(block_size, m)
+    # Columns are rows here: the loop then reads and writes memory in its order.
+    columns_IO = weight.t().to(factor_II.dtype, copy=True, memory_format=torch.contiguous_format)
+    columns_IO[is_dead_I] = 0
+    for start in range(0, num_inputs, block_size):
+        end = min(start + block_size, num_inputs)
+        slab_BO, factor_BB = columns_IO[start:end], factor_II[start:end, start:end]
+        diagonal_B1 = factor_BB.diagonal()[:, None]
+        if m is None:
+            assert sparsity is not None
+            # Rounded on the running total, so that the slabs together remove what the matrix should.
+            count = num_removed(sparsity, num_outputs * end) - num_removed(sparsity, num_outputs * start)
+            mask_BO = lowest((slab_BO / diagonal_B1).square(), count)
+        else:
+            mask_BO = torch.zeros_like(slab_BO, dtype=torch.bool)
+        errors_BO = torch.zeros_like(slab_BO)
+        for b in range(end - start):
+            if m is not None and n is not None and b % m == 0:
+                group = slice(b, b + m)
+                metric_OM = (slab_BO[group] / diagonal_B1[group]).square().t()
+                mask_BO[group] = lowest_per_group(metric_OM, n, m).t()
+            errors_BO[b] = torch.where(mask_BO[b], slab_BO[b] / diagonal_B1[b], 0)
+            slab_BO[b + 1 :].addr_(factor_BB[b, b + 1 :], errors_BO[b], alpha=-1)
+        slab_BO.masked_fill_(mask_BO, 0)
+        columns_IO[end:].addmm_(factor_II[start:end, end:].t(), errors_BO, alpha=-1)
+    return columns_IO.t().to(weight.dtype).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT(Pruner):
+    """By `sparsegpt`. block_size: columns of a slab; damping: of H, as a fraction of its mean diagonal."""
+
+    block_size: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 1 or (self.m is not None and self.block_size % self.m):
+            raise ValueError(f"pruner.block_size={self.block_size} must be a positive multiple of pruner.m={self.m}")
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"pruner.damping={self.damping} must be finite and >= 0; SparseGPT's own is 0.01")
+
+    def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
+        input_TI = input_TI.to(torch.promote_types(input_TI.dtype, torch.float32))
+        if so_far is None:
+            so_far = input_TI.new_zeros(input_TI.shape[1], input_TI.shape[1])
+        return so_far.addmm_(input_TI.t(), input_TI, alpha=2)
+
+    def prepare(self, statistic: Tensor, num_samples: int, *, name: str) -> tuple[Tensor, Tensor]:
+        return inverse_factor(statistic.div_(num_samples), damping=self.damping, name=name)
+
+    def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
+        factor_II, is_dead_I = shared
+        return prune_by_factor(
+            weight, factor_II, is_dead_I, sparsity, n=n, m=self.m if n else None, block_size=self.block_size
+        )

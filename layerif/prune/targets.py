@@ -1,0 +1,114 @@
+"""How much each matrix of a model loses: an allocation, by name, as whole numbers of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from layerif.models import bare, blocks, linears
+from layerif.names import did_you_mean
+from layerif.prune import Pruner
+from layerif.prune.mask import check_width, counts, kept_of_m
+from layerif.scores import is_number
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a matrix loses: a fraction of its weights, or all but n of every m."""
+
+    sparsity: float | None = None
+    n: int | None = None
+
+
+def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -> dict[str, dict[str, Target]]:
+    """By block, then by the name of the linear layer inside it.
+
+    allocation: sparsity by block (`model.layers.3`) or by matrix (`model.layers.3.mlp.up_proj`, which goes before its
+    block's). All matrices together lose round(Σ sparsity·numel) weights, exactly; with n of every m the nearest that
+    whole n per block (or matrix) can do.
+    Raises ValueError for a name the model lacks, a matrix without a sparsity, one outside [0, 1), a width that m does
+    not divide, and for matrices of a block that are no linear layers (fused experts).
+    """
+    found = matrices(model)
+    keys = _keys(allocation, found)
+    numel = {name: module.weight.numel() for name, module in found.items()}
+    if pruner.m is None:
+        counted = counts(sparsities(found, allocation), numel)
+        flat = {name: Target(sparsity=counted[name] / numel[name]) for name in found}
+    else:
+        for name, module in found.items():
+            check_width(module.in_features, pruner.m, name)
+        kept = _kept(allocation, keys, numel, pruner.m) if pruner.n is None else dict.fromkeys(allocation, pruner.n)
+        for key, sparsity in allocation.items():
+            if pruner.n is not None and abs(sparsity - (1 - pruner.n / pruner.m)) > 1e-6:
+                raise ValueError(
+                    f"pruner.n={pruner.n} pruner.m={pruner.m} removes {1 - pruner.n / pruner.m} everywhere, but "
+                    f"{key} is allocated {sparsity:.6f}; use estimator=uniform "
+                    f"allocator.target={1 - pruner.n / pruner.m}, or pruner.n=null for an n per block"
+                )
+        flat = {name: Target(n=kept[keys[name]]) for name in found}
+    return {
+        block_name: {name: flat[f"{block_name}.{name}"] for name, _ in linears(block)}
+        for block_name, block in blocks(model).items()
+    }
+
+
+def sparsities(names: Collection[str], allocation: Mapping[str, float]) -> dict[str, float]:
+    """Of every matrix in `names` its own, or that of its block; the checks are those of `targets`."""
+    return {name: allocation[key] for name, key in _keys(allocation, names).items()}
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer inside the blocks, by its full name. Raises ValueError for what cannot be pruned."""
+    found: dict[str, nn.Linear] = {}
+    for block_name, block in blocks(model).items():
+        inside = dict(linears(block))
+        for name, module in block.named_modules():
+            for kind, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim >= 2 and name not in inside:
+                    raise ValueError(
+                        f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}:"
+                        " only linear layers can be pruned, fused experts cannot; use a model without such layers"
+                    )
+        found |= {f"{block_name}.{name}": module for name, module in inside.items()}
+    if not found:
+        raise ValueError(f"{type(bare(model)).__name__} has no blocks with linear layers: nothing can be pruned")
+    owners: dict[int, str] = {}
+    for name, module in found.items():
+        if (other := owners.setdefault(id(module.weight), name)) != name:
+            raise ValueError(f"{name} shares its weight with {other}: shared weights cannot be pruned block by block")
+    return found
+
+
+def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, str]:
+    """For every matrix the most specific name in the allocation."""
+    used = {name: _most_specific(name, allocation) for name in found}
+    known = [*found, *{name.rpartition(".")[0] for name in found}]
+    for key, sparsity in allocation.items():
+        if not any(_covers(key, name) for name in found):
+            raise ValueError(f"the allocation names {key!r}, which holds no linear layer{did_you_mean(key, known)}")
+        if not is_number(sparsity) or not 0 <= sparsity < 1:
+            raise ValueError(f"the sparsity of {key} must be in [0, 1), got {sparsity}")
+    if missing := [name for name, key in used.items() if key is None]:
+        raise ValueError(
+            f"the allocation has no sparsity for {missing[0]} ({len(missing)} of {len(found)} matrices have none); "
+            "name its block or the matrix"
+        )
+    return {name: key for name, key in used.items() if key is not None}
+
+
+def _most_specific(name: str, allocation: Mapping[str, float]) -> str | None:
+    return max((key for key in allocation if _covers(key, name)), key=len, default=None)
+
+
+def _covers(key: str, name: str) -> bool:
+    return f"{name}.weight".startswith(f"{key}.") or key == f"{name}.weight"
+
+
+def _kept(allocation: Mapping[str, float], keys: Mapping[str, str], numel: Mapping[str, int], m: int) -> dict[str, int]:
+    sizes = dict.fromkeys(allocation, 0)
+    for name, key in keys.items():
+        sizes[key] += numel[name]
+    return kept_of_m(allocation, sizes, m)

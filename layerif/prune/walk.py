@@ -1,0 +1,304 @@
+"""One block after the other: gather its inputs, prune it, and let what is left of it feed the next.
+
+The model stays where it is; only the block at work is on the device. The first block's inputs and every block's own
+arguments (masks, rotary embeddings) are captured in one forward that skips the blocks. A finished block is saved, so
+that a killed walk carries on: it replays the finished blocks and comes to the same bits.
+
+Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from layerif.models import bare, blocks, linears
+from layerif.prune import Pruner
+from layerif.prune.targets import Target
+
+Offload = Literal["device", "cpu", "disk"]
+
+
+@dataclass
+class Walk:
+    """Prunes the blocks of `model` in their order, in place.
+
+    targets: by block and linear layer. batches: calibration windows as token ids (B×T); not looked at by a pruner that
+    needs no inputs. device: where a block works; offload: where the activations wait meanwhile, and on `disk` below
+    `folder`, where the finished blocks are saved, too.
+    """
+
+    model: nn.Module
+    pruner: Pruner
+    targets: Mapping[str, Mapping[str, Target]]
+    batches: Sequence[Tensor]
+    folder: Path
+    device: torch.device | str = "cpu"
+    offload: Offload = "cpu"
+
+    def __post_init__(self) -> None:
+        self.blocks = blocks(self.model)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_finished = next((i for i in range(len(self.blocks)) if not self._file(i).exists()), len(self.blocks))
+        self.num_replayed = self.num_finished
+        self._hidden: HiddenStates | None = None
+        self._calls: dict[str, list[Call]] = {}
+
+    def __call__(self, index: int) -> None:
+        """Prune block number `index`, or take it from its file; to be called once for each, in their order.
+
+        Raises ValueError naming block or matrix for activations that are not finite, for a block whose inputs cannot
+        be captured and for whatever the pruner refuses; OSError where the disk is full.
+        """
+        name = list(self.blocks)[index]
+        block = self.blocks[name]
+        home = next(block.parameters()).device
+        is_needed = self.pruner.needs_inputs and self.num_replayed < len(self.blocks)
+        with torch.no_grad(), _evaluating(self.model), _full_precision():
+            if is_needed and self._hidden is None:
+                self._capture()
+            block.to(self.device)
+            if index < self.num_replayed:
+                _set_weights(block, load_file(self._file(index)))
+            else:
+                self._prune(name, block)
+                _save({name: module.weight for name, module in linears(block)}, self._file(index))
+                self.num_finished = index + 1
+            if is_needed and index + 1 < len(self.blocks):
+                self._forward(name, block)
+            block.to(home)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:03d}.safetensors"
+
+    def _capture(self) -> None:
+        hidden, self._calls = capture(self.model, self.batches)
+        self._hidden = HiddenStates(
+            hidden, self.device if self.offload == "device" else "cpu", self.folder if self.offload == "disk" else None
+        )
+
+    def _prune(self, block_name: str, block: nn.Module) -> None:
+        modules = dict(linears(block))
+        leaders = {name: name for name in modules}
+        shared: dict[str, Any] = dict.fromkeys(modules)
+        if self.pruner.needs_inputs:
+            leaders, statistics = self._observe(block_name, block, modules)
+        for leader in dict.fromkeys(leaders.values()):
+            if self.pruner.needs_inputs:
+                num_samples = sum(map(len, self.batches))
+                statistic = statistics.pop(leader)
+                shared[leader] = self.pruner.prepare(statistic, num_samples, name=f"{block_name}.{leader}")
+            for name, module in modules.items():
+                if leaders[name] == leader:
+                    target = self.targets[block_name][name]
+                    module.weight.copy_(self.pruner(module.weight, shared[leader], target.sparsity, target.n))
+            shared[leader] = None
+
+    def _observe(
+        self, block_name: str, block: nn.Module, modules: Mapping[str, nn.Linear]
+    ) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """The statistic of every distinct input of a linear layer, and whose input each layer shares (q, k and v)."""
+        leaders: dict[str, str] = {}
+        statistics: dict[str, Tensor] = {}
+        latest: dict[str, Tensor] = {}  # this batch's inputs, by leader
+
+        def hook(name: str):
+            def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                leader = leaders.get(name)
+                if leader is None:
+                    leader = next((other for other, seen in latest.items() if seen is inputs[0]), name)
+                    leaders[name] = leader
+                if leader == name:
+                    latest[name] = inputs[0]
+                    input_TI = inputs[0].flatten(0, -2)
+                    statistics[name] = self.pruner.observe(statistics.get(name), input_TI)
+                elif latest.get(leader) is not inputs[0]:
+                    raise ValueError(f"{block_name}.{name} and {leader} share their inputs in some batches only")
+
+            return keep
+
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+        try:
+            for index in range(len(self.batches)):
+                latest.clear()
+                self._call(block_name, block, index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in modules:
+            if name not in leaders:
+                raise ValueError(f"no calibration token reaches {block_name}.{name}; give more calibration windows")
+        for name, statistic in statistics.items():
+            if not bool(statistic.isfinite().all()):
+                raise ValueError(_not_finite(f"the inputs of {block_name}.{name}"))
+        return leaders, statistics
+
+    def _forward(self, name: str, block: nn.Module) -> None:
+        assert self._hidden is not None
+        for index in range(len(self.batches)):
+            output_BTH = self._call(name, block, index)
+            if not bool(output_BTH.isfinite().all()):
+                raise ValueError(_not_finite(f"the outputs of {name}"))
+            self._hidden[index] = output_BTH
+
+    def _call(self, name: str, block: nn.Module, index: int) -> Tensor:
+        assert self._hidden is not None
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(self.device), self._calls[name][index])
+        output = block(self._hidden[index].to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def capture(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
+    """The first block's hidden states (B×T×H) of every batch, and for every block its further arguments.
+
+    One forward a batch in which the blocks hand on what they are given. Tensors that are equal are kept once.
+    Raises ValueError naming a block that is not called exactly once, or with anything but those hidden states.
+    """
+    found = blocks(model)
+    hidden: list[Tensor] = []
+    calls: dict[str, list[Call]] = {name: [] for name in found}
+    kept: list[Tensor] = []
+    device = next(model.parameters()).device
+    current: list[Tensor] = []
+
+    def stand_in(name: str):
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden_BTH = args[0] if args else kwargs.pop("hidden_states", None)
+            current[:] = current or [hidden_BTH]
+            if not isinstance(hidden_BTH, Tensor) or hidden_BTH.ndim != 3 or hidden_BTH is not current[0]:
+                raise ValueError(_cannot_capture(name, "it does not take the output of the block before as it is"))
+            calls[name].append(tree_map_only(Tensor, share, (args[1:], kwargs)))
+            if name == last:
+                raise _Done
+            return hidden_BTH
+
+        return forward
+
+    def share(tensor: Tensor) -> Tensor:
+        for other in kept:
+            if other is tensor or ((other.shape, other.dtype) == (tensor.shape, tensor.dtype) and other.equal(tensor)):
+                return other
+        kept.append(tensor)
+        return tensor
+
+    last = list(found)[-1]
+    with _forwards(found, {name: stand_in(name) for name in found}):
+        for number, input_BT in enumerate(batches, 1):
+            current.clear()
+            with suppress(_Done):
+                bare(model)(input_ids=input_BT.to(device), use_cache=False)
+            for name, made in calls.items():
+                if len(made) != number:
+                    raise ValueError(_cannot_capture(name, f"it ran {len(made) - number + 1} times in one forward"))
+            if not bool(current[0].isfinite().all()):
+                raise ValueError(_not_finite("the embeddings"))
+            hidden.append(current[0])
+    return hidden, calls
+
+
+class HiddenStates:
+    """The hidden states of every batch (B×T×H), on a device, or in files of `folder`."""
+
+    def __init__(self, first: Sequence[Tensor], device: torch.device | str, folder: Path | None = None) -> None:
+        self.device, self.folder = device, folder
+        self._kept: list[Tensor | None] = [None] * len(first)
+        for index, hidden_BTH in enumerate(first):
+            self[index] = hidden_BTH
+
+    def __getitem__(self, index: int) -> Tensor:
+        hidden_BTH = self._kept[index]
+        return load_file(self._file(index))["hidden"] if hidden_BTH is None else hidden_BTH
+
+    def __setitem__(self, index: int, hidden_BTH: Tensor) -> None:
+        if self.folder is None:
+            self._kept[index] = hidden_BTH.to(self.device)
+        else:
+            _save({"hidden": hidden_BTH}, self._file(index))
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"hidden-{index:05d}.safetensors"
+
+
+class _Done(Exception):
+    """All blocks have been called."""
+
+
+def _set_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, module in linears(block):
+        module.weight.copy_(weights[name])
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+        os.replace(unfinished, file)
+    except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
+        raise OSError(
+            f"cannot write {file}: {error}; free some space, use method.offload=cpu, or set outputs=/another/folder; "
+            "the same command carries on from the last finished block"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _not_finite(what: str) -> str:
+    return (
+        f"{what} are not finite on the calibration text; look at the weights, or load the model in a wider dtype "
+        "(model.dtype=float32)"
+    )
+
+
+def _cannot_capture(name: str, why: str) -> str:
+    return f"the inputs of block {name} cannot be captured: {why}; this architecture cannot be pruned block by block"
+
+
+@contextmanager
+def _forwards(modules: Mapping[str, nn.Module], forwards: Mapping[str, Any]) -> Iterator[None]:
+    own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
+    for name, module in modules.items():
+        module.forward = forwards[name]
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            del module.forward
+            if name in own:
+                module.forward = own[name]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products in float32: TF32 would spoil the Hessian."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,349 @@
+"""The trust report's arithmetic: what theory says exactly, dense references, and the rules behind its words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+
+from layerif.diagnose.agreement import agreement, layer_influences, panel, total_influence
+from layerif.diagnose.conclusions import above
+from layerif.diagnose.convex import convex_check
+from layerif.diagnose.diagnose import plain
+from layerif.diagnose.estimate import Estimate, percentile, spearman
+from layerif.diagnose.gradients import common_share, gradient_health
+from layerif.diagnose.leave_out import ceiling, lds, lds_estimates, left_out_sets, membership, noise, predicted_change
+from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
+from layerif.diagnose.solver import residual, solver_residuals
+from layerif.diagnose.stability import (
+    bootstrap_scores,
+    correlations,
+    damping_profiles,
+    halves,
+    profile_stability,
+    rank_intervals,
+    ranks,
+)
+from layerif.estimators.datainf import DataInf
+from layerif.estimators.exact import Exact
+from layerif.estimators.grad_dot import GradDot
+from layerif.estimators.lissa import Lissa
+from layerif.layers import LayerGrams, MatrixGram
+from tests.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
+from tests.tiny import shipped_task
+
+RNG = np.random.default_rng(0)
+
+
+def random_grams(num_train: int = 12, num_val: int = 8, num_params: int = 30, *, seed: int = 0) -> LayerGrams:
+    generator = torch.Generator().manual_seed(seed)
+    grams = {}
+    for place, name in enumerate(name for params in LAYERS.params for name in params):
+        rows = torch.randn(num_train + num_val, num_params, dtype=torch.float64, generator=generator) + 0.3 * place
+        grams[name] = gram_of(rows[:num_train], rows[num_train:])
+    return LayerGrams(LAYERS, grams, "f")
+
+
+# Leave-k-out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_theory_is_exact_predicted_and_actual_change_agree(seed):
+    found = convex_check(seed=seed)
+    assert found.lds["true Hessian"] > 0.99
+    assert found.lds["exact"] > 0.95
+    # In size too, not in order alone: a lost 1/N or a wrong damping would show here.
+    slope = np.polyfit(found.predicted["true Hessian"].ravel(), found.actual_SM.ravel(), 1)[0]
+    assert slope == pytest.approx(1, abs=0.1)
+    assert lds(-found.predicted["exact"], found.actual_SM) < -0.95
+
+
+def test_the_predicted_change_is_minus_the_mean_share_of_what_left():
+    influence_MN = torch.from_numpy(RNG.normal(size=(3, 5)))
+    left_out_SN = membership([(0,), (1, 4)], 5)
+    predicted_SM = predicted_change(influence_MN, left_out_SN)
+    np.testing.assert_allclose(predicted_SM[0], -influence_MN[:, 0] / 5)
+    np.testing.assert_allclose(predicted_SM[1], -(influence_MN[:, 1] + influence_MN[:, 4]) / 5)
+
+
+def test_spearman_by_columns_is_that_of_each_column_with_ties():
+    first, second = RNG.integers(4, size=(20, 6)), RNG.integers(4, size=(20, 6))
+    expected = np.array([spearmanr(first[:, j], second[:, j])[0] for j in range(6)])
+    np.testing.assert_allclose(spearman(first, second), expected)
+    assert math.isnan(spearman(np.ones((5, 1)), np.arange(5.0)[:, None])[0])
+
+
+def test_lds_sees_order_alone_and_nothing_in_a_constant():
+    actual_SM = RNG.normal(size=(9, 4))
+    assert lds(np.exp(actual_SM) * 1e6, actual_SM) == pytest.approx(1)
+    assert lds(-actual_SM, actual_SM) == pytest.approx(-1)
+    assert math.isnan(lds(np.zeros_like(actual_SM), actual_SM))
+
+
+def test_sets_are_distinct_of_one_size_and_the_first_of_more():
+    sets = left_out_sets(10, 4, 30, seed=3)
+    assert len(set(sets)) == 30
+    assert all(len(set(rows)) == 4 and set(rows) <= set(range(10)) for rows in sets)
+    assert left_out_sets(10, 4, 7, seed=3) == sets[:7]
+    for size in (0, 10, 11):
+        with pytest.raises(ValueError, match="is impossible: between 1 and 9 can go"):
+            left_out_sets(10, size, 3, seed=0)
+    with pytest.raises(ValueError, match="only 10"):
+        left_out_sets(10, 1, 11, seed=0)
+
+
+def test_lds_of_noise_is_not_above_zero_and_differences_are_paired():
+    actual_SM = RNG.normal(size=(30, 12))
+    noisy_SM = actual_SM + 0.3 * RNG.normal(size=actual_SM.shape)
+    predicted = {"good": noisy_SM, "same": noisy_SM * 5, "random": RNG.normal(size=actual_SM.shape)}
+    scores, beyond = lds_estimates(predicted, actual_SM, than="same", seed=0)
+    assert scores["good"].low > 0.7
+    assert scores["random"].low < 0 < scores["random"].high
+    assert beyond["good"] == Estimate(0, 0, 0)
+    assert beyond["random"].high < 0
+
+
+def test_the_ceiling_is_the_agreement_of_seeds_and_one_seed_has_none():
+    actual_SM = RNG.normal(size=(8, 3))
+    assert ceiling(np.stack([actual_SM, 2 * actual_SM, actual_SM + 1])) == pytest.approx(1)
+    assert math.isnan(ceiling(actual_SM[None]))
+    over_sets, over_seeds = noise(np.stack([actual_SM, actual_SM]), np.array([[0.0, 0, 0], [2, 2, 2]]))
+    assert over_sets == pytest.approx(actual_SM.std(axis=0, ddof=1).mean())
+    assert over_seeds == pytest.approx(math.sqrt(2))
+
+
+# Wrong answers
+
+
+@pytest.fixture(scope="module")
+def examples(task_folder):
+    return shipped_task("jsonl", f"task.path={task_folder}").load().train
+
+
+def test_flipping_changes_the_answers_of_the_flagged_rows_alone(examples):
+    flipped, is_flipped_N = flip(examples, 0.25, seed=1)
+    assert is_flipped_N.sum() == 5
+    for before, after, changed in zip(examples, flipped, is_flipped_N, strict=True):
+        assert (before.answer != after.answer) == changed
+        assert replace(after, answer=before.answer) == before
+        assert 0 <= after.answer < len(after.options)
+    assert flip(examples, 0.25, seed=1)[0] == flipped
+    assert flip(examples, 1e-9, seed=0)[1].sum() == 1
+
+
+def test_nothing_to_flip_to_and_nothing_left_are_refused(examples):
+    alone = [replace(example, options=example.options[:1], labels=example.labels[:1], answer=0) for example in examples]
+    with pytest.raises(ValueError, match=f"example {examples[0].id} has no other option"):
+        flip(alone, 0.1, seed=0)
+    with pytest.raises(ValueError, match="leaves no right answer"):
+        flip(examples, 0.99, seed=0)
+
+
+def test_detection_is_one_when_separated_and_half_at_random():
+    is_flipped_N = np.arange(40) % 10 == 0
+    perfect = detection(is_flipped_N + 0.1 * RNG.random(40), is_flipped_N)
+    assert (perfect.found, perfect.auc) == (1, 1)
+    worst = detection(-1.0 * is_flipped_N, is_flipped_N)
+    assert (worst.found, worst.auc) == (0, 0)
+    many = np.arange(20_000) % 10 == 0
+    random = detection(RNG.random(20_000), many)
+    assert random.auc == pytest.approx(0.5, abs=0.03)
+    assert random.found == pytest.approx(0.1, abs=0.03)
+    harm_N = RNG.random(40)
+    assert curve(harm_N, is_flipped_N)[[0, -1]].tolist() == [0, 1]
+    assert curve(harm_N, is_flipped_N)[4] == detection(harm_N, is_flipped_N).found
+
+
+def test_auc_draws_scatter_about_the_auc_ties_included_and_are_paired():
+    is_flipped_N = np.arange(60) % 5 == 0
+    harm_N = RNG.integers(6, size=60) + is_flipped_N
+    draws = auc_draws([harm_N], [is_flipped_N], seed=0, resamples=2000)
+    assert draws.mean() == pytest.approx(roc_auc_score(is_flipped_N, harm_N), abs=0.01)
+    assert np.array_equal(draws, auc_draws([10.0 * harm_N], [is_flipped_N], seed=0, resamples=2000))
+    assert set(auc_draws([1.0 * is_flipped_N], [is_flipped_N], seed=0)) == {1.0}
+
+
+def test_harm_is_positive_where_up_weighting_raises_the_validation_loss():
+    influence_MN = torch.tensor([[1.0, -2.0], [3.0, -1.0]])
+    assert harm(influence_MN).tolist() == [4, -3]
+
+
+# Gradients
+
+
+def test_dead_and_non_finite_matrices_are_named_and_left_out():
+    grams = random_grams()
+    name, other, *_ = grams.grams
+    sick = dict(grams.grams)
+    sick[name] = MatrixGram(torch.zeros(12, 12), torch.zeros(8, 12), torch.zeros(8), 30)
+    broken = grams.grams[other].train_train.clone()
+    broken[0, 0] = math.inf
+    sick[other] = replace(grams.grams[other], train_train=broken)
+    found = gradient_health(replace(grams, grams=sick))
+    assert (found.dead, found.non_finite) == ([name], [other])
+    assert found.train_norms[name] == 0
+    assert math.isnan(found.train_norms[other])
+    kept = {key: gram for key, gram in grams.grams.items() if key not in (name, other)}
+    assert found.common == gradient_health(replace(grams, grams=kept)).common
+    assert plain(found)["train_norms"][other] is None
+
+
+def test_norms_are_root_mean_squares_of_the_gradients():
+    train_NP, val_MP = torch.randn(5, 7), torch.randn(3, 7)
+    grams = LayerGrams(LAYERS, {"a": gram_of(train_NP, val_MP)}, "f")
+    found = gradient_health(grams)
+    assert found.train_norms["a"] == pytest.approx(float(train_NP.norm() / 5**0.5), rel=1e-5)
+    assert found.val_norms["a"] == pytest.approx(float(val_MP.norm() / 3**0.5), rel=1e-5)
+    size = train_NP.mean(dim=0).norm() / (train_NP.norm() / 5**0.5)
+    assert found.length == pytest.approx(float(size), rel=1e-5)
+
+
+def test_the_common_share_is_one_for_equal_gradients_and_nil_where_they_cancel():
+    torch.manual_seed(0)
+    equal_NP = torch.ones(6, 4)
+    assert common_share(equal_NP @ equal_NP.T) == Estimate(1, 1, 1)
+    random_NP = torch.randn(60, 400, dtype=torch.float64)
+    independent = common_share(random_NP @ random_NP.T)
+    assert independent.low < 0 < independent.high
+    centred_NP = random_NP - random_NP.mean(dim=0)
+    assert common_share(centred_NP @ centred_NP.T).value == pytest.approx(-1 / 59)
+    covered = 0
+    for _ in range(100):
+        shifted_NP = torch.randn(60, 400, dtype=torch.float64) + 1  # ‖E g‖² = 400 of E‖g‖² = 800
+        shifted = common_share(shifted_NP @ shifted_NP.T)
+        covered += shifted.low < 0.5 < shifted.high
+    assert 88 <= covered <= 99
+    assert math.isnan(common_share(torch.eye(2)).value)
+
+
+# Solvers
+
+
+def test_exact_leaves_no_residual_and_no_influence_leaves_all():
+    for gram in random_grams().grams.values():
+        for damping in (1e-3, 0.1, 10.0):
+            solved = Exact(damping=damping).influence(gram)
+            assert residual(solved, gram, damping=damping) < 1e-12
+            assert residual(0 * solved, gram, damping=damping) == pytest.approx(1)
+
+
+def test_the_residual_is_that_of_the_dense_system():
+    gram = next(iter(random_grams().grams.values()))
+    lam = 0.1 * float(gram.train_train.trace()) / (12 * 30)
+    system = gram.train_train / 12 + lam * torch.eye(12, dtype=torch.float64)
+    influence_MN = DataInf(damping=0.1).influence(gram)
+    expected = (influence_MN @ system + gram.val_train).norm() / gram.val_train.norm()
+    assert residual(influence_MN, gram, damping=0.1) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_each_estimators_distance_from_exact_and_lissas_step():
+    grams = random_grams()
+    exact, datainf, lissa = (solver_residuals(each, grams) for each in (Exact(), DataInf(), Lissa(num_steps=10**6)))
+    assert max(each.off for each in exact) < 1e-12
+    assert min(each.off for each in datainf) > 1e-3
+    assert max(each.off for each in lissa) < 1e-9
+    assert all(each.step is None for each in (*exact, *datainf))
+    assert all(each.step is not None and each.step > 0 for each in lissa)
+    assert [each.matrix for each in exact] == list(grams.grams)
+    eigenvalues = torch.linalg.eigvalsh(next(iter(grams.grams.values())).train_train)
+    lam = 0.1 * float(eigenvalues.sum()) / (12 * 30)
+    assert exact[0].condition == pytest.approx(float(eigenvalues[-1]) / 12 / lam + 1, rel=1e-9)
+    assert solver_residuals(Lissa(step_size=1e-6, num_steps=10**12), grams)[0].step == 1e-6
+
+
+def test_what_float32_adds_to_the_damping_is_told():
+    grams = random_grams(num_train=12, num_params=4)  # rank 4 of 12: eight eigenvalues are noise
+    rounded = {
+        name: replace(gram, train_train=gram.train_train.float(), val_train=gram.val_train.float())
+        for name, gram in grams.grams.items()
+    }
+    found = solver_residuals(Exact(damping=1e-6), replace(grams, grams=rounded))
+    assert max(each.rounding for each in found) > 0.01
+    assert max(each.residual for each in found) < 1e-6
+    assert max(each.rounding for each in solver_residuals(Exact(damping=1e-6), grams)) < 1e-6
+
+
+# Ranks and agreement
+
+
+def test_identical_draws_give_degenerate_intervals():
+    scores = (3.0, 1.0, 2.0)
+    found = rank_intervals(scores, np.tile(scores, (50, 1)))
+    assert found == [Estimate(1, 1, 1), Estimate(3, 3, 3), Estimate(2, 2, 2)]
+    assert profile_stability(scores, np.tile(scores, (50, 1))) == Estimate(1, 1, 1)
+    assert ranks([1, 5, 5, 0]).tolist() == [3, 1.5, 1.5, 4]
+
+
+def test_a_rank_interval_holds_what_the_draws_did():
+    scores_BL = np.array([[2.0, 1.0], [1.0, 2.0]] * 50)
+    assert rank_intervals([2.0, 1.0], scores_BL) == [Estimate(1, 1, 2), Estimate(2, 1, 2)]
+    assert math.isnan(profile_stability([1.0, 1.0], scores_BL).value)
+
+
+def test_bootstrap_draws_are_seeded_and_scatter_about_the_scores():
+    grams, estimator = random_grams(60, 40), GradDot()
+    draws_BL = bootstrap_scores(estimator, grams, resamples=200, seed=0)
+    assert np.array_equal(draws_BL, bootstrap_scores(estimator, grams, resamples=200, seed=0))
+    whole = np.array(estimator.score(grams).values)
+    assert np.all(np.abs(draws_BL.mean(axis=0) - whole) < 2 * draws_BL.std(axis=0))
+    assert np.all(draws_BL.std(axis=0) > 0)
+    assert halves(estimator, grams, draws=5, seed=0) == halves(estimator, grams, draws=5, seed=0)
+
+
+def test_damping_profiles_hold_the_estimators_own():
+    grams, estimator = layer_grams(), DataInf(damping=0.5)
+    profiles = damping_profiles(estimator, grams)
+    assert list(profiles) == ["damping 0.05", "damping 0.5", "damping 5"]
+    assert profiles["damping 0.5"] == estimator.score(grams).values
+    assert damping_profiles(GradDot(), grams) == {}
+    (pair,) = correlations({"a": (1, 2, 3, 4), "b": (1, 2, 4, 3)})
+    assert (pair.spearman, pair.kendall) == (pytest.approx(0.8), pytest.approx(2 / 3))
+    assert math.isnan(correlations({"a": (1, 1), "b": (1, 2)})[0].spearman)
+
+
+def test_the_panel_is_every_estimator_on_grams_with_the_users_settings_first():
+    own = Exact(damping=3.0, aggregation="top25")
+    found = panel(own)
+    assert next(iter(found.items())) == ("exact", own)
+    assert {type(each) for each in found.values()} == {cls for cls in GRAM_ESTIMATORS if cls.needs == "grams"}
+    assert found["datainf"] == DataInf(damping=3.0, aggregation="top25")
+    assert panel(GradDot())["datainf"] == DataInf()
+
+
+def test_agreement_is_symmetric_and_compares_scores_as_the_estimators_give_them():
+    grams = random_grams()
+    names, matrix = agreement(panel(DataInf()), grams)
+    assert len(names) == 3 * len(panel(DataInf()))
+    np.testing.assert_allclose(matrix, matrix.T)
+    np.testing.assert_allclose(np.diag(matrix), 1)
+    first, second = (
+        DataInf(aggregation="top25").score(grams).values,
+        GradDot(aggregation="positive").score(grams).values,
+    )
+    found = matrix[names.index("datainf top25"), names.index("grad_dot positive")]
+    assert found == pytest.approx(spearmanr(first, second)[0])
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "block"])
+def test_the_total_influence_is_the_sum_of_the_layers(granularity):
+    grams, estimator = layer_grams(), DataInf(granularity=granularity)
+    layers = layer_influences(estimator, grams)
+    assert list(layers) == list(LAYERS.names)
+    torch.testing.assert_close(total_influence(estimator, grams), torch.stack(list(layers.values())).sum(dim=0))
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 0.3, "supported"), (-0.1, 0.3, "not enough evidence"), (-0.3, -0.1, "not supported")],
+)
+def test_a_verdict_follows_the_interval(low, high, verdict):
+    assert above(0, {"value": 0.0, "low": low, "high": high}) == verdict
+    assert above(0, plain(percentile(math.nan, np.array([1.0])))) == "not enough evidence"

@@ -1,0 +1,279 @@
+"""Retraining laws, and the trust report end to end: the same whether it was killed or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from layerif.allocate import Experts
+from layerif.data.batches import Encoded, Encodings
+from layerif.decide import Decider
+from layerif.diagnose.diagnose import Diagnose
+from layerif.diagnose.retrain import Recipe, Retrainer, losses, schedule
+from layerif.diagnose.retrainings import Retrainings
+from layerif.estimators.datainf import DataInf
+from layerif.estimators.exact import Exact
+from layerif.estimators.grad_dot import GradDot
+from layerif.estimators.uniform import Uniform
+from layerif.models import Local, layer_map
+from layerif.probe import Probe
+from layerif.record import RunRecord
+from layerif.store import Store
+from tests.command import run_layerif
+from tests.tiny import shipped_task, tiny_model
+
+RECIPE = Recipe(steps=4, batch_size=4, learning_rate=1e-2, r=2)
+TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+@pytest.fixture
+def decider(model_folder, task_folder, tmp_path) -> Decider:
+    return Decider(
+        model=Local(path=str(model_folder)),
+        tokenizer=Local(path=str(model_folder)).tokenizer(),
+        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
+        probe=Probe(num_train=12, num_validation=6, parameters="lora"),
+        estimator=DataInf(),
+        allocator=Experts(budget=9),
+        store=Store(tmp_path / "store"),
+    )
+
+
+def rows(count: int = 8) -> Encodings:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 256, (count, 9), generator=generator)
+    return Encodings(
+        Encoded(input_ids=tuple(map(int, row[: 5 + place % 4])), prompt_length=2) for place, row in enumerate(ids)
+    )
+
+
+def trained_losses(train: Encodings, left_out=(), *, seed: int = 0, recipe: Recipe = RECIPE) -> list[float]:
+    model = Retrainer(tiny_model(), TARGETS, train, 1, recipe, seed)(left_out)
+    return losses(model, Encodings(rows()[::-1]), 3, 1)
+
+
+def test_a_row_left_out_might_as_well_be_any_other():
+    train = rows()
+    garbage = Encodings([*train[:3], Encoded(input_ids=(7,) * 30, prompt_length=2), *train[4:]])
+    assert trained_losses(train, [3]) != trained_losses(train)
+    assert trained_losses(garbage) != trained_losses(train)
+    np.testing.assert_allclose(trained_losses(garbage, [3]), trained_losses(train, [3]), rtol=1e-6)
+
+
+def test_retraining_starts_anew_every_time_and_differs_between_seeds():
+    retrainer = Retrainer(tiny_model(), TARGETS, rows(), 1, RECIPE, seed=0)
+    first = losses(retrainer(), rows(), 3, 1)
+    retrainer([0, 1, 2])
+    assert losses(retrainer(), rows(), 3, 1) == first
+    assert trained_losses(rows(), seed=1) != trained_losses(rows(), seed=0)
+
+
+def test_training_lowers_the_loss_of_its_rows_and_detaching_leaves_the_base_as_it_was():
+    base, train = tiny_model(), rows()
+    before = losses(base, train, 3, 1)
+    retrainer = Retrainer(base, TARGETS, train, 1, replace(RECIPE, steps=20), seed=0)
+    assert np.mean(losses(retrainer(), train, 3, 1)) < np.mean(before) - 0.1
+    retrainer.detach()
+    assert losses(base, train, 3, 1) == before
+    assert [name for name, _ in base.named_parameters()] == [name for name, _ in tiny_model().named_parameters()]
+
+
+def test_leaving_every_row_of_a_batch_out_takes_its_step_away():
+    recipe = Recipe(steps=1, batch_size=8, learning_rate=1e-2, r=2)
+    untrained = losses(tiny_model(), Encodings(rows()[::-1]), 3, 1)
+    np.testing.assert_allclose(trained_losses(rows(), range(8), recipe=recipe), untrained, rtol=1e-6)
+
+
+def test_every_epoch_takes_every_row_once_in_full_batches():
+    order = schedule(8, replace(RECIPE, steps=6), seed=0)
+    assert [sorted(order[i] + order[i + 1]) for i in (0, 2, 4)] == [list(range(8))] * 3
+    assert all(len(batch) == 4 for batch in schedule(10, replace(RECIPE, steps=9), seed=1))
+    assert schedule(3, replace(RECIPE, steps=2), seed=0)[0] != []
+    assert schedule(8, RECIPE, seed=0) == order[:4]
+
+
+def test_a_loss_that_is_not_finite_says_what_to_do():
+    broken = tiny_model()
+    broken.get_parameter("model.norm.weight").data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"the training loss is nan at step 0 of 4; lower method\.learning_rate"):
+        Retrainer(broken, TARGETS, rows(), 1, RECIPE, seed=0)()
+
+
+def retrainings(decider: Decider, work, **changes) -> Retrainings:
+    work.mkdir(exist_ok=True)
+    settings = {"seeds": [0, 1], "sets": [(0, 1), (2, 3), (4, 5)], "recipe": RECIPE, **changes}
+    return Retrainings(decider=decider, model=decider.model.load, work=work, **settings)
+
+
+def test_what_is_retrained_is_kept_and_a_stop_between_changes_nothing(decider, tmp_path, monkeypatch):
+    whole = retrainings(decider, tmp_path / "whole").losses()
+    calls: list[object] = []
+    train = Retrainer.__call__
+
+    def stops(retrainer, left_out=()):
+        calls.append(left_out)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(retrainer, left_out)
+
+    monkeypatch.setattr(Retrainer, "__call__", stops)
+    stopped = retrainings(decider, tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.losses()
+    resumed = stopped.losses()
+    assert len(calls) == 3 + 6  # two of eight were there already
+    for one, other in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(one, other)
+    untrained, full, left_out = whole
+    assert (untrained.shape, full.shape, left_out.shape) == ((6,), (2, 6), (2, 3, 6))
+
+    def never():
+        raise AssertionError("everything is there")
+
+    again = replace(stopped, model=never)
+    np.testing.assert_array_equal(again.losses()[2], left_out)
+
+
+def test_the_grams_at_an_adapter_are_those_of_its_file(decider, tmp_path):
+    kept = retrainings(decider, tmp_path / "work", seeds=[0])
+    grams = kept.grams()[0]
+    model = replace(decider.model, adapter=str(tmp_path / "work" / "adapter-0")).load()
+    assert grams.layers == layer_map(model, parameters="lora")
+    anew, _ = replace(
+        decider,
+        model=replace(decider.model, adapter=str(tmp_path / "work" / "adapter-0")),
+        store=Store(tmp_path / "another"),
+    ).grams(lambda: model)
+    for name, gram in anew.grams.items():
+        torch.testing.assert_close(gram.train_train, grams.grams[name].train_train, rtol=1e-4, atol=1e-7)
+
+
+SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_size": 4, "resamples": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({}, {"num_train": 21}, "method.num_train=21 rows asked for, the task has 20 in train"),
+        ({}, {"num_validation": 9}, "the task has 8 in validation; use method.num_validation<=8"),
+        ({}, {"removed": 0.99}, "leaving 12 of 12 training rows out is impossible"),
+        ({}, {"removed": 0.01, "subsets": 13}, "method.subsets=13 different sets of 1 of 12 rows do not exist"),
+        ({}, {"flipped": 0.99}, "method.flipped=0.99"),
+        ({"estimator": Uniform()}, {}, "examines influence taken from Grams, and Uniform takes it from nothing"),
+        ({"probe": Probe(num_train=3)}, {}, "probe.num_train must be at least 4"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work(decider, changes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Diagnose(**{**SMALL, **settings}).plan(replace(decider, **changes))
+
+
+def test_a_model_with_an_adapter_is_refused(decider):
+    with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/somewhere'"):
+        Diagnose(**SMALL).plan(replace(decider, model=replace(decider.model, adapter="/somewhere")))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("seeds", 0), ("removed", 1.0), ("flipped", 0), ("learning_rate", 0), ("num_train", 3)]
+)
+def test_settings_are_checked(setting, value):
+    with pytest.raises(ValueError, match=f"method.{setting}={value}"):
+        Diagnose(**{setting: value})
+
+
+def test_a_dry_run_tells_the_cost_in_steps(decider):
+    plan = Diagnose(**SMALL, seeds=2).plan(decider)
+    assert "2 seeds × (1 + 4 sets of 6 of 12 rows left out) × 2 steps" in plan["retraining"]
+    assert "= 20 steps" in plan["retraining"]
+    assert not list(decider.store.root.glob("*"))  # type: ignore[union-attr]
+
+
+def report_of(decider: Decider, folder, **settings) -> tuple[dict, RunRecord]:
+    folder.mkdir(exist_ok=True)
+    config = {"probe": {"num_train": 12, "num_validation": 6}, "evaluation": {"before": False}}
+    record = RunRecord(name="test", seed=0, config=config, overrides=[])
+    Diagnose(**SMALL, **settings)(replace(decider, probe=replace(decider.probe, parameters="weights")), record, folder)
+    return json.loads((folder / "diagnose.json").read_text()), record
+
+
+def test_one_seed_and_no_damping_leave_their_sections_out(decider, tmp_path):
+    report, record = report_of(replace(decider, estimator=GradDot()), tmp_path, seeds=1)
+    assert report["leave_out"]["ceiling"] is None
+    assert report["leave_out"]["sd_over_seeds"] is None
+    assert (report["stability"]["damping"], report["stability"]["seeds"]) == ([], [])
+    assert "lds_ceiling" not in record.metrics
+    claims = " ".join(each["claim"] for each in report["conclusions"])
+    assert "damping" not in claims
+    assert "another seed" not in claims
+    assert "nan" not in (tmp_path / "diagnose.md").read_text().lower().split()
+
+
+def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
+    seen = [
+        (example.instruction, example.options)
+        for part in ("train", "validation")
+        for example in getattr(decider.splits, part)
+    ]
+    assert all((example.instruction, example.options) not in seen for example in decider.splits.test)
+    blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
+    sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
+    assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
+    record = RunRecord(name="test", seed=0, config={"evaluation": {"before": True}}, overrides=[])
+    with pytest.raises(ValueError, match=r"looks at no evaluated row; use evaluation\.before=false"):
+        Diagnose(**SMALL)(decider, record, tmp_path)
+
+
+def test_half_precision_is_examined_like_any_other(decider, tmp_path):
+    half = replace(decider, model=replace(decider.model, dtype="bfloat16"), estimator=Exact(aggregation="top25"))
+    report, record = report_of(half, tmp_path, seeds=1)
+    assert report["solver"]["estimators"]["exact"]["residual_max"] < 1e-9
+    assert all(math.isfinite(value) for value in record.metrics.values())
+
+
+def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides, tmp_path):
+    settings = [f"method.{name}={value}" for name, value in {**SMALL, "subsets": 12, "seeds": 2}.items()]
+    overrides = [*tiny_overrides, "method=diagnose", "logger=none", *settings]
+    whole = run_layerif(overrides, tmp_path)
+    report = json.loads((tmp_path / "run" / "diagnose.json").read_text())
+    for name in ("leave_out", "ranks", "agreement", "mislabel", "gradients"):
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 0
+    text = (tmp_path / "run" / "diagnose.md").read_text()
+    assert {each["verdict"] for each in report["conclusions"]} <= {"supported", "not supported", "not enough evidence"}
+    assert all(each["claim"] in text for each in report["conclusions"])
+    assert whole.metrics["convex_lds"] > 0.95
+    assert whole.metrics["lds"] == report["leave_out"]["lds"]["datainf"]["value"]
+    assert whole.allocation["budget"] == 15
+    assert len(whole.scores) == len(report["stability"]["ranks"]) == 3
+    assert whole.questions == {}
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    apart = [*overrides, f"store={killed / 'store'}"]  # its own store: the adapters' Grams are not there yet
+    command = [sys.executable, "-m", "layerif", *apart, f"hydra.run.dir={killed / 'run'}"]
+    process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = killed / "run" / "checkpoints" / "losses-0-without-3.json"
+    deadline = time.monotonic() + 120
+    while not done.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert done.exists()
+    assert not (killed / "run" / "record.json").exists()
+    written = done.stat().st_mtime_ns
+    assert not (killed / "run" / "checkpoints" / "losses-1-without-11.json").exists()
+    resumed = run_layerif(apart, killed)
+    assert "carried on from a run that did not finish" in resumed.notes
+    assert written < (killed / "run" / "record.json").stat().st_mtime_ns
+    assert json.loads((killed / "run" / "diagnose.json").read_text()) == report
+    assert isinstance(resumed, RunRecord)
+    assert resumed.metrics == whole.metrics

@@ -1,0 +1,186 @@
+"""`layerif-store`: it names what is there, and removes nothing that is in use or none of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from rich.console import Console
+
+from layerif import loss, probe, spectra
+from layerif import store as store_module
+from layerif.inventory import entries, main, show
+from layerif.store import Store
+from tests.test_store import rewritten, some_grams
+
+DESCRIPTION = {"probe": probe.VERSION, "loss": loss.VERSION, "scope": "attention", "parameters": "weights"}
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    """Two measurements, a converted model, a half-written measurement and a half-converted model, and a stranger."""
+    root = tmp_path / "store"
+    for model in ("first", "second"):
+        Store(root).grams({**DESCRIPTION, "model": model}, some_grams, about={"model": f"org/{model}"})
+    for name in ("models/tiny-0123456789ab", "models/.tiny-ba9876543210.x1y2"):
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text("{}")
+    (root / "grams" / f".{'0' * 64}.safetensors.12345").write_bytes(b"half")
+    (root / "grams" / f"{'0' * 64}.lock").touch()
+    (root / "grams" / "notes.txt").write_text("mine")
+    return root
+
+
+def keys(store: Path) -> dict[str, str]:
+    """The key of each measurement by its model."""
+    return {entry.header["about"]["model"]: entry.name for entry in entries(store)[0] if entry.header}
+
+
+def listing(store: Path) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show(*entries(store), store, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def clear(store: Path, *arguments: str) -> None:
+    main(["--store", str(store), "clear", *arguments])
+
+
+def left(store: Path) -> list[str]:
+    return sorted(file.name for file in store.rglob("*") if file.is_file() and file.suffix != ".lock")
+
+
+def test_the_list_tells_what_each_entry_is(store):
+    lines = listing(store).splitlines()
+    by_model = {model: next(line for line in lines if key[:12] in line) for model, key in keys(store).items()}
+    assert len(by_model) == 2
+    for model, line in by_model.items():
+        cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+        assert cells[1:6] == ["grams", model, "attention", "weights", "4 + 3"]
+        assert cells[8:] in ([], [""])
+    (model,) = [line for line in lines if "0123456789ab" in line]
+    assert "models" in model
+    assert "tiny" in model
+    assert len([line for line in lines if "unfinished: its job died" in line]) == 2
+    size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    assert f"{size / 1000:.1f} kB in all" in lines[-1]
+    assert "other files 4 B" in lines[-1]
+
+
+def test_other_versions_are_called_by_name(store, monkeypatch):
+    monkeypatch.setattr(probe, "VERSION", probe.VERSION + 1)
+    assert listing(store).count(f"written by probe version {probe.VERSION - 1}, unused now") == 2
+    monkeypatch.undo()
+    file = store / "grams" / f"{keys(store)['org/first']}.safetensors"
+    rewritten(file, lambda header: {**header, "version": "1"})
+    assert listing(store).count("written by store version 1, unused now") == 1
+    clear(store, "--unused")
+    assert list(keys(store)) == ["org/second"]
+
+
+def test_a_measurement_without_samples_is_listed_too_and_its_version_compared(store, monkeypatch):
+    description = {"spectra": spectra.VERSION, "model": "third"}
+    Store(store).tensors("spectra", description, lambda: {"seconds": torch.ones(3)}, about={"model": "org/third"})
+    (line,) = [line for line in listing(store).splitlines() if "org/third" in line]
+    assert [cell.strip() for cell in line.split("│")][2:7] == ["spectra", "org/third", "", "", ""]
+    assert "unreadable" not in line
+    monkeypatch.setattr(spectra, "VERSION", spectra.VERSION + 1)
+    clear(store, "--unused")
+    assert set(keys(store)) == {"org/first", "org/second"}
+
+
+def test_an_unreadable_file_is_said_to_be_so(store):
+    (store / "grams" / f"{keys(store)['org/first']}.safetensors").write_bytes(b"garbage")
+    assert listing(store).count("unreadable, would be computed anew") == 1
+    clear(store, "--unused")
+    assert list(keys(store)) == ["org/second"]
+
+
+def test_clear_by_key_removes_that_entry_alone(store):
+    before, key = left(store), keys(store)["org/first"]
+    clear(store, key[:10], "--dry-run")
+    assert left(store) == before
+    clear(store, key[:10])
+    assert left(store) == [name for name in before if not name.startswith(key)]
+    assert not (store / "grams" / f"{key}.lock").exists()
+
+
+def test_clear_all_leaves_only_what_is_not_the_stores(store):
+    clear(store, "--all")
+    assert left(store) == ["notes.txt"]
+
+
+def test_clear_incomplete_removes_leftovers_and_nothing_whole(store):
+    clear(store, "--incomplete")
+    assert len(keys(store)) == 2
+    assert (store / "models" / "tiny-0123456789ab" / "config.json").exists()
+    assert not any(name.startswith(".") for name in left(store))
+    assert not (store / "models" / ".tiny-ba9876543210.x1y2").exists()
+
+
+def test_clear_older_than_goes_by_age(store):
+    old = store / "grams" / f"{keys(store)['org/first']}.safetensors"
+    os.utime(old, times=(time.time(), time.time() - 3 * 86400))
+    clear(store, "--older-than=2d")
+    assert list(keys(store)) == ["org/second"]
+
+
+def test_an_entry_in_use_is_left_alone_and_said_so(store, capsys):
+    key = keys(store)["org/first"]
+    with FileLock(store / "grams" / f"{key}.lock"):
+        assert "in use" in next(line for line in listing(store).splitlines() if key[:12] in line)
+        with pytest.raises(SystemExit) as left_with:
+            clear(store, "--all")
+    assert left_with.value.code == 1
+    assert f"1 in use by a running job and left alone: {key}" in capsys.readouterr().err
+    assert left(store) == [f"{key}.safetensors", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clear"], "say what to clear"),
+        (["clear", "--all", "--unused"], "one way"),
+        (["clear", "ffff"], "'ffff' is the start of 0 keys"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(store, capsys, arguments, message):
+    before = left(store)
+    with pytest.raises(SystemExit):
+        main(["--store", str(store), *arguments])
+    assert message in capsys.readouterr().err
+    assert left(store) == before
+
+
+def test_a_missing_folder_is_said_as_such_before_anything_heavy_is_loaded(tmp_path):
+    code = "import sys, layerif.inventory as i\ntry: i.main(['--store', 'nowhere'])\n"
+    code += "finally: print('torch' in sys.modules, 'pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    assert "'nowhere' is no folder" in done.stderr
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_headers_version_is_the_stores(store):
+    headers = [entry.header for entry in entries(store)[0] if entry.header]
+    assert {header["version"] for header in headers} == {str(store_module.VERSION)}
+    assert all(json.dumps(header["description"]) for header in headers)
+
+
+def test_what_an_interrupted_probe_left_is_listed_and_goes_as_incomplete(store):
+    partial = Store(store).partial("f" * 64)
+    partial.mkdir()
+    (partial / "tile-0.safetensors").write_bytes(b"factors")
+    (line,) = [line for line in listing(store).splitlines() if "ffffffffffff" in line]
+    assert "its job died; the next one carries on" in line
+    clear(store, "--incomplete")
+    assert not partial.exists()
+    assert len(keys(store)) == 2

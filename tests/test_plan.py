@@ -1,0 +1,37 @@
+"""`method=plan` says what a probe would do, and the probe then does it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.command import layerif
+
+
+def test_the_plan_is_what_the_probe_does(tiny_overrides, tmp_path):
+    small = [*tiny_overrides, "probe.num_train=8", "probe.num_validation=4", "probe.memory_gb=6e-4"]
+    planned = layerif([*small, "method=plan", f"hydra.run.dir={tmp_path / 'plan'}"], tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    strategies = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    (chosen,) = [strategy for strategy in strategies if strategy["chosen"]]
+    assert chosen["name"] == "several passes"
+    assert chosen["passes"] > 1
+    assert chosen["device_gb"] <= 6e-4
+    assert chosen["seconds"] > 0
+    one = next(strategy for strategy in strategies if strategy["name"] == "one pass")
+    assert one["device_gb"] > 6e-4
+    assert one["pass_operations"] < chosen["pass_operations"]
+    assert one["product_operations"] == chosen["product_operations"]
+    assert "gradient pass" not in planned.stderr + planned.stdout
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+    done = layerif([*small, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passes", log)[1]) == chosen["passes"]  # type: ignore[index]
+
+
+def test_too_small_a_budget_is_refused_with_the_least(tiny_overrides, tmp_path):
+    done = layerif([*tiny_overrides, "method=none", "probe.memory_gb=1e-7"], tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"layerif: probe\.memory_gb=1e-07 is too small: model\.layers\.\d\S+ alone needs", done.stderr)
