@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 
@@ -97,6 +98,11 @@ class Decider(Measurements):
             )
         if needs == "curvature":
             ekfac.check_installed()
+            if self.probe.projection is not None:
+                raise ValueError(
+                    f"estimator=ekfac has no use for probe.projection={self.probe.projection}: it works on whole "
+                    "gradients; leave it null, or take an estimator on Grams"
+                )
         if needs == "nothing":
             self.estimator.score(layers)
         equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
@@ -107,7 +113,16 @@ class Decider(Measurements):
 
         None where these Grams are exact themselves, or where `probe.fidelity_samples` is 0.
         """
-        compared = self.with_exact(grams)
+        try:
+            compared = self.with_exact(grams)
+        except torch.cuda.OutOfMemoryError:
+            warnings.warn(
+                "how well these scores rank like exact ones is not known: a second model in float32 does not fit "
+                "the device (probe.fidelity_samples=0 does not try)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
         if compared is None:
             return None
         some, reference = compared
@@ -152,9 +167,12 @@ class Decider(Measurements):
 
     def _notes(self, num_samples: tuple[int, int], fidelity: dict[str, float] | None) -> tuple[str, ...]:
         notes = []
-        if self.model.dtype in ("bfloat16", "float16") and fidelity is None:
-            why = " (probe.fidelity_samples=0)" if self.probe.fidelity_samples == 0 else ""
-            notes.append(f"probed in {self.model.dtype}; not compared with float32{why}")
+        inexact = [self.model.dtype] if self.model.dtype in ("bfloat16", "float16") else []
+        if self.probe.projection is not None and self.estimator.needs in ("grams", "checkpoints"):
+            inexact.append(f"a projection to {self.probe.projection} dimensions")
+        if inexact and fidelity is None:
+            why = "probe.fidelity_samples=0" if self.probe.fidelity_samples == 0 else "only Grams of one model are"
+            notes.append(f"probed in {' and '.join(inexact)}; not compared with exact float32 ({why})")
         for part, num in zip(("train", "validation"), num_samples, strict=True):
             asked = getattr(self.probe, f"num_{part}")
             if 0 < num < asked:

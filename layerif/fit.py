@@ -132,7 +132,7 @@ def keep(decision: Decision, record: RunRecord) -> None:
 
 def _join_processes(parts: Parts) -> None:
     """Start the processes that the trainer's settings ask for, as its `fit` would, and connect them."""
-    if parts.num_processes > 1:
+    if parts.decider.num_processes > 1:
         settings = {key: parts.config.trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
         Fabric(**settings).launch()
 

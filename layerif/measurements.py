@@ -41,6 +41,7 @@ class Measurements:
     load, in every method that takes it: gives the model on its device, and is called only if something is measured.
     device: where models are measured. spread: the model does not fit one device, so its weights are divided among all
     processes for the gradients (FSDP); what the first process measures alone it measures in main memory then.
+    num_processes: that will measure together, for what is said beforehand.
     """
 
     model: Pretrained
@@ -51,6 +52,7 @@ class Measurements:
     seed: int = 0
     device: torch.device | str = "cpu"
     spread: bool = False
+    num_processes: int = 1
 
     def layers(self) -> LayerMap:
         """All blocks with all their linear layers: what an allocation is spread over."""
