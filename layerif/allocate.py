@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from layerif.layers import LayerMap, in_layer_order
 from layerif.names import check_choice
-from layerif.scores import Kind, LayerScores, check_unique, is_number, read_json, smooth
+from layerif.scores import Kind, LayerScores, check_unique, is_number, smooth
 
 Shift = Literal["min", "none"]
 Rounding = Literal["largest_remainder", "upstream"]
+Rule = Literal["scaled", "shifted"]
 
 BUDGET_TOLERANCE = 1e-6  # of a sparsity, as a fraction of all parameters
 _SPREAD_NOISE = 1e-12  # of the largest value: a smaller spread is the rounding of equal scores
@@ -127,18 +128,30 @@ def to_rank(
 
 
 def to_sparsity(
-    scores: Sequence[float], numel: Sequence[int], target: float, *, epsilon: float, max_sparsity: float = 0.99
+    scores: Sequence[float],
+    numel: Sequence[int],
+    target: float,
+    *,
+    epsilon: float,
+    max_sparsity: float = 0.99,
+    rule: Rule = "scaled",
 ) -> list[float]:
     """Sparsities per layer whose mean, weighted by the layers' parameters `numel` (d), is `target`.
 
-    x = min-max of s (equal scores: ½); r = (1−ε) + 2εx; ρ_l = c·r_l with one c for all. Where c·r_l exceeds
-    `max_sparsity`, ρ_l is `max_sparsity` and the other layers make up for it, still in proportion to r (upstream clips
-    without, and misses the target).
+    x = min-max of s (equal scores: ½), then
+    scaled (the paper's): r = (1−ε) + 2εx; ρ_l = c·r_l with one c for all. Where c·r_l exceeds `max_sparsity`, ρ_l is
+        `max_sparsity` and the other layers make up for it, still in proportion to r (upstream clips without, and
+        misses the target).
+    shifted (OWL's and DLP's): ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where nothing is
+        clipped; clipped to [0, `max_sparsity`] the other layers make up for it by a common c.
     Raises ValueError, with the feasible range, if no c meets the target.
     """
     values = _checked_scores(scores)
     weights = _checked_numel(numel, len(values))
     _check_sparsity_settings(target, epsilon, max_sparsity)
+    check_choice("allocator.rule", rule, get_args(Rule))
+    if rule == "shifted":
+        return _shifted([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
     relative = [(1 - epsilon) + 2 * epsilon * x for x in _min_max(values)]
     relative = [r if r > _SPREAD_NOISE else 0.0 for r in relative]  # ε = 1: rounding must not be scaled up to a share
     wanted = target * sum(weights)
@@ -212,53 +225,26 @@ class Sparsity:
 
     target: mean sparsity. epsilon: range of the relative sparsities; the paper used 0.3 for magnitude pruning, 0.1 for
     Wanda and SparseGPT. smoothing: smooth the scores over depth first (the paper's; needs at least 7 layers).
+    rule: `scaled` is the paper's map and AlphaPruning's, `shifted` that of OWL (epsilon 0.08) and DLP (0.15); these
+    do not smooth.
     """
 
     target: float = 0.5
     epsilon: float = 0.1
     max_sparsity: float = 0.99
     smoothing: bool = True
+    rule: Rule = "scaled"
 
     def __post_init__(self) -> None:
         _check_sparsity_settings(self.target, self.epsilon, self.max_sparsity)
+        check_choice("allocator.rule", self.rule, get_args(Rule))
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         values = _oriented(scores, layers, "sparsity", smoothing=self.smoothing)
         sparsities = to_sparsity(
-            values, layers.numel, self.target, epsilon=self.epsilon, max_sparsity=self.max_sparsity
+            values, layers.numel, self.target, epsilon=self.epsilon, max_sparsity=self.max_sparsity, rule=self.rule
         )
         return Allocation(layers.names, "sparsity", tuple(sparsities), self.target, layers.numel)
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """An allocation written by hand or by an earlier run; no scores are looked at, so none are measured.
-
-    path: a JSON file with one of
-        {"layer name": value, …} in any order; [value, …], one per layer in the model's order;
-        the `record.json` of an earlier run, or its `allocation` alone with "layers" and "values".
-    kind: what the values are; a file that states its kind must agree. The budget is what the values add up to.
-    """
-
-    needs_scores: ClassVar[bool] = False
-
-    path: str
-    kind: Kind = "experts"
-
-    def __post_init__(self) -> None:
-        check_choice("allocator.kind", self.kind, get_args(Kind))
-
-    def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
-        what = f"allocation file {self.path!r}"
-        names, values, kind = _saved_allocation(read_json(self.path, what="allocation file"), layers, what)
-        if kind not in (None, self.kind):
-            raise ValueError(f"{what} allocates {kind}, not {self.kind}; use allocator.kind={kind}")
-        check_unique(names, values, what=what)
-        if not all(is_number(value) for value in values):
-            raise ValueError(f"{what} must hold numbers, got {next(v for v in values if not is_number(v))!r}")
-        ordered = in_layer_order(dict(zip(names, values, strict=True)), layers.names, source=what)
-        numel = layers.numel if self.kind == "sparsity" else None
-        return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, numel), numel)
 
 
 def _shares(values: list[float], beta: float, shift: Shift) -> list[Fraction]:
@@ -304,6 +290,25 @@ def _round_upstream(values: list[float], shares: list[Fraction], budget: int, fl
     return counts
 
 
+def _shifted(steps: list[float], weights: list[int], target: float, max_sparsity: float) -> list[float]:
+    """ρ_l = clip(c + step_l, 0, max_sparsity) of the one c that meets the target; there always is one."""
+
+    def clipped(c: float) -> list[float]:
+        return [min(max(c + step, 0.0), max_sparsity) for step in steps]
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+    # The mean is piecewise linear in c and bends where a layer meets a bound: between two bends c is exact.
+    bends = sorted({bound - step for step in steps for bound in (0.0, max_sparsity)})
+    means = [mean(clipped(c)) for c in bends]
+    above = next((index for index, value in enumerate(means) if value >= target), len(bends) - 1)
+    if above == 0 or means[above] == means[above - 1]:
+        return clipped(bends[above])
+    share = (target - means[above - 1]) / (means[above] - means[above - 1])
+    return clipped(bends[above - 1] + share * (bends[above] - bends[above - 1]))
+
+
 def _min_max(values: list[float]) -> list[float]:
     low, high = min(values), max(values)
     if high - low <= _SPREAD_NOISE * high:
@@ -321,22 +326,6 @@ def _oriented(scores: LayerScores, layers: LayerMap, kind: Kind, *, smoothing: b
     # The polynomial may undershoot zero; lifting all values leaves every share under shift=min as it is.
     lift = max(0.0, -min(smoothed))
     return [value + lift for value in smoothed]
-
-
-def _saved_allocation(content: Any, layers: LayerMap, what: str) -> tuple[list[str], list[Any], str | None]:
-    """Names, values and, if the file states it, the kind."""
-    if isinstance(content, list):
-        return list(layers.names), content, None
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{what} must hold a value per layer, as an object by layer name or as a list")
-    if "allocation" not in content and "values" not in content:
-        return list(content), list(content.values()), None
-    allocation = content.get("allocation", content)
-    names = allocation.get("layers", content.get("layers")) if isinstance(allocation, dict) else None
-    values = allocation.get("values") if isinstance(allocation, dict) else None
-    if not isinstance(names, list) or not isinstance(values, list):
-        raise ValueError(f"{what} holds no allocation: it needs lists for layers and allocation.values")
-    return names, values, allocation.get("kind")
 
 
 def _checked_scores(scores: Sequence[float]) -> list[float]:
@@ -361,8 +350,8 @@ def _checked_numel(numel: Sequence[int] | None, num_layers: int) -> list[int]:
 
 
 def _check_budget(budget: int, floor: int, num_layers: int, *, unit: str) -> None:
-    _check_whole("budget", budget)
-    _check_whole("floor", floor)
+    check_whole("budget", budget)
+    check_whole("floor", floor)
     if budget < num_layers * floor:
         raise ValueError(
             f"budget={budget} cannot give {num_layers} layers {floor} {unit}{'s' if floor > 1 else ''} each; "
@@ -372,12 +361,12 @@ def _check_budget(budget: int, floor: int, num_layers: int, *, unit: str) -> Non
 
 def _check_count_settings(budget: int | None, beta: float, floor: int, shift: str) -> None:
     if budget is not None:
-        _check_whole("budget", budget)
-    _check_whole("floor", floor)
+        check_whole("budget", budget)
+    check_whole("floor", floor)
     _check_beta_and_shift(beta, shift)
 
 
-def _check_whole(setting: str, got: object) -> None:
+def check_whole(setting: str, got: object) -> None:
     if not isinstance(got, Integral) or isinstance(got, bool) or int(got) < 1:
         raise ValueError(f"allocator.{setting} must be a whole number >= 1, got {got!r}")
 

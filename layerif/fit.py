@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from layerif.adapters import AdapterModule
 from layerif.callback import InfluenceCallback
 from layerif.decide import Decision
-from layerif.modules import LoRAMoEModule
 from layerif.parts import Parts
 from layerif.record import RunRecord
 
@@ -55,7 +55,7 @@ def score(parts: Parts, record: RunRecord) -> None:
         evaluate(load(), parts, record, "before/")
 
 
-def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) -> None:
+def fit(parts: Parts, module: AdapterModule, record: RunRecord, folder: Path) -> None:
     """Scores, allocation, fine-tuning, evaluation."""
     influence = InfluenceCallback(parts.decider)
     if parts.evaluation.before:
@@ -66,7 +66,7 @@ def fit(parts: Parts, module: LoRAMoEModule, record: RunRecord, folder: Path) ->
     evaluate(model, parts, record, "")
 
 
-def train(parts: Parts, module: LoRAMoEModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
+def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
     """The fine-tuned model on the trainer's device; its adapter is in `folder`."""
     kept: Fit = instantiate(parts.config.fit)
     data = parts.datamodule()
@@ -92,6 +92,7 @@ def train(parts: Parts, module: LoRAMoEModule, influence: InfluenceCallback, rec
     record.parameters = {
         "total": sum(numel for numel, _ in sizes),
         "trainable": sum(numel for numel, is_trained in sizes if is_trained),
+        **module.compared,
     }
     model.save_pretrained(folder / "adapter")
     return model.to(trainer.strategy.root_device)
@@ -112,16 +113,13 @@ def keep(decision: Decision, record: RunRecord) -> None:
     record.layers = list(decision.allocation.layers)
     record.allocation = decision.allocation.to_dict()
     record.seconds |= decision.seconds
+    record.source = decision.source
     if decision.scores is None:
-        record.source = f"file({record.config['allocator']['path']})"
         return
     record.scores = list(decision.scores.values)
-    record.higher_means, record.source = decision.scores.higher_means, decision.scores.source
-    record.fingerprint = decision.scores.fingerprint
+    record.higher_means, record.fingerprint = decision.scores.higher_means, decision.scores.fingerprint
     record.reliability, record.fidelity = decision.reliability, decision.fidelity
-    dtype = record.config["model"].get("dtype")
-    if dtype in ("bfloat16", "float16") and sum(decision.num_samples) and decision.fidelity is None:
-        record.notes.append(f"probed in {dtype}; not compared with float32 (probe.fidelity_samples=0)")
+    record.notes.extend(decision.notes)
     if decision.reused:
         record.notes.append("scores from the store: this model and task were measured before")
     if decision.num_truncated:
@@ -130,14 +128,11 @@ def keep(decision: Decision, record: RunRecord) -> None:
         )
     for part, num in zip(("train", "validation"), decision.num_samples, strict=True):
         record.samples[part] = num
-        asked = record.config["probe"][f"num_{part}"]
-        if 0 < num < asked:
-            record.notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
 
 
 def _join_processes(parts: Parts) -> None:
     """Start the processes that the trainer's settings ask for, as its `fit` would, and connect them."""
-    if parts.num_processes > 1:
+    if parts.decider.num_processes > 1:
         settings = {key: parts.config.trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
         Fabric(**settings).launch()
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _LOCK = re.compile(rf"(?P<name>{_KEY}|[^.].*-[0-9a-f]{{12}})\.lock")
 _UNFINISHED = re.compile(
     rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)"
 )
+# What has a version that is part of a description, named as its module is.
+_VERSIONED = ("probe", "loss", "ekfac", "spectra", "activations", "gates")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -101,7 +104,7 @@ class Entry:
         if not self.header:
             return {}
         description = self.header["description"]
-        probed = {what: str(description[what]) for what in ("probe", "loss") if what in description}
+        probed = {what: str(description[what]) for what in _VERSIONED if what in description}
         return {"store": self.header["version"], **probed}
 
 
@@ -244,11 +247,12 @@ def _describe(entry: Entry) -> None:
     try:
         with safe_open(entry.path, framework="np") as opened:
             header = opened.metadata() or {}
-            matrix = next(name for name in opened.keys() if not name.endswith(("train_train", "val_norms")))  # noqa: SIM118
-            num_validation, num_train = opened.get_slice(matrix).get_shape()
+            if entry.kind in ("grams", "influences"):
+                matrix = next(name for name in opened.keys() if not name.endswith(("train_train", "val_norms")))  # noqa: SIM118
+                num_validation, num_train = opened.get_slice(matrix).get_shape()
+                entry.samples = num_train, num_validation
         texts = {name: json.loads(header.get(name, "{}")) for name in ("description", "about")}
         entry.header = {"version": header.get("version", "1"), **texts}
-        entry.samples = num_train, num_validation
     except (SafetensorError, OSError, ValueError, StopIteration):
         entry.problem = "unreadable, would be computed anew"
 
@@ -263,9 +267,8 @@ def _is_held(lock: Path) -> bool:
 
 def _versions() -> dict[str, str]:
     """Of all that is part of a key. A second for torch, where there is something to compare."""
-    from layerif import loss, probe, store
-
-    return {"store": str(store.VERSION), "probe": str(probe.VERSION), "loss": str(loss.VERSION)}
+    versioned = {what: import_module(f"layerif.{what}") for what in ("store", *_VERSIONED)}
+    return {what: str(module.VERSION) for what, module in versioned.items()}
 
 
 def _size(path: Path) -> int:

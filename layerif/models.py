@@ -89,7 +89,8 @@ class Pretrained:
 
         where, revision = self.location()
         with _readable(where), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, revision=revision))
+            config = AutoConfig.from_pretrained(where, revision=revision)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
             if not with_adapter or self.adapter is None:
                 return model
             from peft import PeftConfig, get_peft_model

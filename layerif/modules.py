@@ -1,38 +1,30 @@
-"""Lightning's side of training: the data of a task and a LoRA-MoE built from an allocation."""
+"""What Lightning trains: a LoRA-MoE or plain LoRA built from an allocation, on the data of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from layerif.adapters import AdapterModule, equal_ranks, plain_lora
 from layerif.data.batches import Encodings, collate, encode, padding_id
 from layerif.data.task import Example, Splits
-from layerif.loss import per_sample_loss
 from layerif.moe import LoraMoeConfig, balance_loss
-from layerif.probe import first_non_finite_block
 
 
-class LoRAMoEModule(L.LightningModule):
+class LoRAMoEModule(AdapterModule):
     """A frozen model with as many LoRA experts per block as the allocation says.
 
-    Loss: mean over the batch of the per-sample loss, plus `balance_coefficient` times the balance loss.
-    Optimiser: AdamW; the learning rate rises linearly over `warmup_ratio` of the steps (or exactly `warmup_steps`,
-    where given) and falls linearly to zero.
-
-    model: a configuration with `_target_`, so that a checkpoint can rebuild it. allocation: experts by block name;
-    None until the influence callback decides. keep_zeros: as in `LoraMoeConfig`. Checkpoints hold the adapter alone.
+    Loss: mean over the batch of the per-sample loss, plus `balance_coefficient` times the balance loss. keep_zeros: as
+    in `LoraMoeConfig`. Everything else is as in `AdapterModule`.
     """
 
-    allocates = "experts"  # the kind of allocation this method spends
+    allocates = "experts"
 
     def __init__(
         self,
@@ -54,119 +46,98 @@ class LoRAMoEModule(L.LightningModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= warmup_ratio < 1:
-            raise ValueError(
-                f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); for steps use method.warmup_steps"
-            )
-        if model.get("adapter"):
-            raise ValueError(
-                f"method=lora_moe cannot build on model.adapter={model['adapter']!r}; merge the adapter into a folder "
-                "of its own (PEFT's merge_and_unload) and use model=local, or score it with method=none"
-            )
         self.save_hyperparameters()
-        self.strict_loading = False  # the frozen base is not in the checkpoint
-        self.model: nn.Module | None = None
+        self.check()
 
-    @property
-    def allocation(self) -> dict[str, int] | None:
-        return self.hparams["allocation"]
-
-    @allocation.setter
-    def allocation(self, experts: Mapping[str, int]) -> None:
-        self.hparams["allocation"] = dict(experts)
-
-    def base_model(self) -> nn.Module:
-        """The bare model, loaded once: the callback scores it before `configure_model` wraps it."""
-        if self.model is None:
-            self.model = instantiate(dict(self.hparams["model"])).load()
-        assert self.model is not None
-        return self.model
-
-    def configure_model(self) -> None:
-        if isinstance(self.model, PeftModel):
-            return
-        if self.allocation is None:
-            raise ValueError(
-                "the module has no allocation yet: pass allocation={block: experts}, "
-                "or add an InfluenceCallback to the trainer"
-            )
-        hparams = self.hparams
-        config = LoraMoeConfig(
-            r=hparams["r"],
-            lora_alpha=hparams["lora_alpha"],
-            lora_dropout=hparams["lora_dropout"],
-            top_k=hparams["top_k"],
-            target_modules=hparams["target_modules"],
-            balance_coefficient=hparams["balance_coefficient"],
-            keep_zeros=hparams["keep_zeros"],
-            num_experts=self.allocation,
-            task_type="CAUSAL_LM",
+    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
+        names = ("r", "lora_alpha", "lora_dropout", "top_k", "target_modules", "balance_coefficient", "keep_zeros")
+        return LoraMoeConfig(
+            num_experts=allocation, task_type="CAUSAL_LM", **{name: self.hparams[name] for name in names}
         )
-        base = self.base_model()
-        if hparams["gradient_checkpointing"]:
-            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hparams["seed"])
-            self.model = get_peft_model(base, config)  # type: ignore[arg-type]
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout is then a function of the seed and the step alone, so that a resumed run equals an uninterrupted one.
-        torch.manual_seed(self.hparams["seed"] * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        assert self.model is not None
-        loss = per_sample_loss(self.model, batch).mean()
-        if not bool(loss.isfinite()):
-            raise ValueError(
-                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}, from "
-                f"{first_non_finite_block(self.model, batch)} on; lower method.learning_rate or train in float32 "
-                "(trainer.precision=32-true)"
-            )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+    def extra_loss(self, num_samples: int) -> Tensor | float:
         coefficient = self.hparams["balance_coefficient"]
-        if coefficient:
-            balance = balance_loss(self.model)
-            self.log("train/balance", balance, batch_size=len(batch["labels"]))
-            loss = loss + coefficient * balance
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
-        # One look at the device for all of them together.
-        finite = torch.stack([gradient.sum() for gradient in gradients.values()]).isfinite()
-        if not bool(finite.all()):
-            raise ValueError(
-                f"the gradient of {list(gradients)[int((~finite).nonzero()[0])]} is not finite at step "
-                f"{self.global_step}; lower method.learning_rate or train in float32 (trainer.precision=32-true)"
-            )
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if not coefficient:
+            return 0.0
         assert self.model is not None
-        losses = per_sample_loss(self.model, batch)
-        self.log("validation/loss", losses.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
+        balance = balance_loss(self.model)
+        self.log("train/balance", balance, batch_size=num_samples)
+        return coefficient * balance
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        hparams = self.hparams
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"])
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = hparams["warmup_steps"]
-        warmup = round(hparams["warmup_ratio"] * total) if warmup is None else warmup
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_linear, warmup=warmup, total=total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.model is not None
-        checkpoint["state_dict"] = get_peft_model_state_dict(self.model)
+class LoRAModule(AdapterModule):
+    """A frozen model with plain PEFT LoRA, of the rank in each block that the allocation says.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.model is not None
-        saved = checkpoint["hyper_parameters"]["allocation"]
-        if saved != self.allocation:  # the checkpoint's experts are the ones its weights fit
-            self.model = self.model.unload()  # type: ignore[operator]
-            self.allocation = saved
-            self.configure_model()
-        set_peft_model_state_dict(self.model, checkpoint["state_dict"])
+    scaling: α/r, the same in every block whatever its rank, so that a block of a higher rank does not also learn with
+    a larger factor (`alpha_pattern` follows `rank_pattern`); 2 is the paper's 16/8. Everything else is as in
+    `AdapterModule`.
+    """
+
+    allocates = "rank"
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        *,
+        scaling: float = 2.0,
+        lora_dropout: float = 0.05,
+        target_modules: list[str] | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.03,
+        warmup_steps: int | None = None,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+        allocation: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.check()
+        if not scaling > 0:
+            raise ValueError(f"method.scaling={scaling} must be above 0; it is α/r, the paper's 16/8")
+
+    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
+        return plain_lora(base, allocation, **{name: self.hparams[name] for name in _PLAIN})
+
+
+class EqualLoRAModule(AdapterModule):
+    """Plain LoRA as large as the LoRA-MoE that this allocation of experts would make: the same rank in every block,
+    save that the first blocks have one more where that comes nearer to its number of trainable parameters.
+
+    r: the rank of an expert of that LoRA-MoE, whose parameters, routers included, the record states as `lora_moe`
+    beside the trainable ones here. scaling: as in `LoRAModule`.
+    """
+
+    allocates = "experts"
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        *,
+        r: int = 8,
+        scaling: float = 2.0,
+        lora_dropout: float = 0.05,
+        target_modules: list[str] | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.03,
+        warmup_steps: int | None = None,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+        allocation: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.check()
+
+    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
+        ranks, self.compared = equal_ranks(
+            base, allocation, r=self.hparams["r"], targets=self.hparams["target_modules"]
+        )
+        return plain_lora(base, ranks, **{name: self.hparams[name] for name in _PLAIN})
+
+
+_PLAIN = ("scaling", "lora_dropout", "target_modules")
 
 
 class TaskDataModule(L.LightningDataModule):
@@ -252,9 +223,3 @@ class EpochShuffle(Sampler[int]):
         for position in order[self.drawn :].tolist():
             self.drawn += 1
             yield position
-
-
-def _linear(step: int, *, warmup: int, total: int) -> float:
-    if step < warmup:
-        return step / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))

@@ -34,7 +34,6 @@ class Parts:
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
         trainer = self.trainer([], Path())
-        self.num_processes = trainer.world_size
         self.decider = Decider(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -46,6 +45,7 @@ class Parts:
             seed=config.seed,
             device=trainer.strategy.root_device,
             spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
+            num_processes=trainer.world_size,
         )
         given = self.decider.rehearse(self.decider.layers()).kind
         wanted = get_class(config.method["_target_"]).allocates if config.method else None  # type: ignore[attr-defined]

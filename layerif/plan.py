@@ -20,7 +20,7 @@ from layerif.data.batches import batches, padding_id
 from layerif.layers import LayerMap
 from layerif.models import layer_map
 from layerif.probe import Passes, Projection, Workload, passes, workload
-from layerif.probe.measurement import budget, tile
+from layerif.probe.measurement import budget, wanted_tile_bytes
 from layerif.probe.products import FORMS
 from layerif.trial import Rates, Trial
 
@@ -74,11 +74,15 @@ def estimate(decider: Decider) -> tuple[Workload, list[Strategy]]:
     )
     trial = Trial(decider, train[0][1])
     projection = Projection(probe.projection, probe.projection_seed) if probe.projection else None
-    load = workload(skeleton, layers, train, validation, trial.reads_with(layers), projection)
-    memory, host_memory = budget(device, probe.memory_gb)
+    params = [param for block in layers.params for param in block]
+    load = workload(skeleton, params, train, validation, trial.reads_with(layers), projection, decider.num_processes)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.parameters())
+    memory, host_memory = budget(device, probe.memory_gb, decider.num_processes, weights)
 
     def arranged(limit: float, offload: Any) -> Passes:
-        return passes(load, limit, form=probe.form, offload=offload, tile_bytes=tile(device), host_memory=host_memory)
+        return passes(
+            load, limit, form=probe.form, offload=offload, tile_bytes=wanted_tile_bytes(device), host_memory=host_memory
+        )
 
     taken = arranged(memory, probe.offload)
     rates = trial.rates(load, taken, Path(decider.store.root))
@@ -172,7 +176,9 @@ class _Sizes:
             above = num_blocks - block_of[group[0].name]  # the backward ends at the first block that is measured
             operations += 2.0 * load.num_tokens * (self.numel * (1 + above / num_blocks) + 2 * head)
             backward = rates.block - rates.forward
-            seconds += load.num_tokens * (rates.head + num_blocks * rates.forward + above * backward)
+            seconds += (
+                load.num_tokens / load.num_processes * (rates.head + num_blocks * rates.forward + above * backward)
+            )
         elsewhere = load.kept_bytes(load.matrices) if arranged.offload != "none" else 0.0
         speed = {"none": float("inf"), "cpu": rates.host, "disk": rates.disk}[arranged.offload]
         return Strategy(
@@ -183,5 +189,5 @@ class _Sizes:
             elsewhere_gb=elsewhere / 1e9,
             pass_operations=operations,
             product_operations=arranged.operations,
-            seconds=seconds + arranged.operations / rates.products + 2 * elsewhere / speed,
+            seconds=seconds + (arranged.operations / rates.products + 2 * elsewhere / speed) / load.num_processes,
         )

@@ -25,9 +25,10 @@ class RunRecord:
     a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
     (Spearman); fidelity: where the measurement was not exact (projection, half precision), how well it ranks like one
     that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
-    evaluated question was answered right, by its id, for paired tests. parameters: total and trainable. sparsity: the
-    fraction of zeros in each pruned matrix, by name; recovery: how the pruned model was fine-tuned, and the experts it
-    got. memory_gb: peak of the process in main memory. notes: every departure and warning.
+    evaluated question was answered right, by its id, for paired tests. parameters: total and trainable, and of what a
+    baseline of equal size is compared with. sparsity: the fraction of zeros in each pruned matrix, by name; recovery:
+    how the pruned model was fine-tuned, and the experts it got. memory_gb: peak of the process in main memory.
+    notes: every departure and warning.
     """
 
     name: str

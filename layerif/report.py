@@ -284,18 +284,28 @@ def _console() -> Console:
 
 def _name(record: RunRecord) -> str:
     kind = record.allocation.get("kind", "")
-    name = "allocation from file" if _is_from_file(record) else f"{_estimator(record)} {kind}".strip()
+    if _is_from_file(record):
+        name = "allocation from file"
+    else:
+        made_by = _estimator(record) if record.scores else record.source  # a fixed shape looks at no scores
+        name = f"{made_by} {kind}".strip()
     return name if record.config["method"] else f"{name} (not trained)"
 
 
 def _estimator(record: RunRecord) -> str:
-    name = record.config["estimator"]["_target_"].split(".")[-2]
-    aggregation = record.config["estimator"].get("aggregation", "all")
+    return _estimator_of(record.config["estimator"])
+
+
+def _estimator_of(settings: Mapping) -> str:
+    name = settings["_target_"].split(".")[-2]
+    if "of" in settings:  # reversed
+        return f"{name} {_estimator_of(settings['of'])}"
+    aggregation = settings.get("aggregation", "all")
     return name if aggregation == "all" else f"{name} {aggregation}"
 
 
 def _is_from_file(record: RunRecord) -> bool:
-    return record.config["allocator"]["_target_"] == "layerif.allocate.File"
+    return record.config["allocator"]["_target_"].endswith(".File")
 
 
 def _titles(records: Sequence[RunRecord], section: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Measurements on disk, named by a hash of everything that determines them.
 
-One safetensors file a measurement, `<root>/grams/<key>.safetensors` (`influences/` for those that are no Grams); its
+One safetensors file a measurement, `<root>/grams/<key>.safetensors` (a folder a kind: `influences/`, `spectra/` …); its
 header holds the format's version, the description that was hashed, the layer map, what a person wants to know of it,
 and a checksum of all that and the tensors. A file is written under a temporary name and then renamed, so that a reader
 sees the whole or nothing; a lock lets one of several jobs that want the same key compute it. `layerif-store`
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the file format, part of every key
 _FIELDS = ("train_train", "val_train", "val_norms")
 
-Measured = TypeVar("Measured", LayerGrams, LayerInfluences)
+Measured = TypeVar("Measured", LayerGrams, LayerInfluences, Mapping[str, Tensor])
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
@@ -73,6 +73,18 @@ class Store:
     ) -> tuple[LayerInfluences, bool]:
         """The influences of `description`, and whether they were already here."""
         return self._kept("influences", _pack_influences, _unpack_influences, description, compute, about)
+
+    def tensors(
+        self,
+        kind: str,
+        description: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, Tensor]],
+        *,
+        about: Mapping[str, str] | None = None,
+    ) -> tuple[Mapping[str, Tensor], str, bool]:
+        """Named tensors of another kind (a folder of its own), their key, and whether they were already here."""
+        tensors, reused = self._kept(kind, _pack_tensors, _unpack_tensors, description, lambda _: compute(), about)
+        return tensors, self.key(description), reused
 
     def _kept(
         self,
@@ -160,7 +172,7 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
@@ -190,6 +202,14 @@ def _pack_influences(measured: LayerInfluences) -> tuple[dict[str, Tensor], dict
 def _unpack_influences(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerInfluences:
     layers = _layer_map(header)
     return LayerInfluences(layers, {name: tensors[name] for params in layers.params for name in params}, key)
+
+
+def _pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {}
+
+
+def _unpack_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> Mapping[str, Tensor]:
+    return tensors
 
 
 def _layer_map(header: Mapping[str, str]) -> LayerMap:

@@ -94,7 +94,7 @@ class Trial:
             part = replace(load, num_train=num_samples - num_val, num_val=num_val)
             input_STI = torch.randn(num_samples, load.longest, matrix.num_in, device=self.device)
             delta_SOT = torch.randn(num_samples, matrix.num_out, load.longest, device=self.device)
-            seconds = self._seconds(gram, form, input_STI, delta_SOT, part.num_train, taken.tile_bytes)
+            seconds = self._seconds(gram, form, input_STI, delta_SOT, part.num_train, taken.tile_bytes[matrix.name])
             if seconds > _MOMENT or num_samples == total:
                 return part.operations(matrix, form) / seconds
             num_samples *= 2

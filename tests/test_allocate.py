@@ -22,8 +22,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from layerif import allocate
-from layerif.allocate import Allocation, Experts, File, Rank, Sparsity, to_experts, to_rank, to_sparsity
+from layerif.allocate import Allocation, Experts, Rank, Sparsity, to_experts, to_rank, to_sparsity
+from layerif.fixed import File, Shape
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
 
@@ -446,17 +446,121 @@ def test_file_refuses_an_allocation_of_another_model_or_shape(tmp_path, content,
         File(path=write(tmp_path, content))(SCORES, LAYERS)
 
 
-@pytest.mark.parametrize("stem", ["experts", "rank", "sparsity", "file"])
-def test_every_allocator_has_a_yaml_that_binds_with_every_field(stem, tmp_path):
-    cls = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": File}[stem]
+# Shapes over depth
+
+
+def deep(depth: int) -> LayerMap:
+    return LayerMap(tuple(f"layers.{l}" for l in range(depth)), (("q",),) * depth, (1,) * depth)
+
+
+@pytest.mark.parametrize(
+    ("shape", "depth", "runs", "budget"),
+    [
+        (2468, 32, [(2, 8), (4, 8), (6, 8), (8, 8)], 160),
+        (5555, 32, [(5, 32)], 160),
+        (8642, 32, [(8, 8), (6, 8), (4, 8), (2, 8)], 160),
+        (3578, 28, [(3, 7), (5, 7), (7, 8), (8, 6)], 160),  # as published for Gemma-7B
+        ("2468", 30, [(2, 8), (4, 7), (6, 7), (8, 8)], 150),
+        (5555, 30, [(5, 30)], 150),
+        (8642, 30, [(8, 8), (6, 7), (4, 7), (2, 8)], 150),
+        ([1, 9, 1], 7, [(1, 2), (9, 3), (1, 2)], 31),
+        ([1, 12], 8, [(1, 4), (12, 4)], 52),
+        ([3, 1, 2], 3, [(3, 1), (1, 1), (2, 1)], 6),
+    ],
+)
+def test_a_shape_gives_each_group_its_count(shape, depth, runs, budget):
+    layers = deep(depth)
+    allocation = Shape(shape=shape)(SCORES, layers)
+    assert [(value, len(list(group))) for value, group in itertools.groupby(allocation.values)] == runs
+    assert (allocation.budget, allocation.kind, allocation.layers) == (budget, "experts", layers.names)
+    assert Shape(shape=shape, budget=budget)(SCORES, layers) == allocation
+
+
+@pytest.mark.parametrize("depth", range(4, 40, 2))
+def test_groups_are_symmetric_and_cover_every_layer(depth):
+    up, down = Shape(shape=2468)(SCORES, deep(depth)), Shape(shape=8642)(SCORES, deep(depth))
+    assert up.values == down.values[::-1]
+    assert len(up.values) == depth
+
+
+def test_groups_may_be_given_and_ranks_have_shapes_too():
+    allocation = Shape(shape=[4, 2], groups=[1, 7], kind="rank")(SCORES, LAYERS)
+    assert (allocation.values, allocation.kind) == ((4, *[2] * 7), "rank")
+    assert Shape(shape=2468).source == "shape(2-4-6-8)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "depth", "message"),
+    [
+        ({"shape": 2468, "budget": 150}, 32, r"8, 8, 8, 8 layers adds up to 160, not to allocator\.budget=150"),
+        ({"shape": 2468}, 27, r"27 layers make no 4 symmetric groups.*allocator\.groups=\[7, 7, 7, 6\]"),
+        ({"shape": 2468}, 3, "4 counts for 3 layers"),
+        ({"shape": [1, 2], "groups": [1, 2]}, 4, "hold 3 layers, the model has 4"),
+        ({"shape": [1, 2], "groups": [4]}, 4, "each of the 2 counts"),
+        ({"shape": [1, 2], "groups": [4, 0]}, 4, "at least 1"),
+        ({"shape": "2x"}, 4, "digits such as 2468"),
+        ({"shape": 2048}, 32, r"allocator\.shape must be a whole number >= 1, got 0"),
+        ({"shape": []}, 32, "is empty"),
+        ({"shape": [1, 2], "kind": "sparsity"}, 4, r"allocator\.kind must be one of experts, rank"),
+    ],
+)
+def test_impossible_shapes_are_refused(settings, depth, message):
+    with pytest.raises(ValueError, match=message):
+        Shape(**settings)(SCORES, deep(depth))
+
+
+# The map of OWL and DLP
+
+
+@law
+@given(
+    layers=st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10**9)), min_size=1, max_size=20),
+    target=st.floats(0, 0.9),
+    epsilon=st.floats(0, 1),
+    max_sparsity=st.floats(0.9, 1),
+)
+def test_shifted_sparsities_meet_any_target_within_bounds_and_keep_the_order(layers, target, epsilon, max_sparsity):
+    scores, numel = map(list, zip(*layers, strict=True))
+    sparsities = to_sparsity(scores, numel, target, epsilon=epsilon, max_sparsity=max_sparsity, rule="shifted")
+    assert math.fsum(s * d for s, d in zip(sparsities, numel, strict=True)) / sum(numel) == pytest.approx(
+        target, abs=1e-6
+    )
+    assert all(0 <= sparsity <= max_sparsity for sparsity in sparsities)
+    for (one, s), (other, t) in itertools.combinations(zip(scores, sparsities, strict=True), 2):
+        assert (one - other) * (s - t) >= 0
+
+
+def test_shifted_sparsities_without_clipping_are_owls_formula():
+    outliers, numel, target, owl_lambda = [3.0, 1.0, 2.0, 5.0], [1, 2, 3, 4], 0.6, 0.08
+    x = [(d - 1) / 4 * 2 * owl_lambda for d in outliers]  # min-max to [0, 2λ]
+    mean = sum(a * d for a, d in zip(x, numel, strict=True)) / sum(numel)
+    expected = [target - a + mean for a in x]
+    layers = LayerMap(NAMES[:4], LAYERS.params[:4], tuple(numel))
+    scores = LayerScores(NAMES[:4], tuple(outliers), "important", "outlier", "f")
+    allocation = Sparsity(target=target, epsilon=owl_lambda, smoothing=False, rule="shifted")(scores, layers)
+    assert allocation.values == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match=r"allocator\.rule.*did you mean 'shifted'"):
+        Sparsity(rule="shift")  # type: ignore[arg-type]
+
+
+# Files: every allocator has its configuration
+
+
+ALLOCATORS = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": File, "shape": Shape}
+
+
+@pytest.mark.parametrize("stem", ALLOCATORS)
+def test_every_allocator_has_a_yaml_that_binds_with_every_field(stem):
+    cls = ALLOCATORS[stem]
     config = OmegaConf.load(CONF / f"{stem}.yaml")
     assert [str(key) for key in config] == ["_target_", *(field.name for field in fields(cls))]
-    if stem == "file":
-        config.path = "allocation.json"
-    assert instantiate(config) == (File(path="allocation.json") if stem == "file" else cls())
+    given = {"file": {"path": "allocation.json"}, "shape": {"shape": 2468}}.get(stem, {})
+    config.update({key: value for key, value in given.items() if key == "path"})
+    assert instantiate(config) == cls(**given)
 
 
-def test_every_yaml_points_into_this_module():
-    targets = [str(OmegaConf.select(OmegaConf.load(file), "_target_")) for file in CONF.glob("*.yaml")]
-    assert targets
-    assert all(hasattr(allocate, target.removeprefix("layerif.allocate.")) for target in targets)
+def test_every_yaml_is_an_allocator():
+    assert sorted(file.stem for file in CONF.glob("*.yaml")) == sorted(ALLOCATORS)

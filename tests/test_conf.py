@@ -76,7 +76,7 @@ def test_values_are_checked_against_the_signature(override, message):
         (["estimatr=datainf"], "did you mean 'estimator'"),
         (
             ["estimator=datainff"],
-            "estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?); available: cosine",
+            "estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?); available: alpha",
         ),
         (
             ["estimator.dampng=1"],

@@ -1,4 +1,4 @@
-"""Evidence at checkpoints of a model: each is measured once, and none where one belongs to another model."""
+"""Decisions take the evidence their estimator needs, once, refuse a checkpoint of another model, and state fidelity."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from layerif import decide
+from layerif import activations, decide, measurements
 from layerif.allocate import Experts
 from layerif.decide import Decider
+from layerif.estimators.alpha import Alpha
+from layerif.estimators.avss import Avss
+from layerif.estimators.block_influence import BlockInfluence
+from layerif.estimators.cca import Cca
 from layerif.estimators.datainf import DataInf
+from layerif.estimators.dlp import Dlp
 from layerif.estimators.grad_dot import GradDot
+from layerif.estimators.grad_norm import GradNorm
+from layerif.estimators.ila import Ila
+from layerif.estimators.linear_probe import LinearProbe
 from layerif.estimators.lissa import Lissa, step_bound
+from layerif.estimators.outlier import Outlier
+from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn
 from layerif.layers import LayerGrams
 from layerif.models import Local, layer_map
@@ -37,6 +47,56 @@ def decider(model_folder, task_folder, tmp_path) -> Decider:
         allocator=Experts(budget=9),
         store=Store(tmp_path / "store"),
     )
+
+
+def test_all_forward_pass_estimators_share_one_pass_whatever_the_batch_size(decider, monkeypatch):
+    passes, observe = [], activations.observe
+    monkeypatch.setattr(activations, "observe", lambda *args, **kwargs: passes.append(1) or observe(*args, **kwargs))
+    found = {}
+    for estimator in (Outlier(multiple=2.0), Dlp(), BlockInfluence(), Avss(), Cca(components=1), LinearProbe(folds=2)):
+        decision = replace(decider, estimator=estimator)()
+        assert decision.reused == bool(found)
+        assert (decision.num_samples, decision.reliability) == ((8, 0), None)
+        assert sum(decision.allocation.values) == 9
+        found[type(estimator)] = decision.scores
+    assert len(passes) == 1
+    assert len({scores.fingerprint for scores in found.values()}) == 1
+    assert replace(decider, estimator=Reversed(of=Avss(epsilon=0.5)))().scores.source.startswith("reversed(avss(")
+    assert len(passes) == 2  # counted below another bound
+    one_by_one = replace(decider, probe=replace(decider.probe, batch_size=1), store=Store(decider.store.root / "other"))
+    for cls in (Outlier, Dlp, BlockInfluence, Avss, LinearProbe):
+        estimator = {Outlier: Outlier(multiple=2.0), LinearProbe: LinearProbe(folds=2)}.get(cls) or cls()
+        again = replace(one_by_one, estimator=estimator)().scores
+        assert again.values == pytest.approx(found[cls].values, rel=1e-3)
+
+
+def test_alpha_looks_at_weights_alone_and_says_what_it_cost(decider):
+    first = replace(decider, estimator=Alpha())()
+    again = replace(decider, estimator=Alpha(fit="peak"), probe=replace(decider.probe, num_train=2))()
+    assert (first.reused, again.reused) == (False, True)
+    assert first.scores.fingerprint == again.scores.fingerprint
+    assert first.num_samples == (0, 0)
+    assert "s a block" in first.notes[0]
+
+
+def test_an_adapter_counts_as_part_of_the_weights(decider, adapters):
+    adapted = replace(decider, model=replace(decider.model, adapter=adapters[0]))
+    for estimator in (Alpha(), Dlp(), BlockInfluence()):
+        of_bare, of_adapted = (replace(one, estimator=estimator)().scores for one in (decider, adapted))
+        assert of_bare.layers == of_adapted.layers
+        assert of_bare.values != of_adapted.values
+
+
+def test_ila_needs_a_trained_adapter_and_learns_its_gates_once(decider, adapters):
+    ila = replace(decider, estimator=Ila(num_steps=2))
+    with pytest.raises(ValueError, match=r"estimator=ila .*model\.adapter=/run/adapter"):
+        ila.rehearse(decider.layers())
+    trained = replace(ila, model=replace(decider.model, adapter=adapters[0]))
+    first, again = trained(), trained()
+    assert (first.reused, again.reused) == (False, True)
+    assert first.scores == again.scores
+    assert not replace(trained, estimator=Ila(num_steps=3))().reused
+    assert not replace(trained, seed=1)().reused
 
 
 def saved_adapter(folder: Path, base: str, *, seed: int = 0, moe: bool = False, **overrides) -> str:
@@ -135,7 +195,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_is_measured(
     else:
         tiny_model("llama", **overrides).save_pretrained(other)
         message = "is .* there and .* here"
-    monkeypatch.setattr(decide, "measure", None)
+    monkeypatch.setattr(measurements, "measure", None)
     with pytest.raises(ValueError, match=f"'{other}' is of another model: .*{message}"):
         replace(decider, estimator=tracin_of([*adapters, str(other)], 0.1, 0.1, 0.1))()
 
@@ -175,8 +235,13 @@ def test_half_precision_states_how_well_it_ranks_like_float32(decider):
     assert (found["train"], found["validation"]) == (6, 3)
     assert 0.9 < found["influences"] < 1
     assert -1 <= found["scores"] <= 1
-    assert replace(half, probe=replace(half.probe, fidelity_samples=0))().fidelity is None
+    blind = replace(half, probe=replace(half.probe, fidelity_samples=0))()
+    assert blind.fidelity is None
+    assert blind.notes == ("probed in bfloat16; not compared with float32 (probe.fidelity_samples=0)",)
     assert replace(half, model=decider.model)().fidelity is None
+    sizes = replace(half, estimator=GradNorm())().fidelity
+    assert sizes is not None
+    assert set(sizes) == {"train", "validation", "scores"}  # it takes no influence of the Grams
 
 
 def test_a_projection_as_wide_as_the_model_is_faithful_and_a_narrow_one_says_what_it_loses(decider):
@@ -190,18 +255,6 @@ def test_a_projection_as_wide_as_the_model_is_faithful_and_a_narrow_one_says_wha
     assert wide["scores"] == pytest.approx(1)
     assert wide["influences"] == pytest.approx(1)
     assert narrow["influences"] < 0.99
-
-
-def test_what_changes_cost_alone_finds_the_same_grams(decider):
-    measured, reused = decider.grams(decider.model.load)
-    assert not reused
-    cheaper = replace(decider.probe, form="pairwise", memory_gb=1.0, offload="disk", batch_size=3)
-    again, reused = replace(decider, probe=cheaper).grams(decider.model.load)
-    assert reused
-    assert again.fingerprint == measured.fingerprint
-    _, reused = replace(decider, probe=replace(decider.probe, projection=8)).grams(decider.model.load)
-    assert not reused
-    assert not list(Path(decider.store.root).rglob("*.partial"))
 
 
 def test_a_fixed_step_that_diverges_on_part_of_the_samples_leaves_a_warning_and_no_figure():

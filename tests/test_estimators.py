@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 import layerif.estimators
+from layerif.allocate import Experts, Rank, Sparsity
+from layerif.config import register
 from layerif.estimators import gram as gram_module
+from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact, exact_path
@@ -25,9 +31,12 @@ from layerif.estimators.file import File
 from layerif.estimators.grad_dot import GradDot, grad_dot
 from layerif.estimators.gram import DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.lissa import Lissa, lissa, lissa_residual, step_bound
+from layerif.estimators.random import Random
+from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
-from layerif.layers import CheckpointGrams, LayerGrams, LayerMap, MatrixGram
+from layerif.evidence import LayerActivations, LayerGates, LayerSpectra
+from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap, MatrixGram
 from layerif.scores import LayerScores, aggregate
 
 FILES = sorted(
@@ -56,11 +65,15 @@ def classes_of(stem: str) -> list[type[Any]]:
 GRAM_ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if issubclass(cls, GramEstimator)]
 DAMPED_ESTIMATORS = [cls for cls in GRAM_ESTIMATORS if issubclass(cls, DampedEstimator)]
 # What an estimator cannot do without. These two checkpoints, where both are the same, weigh as one.
-REQUIRED: dict[str, dict[str, Any]] = {"checkpoints": {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]}}
+REQUIRED: dict[type, dict[str, Any]] = {
+    TracIn: {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]},
+    File: {"path": "scores.json"},
+    Reversed: {"of": DataInf()},
+}
 
 
 def make(cls: type[Any], **settings: Any) -> Any:
-    return cls(**REQUIRED.get(cls.needs, {}), **settings)
+    return cls(**REQUIRED.get(cls, {}), **settings)
 
 
 def score(estimator: GramEstimator, grams: LayerGrams) -> LayerScores:
@@ -510,21 +523,127 @@ def test_an_unknown_setting_is_refused_with_the_nearest(estimator_class):
         make(estimator_class, granularity="matrices")
 
 
+# Laws of every estimator whatever it needs, found by its file
+
+
+DEEP = LayerMap(
+    names=tuple(f"block.{l}" for l in range(8)),
+    params=tuple((f"block.{l}.q", f"block.{l}.o") for l in range(8)),
+    numel=(30 * 12,) * 8,
+)
+ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if cls is not File]
+NUM_SAMPLES, HIDDEN = 20, 6
+
+
+def evidence(needs: str, *, alike: bool = False, order: Sequence[int] = range(8)) -> Any:
+    """Random evidence of each kind, every block drawn on its own or all alike, listed in any order."""
+    names, params, numel = (tuple(part[l] for l in order) for part in (DEEP.names, DEEP.params, DEEP.numel))
+    layers: Any = LayerMap(names, params, numel)  # type: ignore[arg-type]
+
+    def draw(*shape: int, salt: int) -> dict[int, torch.Tensor]:
+        generators = {l: torch.Generator().manual_seed(100 * salt + (0 if alike else l + 1)) for l in order}
+        return {l: torch.rand(shape, dtype=torch.float64, generator=generators[l]) + 0.01 for l in order}
+
+    def stacked(*shape: int, salt: int) -> torch.Tensor:
+        return torch.stack(list(draw(*shape, salt=salt).values()))
+
+    of_q, of_o = draw(12, 30, salt=1), draw(30, 12, salt=2)
+    weights = {
+        f"block.{l}.{name}": of[l] ** -2 for l in order for name, of in (("q", of_q), ("o", of_o))
+    }  # heavy tails
+    if needs in ("grams", "checkpoints"):
+        train, validation = draw(NUM_TRAIN, 40, salt=3), draw(NUM_VAL, 40, salt=4)
+        grams = {
+            f"block.{l}.{name}": gram_of(train[l][:, part], validation[l][:, part])
+            for l in order
+            for name, part in (("q", slice(0, 25)), ("o", slice(25, 40)))
+        }
+        found = LayerGrams(layers, grams, "f1")
+        return CheckpointGrams((found, found)) if needs == "checkpoints" else found
+    if needs == "weights":
+        spectra = {name: torch.linalg.svdvals(weight).square().flip(0) for name, weight in weights.items()}
+        return LayerSpectra(layers, spectra, (0.1,) * 8, "f1")
+    if needs == "activations":
+        norms = draw(42, salt=5)
+        right, wrong = stacked(NUM_SAMPLES, HIDDEN, salt=9), stacked(NUM_SAMPLES, HIDDEN, salt=10)
+        return LayerActivations(
+            layers=layers,
+            input_square_norms={f"block.{l}.q": norms[l][:30] for l in order}
+            | {f"block.{l}.o": norms[l][30:] for l in order},
+            weight=weights.__getitem__,
+            cosines=stacked(salt=6) * 0.9,
+            variances=stacked(salt=7),
+            sparsities=stacked(salt=8) * 0.5,
+            num_entries=1000,
+            epsilon=Avss().epsilon,
+            prompts=right,
+            right=right,
+            wrong=wrong,
+            answers=tuple("abab" * (NUM_SAMPLES // 4)),
+            fingerprint="f1",
+        )
+    if needs == "curvature":
+        influences = {f"block.{l}.{name}": -of[l] for name, of in (("q", of_q), ("o", of_q)) for l in order}
+        return LayerInfluences(layers, influences, "f1")
+    return LayerGates(layers, stacked(salt=11), "f1") if needs == "training" else layers
+
+
+@pytest.fixture(params=ESTIMATORS, ids=lambda cls: cls.__name__)
+def any_estimator(request) -> Any:
+    return make(request.param)
+
+
+def test_every_estimator_names_its_layers_direction_and_source(any_estimator):
+    scores = any_estimator.score(evidence(any_estimator.needs))
+    assert scores.layers == DEEP.names
+    assert scores.higher_means in ("undertrained", "important")
+    assert scores.source.startswith(type(any_estimator).__module__.rpartition(".")[2])
+    assert scores == any_estimator.score(evidence(any_estimator.needs))
+    assert isinstance(any_estimator, Uniform) or len(set(scores.values)) > 1
+
+
+def test_every_estimator_is_usable_for_experts_rank_and_sparsity(any_estimator):
+    scores = any_estimator.score(evidence(any_estimator.needs))
+    assert sum(Experts(budget=40)(scores, DEEP).values) == 40
+    assert sum(Rank(budget=64)(scores, DEEP).values) == 64
+    for rule in ("scaled", "shifted"):
+        allocation = Sparsity(target=0.5, smoothing=False, rule=rule)(scores, DEEP)
+        assert sum(allocation.values) / 8 == pytest.approx(0.5, abs=1e-6)
+
+
+def test_blocks_alike_get_a_uniform_allocation(any_estimator):
+    if "random" in any_estimator.score(evidence(any_estimator.needs)).source:
+        pytest.skip("random scores are of the layers' names alone")
+    scores = any_estimator.score(evidence(any_estimator.needs, alike=True))
+    assert Experts(budget=40)(scores, DEEP).values == (5,) * 8
+    assert Rank(budget=64)(scores, DEEP).values == (8,) * 8
+    assert Sparsity(smoothing=False)(scores, DEEP).values == pytest.approx([0.5] * 8)
+
+
+def test_the_order_of_blocks_does_not_matter(any_estimator):
+    order = (3, 0, 7, 5, 1, 2, 6, 4)
+    listed, shuffled = (any_estimator.score(evidence(any_estimator.needs, order=o)) for o in (range(8), order))
+    assert shuffled.layers == tuple(f"block.{l}" for l in order)
+    expected = listed.by_name()
+    assert shuffled.by_name() == pytest.approx({name: expected[name] for name in shuffled.layers}, rel=1e-9)
+
+
 # Files: every estimator has its configuration
 
 
 @pytest.mark.parametrize("stem", FILES)
-def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem, tmp_path):
+def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem):
     (cls,) = classes_of(stem)
-    config = OmegaConf.load(CONF / f"{stem}.yaml")
-    keys = [str(key) for key in config]
-    assert keys == ["_target_", *(field.name for field in fields(cls))]
-    given = {"path": str(tmp_path / "scores.json")} if stem == "file" else REQUIRED.get(cls.needs, {})
-    config.update(given)
-    estimator = instantiate(config)
+    register()
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        config = compose("config", [f"estimator={stem}"])
+    assert {str(key) for key in config.estimator} == {"_target_", *(field.name for field in fields(cls))}
+    given = {} if cls is Reversed else REQUIRED.get(cls, {})  # a nested choice has its own YAML
+    config.estimator.update(given)
+    estimator = instantiate(config.estimator)
     assert type(estimator) is cls
-    assert estimator == cls(**given)
-    assert cls.needs in ("grams", "checkpoints", "curvature", "nothing", "weights", "activations", "training")
+    assert estimator == make(cls)
+    assert estimator.needs in ("grams", "checkpoints", "curvature", "nothing", "weights", "activations", "training")
 
 
 def test_every_yaml_has_an_estimator():
@@ -538,6 +657,51 @@ def test_uniform_scores_every_layer_the_same():
     scores = Uniform().score(LAYERS)
     assert scores.layers == LAYERS.names
     assert len(set(scores.values)) == 1
+
+
+def test_random_scores_are_a_function_of_the_seed_and_the_name():
+    scores = Random(seed=3).score(LAYERS)
+    assert scores == Random(seed=3).score(LAYERS)
+    assert scores.values != Random(seed=4).score(LAYERS).values
+    turned = replace(LAYERS, names=LAYERS.names[::-1])
+    assert Random(seed=3).score(turned).values == scores.values[::-1]
+    assert len(set(scores.values)) == 2
+    assert all(0 <= value < 1 for value in scores.values)
+
+
+# Scores upside down
+
+
+def test_reversed_turns_the_order_round_and_twice_is_the_identity():
+    grams = layer_grams()
+    for of in (DataInf(), Exact(aggregation="top25"), Cosine()):
+        plain, once = of.score(grams), Reversed(of=of).score(grams)
+        twice = Reversed(of=Reversed(of=of)).score(grams)
+        assert plain.values[0] != plain.values[1]
+        assert once.values == pytest.approx(plain.values[::-1], rel=1e-12)  # of two layers
+        assert twice.values == pytest.approx(plain.values, rel=1e-12)
+        assert once.higher_means == plain.higher_means
+        assert once.source == f"reversed({plain.source})"
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1], [0, 3, 3, 1e-300], [5, 0, 2, 9, 2], [1e-9, 1e9, 1.0]])
+def test_reversed_keeps_ties_and_ends(values, tmp_path):
+    layers = LayerMap(tuple(f"b.{i}" for i in range(len(values))), (("q",),) * len(values), (1,) * len(values))
+    path = write(tmp_path, {"layers": list(layers.names), "values": values, "higher_means": "important"})
+    once = Reversed(of=File(path=path)).score(layers).values
+    assert (min(once), max(once)) == (min(values), max(values))
+    for i, j in itertools.combinations(range(len(values)), 2):
+        assert (once[i] - once[j]) * (values[i] - values[j]) <= 0
+        assert values[i] != values[j] or once[i] == once[j]
+
+
+def test_reversed_asks_the_shell_for_what_the_wrapped_one_needs():
+    checkpoints = make(TracIn)
+    assert Reversed(of=checkpoints).needs == "checkpoints"
+    assert Reversed(of=Reversed(of=checkpoints)).checkpoints == ["a", "b"]
+    assert Reversed(of=Uniform()).needs == "nothing"
+    assert not hasattr(Reversed(of=Uniform()), "path")
+    assert copy.deepcopy(Reversed(of=checkpoints)) == Reversed(of=checkpoints)
 
 
 def write(folder: Path, content: object) -> str:

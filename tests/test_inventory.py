@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from rich.console import Console
 
-from layerif import loss, probe
+from layerif import loss, probe, spectra
 from layerif import store as store_module
 from layerif.inventory import entries, main, show
 from layerif.store import Store
@@ -83,6 +84,17 @@ def test_other_versions_are_called_by_name(store, monkeypatch):
     assert listing(store).count("written by store version 1, unused now") == 1
     clear(store, "--unused")
     assert list(keys(store)) == ["org/second"]
+
+
+def test_a_measurement_without_samples_is_listed_too_and_its_version_compared(store, monkeypatch):
+    description = {"spectra": spectra.VERSION, "model": "third"}
+    Store(store).tensors("spectra", description, lambda: {"seconds": torch.ones(3)}, about={"model": "org/third"})
+    (line,) = [line for line in listing(store).splitlines() if "org/third" in line]
+    assert [cell.strip() for cell in line.split("│")][2:7] == ["spectra", "org/third", "", "", ""]
+    assert "unreadable" not in line
+    monkeypatch.setattr(spectra, "VERSION", spectra.VERSION + 1)
+    clear(store, "--unused")
+    assert set(keys(store)) == {"org/first", "org/second"}
 
 
 def test_an_unreadable_file_is_said_to_be_so(store):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import pandas as pd
@@ -10,8 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
-from layerif.allocate import Experts
+from layerif.adapters import AdapterModule
+from layerif.allocate import Experts, Rank
 from layerif.callback import InfluenceCallback
 from layerif.data.batches import collate
 from layerif.data.source import Jsonl
@@ -19,8 +23,8 @@ from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
 from layerif.loss import per_sample_loss
-from layerif.models import Local, bare
-from layerif.modules import EpochShuffle, LoRAMoEModule, TaskDataModule
+from layerif.models import Local, bare, blocks
+from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store
 from tests.command import run_layerif
@@ -79,7 +83,7 @@ class StopAt(L.Callback):
             raise SystemExit
 
 
-def adapter(module: LoRAMoEModule) -> dict[str, torch.Tensor]:
+def adapter(module: AdapterModule) -> dict[str, torch.Tensor]:
     assert module.model is not None
     return {name: value.detach() for name, value in module.model.named_parameters() if value.requires_grad}
 
@@ -100,6 +104,95 @@ def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, model_config, data, k
     assert expected
     for name, value in adapter(resumed).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_plain_lora_resumes_bit_for_bit_too(tmp_path, model_config, data):
+    settings: dict[str, Any] = {"allocation": ALLOCATION, "seed": 1}
+    whole = LoRAModule(model_config, **settings)
+    trainer(tmp_path / "whole").fit(whole, data(seed=1))
+    with pytest.raises(SystemExit):
+        trainer(tmp_path / "killed", StopAt(6)).fit(LoRAModule(model_config, **settings), data(seed=1))
+    resumed = LoRAModule(model_config, **settings)
+    trainer(tmp_path / "resumed").fit(resumed, data(seed=1), ckpt_path=str(tmp_path / "killed" / "last.ckpt"))
+    expected = adapter(whole)
+    assert any(bool(value.any()) for name, value in expected.items() if "lora_B" in name)
+    for name, value in adapter(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_plain_lora_has_the_rank_of_its_block_and_one_scaling_everywhere(tmp_path, model_config, data):
+    ranks = {"model.layers.0": 1, "model.layers.1": 11, "model.layers.2": 3}
+    module = LoRAModule(model_config, allocation=ranks, scaling=1.5)
+    trainer(tmp_path, max_steps=2).fit(module, data())
+    expected = 0
+    model: Any = module.model
+    for block, layer in blocks(model).items():
+        adapted: list[Any] = [linear for linear in layer.modules() if isinstance(linear, LoraLayer)]
+        assert len(adapted) == 7  # q, k, v, o, gate, up, down
+        for linear in adapted:
+            assert linear.r["default"] == linear.lora_A["default"].out_features == ranks[block]
+            assert linear.scaling["default"] == pytest.approx(1.5)
+            expected += ranks[block] * (linear.in_features + linear.out_features)
+    assert sum(value.numel() for value in adapter(module).values()) == expected
+    assert not [name for name in adapter(module) if "lm_head" in name]
+    model.save_pretrained(tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(Local(path=model_config["path"]).load(), tmp_path / "adapter")
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_the_callback_gives_plain_lora_its_ranks(tmp_path, model_config, model_folder, data, splits):
+    decide = replace(decider(model_folder, splits, tmp_path / "store"), allocator=Rank(budget=20))
+    module = LoRAModule(model_config)
+    trainer(tmp_path, InfluenceCallback(decide), max_steps=1).fit(module, data())
+    assert module.allocation is not None
+    assert sum(module.allocation.values()) == 20
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
+@pytest.mark.parametrize("experts", [(1, 3, 2), (1, 1, 1), (5, 5, 5)])
+def test_the_baseline_of_equal_size_is_as_near_as_ranks_come(model_config, targets, experts):
+    allocation = dict(zip(ALLOCATION, experts, strict=True))
+    shared: dict[str, Any] = {"allocation": allocation, "r": 4, "target_modules": targets}
+    moe, plain = LoRAMoEModule(model_config, **shared), EqualLoRAModule(model_config, **shared)
+    for module in (moe, plain):
+        module.configure_model()
+    of_moe, of_plain = (sum(value.numel() for value in adapter(module).values()) for module in (moe, plain))
+    assert plain.compared == {"lora_moe": of_moe}
+    assert plain.model is not None
+    linears: list[Any] = [module for module in plain.model.modules() if isinstance(module, LoraLayer)]
+    ranks = [linear.r["default"] for linear in linears]
+    assert max(ranks) - min(ranks) <= 1
+    per_rank_of_a_block = sum(linear.in_features + linear.out_features for linear in linears) / 3
+    assert abs(of_plain - of_moe) <= per_rank_of_a_block / 2
+    if experts == (1, 1, 1):
+        assert of_plain == of_moe  # one expert is plain LoRA
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({**ALLOCATION, "model.layer.2": 1}, r"'model\.layer\.2' has no place.*did you mean 'model\.layers\.2'"),
+        ({"model.layers.0": 1}, r"2 of 3 blocks have no rank, the first is 'model\.layers\.1'"),
+    ],
+)
+def test_ranks_of_another_model_are_refused(model_config, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAModule(model_config, allocation=ranks).configure_model()
+
+
+@pytest.mark.parametrize("cls", [LoRAMoEModule, LoRAModule, EqualLoRAModule])
+def test_settings_all_adapters_share_are_checked(cls, model_config):
+    with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/adapter'; merge"):
+        cls({**model_config, "adapter": "/adapter"})
+    with pytest.raises(ValueError, match=r"warmup_ratio=1 must lie in \[0, 1\)"):
+        cls(model_config, warmup_ratio=1)
+
+
+def test_plain_lora_needs_a_scaling(model_config):
+    with pytest.raises(ValueError, match=r"method\.scaling=0 must be above 0"):
+        LoRAModule(model_config, scaling=0)
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_help(tmp_path, model_config, data):
@@ -127,7 +220,15 @@ def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_f
 def decider(model_folder, splits, store) -> Decider:
     model = Local(path=str(model_folder))
     probe = Probe(num_train=8, num_validation=4)
-    return Decider(model, model.tokenizer(), splits, probe, DataInf(), Experts(budget=9), Store(store))
+    return Decider(
+        model=model,
+        tokenizer=model.tokenizer(),
+        splits=splits,
+        probe=probe,
+        estimator=DataInf(),
+        allocator=Experts(budget=9),
+        store=Store(store),
+    )
 
 
 def test_the_callback_decides_before_the_model_is_built(tmp_path, model_config, model_folder, data, splits):
@@ -185,11 +286,6 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_p
 
     with pytest.raises(ValueError, match=r"the gradient of .*layers\.0\..*lora_moe_B.* is not finite at step 0"):
         trainer(tmp_path, Spoil(), max_steps=2).fit(module, data())
-
-
-def test_an_adapter_cannot_be_built_upon(model_config):
-    with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/adapter'; merge"):
-        LoRAMoEModule({**model_config, "adapter": "/adapter"})
 
 
 def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):
@@ -282,3 +378,29 @@ def test_early_stopping_and_the_best_checkpoint_are_settings(tmp_path, tiny_over
     with torch.inference_mode():
         found = float(per_sample_loss(kept, collate(encoded, 0)).mean())
     assert found == pytest.approx(losses.min(), rel=1e-4)
+
+
+def test_a_run_trains_ranks_and_its_adapter_is_weighed_by_ila(tmp_path, tiny_overrides):
+    """From the command line: method=lora spends allocator=rank, and estimator=ila scores what it learned."""
+    trained = run_layerif([*tiny_overrides, "method=lora", "allocator=rank", "estimator=uniform"], tmp_path)
+    assert trained.allocation["kind"] == "rank"
+    assert sum(trained.allocation["values"]) == 24
+    assert trained.parameters["trainable"] > 0
+    ila = ["estimator=reversed", "estimator@estimator.of=ila", "estimator.of.num_steps=3", "method=none"]
+    adapter_folder = f"model.adapter={tmp_path / 'run' / 'adapter'}"
+    (tmp_path / "again").mkdir()
+    scored = run_layerif([*tiny_overrides, *ila, adapter_folder], tmp_path / "again")
+    assert scored.higher_means == "important"
+    assert scored.source.startswith("reversed(ila(")
+    assert scored.samples == {"train": 20, "validation": 0}
+    assert all(0 < value < 1 for value in scored.scores)
+
+
+def test_the_baseline_of_equal_size_states_both_sizes_and_a_shape_its_name(tmp_path, tiny_overrides):
+    shape = ["allocator=shape", "allocator.shape=[1,3,2]", "allocator.budget=6", "method=lora_equal"]
+    record = run_layerif([*tiny_overrides, *shape], tmp_path)
+    assert record.source == "shape(1-3-2)"
+    assert record.scores == []
+    assert record.allocation["values"] == [1, 3, 2]
+    assert record.parameters["trainable"] == pytest.approx(record.parameters["lora_moe"], rel=0.05)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()

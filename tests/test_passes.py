@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerif.probe import products
-from layerif.probe.passes import Matrix, Workload, passes
+from layerif.probe.passes import Choice, Matrix, Workload, passes
 
 WIDTHS = ((64, 32), (16, 32), (16, 32), (32, 64), (128, 32), (32, 128))  # q, k, v, o, up, down
 READS = (0, 0, 0, 3, 4, 5)
@@ -52,29 +52,37 @@ def test_an_input_that_several_matrices_read_is_kept_once():
     assert load.kept_bytes(load.matrices) == load.num_tokens * 4 * numbers
 
 
+@pytest.mark.parametrize("tile_bytes", [1e3, 1e4, 1.6e7])
+@pytest.mark.parametrize("form", ["auto", *products.FORMS])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.2, 0.0])
-def test_passes_keep_within_the_budget_and_cover_every_matrix_once(share):
+def test_passes_keep_within_the_budget_and_cover_every_matrix_once(share, form, tile_bytes):
     load = workload()
-    whole = passes(load, float("inf"), tile_bytes=1e4)
-    least = _least(load)
-    memory = least + share * (whole.device_bytes - least)
-    found = passes(load, memory, tile_bytes=1e4)
+    least = _least(load, form)
+    # What one pass needs: all factors, and the largest matrix with the smallest tile.
+    one = load.kept_bytes(load.matrices) + max(
+        load.piece_bytes(matrix) + load.least_tile_bytes(matrix, load.form(matrix, form)) for matrix in load.matrices
+    )
+    memory = least + share * (one * (1 + 1e-9) - least)
+    found = passes(load, memory, form=form, tile_bytes=tile_bytes)
     assert [matrix for group in found.groups for matrix in group] == list(load.matrices)
     assert found.device_bytes <= memory * (1 + 1e-9)
+    for matrix in load.matrices:
+        least_tile = load.least_tile_bytes(matrix, found.forms[matrix.name])
+        assert min(least_tile, tile_bytes) * (1 - 1e-9) <= found.tile_bytes[matrix.name] <= tile_bytes
     assert (len(found.groups) == 1) == (share == 1.0)
 
 
 def test_less_memory_never_means_fewer_passes():
     load = workload()
     budgets = [_least(load) * factor for factor in (1.001, 1.5, 2, 4, 8, 100)]
-    counts = [len(passes(load, memory, tile_bytes=1e4).groups) for memory in budgets]
+    counts = [len(passes(load, memory).groups) for memory in budgets]
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 1
 
 
 def test_too_small_a_budget_says_the_least_that_does():
     load = workload()
-    with pytest.raises(ValueError, match=r"probe\.memory_gb=1e-06 is too small: \d\.\d alone needs .* at least (\S+),"):
+    with pytest.raises(ValueError, match=r"1e-06 GB for the probe .* few: \d\.\d alone needs .* at least (\S+),"):
         passes(load, 1e3)
     assert len(passes(load, _least(load)).groups) > 1
 
@@ -97,7 +105,7 @@ def test_processes_share_the_factors():
     assert workload(num_processes=2).kept_bytes(workload().matrices) == workload().kept_bytes(workload().matrices) / 2
 
 
-def _least(load: Workload) -> float:
-    with pytest.raises(ValueError, match="too small") as caught:
-        passes(load, 0.0, tile_bytes=1e4)
+def _least(load: Workload, form: Choice = "auto") -> float:
+    with pytest.raises(ValueError, match="too few") as caught:
+        passes(load, 0.0, form=form)
     return float(str(caught.value).partition("at least ")[2].partition(",")[0]) * 1e9

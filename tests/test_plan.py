@@ -34,4 +34,4 @@ def test_the_plan_is_what_the_probe_does(tiny_overrides, tmp_path):
 def test_too_small_a_budget_is_refused_with_the_least(tiny_overrides, tmp_path):
     done = layerif([*tiny_overrides, "method=none", "probe.memory_gb=1e-7"], tmp_path)
     assert done.returncode == 1
-    assert re.search(r"layerif: probe\.memory_gb=1e-07 is too small: model\.layers\.\d\S+ alone needs", done.stderr)
+    assert re.search(r"layerif: 1e-07 GB for the probe .* are too few: model\.layers\.\d\S+ alone needs", done.stderr)

@@ -101,7 +101,7 @@ def test_batch_size_padding_side_and_order_change_nothing(family):
 
 def least_memory(**options) -> float:
     """The gigabytes the error asks for."""
-    with pytest.raises(ValueError, match=r"probe\.memory_gb=1e-09 is too small: model\.") as caught:
+    with pytest.raises(ValueError, match=r"1e-09 GB for the probe .* are too few: model\.") as caught:
         probe(double("llama"), scope="all", memory_gb=1e-9, **options)
     return float(re.search(r"at least ([\d.e-]+)", str(caught.value))[1])  # type: ignore[index]
 
@@ -139,11 +139,11 @@ def test_an_interrupted_probe_resumes_from_its_finished_batches(tmp_path, monkey
     model, ran, dies_at = double("llama"), [], 2
     run = measurement.capture
 
-    def capture(model, params, batch, *rest):
+    def capture(model, params, batch, *rest, **options):
         if len(ran) == dies_at:
             raise KeyboardInterrupt
         ran.append(batch)
-        return run(model, params, batch, *rest)
+        return run(model, params, batch, *rest, **options)
 
     monkeypatch.setattr(measurement, "capture", capture)
     with pytest.raises(KeyboardInterrupt):
@@ -154,7 +154,16 @@ def test_an_interrupted_probe_resumes_from_its_finished_batches(tmp_path, monkey
     assert_equal(resumed, probe(model, size=1), 0)
 
 
-def test_an_interrupted_probe_resumes_from_its_finished_passes(tmp_path, monkeypatch):
+def test_a_damaged_tile_is_measured_again(tmp_path, monkeypatch, caplog):
+    model = double("llama")
+    first = probe(model, offload="disk", partial=tmp_path)
+    damaged = sorted(tmp_path.glob("tile-*"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    assert_equal(probe(model, offload="disk", partial=tmp_path), first, 0)
+    assert f"{damaged} is damaged and its batch runs again" in caplog.text
+
+
+def test_an_interrupted_probe_resumes_from_its_finished_passes_under_any_budget(tmp_path, monkeypatch):
     model, memory = double("llama"), least_memory()
     multiplied, run = [], products.gram
 
@@ -167,9 +176,12 @@ def test_an_interrupted_probe_resumes_from_its_finished_passes(tmp_path, monkeyp
     monkeypatch.setattr(products, "gram", gram)
     with pytest.raises(KeyboardInterrupt):
         probe(model, scope="all", memory_gb=memory, partial=tmp_path)
+    left = sorted(tmp_path.glob("grams-*"))
+    assert len(left) > 2
+    left[0].write_bytes(b"damaged")
     monkeypatch.setattr(products, "gram", lambda *args: [multiplied.append(args), run(*args)][1])
-    resumed = probe(model, scope="all", memory_gb=memory, partial=tmp_path)
-    assert len(multiplied) < 12 + 21
+    resumed = probe(model, scope="all", memory_gb=1, partial=tmp_path)  # all that is left in one pass
+    assert 12 < len(multiplied) < 12 + 21
     assert_equal(resumed, probe(model, scope="all"), 1e-12)
 
 

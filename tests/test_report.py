@@ -68,7 +68,7 @@ def with_before(one: RunRecord, right: list[bool]) -> RunRecord:
 
 
 def from_file(path: str, right: list[bool], **options) -> RunRecord:
-    settings = {"allocator._target_": "layerif.allocate.File", "allocator.path": path}
+    settings = {"allocator._target_": "layerif.fixed.File", "allocator.path": path}
     return record("datainf", right, scores=(), settings=settings, source=f"file({path})", higher_means="", **options)
 
 

@@ -119,7 +119,7 @@ def test_settings_of_a_sweep_share_one_gradient_pass(tiny_overrides, tmp_path):
     assert len(records) == 9
     assert len({record.fingerprint for record in records}) == 1
     assert len({tuple(record.scores) for record in records}) == 9
-    assert done.stdout.count("measuring 20 + 8 samples") == 1
+    assert done.stdout.count("gradient pass: 20 + 8 samples") == 1
     assert done.stdout.count("no gradient pass") == 8
 
 

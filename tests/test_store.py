@@ -227,3 +227,24 @@ def test_the_lock_of_a_killed_job_is_broken(tmp_path):
     assert waiting.communicate(timeout=60)[0].split()[:2] == ["computing", "computed"]
     holder.wait(timeout=60)
     assert Store(tmp_path).grams({"model": "a"}, never)[1]
+
+
+def test_named_tensors_are_kept_by_kind_and_read_back_equal(tmp_path):
+    store, made = Store(tmp_path), []
+
+    def compute() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return {"scores": torch.tensor([1.5, float("nan")]), "count": torch.tensor(3)}
+
+    first, key, reused = store.tensors("gates", {"model": "a"}, compute)
+    again, same_key, reused_again = store.tensors("gates", {"model": "a"}, compute)
+    assert (reused, reused_again, same_key) == (False, True, key)
+    torch.testing.assert_close(again, first, equal_nan=True)
+    assert store.tensors("spectra", {"model": "a"}, compute)[1:] != (key, True)
+    assert len(made) == 2
+    (file,) = (tmp_path / "gates").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
+    with pytest.warns(UserWarning, match="corrupted and is computed anew"):
+        repaired, *_ = store.tensors("gates", {"model": "a"}, compute)
+    torch.testing.assert_close(repaired, first, equal_nan=True)
+    assert len(made) == 3

@@ -73,7 +73,7 @@ def multirun(folder: Path, num_train: int, num_validation: int) -> tuple[float, 
     jobs = [end - start for start, end in times]
     between = [start - end for (_, end), (start, _) in itertools.pairwise(times)]
     further = jobs[1:]
-    print(f"{len(jobs)} jobs, {len(re.findall('measuring [0-9]', done.stdout))} gradient pass in their logs")
+    print(f"{len(jobs)} jobs, {len(re.findall('gradient pass: [0-9]', done.stdout))} gradient pass in their logs")
     print("first job s   further jobs s: median    most   Hydra's own s: median")
     print(f"{jobs[0]:11.2f}{statistics.median(further):25.3f}{max(further):8.3f}{statistics.median(between):24.3f}\n")
     records = [RunRecord.read(file.parent) for file in folder.rglob("record.json")]

@@ -5,14 +5,21 @@ Every estimator is a frozen keyword-only dataclass whose fields are its configur
     needs: ClassVar[str]                            what evidence the shell has to take
     score(evidence) -> LayerScores                  the same call for every estimator
 
-| needs       | evidence passed to `score`                                  | estimators                              |
-|-------------|-------------------------------------------------------------|-----------------------------------------|
-| grams       | `LayerGrams` of one probe                                   | datainf, exact, lissa, grad_dot, cosine |
-| checkpoints | `CheckpointGrams`, a probe at each of its own `checkpoints` | tracin                                  |
-| curvature   | `LayerInfluences`, measured under its own damping            | ekfac                                   |
-| nothing     | `LayerMap` of the model; no pass over data is made          | uniform, file                           |
+| needs       | evidence passed to `score`                              | estimators                               |
+|-------------|---------------------------------------------------------|------------------------------------------|
+| grams       | `LayerGrams` of one probe                               | datainf, exact, lissa, grad_dot, cosine, |
+|             |                                                         | grad_norm, fisher_trace                  |
+| checkpoints | `CheckpointGrams`, a probe at each of its `checkpoints` | tracin                                   |
+| curvature   | `LayerInfluences`, measured under its own damping       | ekfac                                    |
+| weights     | `LayerSpectra` of the weights alone                     | alpha                                    |
+| activations | `LayerActivations` of one forward pass                  | outlier, dlp, block_influence, avss,     |
+|             |                                                         | linear_probe, cca                        |
+| training    | `LayerGates` learned on a trained adapter               | ila                                      |
+| nothing     | `LayerMap` of the model; no pass over data is made      | uniform, random, file                    |
 
-Estimators on Grams derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
+`reversed` wraps any of them and needs what that one needs.
+
+Influence estimators derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
 normalisation come from there, and the damping from `gram.DampedEstimator`. To add one: write `layerif/estimators/x.py`
 (the formula as a pure function of tensors, and the dataclass) and `conf/estimator/x.yaml` (`_target_` and every field).
 Nothing is registered anywhere; the law tests find it by its file.

@@ -53,9 +53,7 @@ class InfluenceEstimator:
 
     @property
     def source(self) -> str:
-        """The estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
-        settings = ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))  # type: ignore[arg-type]
-        return f"{type(self).__module__.rpartition('.')[2]}({settings})"
+        return described(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +117,42 @@ class DampedEstimator(GramEstimator):
         return self.damping if self.damping_rule == "relative" or mean_square == 0 else self.damping / mean_square
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormEstimator:
+    """Scores a block by the size of its train gradients, those of all its matrices laid end to end.
+
+    normalisation: `none`, or `numel`: the size of a vector of as many entries of the same mean square, so that blocks
+        of unequal size compare.
+    Large gradients mark an undertrained block. Raises ValueError naming the matrix if a Gram is not finite.
+    """
+
+    needs: ClassVar[str] = "grams"
+
+    normalisation: Normalisation = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
+
+    def size(self, train_train: Tensor, *, numel: int) -> float:
+        """Of gradients with these inner products K (N×N), for each of `numel` parameters."""
+        raise NotImplementedError
+
+    def score(self, evidence: LayerGrams, /) -> LayerScores:
+        blocks = evidence.in_float64.by_block.grams
+        warn_of_zero_gradients(evidence.grams)
+        values = tuple(
+            self.size(blocks[block].train_train, numel=numel if self.normalisation == "numel" else 1)
+            for block, numel in zip(evidence.layers.names, evidence.layers.numel, strict=True)
+        )
+        return LayerScores(evidence.layers.names, values, "undertrained", described(self), evidence.fingerprint)
+
+
+def described(estimator: Any) -> str:
+    """An estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
+    settings = ", ".join(f"{field.name}={getattr(estimator, field.name)}" for field in fields(estimator))
+    return f"{type(estimator).__module__.rpartition('.')[2]}({settings})"
+
+
 def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
     """λ = damping · tr K / (N·P): damping times the mean squared entry of the train gradients."""
     check_damping(damping)
@@ -160,7 +194,7 @@ def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
     if zero:
         listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
-            f"all gradients are zero, so the influence counts as zero, in {listed} ({len(zero)} of {len(grams)} "
+            f"all gradients are zero, so they count as nothing, in {listed} ({len(zero)} of {len(grams)} "
             "matrices); for LoRA's A this is so while B is zero",
             RuntimeWarning,
             stacklevel=3,

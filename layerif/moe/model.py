@@ -41,7 +41,7 @@ class LoraMoeModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LoraMoeConfig, model_config: dict[str, Any]) -> LoraMoeConfig:
         if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = _linears_of_blocks(self.model)
+            peft_config.target_modules = linears_of_blocks(self.model)
         return peft_config
 
     def _prepare_model(self, peft_config: LoraMoeConfig, model: nn.Module) -> None:
@@ -109,7 +109,7 @@ class LoraMoeModel(BaseTuner):
         yield
 
 
-def _linears_of_blocks(model: nn.Module) -> list[str]:
+def linears_of_blocks(model: nn.Module) -> list[str]:
     """Name endings that match every nn.Linear inside the blocks and no module outside; full names where none do."""
     inside = {
         f"{block_name}.{name}": name

@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerif.loss import per_sample_loss
 from layerif.models import bare, blocks
 
+log = logging.getLogger(__name__)
+
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix: (input_BTI, delta_BTO)
+Side = Literal["in", "out"]
+SIDES: tuple[Side, Side] = ("in", "out")
 
 
 def capture(
@@ -34,12 +39,15 @@ def capture(
     params: Sequence[str],
     batch: Mapping[str, Tensor],
     names: Sequence[str],
-    keep: Callable[[Tensor, str], Tensor] = lambda values, side: values,
+    keep: Callable[[Tensor, Side], Tensor] = lambda values, side: values,
+    *,
+    in_step: bool = False,
 ) -> Factors:
     """One forward and backward of a batch: the factors of every matrix, zero where there is padding.
 
     keep: what to keep of masked values, given them and their side, `in` or `out`; applied once to an input that several
-    matrices read. names: of the samples, for messages.
+    matrices read. names: of the samples, for messages. in_step: other processes run a batch at the same time and need
+    this one to the end of its backward, so that an error waits till then and no block is looked for.
     Raises ValueError naming block and sample for a loss that is not finite, and for a layer that ran not exactly once.
     """
     found: Factors = {}
@@ -47,13 +55,16 @@ def capture(
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with _hooks(model, params, batch["attention_mask"].bool(), keep, found), torch.enable_grad():
         loss_B = per_sample_loss(model, batch)
-        if not bool(loss_B.isfinite().all()):
-            sample = names[int((~loss_B.isfinite()).nonzero()[0])]
-            raise ValueError(
-                f"the loss of {sample} is not finite, from {first_non_finite_block(model, batch)} on; look at "
-                "that row and at the weights, or load the model in float32 (model.dtype=float32)"
-            )
-        loss_B.sum().backward()
+        is_finite = bool(loss_B.isfinite().all())
+        if is_finite or in_step:
+            loss_B.sum().backward()
+    if not is_finite:
+        sample = names[int((~loss_B.isfinite()).nonzero()[0])]
+        where = "" if in_step else f", from {first_non_finite_block(model, batch)} on"
+        raise ValueError(
+            f"the loss of {sample} is not finite{where}; look at that row and at the weights, or load the model in "
+            "float32 (model.dtype=float32)"
+        )
     if idle := [param for param in params if param not in found]:
         raise ValueError(
             f"{idle[0]} took no part in the forward pass, so it has no gradient; choose another probe.scope"
@@ -136,8 +147,8 @@ class Waiting(Protocol):
 
     def add(self, number: int, factors: Factors) -> None: ...
 
-    def take(self, param: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number of the batch, input_BTI, delta_BTO) of one matrix; each can be taken once."""
+    def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
+        """(number of the batch, input_BTI or delta_BTO) of one matrix, one batch after the other; once."""
         ...
 
 
@@ -146,7 +157,7 @@ class InMemory:
     """On the model's device, or moved to main memory."""
 
     offload: bool = False
-    _batches: dict[int, Factors] = field(default_factory=dict)
+    _batches: dict[int, dict[tuple[str, Side], Tensor]] = field(default_factory=dict)
 
     def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
         return False
@@ -162,13 +173,15 @@ class InMemory:
                 return moved[id(values)]
 
             factors = {param: (move(inputs), move(delta)) for param, (inputs, delta) in factors.items()}
-        self._batches[number] = factors
+        self._batches[number] = {
+            (param, side): values for param, both in factors.items() for side, values in zip(SIDES, both, strict=True)
+        }
 
-    def take(self, param: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
         if self.offload and torch.cuda.is_available():
             torch.cuda.synchronize()
-        for number, factors in self._batches.items():
-            yield number, *factors.pop(param)
+        for number in sorted(self._batches):
+            yield number, self._batches[number].pop((param, side))
 
 
 @dataclass
@@ -185,8 +198,15 @@ class OnDisk:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = [batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")]
         name = hashlib.sha256(json.dumps([list(params), *tensors]).encode()).hexdigest()[:32]
-        self._files[number] = self.folder / f"tile-{name}.safetensors"
-        return self._files[number].exists()
+        file = self._files[number] = self.folder / f"tile-{name}.safetensors"
+        if not file.exists():
+            return False
+        try:  # opening it compares its size with what its header says
+            with safe_open(file, framework="pt") as opened:
+                return set(json.loads(opened.metadata()["inputs_of"])) == set(params)
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            log.warning("%s is damaged and its batch runs again: %s", file, error)
+            return False
 
     def add(self, number: int, factors: Factors) -> None:
         tensors: dict[str, Tensor] = {}
@@ -209,11 +229,11 @@ class OnDisk:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def take(self, param: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for number, file in self._files.items():
-            with safe_open(file, framework="pt") as opened:
+    def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
+        for number in sorted(self._files):
+            with safe_open(self._files[number], framework="pt") as opened:
                 inputs = json.loads(opened.metadata()["inputs_of"])[param]
-                yield number, opened.get_tensor(inputs), opened.get_tensor(f"{param}/delta")
+                yield number, opened.get_tensor(inputs if side == "in" else f"{param}/delta")
 
 
 @contextmanager
@@ -221,14 +241,14 @@ def _hooks(
     model: nn.Module,
     params: Sequence[str],
     mask_BT: Tensor,
-    keep: Callable[[Tensor, str], Tensor],
+    keep: Callable[[Tensor, Side], Tensor],
     found: Factors,
 ) -> Iterator[None]:
     # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
     # freed tensor's id may be given to another.
     shared: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def masked(values: Tensor, side: str) -> Tensor:
+    def masked(values: Tensor, side: Side) -> Tensor:
         # Some families (OPT) flatten samples and tokens. Where, not a product: padded positions may hold NaN.
         values_BTF = values.detach().reshape(*mask_BT.shape, -1)
         return keep(values_BTF.where(mask_BT[..., None], 0), side)

@@ -6,14 +6,12 @@ validation).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -26,7 +24,7 @@ from tqdm import tqdm
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.models import bare
 from layerif.probe import products
-from layerif.probe.factors import InMemory, OnDisk, Waiting, capture, inputs_read_together, only_activations
+from layerif.probe.factors import InMemory, OnDisk, Side, Waiting, capture, inputs_read_together, only_activations
 from layerif.probe.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.projection import Projection
 from layerif.probe.shards import Shards, is_spread
@@ -70,25 +68,30 @@ def measure(
         raise ValueError("probe.offload=disk needs a folder for the factors: measure(…, partial=folder)")
 
     shards = Shards.current()
-    reads_with = inputs_read_together(model, [param for block in layers.params for param in block])
-    load = workload(model, layers, train, validation, reads_with, projection, shards.size)
-    memory, host_memory = map(min, zip(*shards.share(budget(next(model.parameters()).device, memory_gb)), strict=True))
-    tile_bytes = tile(next(model.parameters()).device)
-    chosen = passes(load, memory, form=form, offload=offload, tile_bytes=tile_bytes, host_memory=host_memory)
-    where = {"none": "the device", "cpu": "main memory", "disk": "files"}[chosen.offload]
-    if len(chosen.groups) > 1 or chosen.offload != "none":
-        size = f"{load.kept_bytes(load.matrices) / 1e9:.2f} GB of factors"
-        log.info("%s: %d passes, kept in %s", size, len(chosen.groups), where)
-    measurement = _Measurement(model, batches, num_train, num_samples, names, chosen, projection, partial, shards)
-    grams: dict[str, MatrixGram] = {}
-    for number, group in enumerate(chosen.groups, 1):
-        grams |= measurement.run([matrix.name for matrix in group], f"gradients {number}/{len(chosen.groups)}")
-    return LayerGrams(layers, grams, fingerprint)
+    measurement = _Measurement(model, batches, num_train, num_samples, names, projection, partial, shards)
+    grams = measurement.finished()
+    todo = [param for block in layers.params for param in block if param not in grams]
+    if grams:
+        log.info("%d of %d matrices were measured before the interruption", len(grams), len(grams) + len(todo))
+    if todo:
+        load = workload(model, todo, train, validation, inputs_read_together(model, todo), projection, shards.size)
+        device = next(model.parameters()).device
+        memory, host = map(min, zip(*shards.share(budget(device, memory_gb, shards.size)), strict=True))
+        chosen = passes(
+            load, memory, form=form, offload=offload, tile_bytes=wanted_tile_bytes(device), host_memory=host
+        )
+        if len(chosen.groups) > 1 or chosen.offload != "none":
+            where = {"none": "the device", "cpu": "main memory", "disk": "files"}[chosen.offload]
+            size = load.kept_bytes(load.matrices) / 1e9
+            log.info("%.2f GB of factors: %d passes, kept in %s", size, len(chosen.groups), where)
+        for number, group in enumerate(chosen.groups, 1):
+            grams |= measurement.run(chosen, group, f"gradients {number}/{len(chosen.groups)}")
+    return LayerGrams(layers, {param: grams[param] for block in layers.params for param in block}, fingerprint)
 
 
 def workload(
     model: nn.Module,
-    layers: LayerMap,
+    params: Sequence[str],
     train: Sequence[IndexedBatch],
     validation: Sequence[IndexedBatch],
     reads_with: Mapping[str, str],
@@ -99,7 +102,6 @@ def workload(
 
     reads_with: for each matrix the first that reads the same input, see `factors.inputs_read_together`.
     """
-    params = [param for block in layers.params for param in block]
     width = projection.width if projection else lambda features: features
     matrices = []
     for param in params:
@@ -120,18 +122,24 @@ def workload(
     )
 
 
-def budget(device: torch.device, memory_gb: float | None) -> tuple[float, float]:
-    """Bytes on the device, and of main memory where factors may be moved to; that is zero if it is the device."""
-    host = psutil.virtual_memory().available / 2
-    if device.type != "cuda":
+def budget(
+    device: torch.device, memory_gb: float | None, num_processes: int = 1, model: float = 0
+) -> tuple[float, float]:
+    """Bytes on the device, and of main memory where factors may be moved to; that is zero if it is the device.
+
+    num_processes: that share main memory. model: bytes of a model that is still to be loaded.
+    """
+    is_cuda = device.type == "cuda"
+    host = (psutil.virtual_memory().available - (0 if is_cuda else model)) / 2 / num_processes
+    if not is_cuda:
         return (host if memory_gb is None else memory_gb * 1e9), 0.0
     # A GPU is nobody else's: what the autograd graph of a batch needs is far less than the rest.
-    free = torch.cuda.mem_get_info(device)[0] * 0.85
+    free = (torch.cuda.mem_get_info(device)[0] - model) * 0.85
     return (free if memory_gb is None else memory_gb * 1e9), host
 
 
-def tile(device: torch.device) -> float:
-    """Bytes of a tile that stays inside a processor's cache, or keeps a GPU busy."""
+def wanted_tile_bytes(device: torch.device) -> float:
+    """Of a tile that stays inside a processor's cache, or keeps a GPU busy."""
     return 1e9 if device.type == "cuda" else 1.6e7
 
 
@@ -144,67 +152,67 @@ class _Measurement:
     num_train: int
     num_samples: int
     names: Sequence[str]
-    passes: Passes
     projection: Projection | None
     partial: Path | None
     shards: Shards
 
-    @cached_property
-    def matrices(self) -> dict[str, Matrix]:
-        return {matrix.name: matrix for group in self.passes.groups for matrix in group}
-
-    def run(self, params: Sequence[str], description: str) -> dict[str, MatrixGram]:
-        """The Grams of one pass, taken from `partial` if it was finished before."""
-        if done := self.shards.share(self._finished(params))[0]:
-            log.info("%s: finished before the interruption", description)
-            return done
-        waiting: Waiting = InMemory(self.passes.offload == "cpu")
-        if self.passes.offload == "disk":
+    def run(self, passes: Passes, group: Sequence[Matrix], description: str) -> dict[str, MatrixGram]:
+        """The Grams of one pass."""
+        params = [matrix.name for matrix in group]
+        waiting: Waiting = InMemory(passes.offload == "cpu")
+        if passes.offload == "disk":
             assert self.partial is not None
             waiting = OnDisk(self.partial)
         with self.shards.failing_together():
             self._capture(params, waiting, description)
         mine: dict[str, MatrixGram] = {}
         # As many matrices at a time as there are processes, so that all of them multiply at once.
-        rounds = [params[start : start + self.shards.size] for start in range(0, len(params), self.shards.size)]
+        rounds = [group[start : start + self.shards.size] for start in range(0, len(group), self.shards.size)]
         for together in tqdm(rounds, desc="Gram matrices", disable=None, leave=False):
-            mine |= self._multiply(together, waiting)
+            mine |= self._multiply(passes, together, waiting)
         with self.shards.failing_together():
             for param, gram in mine.items():
                 self._require_finite(param, gram)
         shared = {param: gram for part in self.shards.share(mine) for param, gram in part.items()}
         grams = {param: shared[param] for param in params}
-        if self.partial is not None and self.shards.rank == 0 and len(self.passes.groups) > 1:
-            self._keep(grams, self._file(params))
+        if self.partial is not None and self.shards.rank == 0 and len(passes.groups) > 1:
+            _keep(grams, self.partial)
         return grams
 
     def _capture(self, params: Sequence[str], waiting: Waiting, description: str) -> None:
-        mine = list(enumerate(self.shards.of(self.batches)))
+        mine = enumerate(self.shards.of(self.batches))
+        missing = [(number, *batch) for number, batch in mine if not waiting.has(number, params, batch[1])]
+        in_step = is_spread(self.model)
+        # A process of a spread model that has nothing to do runs a batch nevertheless: the others wait for its weights.
+        num_rounds = max(self.shards.share(len(missing))) if in_step else len(missing)
+        failure: ValueError | None = None
         with only_activations(self.model):
-            for number, (indices, batch) in tqdm(mine, desc=description, disable=None, leave=False):
-                if not waiting.has(number, params, batch):
+            for position in tqdm(range(num_rounds), desc=description, disable=None, leave=False):
+                is_mine = position < len(missing)
+                number, indices, batch = missing[position] if is_mine else (-1, *self.batches[0])
+                try:
+                    keep = self.projection or _as_it_is
                     names = [self.names[index] for index in indices]
-                    waiting.add(number, capture(self.model, params, batch, names, self.projection or _as_it_is))
-            if is_spread(self.model) and len(mine) < len(self.shards.of(self.batches, 0)):
-                capture(self.model, params, self.batches[0][1], self.names)  # the others wait for our share of weights
+                    factors = capture(self.model, params, batch, names, keep, in_step=in_step)
+                except ValueError as error:
+                    if not in_step:
+                        raise
+                    failure = failure or error
+                    continue
+                if is_mine:
+                    waiting.add(number, factors)
+        if failure is not None:
+            raise failure
 
-    def _multiply(self, params: Sequence[str], waiting: Waiting) -> dict[str, MatrixGram]:
+    def _multiply(self, passes: Passes, matrices: Sequence[Matrix], waiting: Waiting) -> dict[str, MatrixGram]:
         """The Gram of the matrix that this process owns: the one at its rank, if there is one."""
-        taken = [list(waiting.take(param)) for param in params]
-        inputs = [
-            (self.matrices[param].num_in, [a for _, a, _ in parts]) for param, parts in zip(params, taken, strict=True)
-        ]
-        deltas = [
-            (self.matrices[param].num_out, [d for _, _, d in parts]) for param, parts in zip(params, taken, strict=True)
-        ]
-        del taken
-        input_STI = self._laid_out(inputs)
-        delta_SOT = self._laid_out(deltas, swap=True)
+        input_STI = self._laid_out(passes, "in", [(matrix.num_in, matrix.name) for matrix in matrices], waiting)
+        delta_SOT = self._laid_out(passes, "out", [(matrix.num_out, matrix.name) for matrix in matrices], waiting)
         if input_STI is None or delta_SOT is None:
             return {}
-        param = params[self.shards.rank]
+        param = matrices[self.shards.rank].name
         gram_SN, square_M = products.gram(
-            self.passes.forms[param], input_STI, delta_SOT, self.num_train, self.passes.tile_bytes
+            passes.forms[param], input_STI, delta_SOT, self.num_train, passes.tile_bytes[param]
         )
         gram_SN = gram_SN.cpu()
         return {
@@ -216,17 +224,19 @@ class _Measurement:
             )
         }
 
-    def _laid_out(self, factors: Sequence[tuple[int, Sequence[Tensor]]], *, swap: bool = False) -> Tensor | None:
-        weight = bare(self.model).get_parameter(self.passes.groups[0][0].name)
+    def _laid_out(
+        self, passes: Passes, side: Side, widths: Sequence[tuple[int, str]], waiting: Waiting
+    ) -> Tensor | None:
+        weight = bare(self.model).get_parameter(widths[0][1])
         work = torch.promote_types(weight.dtype, torch.float32)
         return self.shards.lay_out(
-            factors,
+            [(width, (values for _, values in waiting.take(param, side))) for width, param in widths],
             [indices for indices, _ in self.batches],
-            longest=self.passes.workload.longest,
+            longest=passes.workload.longest,
             sent_as=work if self.projection else weight.dtype,
             dtype=work,
             device=weight.device,
-            swap=swap,
+            swap=side == "out",
         )
 
     def _require_finite(self, param: str, gram: MatrixGram) -> None:
@@ -238,39 +248,32 @@ class _Measurement:
                 "look at that row, or load the model in float32 (model.dtype=float32)"
             )
 
-    def _file(self, params: Sequence[str]) -> Path:
-        assert self.partial is not None
-        name = hashlib.sha256(json.dumps(list(params)).encode()).hexdigest()[:32]
-        return self.partial / f"grams-{name}.safetensors"
+    def finished(self) -> dict[str, MatrixGram]:
+        """What passes of an interrupted measurement left, the same in every process."""
+        found: dict[str, MatrixGram] = {}
+        if self.partial is not None and self.shards.rank == 0:
+            for file in sorted(self.partial.glob("grams-*.safetensors")):
+                try:
+                    tensors = load_file(file)
+                except (SafetensorError, OSError) as error:
+                    log.warning("%s is damaged and is measured again: %s", file, error)
+                    continue
+                for param in {name.rpartition("/")[0] for name in tensors}:
+                    numel = bare(self.model).get_parameter(param).numel()
+                    found[param] = MatrixGram(*(tensors[f"{param}/{field}"] for field in _FIELDS), numel=numel)
+        return self.shards.share(found)[0]
 
-    def _finished(self, params: Sequence[str]) -> dict[str, MatrixGram] | None:
-        if self.partial is None or self.shards.rank != 0 or not self._file(params).exists():
-            return None
-        try:
-            tensors = load_file(self._file(params))
-        except (SafetensorError, OSError) as error:
-            log.warning("%s is not readable and is measured anew: %s", self._file(params), error)
-            return None
-        fields = [field.name for field in dataclasses.fields(MatrixGram) if field.name != "numel"]
-        return {
-            param: MatrixGram(
-                **{field: tensors[f"{param}/{field}"] for field in fields},
-                numel=bare(self.model).get_parameter(param).numel(),
-            )
-            for param in params
-        }
 
-    def _keep(self, grams: Mapping[str, MatrixGram], file: Path) -> None:
-        tensors = {
-            f"{param}/{field}": value
-            for param, gram in grams.items()
-            for field, value in vars(gram).items()
-            if field != "numel"
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(tensors, unfinished)
-        os.replace(unfinished, file)
+_FIELDS = ("train_train", "val_train", "val_norms")
+
+
+def _keep(grams: Mapping[str, MatrixGram], folder: Path) -> None:
+    tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in _FIELDS}
+    name = hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".grams-{name}.{os.getpid()}"
+    save_file(tensors, unfinished)
+    os.replace(unfinished, folder / f"grams-{name}.safetensors")
 
 
 def _as_it_is(values: Tensor, side: str) -> Tensor:

@@ -5,7 +5,8 @@ A pass runs every sample forward and backward and keeps, for each of its matrice
 
     factors of one pass  +  the piece of one matrix  +  one tile
 
-are held beside the model and what one batch needs. Arithmetic on sizes only; nothing here runs a model.
+are held beside the model, what one batch needs and the Grams themselves. Arithmetic on sizes only; nothing here runs a
+model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from layerif.probe.products import Form, cheaper, least_tile_bytes, operations
+from layerif.probe.products import Form, cheaper, operations, tile_bytes_of
 
 Offload = Literal["auto", "none", "cpu", "disk"]
 Choice = Literal["auto", "materialised", "pairwise"]
@@ -63,23 +64,26 @@ class Workload:
         return float(self.num_tokens * self.kept_itemsize * numbers) / self.num_processes
 
     def piece_bytes(self, matrix: Matrix) -> float:
-        """Of one matrix's factors laid out for all samples, ready to be multiplied."""
+        """Of one matrix's factors laid out for all samples, ready to be multiplied; and of what processes exchange."""
         samples = self.num_train + self.num_val
-        return float(samples * self.longest * (matrix.num_out + matrix.num_in) * self.work_itemsize)
+        piece = float(samples * self.longest * (matrix.num_out + matrix.num_in) * self.work_itemsize)
+        others = (self.num_processes - 1) / self.num_processes
+        return piece * (1 + 2 * others * self.kept_itemsize / self.work_itemsize)
 
     def least_tile_bytes(self, matrix: Matrix, form: Form) -> float:
-        return least_tile_bytes(form, self.num_train + self.num_val, self.longest, matrix.num_in, self.work_itemsize)
+        samples = self.num_train + self.num_val
+        return tile_bytes_of(form, 1, samples, self.longest, matrix.num_out, matrix.num_in, self.work_itemsize)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """groups: the matrices of each pass. forms: by matrix. offload: where factors wait. tile_bytes: of a product."""
+    """groups: the matrices of each pass. forms, tile_bytes: by matrix. offload: where factors wait."""
 
     workload: Workload
     groups: tuple[tuple[Matrix, ...], ...]
     forms: dict[str, Form]
     offload: Literal["none", "cpu", "disk"]
-    tile_bytes: float
+    tile_bytes: dict[str, float]
 
     @cached_property
     def kept_bytes(self) -> float:
@@ -89,8 +93,13 @@ class Passes:
     @cached_property
     def device_bytes(self) -> float:
         """The most that is held on the model's device beside the model and what one batch needs."""
-        working = max(self.workload.piece_bytes(matrix) for group in self.groups for matrix in group) + self.tile_bytes
-        return working + (self.kept_bytes if self.offload == "none" else 0)
+        return max(
+            self.workload.piece_bytes(matrix)
+            + self.tile_bytes[matrix.name]
+            + (self.workload.kept_bytes(group) if self.offload == "none" else 0)
+            for group in self.groups
+            for matrix in group
+        )
 
     @cached_property
     def operations(self) -> float:
@@ -109,79 +118,84 @@ def passes(
     tile_bytes: float = 1.6e7,
     host_memory: float = 0,
 ) -> Passes:
-    """The passes that fit into `memory` bytes of the model's device.
+    """The fewest passes that fit into `memory` bytes of the model's device.
 
     offload: `none` keeps factors on the device, in as many passes as they need; `cpu` moves them to main memory
     (`host_memory` bytes of it), `disk` into files, in one pass. `auto` is none where one pass suffices, otherwise cpu
     where that needs fewer passes, otherwise none. host_memory: 0 where the device is main memory itself.
-    tile_bytes: wanted; smaller where the budget is.
+    tile_bytes: wanted; a tile gets what the passes leave of the budget, up to that.
     Raises ValueError with the least memory that would do.
     """
     forms: dict[str, Form] = {matrix.name: workload.form(matrix, form) for matrix in workload.matrices}
-    held = _Held(workload, forms, memory, tile_bytes)
-    if offload == "auto":
-        offload = "none"
-        fits = held.fits(None)
-        if held.fits(host_memory) and not (fits and len(held.groups(None)) <= len(held.groups(host_memory))):
-            offload = "cpu"
+    arrange = _Arranger(workload, forms, memory)
     if offload == "cpu" and not host_memory:
         raise ValueError("probe.offload=cpu has nowhere to go: the model is in main memory; use none or disk")
+    if offload == "auto":
+        offload = "none"
+        here, moved = arrange.groups(None), arrange.groups(host_memory)
+        if moved and (not here or len(moved) < len(here)):
+            offload = "cpu"
     room = {"none": None, "cpu": host_memory, "disk": float("inf")}[offload]
-    held.require(room, offload)
-    return Passes(workload, held.groups(room), forms, offload, held.tile(room))
+    groups = arrange.groups(room)
+    if not groups:
+        raise ValueError(arrange.refusal(room, offload))
+    tiles = {
+        matrix.name: min(tile_bytes, memory - workload.piece_bytes(matrix) - arrange.held(group, room))
+        for group in groups
+        for matrix in group
+    }
+    return Passes(workload, groups, forms, offload, tiles)
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What fits beside the pieces and tiles of the products. room: bytes for factors elsewhere, None: on the device."""
+class _Arranger:
+    """room: bytes for the factors elsewhere, None: they stay on the device."""
 
     workload: Workload
     forms: dict[str, Form]
     memory: float
-    wanted_tile: float
 
-    def least(self, matrix: Matrix, room: float | None) -> float:
-        tile = self.workload.least_tile_bytes(matrix, self.forms[matrix.name])
-        kept = self.workload.kept_bytes([matrix]) if room is None else 0
-        return self.workload.piece_bytes(matrix) + tile + kept
+    def held(self, group: Sequence[Matrix], room: float | None) -> float:
+        """Of the factors of a pass, on the device."""
+        return self.workload.kept_bytes(group) if room is None else 0.0
 
-    def fits(self, room: float | None) -> bool:
-        matrices = self.workload.matrices
-        if room is not None and max(self.workload.kept_bytes([matrix]) for matrix in matrices) > room:
-            return False
-        return max(self.least(matrix, room) for matrix in matrices) <= self.memory
-
-    def require(self, room: float | None, offload: str) -> None:
-        if self.fits(room):
-            return
-        matrix = max(self.workload.matrices, key=lambda matrix: self.least(matrix, room))
-        least = self.least(matrix, room)
-        if least <= self.memory:
-            raise ValueError("probe.offload=cpu: main memory cannot hold one matrix's factors; use probe.offload=disk")
-        others = "" if offload == "disk" else ", set probe.offload=disk"
-        raise ValueError(
-            f"probe.memory_gb={self.memory / 1e9:.3g} is too small: {matrix.name} alone needs {least / 1e9:.3g} GB "
-            f"(its factors and one tile); raise it to at least {_rounded_up(least / 1e9)}{others}, or measure fewer or "
-            "shorter samples, or set probe.projection"
-        )
-
-    def tile(self, room: float | None) -> float:
-        """The wanted tile, or what the budget leaves for it."""
-        matrices = self.workload.matrices
-        least = max(self.workload.least_tile_bytes(matrix, self.forms[matrix.name]) for matrix in matrices)
-        largest = max(self.least(matrix, room) for matrix in matrices) - least
-        return max(least, min(self.wanted_tile, self.memory - largest))
+    def least(self, matrix: Matrix) -> float:
+        """On the device, to multiply one matrix."""
+        return self.workload.piece_bytes(matrix) + self.workload.least_tile_bytes(matrix, self.forms[matrix.name])
 
     def groups(self, room: float | None) -> tuple[tuple[Matrix, ...], ...]:
-        """Consecutive matrices whose factors are held together."""
-        piece = max(self.workload.piece_bytes(matrix) for matrix in self.workload.matrices)
-        limit = self.memory - piece - self.tile(None) if room is None else room
-        groups: list[list[Matrix]] = [[]]
+        """Consecutive matrices whose factors are held together, as many as fit; none if a single one does not."""
+        groups: list[list[Matrix]] = []
         for matrix in self.workload.matrices:
-            if groups[-1] and self.workload.kept_bytes([*groups[-1], matrix]) > limit:
-                groups.append([])
-            groups[-1].append(matrix)
+            if groups and self._fits([*groups[-1], matrix], room):
+                groups[-1].append(matrix)
+            elif self._fits([matrix], room):
+                groups.append([matrix])
+            else:
+                return ()
         return tuple(map(tuple, groups))
+
+    def _fits(self, group: Sequence[Matrix], room: float | None) -> bool:
+        if room is not None and self.workload.kept_bytes(group) > room:
+            return False
+        return self.held(group, room) + max(map(self.least, group)) <= self.memory
+
+    def refusal(self, room: float | None, offload: str) -> str:
+        kept = self.workload.kept_bytes
+        matrix = max(self.workload.matrices, key=lambda matrix: self.least(matrix) + self.held([matrix], room))
+        least = self.least(matrix) + self.held([matrix], room)
+        if least <= self.memory and room is not None:
+            matrix = max(self.workload.matrices, key=lambda matrix: kept([matrix]))
+            return (
+                f"probe.offload=cpu: the factors of {matrix.name} alone need {kept([matrix]) / 1e9:.3g} GB of main "
+                f"memory, and {room / 1e9:.3g} GB may be taken; use probe.offload=disk"
+            )
+        others = "" if offload == "disk" else ", set probe.offload=disk"
+        return (
+            f"{self.memory / 1e9:.3g} GB for the probe (probe.memory_gb, or a part of what is free) are too few: "
+            f"{matrix.name} alone needs {least / 1e9:.3g} GB (its factors and one tile); raise probe.memory_gb to at "
+            f"least {_rounded_up(least / 1e9)}{others}, or measure fewer or shorter samples, or set probe.projection"
+        )
 
 
 def _rounded_up(value: float) -> str:

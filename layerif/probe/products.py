@@ -37,12 +37,16 @@ def operations(form: Form, num_train: int, num_val: int, num_tokens: int, num_ou
     pairs = _num_pairs(num_train, num_val)
     if form == "materialised":
         return 2.0 * num_out * num_in * ((num_train + num_val) * num_tokens + pairs + num_val)
-    return (2.0 * (num_out + num_in) + _ENTRY) * num_tokens**2 * (pairs + num_val)
+    return 2.0 * (num_out + num_in + 1) * num_tokens**2 * (pairs + num_val)
 
 
 def cheaper(num_train: int, num_val: int, num_tokens: int, num_out: int, num_in: int) -> Form:
-    """The form with fewer operations."""
-    return min(FORMS, key=lambda form: operations(form, num_train, num_val, num_tokens, num_out, num_in))
+    """The form that takes less time."""
+    sizes = num_train, num_val, num_tokens, num_out, num_in
+    waiting = _ENTRY * num_tokens**2 * (_num_pairs(num_train, num_val) + num_val)
+    return (
+        "pairwise" if operations("pairwise", *sizes) + waiting < operations("materialised", *sizes) else "materialised"
+    )
 
 
 def gram(form: Form, input_STI: Tensor, delta_SOT: Tensor, num_train: int, tile_bytes: float) -> tuple[Tensor, Tensor]:
@@ -72,9 +76,13 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def least_tile_bytes(form: Form, num_samples: int, num_tokens: int, num_in: int, itemsize: int) -> float:
-    """The smallest working memory the form can do with: one output row of every sample, or one pair of samples."""
-    return itemsize * float(num_samples * num_in if form == "materialised" else 2 * num_tokens**2)
+def tile_bytes_of(
+    form: Form, size: int, num_samples: int, num_tokens: int, num_out: int, num_in: int, itemsize: int
+) -> float:
+    """Working memory of a tile of `size`: output rows of every sample, or the side of a square of pairs of samples."""
+    if form == "materialised":
+        return float(itemsize) * num_samples * num_in * size
+    return float(itemsize) * 2 * (size**2 * num_tokens**2 + size * num_tokens * (num_out + num_in))
 
 
 def _materialised(input_STI: Tensor, delta_SOT: Tensor, gram_SN: Tensor, tile_bytes: float) -> Tensor:
@@ -95,7 +103,10 @@ def _materialised(input_STI: Tensor, delta_SOT: Tensor, gram_SN: Tensor, tile_by
 def _pairwise(input_STI: Tensor, delta_SOT: Tensor, gram_SN: Tensor, tile_bytes: float) -> Tensor:
     """Sets the Gram, square of samples by square, to the summed products of token-by-token products; returns ‖g_m‖²."""
     (num_samples, num_train), num_tokens = gram_SN.shape, input_STI.shape[1]
-    side = max(1, math.isqrt(int(tile_bytes / (2 * num_tokens**2 * input_STI.itemsize))))
+    # The largest side whose two tiles and copied rows fit, see `tile_bytes_of`.
+    area, edge = num_tokens**2, num_tokens * (delta_SOT.shape[1] + input_STI.shape[2])
+    room = tile_bytes / (2 * input_STI.itemsize)
+    side = max(1, int((math.sqrt(edge**2 + 4 * area * room) - edge) / (2 * area)))
 
     def rows(start: int) -> tuple[Tensor, Tensor]:
         samples = slice(start, start + side)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from layerif.probe.products import full_precision
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -31,7 +33,8 @@ class Projection:
         key = side, width, values.device
         if key not in self._made:
             self._made[key] = self._make(side, width).to(values.device)
-        return values @ self._made[key].to(values.dtype)
+        with full_precision():
+            return values @ self._made[key].to(values.dtype)
 
     def width(self, features: int) -> int:
         """Of what is kept."""

@@ -66,7 +66,7 @@ class Shards:
 
     def lay_out(
         self,
-        factors: Sequence[tuple[int, Sequence[Tensor]]],
+        factors: Sequence[tuple[int, Iterator[Tensor]]],
         indices: Sequence[Sequence[int]],
         *,
         longest: int,
@@ -141,7 +141,7 @@ def is_spread(model: nn.Module) -> bool:
     return any(hasattr(block, "unshard") for block in blocks(model).values())
 
 
-def _packed(parts_BTF: Sequence[Tensor], packed_STF: Tensor) -> Tensor:
+def _packed(parts_BTF: Iterator[Tensor], packed_STF: Tensor) -> Tensor:
     start = 0
     for part in parts_BTF:
         packed_STF[start : start + len(part), : part.shape[1]] = part

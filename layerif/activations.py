@@ -1,0 +1,162 @@
+"""One forward pass over a task's samples leaves, per block, what every forward-pass estimator needs.
+
+Letters in shape suffixes: B batch, T tokens, V the real tokens of a batch (no padding), H hidden size, L blocks, S
+samples. Sums are taken in float64 over real tokens alone: no batch size and no padding shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layerif.data.batches import Encoded, Encodings, batches
+from layerif.layers import LayerMap
+from layerif.models import bare
+
+VERSION = 1  # part of every cache key: raise it when the meaning of a statistic changes
+
+
+def observe(
+    model: nn.Module,
+    layers: LayerMap,
+    right: Sequence[Encoded],
+    wrong: Sequence[Encoded | None],
+    *,
+    epsilon: float,
+    batch_size: int = 8,
+    pad_id: int = 0,
+) -> dict[str, Tensor]:
+    """The tensors of `LayerActivations` by its fields' names, with `input_square_norms/<parameter>` for each matrix.
+
+    right: the samples; wrong: each with a wrong output in its place (None: it has none), for the pooled outputs alone.
+    epsilon: below it an entry counts as zero. Raises ValueError naming the block whose output is not finite.
+    """
+    seen = _Seen(layers, len(right), epsilon)
+    device = next(model.parameters()).device
+    with _evaluating(model), torch.no_grad():
+        for what, given in (("right", right), ("wrong", wrong)):
+            indices = [index for index, sample in enumerate(given) if sample is not None]
+            samples = Encodings(sample for sample in given if sample is not None)
+            for rows, batch in tqdm(list(batches(samples, batch_size, pad_id)), desc=what, disable=None, leave=False):
+                mask_BT = batch["attention_mask"].bool().to(device)
+                seen.start([indices[row] for row in rows], [samples[row] for row in rows], mask_BT, what)
+                with _hooked(model, seen.hooks()):
+                    model(
+                        input_ids=batch["input_ids"].to(device),
+                        attention_mask=mask_BT.long(),
+                        position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+                        use_cache=False,
+                        logits_to_keep=1,
+                    )
+    return seen.tensors()
+
+
+class _Seen:
+    """What accumulates over the batches, and the hooks that add to it."""
+
+    def __init__(self, layers: LayerMap, num_samples: int, epsilon: float) -> None:
+        self.layers, self.num_samples, self.epsilon = layers, num_samples, epsilon
+        self.sums: dict[str, Tensor] = {}
+        self.pooled: dict[str, dict[int, Tensor]] = {"prompts": {}, "right": {}, "wrong": {}}
+
+    def start(self, indices: list[int], samples: Sequence[Encoded], mask_BT: Tensor, what: str) -> None:
+        """The next batch: positions of its samples, where its real tokens are, and whether it is `right` or `wrong`."""
+        lengths_B = torch.tensor([sample.prompt_length for sample in samples], device=mask_BT.device)
+        of_output_BT = mask_BT & (mask_BT.cumsum(1) > lengths_B[:, None])
+        self.indices, self.mask_BT, self.is_counted = indices, mask_BT, what == "right"
+        self.parts = {what: of_output_BT} | ({"prompts": mask_BT & ~of_output_BT} if self.is_counted else {})
+
+    def hooks(self) -> dict[str, Any]:
+        """A forward hook by the module's name."""
+        of_blocks = {name: self._block(number) for number, name in enumerate(self.layers.names)}
+        params = [param for params in self.layers.params for param in params] if self.is_counted else []
+        return of_blocks | {param.removesuffix(".weight"): self._linear(param) for param in params}
+
+    def tensors(self) -> dict[str, Tensor]:
+        numbers = range(len(self.layers.names))
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        first_L, second_L, cosine_L, zero_L = (
+            torch.stack([sums[f"{what}/{number}"] for number in numbers])
+            for what in ("first", "second", "cosine", "zero")
+        )
+        tokens, entries = sums["tokens"], sums["entries"]
+        pooled = {what: torch.stack([rows[number] for number in numbers]) for what, rows in self.pooled.items() if rows}
+        nothing = torch.full_like(pooled["right"], torch.nan)
+        return {
+            "cosines": cosine_L / tokens,
+            "variances": (second_L / entries - (first_L / entries).square()).clamp(min=0),
+            "sparsities": zero_L / entries,
+            "num_entries": entries.long(),
+            **{"wrong": nothing, **pooled},
+            **{name: value for name, value in sums.items() if name.startswith("input_square_norms/")},
+        }
+
+    def _block(self, number: int) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before_BTH = args[0] if args else kwargs["hidden_states"]
+            after_BTH = output[0] if isinstance(output, tuple) else output
+            for what, part_BT in self.parts.items():
+                mean_BH = after_BTH.double().where(part_BT[..., None], 0).sum(1) / part_BT.sum(1, keepdim=True)
+                empty_SH = torch.full((self.num_samples, mean_BH.shape[1]), torch.nan)
+                self.pooled[what].setdefault(number, empty_SH)[self.indices] = mean_BH.float().cpu()
+            if not self.is_counted:
+                return
+            before_VH, after_VH = self._real(before_BTH), self._real(after_BTH)
+            if not bool(after_VH.isfinite().all()):
+                raise ValueError(
+                    f"the output of block {self.layers.names[number]} is not finite; look at the weights, or load the "
+                    "model in float32 (model.dtype=float32)"
+                )
+            self._add(f"cosine/{number}", F.cosine_similarity(before_VH, after_VH, dim=1).double().sum())
+            self._add(f"first/{number}", after_VH.double().sum())
+            self._add(f"second/{number}", after_VH.double().square().sum())
+            self._add(f"zero/{number}", (after_VH.abs() < self.epsilon).sum().double())
+            if number == 0:
+                self._add("tokens", torch.tensor(len(after_VH), dtype=torch.float64))
+                self._add("entries", torch.tensor(after_VH.numel(), dtype=torch.float64))
+
+        return look
+
+    def _linear(self, param: str) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if args[0].numel() != self.mask_BT.numel() * args[0].shape[-1]:
+                raise ValueError(f"{param} does not see every token once, so that its inputs cannot be summed up")
+            self._add(f"input_square_norms/{param}", self._real(args[0]).double().square().sum(0))
+
+        return look
+
+    def _real(self, values: Tensor) -> Tensor:
+        """The real tokens (V×F) of (B×T×F), or of samples and tokens flattened, as some families (OPT) do."""
+        values_VF = values.detach().reshape(*self.mask_BT.shape, -1)[self.mask_BT]
+        return values_VF.to(torch.promote_types(values_VF.dtype, torch.float32))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
+    modules = {name: bare(model).get_submodule(name) for name in hooks}
+    handles = [modules[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

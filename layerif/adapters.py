@@ -1,0 +1,216 @@
+"""What every adapter that is trained shares: loss, optimiser, checkpoints; and plain LoRA from ranks by block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
+
+from layerif.allocate import to_rank
+from layerif.loss import per_sample_loss
+from layerif.models import blocks
+from layerif.moe.model import linears_of_blocks
+from layerif.names import did_you_mean
+from layerif.probe import first_non_finite_block
+
+
+class AdapterModule(L.LightningModule):
+    """A frozen model with an adapter that follows an allocation.
+
+    Loss: mean over the batch of the per-sample loss, plus what the kind of adapter adds. Optimiser: AdamW; the learning
+    rate rises linearly over `warmup_ratio` of the steps (or exactly `warmup_steps`, where given) and falls linearly to
+    zero.
+
+    model: a configuration with `_target_`, so that a checkpoint can rebuild it. allocation: a count by block name; None
+    until the influence callback decides. Checkpoints hold the adapter alone.
+    A kind of adapter says which allocation it spends (`allocates`) and what PEFT makes of it (`adapter`).
+    """
+
+    allocates: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # the frozen base is not in the checkpoint
+        self.model: nn.Module | None = None
+        self.compared: dict[str, int] = {}  # parameters of what this one is compared with, for the record
+
+    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
+        """The adapter of this allocation on the bare model."""
+        raise NotImplementedError
+
+    def extra_loss(self, num_samples: int) -> Tensor | float:
+        """What is added to the loss of the batch that was just run."""
+        return 0.0
+
+    def check(self) -> None:
+        """Of the settings all kinds share, once they are saved."""
+        warmup_ratio, adapter = self.hparams["warmup_ratio"], self.hparams["model"].get("adapter")
+        if not 0 <= warmup_ratio < 1:
+            raise ValueError(
+                f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); for steps use method.warmup_steps"
+            )
+        if adapter:
+            raise ValueError(
+                f"an adapter to train cannot build on model.adapter={adapter!r}; merge the adapter into a folder "
+                "of its own (PEFT's merge_and_unload) and use model=local, or score it with method=none"
+            )
+
+    @property
+    def allocation(self) -> dict[str, int] | None:
+        return self.hparams["allocation"]
+
+    @allocation.setter
+    def allocation(self, given: Mapping[str, int]) -> None:
+        self.hparams["allocation"] = dict(given)
+
+    def base_model(self) -> nn.Module:
+        """The bare model, loaded once: the callback scores it before `configure_model` wraps it."""
+        if self.model is None:
+            self.model = instantiate(dict(self.hparams["model"])).load()
+        assert self.model is not None
+        return self.model
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            return
+        if self.allocation is None:
+            raise ValueError(
+                "the module has no allocation yet: pass allocation={block: count}, "
+                "or add an InfluenceCallback to the trainer"
+            )
+        base, hparams = self.base_model(), self.hparams
+        config = self.adapter(base, self.allocation)
+        if hparams["gradient_checkpointing"]:
+            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hparams["seed"])
+            self.model = get_peft_model(base, config)  # type: ignore[arg-type]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout is then a function of the seed and the step alone, so that a resumed run equals an uninterrupted one.
+        torch.manual_seed(self.hparams["seed"] * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        assert self.model is not None
+        loss = per_sample_loss(self.model, batch).mean()
+        if not bool(loss.isfinite()):
+            raise ValueError(
+                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}, from "
+                f"{first_non_finite_block(self.model, batch)} on; lower method.learning_rate or train in float32 "
+                "(trainer.precision=32-true)"
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss + self.extra_loss(len(batch["labels"]))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
+        # One look at the device for all of them together.
+        finite = torch.stack([gradient.sum() for gradient in gradients.values()]).isfinite()
+        if not bool(finite.all()):
+            raise ValueError(
+                f"the gradient of {list(gradients)[int((~finite).nonzero()[0])]} is not finite at step "
+                f"{self.global_step}; lower method.learning_rate or train in float32 (trainer.precision=32-true)"
+            )
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        assert self.model is not None
+        losses = per_sample_loss(self.model, batch)
+        self.log("validation/loss", losses.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        hparams = self.hparams
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"])
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = hparams["warmup_steps"]
+        warmup = round(hparams["warmup_ratio"] * total) if warmup is None else warmup
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_linear, warmup=warmup, total=total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        checkpoint["state_dict"] = get_peft_model_state_dict(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        saved = checkpoint["hyper_parameters"]["allocation"]
+        if saved != self.allocation:  # the checkpoint's is the one its weights fit
+            self.model = self.model.unload()  # type: ignore[operator]
+            self.allocation = saved
+            self.configure_model()
+        set_peft_model_state_dict(self.model, checkpoint["state_dict"])
+
+
+def plain_lora(
+    base: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    scaling: float,
+    lora_dropout: float,
+    target_modules: Sequence[str] | None,
+) -> LoraConfig:
+    """PEFT LoRA with rank r_l in block l and α_l = scaling·r_l, on all linear layers of the blocks or the named ones.
+
+    Raises ValueError for a block the model does not have, or one without a rank.
+    """
+    known = list(blocks(base))
+    for block in ranks:
+        if block not in known:
+            raise ValueError(f"the rank of {block!r} has no place in this model{did_you_mean(block, known)}")
+    if missing := [block for block in known if block not in ranks]:
+        raise ValueError(f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}")
+    pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
+    return LoraConfig(
+        r=max(pattern.values()),
+        lora_alpha=scaling * max(pattern.values()),  # type: ignore[arg-type] - PEFT divides, any number will do
+        rank_pattern=pattern,
+        alpha_pattern={block: scaling * rank for block, rank in pattern.items()},
+        lora_dropout=lora_dropout,
+        target_modules=list(target_modules) if target_modules else linears_of_blocks(base),
+        task_type="CAUSAL_LM",
+    )
+
+
+def equal_ranks(
+    base: nn.Module, experts: Mapping[str, int], *, r: int, targets: Sequence[str] | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Ranks by block of plain LoRA with as many parameters as the LoRA-MoE of these experts, and that number.
+
+    A linear layer of I inputs and O outputs has E·r·(I + O) + E·I parameters with E > 1 experts and a router, r·(I + O)
+    with one, and R·(I + O) in plain LoRA of rank R.
+    """
+    endings = tuple(f".{ending}" for ending in targets or linears_of_blocks(base))
+    wanted, per_rank = 0, {}
+    for block, module in blocks(base).items():
+        sizes = [
+            (linear.in_features, linear.out_features)
+            for name, linear in module.named_modules()
+            if isinstance(linear, nn.Linear) and f".{block}.{name}".endswith(endings)
+        ]
+        per_rank[block] = sum(map(sum, sizes))
+        routers = sum(inputs for inputs, _ in sizes) * experts[block] if experts[block] > 1 else 0
+        wanted += experts[block] * r * per_rank[block] + routers
+    budget = max(len(per_rank), round(wanted * len(per_rank) / sum(per_rank.values())))
+    ranks = to_rank([1.0] * len(per_rank), budget)
+    return dict(zip(per_rank, ranks, strict=True)), {"lora_moe": wanted}
+
+
+def _linear(step: int, *, warmup: int, total: int) -> float:
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))

@@ -1,0 +1,87 @@
+"""Projection-weighted canonical correlation (PWCCA, Morcos et al., NeurIPS 2018) of block outputs.
+
+Letters: R rows (samples), H and K columns of the two views, C components kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from layerif.evidence import Classes, LayerActivations
+from layerif.names import check_choice, did_you_mean
+from layerif.scores import LayerScores
+
+
+def pwcca(first: Tensor, second: Tensor, *, components: int) -> float:
+    """Σ_c a_c ρ_c / Σ_c a_c, a_c = Σ_j |⟨h_c, x_j⟩|: the mean canonical correlation of two views (R×H, R×K), in [0, 1],
+    each weighted by how much of the first view its direction h_c accounts for.
+
+    Columns are centred. components: either view is first reduced to at most so many principal directions; near R, any
+    two views would correlate perfectly. 0 for a view that does not vary.
+    """
+    view_RH = first.double() - first.double().mean(dim=0)
+    basis_RC, other_RC = _principal(view_RH, components), _principal(second.double(), components)
+    if 0 in (basis_RC.shape[1], other_RC.shape[1]):
+        return 0.0
+    left_CC, correlations_C, _ = torch.linalg.svd(basis_RC.mT @ other_RC, full_matrices=False)
+    weights_C = ((basis_RC @ left_CC).mT @ view_RH).abs().sum(dim=1)
+    return float((weights_C * correlations_C.clamp(0, 1)).sum() / weights_C.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cca:
+    """reference: what every block's output is compared with, `labels` (one column a class) or a block by its name.
+    classes: the rows, see `linear_probe`. components: principal directions kept; None: a tenth of the rows.
+
+    An analysis of representations, not made for allocation: a block whose output goes with the reference is taken as
+    important.
+    """
+
+    needs: ClassVar[str] = "activations"
+
+    reference: str = "labels"
+    classes: Classes = "truth"
+    components: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("estimator.classes", self.classes, get_args(Classes))
+        if self.components is not None and self.components < 1:
+            raise ValueError(f"estimator.components={self.components} must be at least 1, or null")
+
+    def score(self, evidence: LayerActivations, /) -> LayerScores:
+        layers = evidence.layers.names
+        features_LRH, labels, _ = evidence.labelled(self.classes)
+        components = self.components or max(1, len(labels) // 10)
+        if components >= len(labels) // 2:
+            raise ValueError(
+                f"estimator.components={components} of {len(labels)} rows would correlate with anything; use fewer "
+                "than half as many, or raise probe.num_train"
+            )
+        if self.reference != "labels" and self.reference not in layers:
+            raise ValueError(
+                f"estimator.reference={self.reference!r} is neither 'labels' nor a block"
+                f"{did_you_mean(self.reference, layers)}; the blocks are {layers[0]} to {layers[-1]}"
+            )
+        reference = _one_hot(labels) if self.reference == "labels" else features_LRH[layers.index(self.reference)]
+        values = tuple(pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
+        source = f"cca(reference={self.reference}, classes={self.classes}, components={components})"
+        return LayerScores(layers, values, "important", source, evidence.fingerprint)
+
+
+def _principal(view: Tensor, components: int) -> Tensor:
+    """Orthonormal coordinates (R×C) of the rows along the leading principal directions that vary."""
+    centred = view - view.mean(dim=0)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    # Against the size before centring: what is left of a constant column is rounding.
+    noise = float(view.norm()) * max(view.shape) * torch.finfo(torch.float64).eps
+    return left[:, : min(components, int((singular > noise).sum()))]
+
+
+def _one_hot(labels: Sequence[str]) -> Tensor:
+    known = sorted(set(labels))
+    return torch.nn.functional.one_hot(torch.tensor([known.index(label) for label in labels])).double()

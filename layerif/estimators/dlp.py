@@ -1,0 +1,52 @@
+"""Dynamic layerwise pruning (DLP): a block of a small typical Wanda metric is important."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from layerif.evidence import LayerActivations
+from layerif.names import check_choice
+from layerif.scores import LayerScores
+
+Centre = Literal["mean", "median"]
+
+
+def relative_importance(centres: Sequence[float]) -> list[float]:
+    """1 − s_l/Σs: in [0, 1], summing to L − 1. Raises ValueError where all centres are zero."""
+    total = math.fsum(centres)
+    if total == 0:
+        raise ValueError("all blocks have a Wanda metric of zero: weights or activations are zero; check the model")
+    return [1 - centre / total for centre in centres]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dlp:
+    """centre: a block's s is the mean or the median of the Wanda metric over all entries of its matrices.
+
+    The score 1 − s/Σs is high for an important block. DLP's sparsities are `allocator=sparsity
+    allocator.rule=shifted allocator.epsilon=0.15 allocator.smoothing=false`.
+    """
+
+    needs: ClassVar[str] = "activations"
+
+    centre: Centre = "mean"
+
+    def __post_init__(self) -> None:
+        check_choice("estimator.centre", self.centre, get_args(Centre))
+
+    def score(self, evidence: LayerActivations, /) -> LayerScores:
+        values = relative_importance([self._centre(evidence, params) for params in evidence.layers.params])
+        source = f"dlp(centre={self.centre})"
+        return LayerScores(evidence.layers.names, tuple(values), "important", source, evidence.fingerprint)
+
+    def _centre(self, evidence: LayerActivations, params: Sequence[str]) -> float:
+        if self.centre == "median":
+            return float(torch.cat([evidence.metric(param).flatten() for param in params]).median())
+        metrics = (evidence.metric(param) for param in params)
+        sums = [(float(metric.double().sum()), metric.numel()) for metric in metrics]
+        return math.fsum(total for total, _ in sums) / sum(numel for _, numel in sums)

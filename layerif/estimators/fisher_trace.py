@@ -1,0 +1,22 @@
+"""Trace of the empirical Fisher matrix, a zero-cost proxy that the Grams hold already. N, K: see `gram.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerif.estimators.gram import NormEstimator
+
+
+def fisher_trace(train_train: Tensor) -> float:
+    """tr F = tr K/N: the mean squared norm of the train gradients."""
+    return float(train_train.double().trace()) / len(train_train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherTrace(NormEstimator):
+    """tr F of the block; under `numel` the mean squared gradient entry."""
+
+    def size(self, train_train: Tensor, *, numel: int) -> float:
+        return fisher_trace(train_train) / numel

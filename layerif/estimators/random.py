@@ -1,0 +1,23 @@
+"""Random scores: the control that any measurement has to beat."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layerif.layers import LayerMap
+from layerif.scores import LayerScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """A number drawn from [0, 1) for every layer, a function of the seed and the layer's name alone."""
+
+    needs: ClassVar[str] = "nothing"
+
+    seed: int = 0
+
+    def score(self, evidence: LayerMap, /) -> LayerScores:
+        values = tuple(random.Random(f"{self.seed} {layer}").random() for layer in evidence.names)
+        return LayerScores(evidence.names, values, "undertrained", f"random(seed={self.seed})", "none")

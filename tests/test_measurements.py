@@ -1,0 +1,108 @@
+"""Measurements: keyed by what determines them and nothing else; what the first process takes, all processes have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from layerif import activations
+from layerif.measurements import Measurements
+from layerif.models import Local
+from layerif.probe import Probe
+from layerif.store import Store
+from tests.tiny import shipped_task
+
+SIZE = 2
+
+
+def measurements(model_folder: Path, task_folder: Path, store: Path) -> Measurements:
+    model = Local(path=str(model_folder))
+    return Measurements(
+        model=model,
+        tokenizer=model.tokenizer(),
+        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
+        probe=Probe(num_train=8, num_validation=4),
+        store=Store(store),
+    )
+
+
+@pytest.fixture
+def measured(model_folder, task_folder, tmp_path) -> Measurements:
+    return measurements(model_folder, task_folder, tmp_path / "store")
+
+
+def test_what_changes_cost_alone_finds_the_same_grams(measured):
+    grams, reused = measured.grams(measured.model.load)
+    assert not reused
+    cheaper = replace(measured.probe, form="pairwise", memory_gb=1.0, offload="disk", batch_size=3)
+    again, reused = replace(measured, probe=cheaper).grams(measured.model.load)
+    assert reused
+    assert again.fingerprint == grams.fingerprint
+    _, reused = replace(measured, probe=replace(measured.probe, projection=8)).grams(measured.model.load)
+    assert not reused
+    assert not list(Path(measured.store.root).rglob("*.partial"))
+
+
+def test_a_wrong_answer_stands_in_for_the_right_one(measured):
+    examples = measured.chosen("train")
+    for right, wrong, example in zip(measured.samples()[0], measured._wrong(), examples, strict=True):
+        assert wrong is not None
+        assert wrong.input_ids != right.input_ids
+        assert wrong.input_ids[: wrong.prompt_length] == right.input_ids[: wrong.prompt_length]
+        assert len(example.options) == 4
+    assert measured._wrong() == measured._wrong()
+
+
+def test_spectra_are_of_the_model_and_activations_of_the_samples_too(measured):
+    other = replace(measured, probe=replace(measured.probe, num_train=4))
+    load = measured.model.load
+    assert not measured.spectra(load)[1]
+    assert other.spectra(load)[1]
+    assert not measured.activations(load, epsilon=0.01)[1]
+    assert not other.activations(load, epsilon=0.01)[1]
+    assert not measured.activations(load, epsilon=0.1)[1]
+    assert measured.activations(load, epsilon=0.01)[1]
+
+
+def looks(measured: Measurements) -> Iterator[torch.Tensor]:
+    spectra, _ = measured.spectra(measured.model.load)
+    yield from spectra.eigenvalues.values()
+    seen, _ = measured.activations(measured.model.load, epsilon=0.01)
+    yield from (seen.cosines, seen.prompts, seen.wrong)
+    yield from seen.input_square_norms.values()
+
+
+def _process(rank: int, model_folder: Path, task_folder: Path, folder: Path, spoilt: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=SIZE)
+    if spoilt and rank == 0:
+        activations.observe = lambda *_, **__: (_ for _ in ()).throw(ValueError("its weights are spoilt"))
+    try:
+        found = list(looks(measurements(model_folder, task_folder, folder / f"store-{rank}")))
+    except ValueError as error:
+        (folder / f"{rank}.error").write_text(str(error))
+    else:
+        torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_the_first_process_takes_what_needs_no_gradients_and_all_have_it_or_fail(
+    measured, model_folder, task_folder, tmp_path, spoilt
+):
+    mp.spawn(_process, (model_folder, task_folder, tmp_path, spoilt), nprocs=SIZE)  # type: ignore[attr-defined]
+    kept = {path.name: len(list(path.rglob("*.safetensors"))) for path in tmp_path.glob("store-*")}
+    if spoilt:
+        assert kept == {"store-0": 1}
+        assert all("its weights are spoilt" in (tmp_path / f"{rank}.error").read_text() for rank in range(SIZE))
+        return
+    assert kept == {"store-0": 2}
+    alone = list(looks(measured))
+    for rank in range(SIZE):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, equal_nan=True)
