@@ -237,7 +237,7 @@ def test_half_precision_states_how_well_it_ranks_like_float32(decider):
     assert -1 <= found["scores"] <= 1
     blind = replace(half, probe=replace(half.probe, fidelity_samples=0))()
     assert blind.fidelity is None
-    assert blind.notes == ("probed in bfloat16; not compared with float32 (probe.fidelity_samples=0)",)
+    assert blind.notes == ("probed in bfloat16; not compared with exact float32 (probe.fidelity_samples=0)",)
     assert replace(half, model=decider.model)().fidelity is None
     sizes = replace(half, estimator=GradNorm())().fidelity
     assert sizes is not None

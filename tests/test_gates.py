@@ -56,10 +56,11 @@ def test_a_step_follows_the_gradient_of_the_interpolated_loss(moe):
         with torch.no_grad():
             return float(per_sample_loss(model, BATCHES[0]).mean())
 
-    slopes = [(loss(block, 1e-4) - loss(block, -1e-4)) / 2e-4 for block in range(3)]
+    # Attention and routers compute in float32: a smaller difference would be their rounding.
+    slopes = [(loss(block, 3e-3) - loss(block, -3e-3)) / 6e-3 for block in range(3)]
     steps = torch.tensor(slopes) * gate * (1 - gate)
     assert bool((steps.abs() > 1e-4).all())
-    torch.testing.assert_close(scores - 0.3, -steps, rtol=1e-2, atol=1e-6)  # a router is float32
+    torch.testing.assert_close(scores - 0.3, -steps, rtol=2e-2, atol=1e-6)
 
 
 def test_a_block_without_change_keeps_its_gate_exactly():
