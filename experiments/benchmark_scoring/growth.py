@@ -6,7 +6,8 @@ A Llama of SmolLM2-135M's widths and random weights (blocks, hidden 576, 9 heads
 MLP 1536, a vocabulary of 4096), attention weights, float32. One of n, m, tokens, blocks is doubled at a time from the
 same start. Every point is a process of its own, so that its peak memory is its own: the largest resident size less that
 just before the call, in which model, samples and libraries already are. The budget is `memory_gb`; beside it the Grams
-and one forward and backward of a batch take what they take. Writes growth.png and growth.csv beside this file.
+and one forward and backward of a batch take what they take, and that of the batch is measured alone. Writes growth.png
+and growth.csv beside this file.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from experiments.timing import machine, timed
 from layerif.models import layer_map
 from layerif.probe import IndexedBatch, measure
+from layerif.probe.factors import capture, only_activations
 
 START = {"train": 64, "validation": 16, "tokens": 64, "blocks": 4}
 GROWTH = {
@@ -34,7 +36,7 @@ GROWTH = {
     "tokens": (32, 64, 128, 256),
     "blocks": (2, 4, 8, 16),
 }
-BUDGETS_GB = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+BUDGETS_GB = (0.2, 0.3, 0.5, 1.0)
 TINY_START = {"train": 8, "validation": 4, "tokens": 16, "blocks": 2}
 ROUNDS = 3
 
@@ -42,6 +44,7 @@ ROUNDS = 3
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="two points a curve: does it run?")
+    parser.add_argument("--budgets", action="store_true", help="only these, the other curves as growth.csv has them")
     parser.add_argument("--point", help=argparse.SUPPRESS)  # what a process of its own is asked to measure
     given = parser.parse_args()
     if given.point:
@@ -49,9 +52,15 @@ def main() -> None:
         return
     start, rounds = (TINY_START, 1) if given.tiny else (START, ROUNDS)
     print(f"{machine()}\nfrom {', '.join(f'{count} {what}' for what, count in start.items())}\n")
-    print("what          value   seconds   peak MB   budget MB")
+    print("what          value   seconds   peak MB   budget MB   one batch MB")
     rows = []
-    for what, values in GROWTH.items():
+    if given.budgets:
+        with (Path(__file__).parent / "growth.csv").open(newline="") as file:
+            kept = [each for each in csv.DictReader(file) if each["what"] in GROWTH]
+        rows = [
+            {key: value if key == "what" else float(value or "nan") for key, value in each.items()} for each in kept
+        ]
+    for what, values in () if given.budgets else GROWTH.items():
         for value in (start[what], 2 * start[what]) if given.tiny else values:
             rows.append(row(what, value, {**start, what: value, "rounds": rounds}))
     for budget in BUDGETS_GB[:2] if given.tiny else BUDGETS_GB:
@@ -63,7 +72,7 @@ def main() -> None:
         folder = Path(__file__).parent
         plot(rows, folder / "growth.png")
         with (folder / "growth.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[-1])
             writer.writeheader()
             writer.writerows(rows)
 
@@ -74,27 +83,31 @@ def row(what: str, value: float, settings: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         refused = done.stderr.strip().splitlines()[-1]
         print(f"{what:<12}{value:>7g}   {refused}")  # a budget too small for even one tile says so
-        return {"what": what, "value": value, "seconds": float("nan"), "peak_mb": float("nan")}
+        return {"what": what, "value": value, **dict.fromkeys(("seconds", "peak_mb", "batch_mb"), float("nan"))}
     found = {"what": what, "value": value, **json.loads(done.stdout.splitlines()[-1])}
     budget = f"{1000 * settings['memory_gb']:12.0f}" if "memory_gb" in settings else f"{'–':>12}"
-    print(f"{what:<12}{value:>7g}{found['seconds']:>10.3f}{found['peak_mb']:>10.0f}{budget}")
+    print(f"{what:<12}{value:>7g}{found['seconds']:>10.3f}{found['peak_mb']:>10.0f}{budget}{found['batch_mb']:>15.0f}")
     return found
 
 
 def point(
     *, train: int, validation: int, tokens: int, blocks: int, rounds: int, memory_gb: float | None = None
 ) -> dict[str, float]:
-    """Median seconds of the probe, and the megabytes that its first run added to the process' peak."""
+    """Median seconds of the probe, and the megabytes that its first run, and before it a batch alone, need at the peak."""
     model = llama(blocks)
     layers = layer_map(model)
     both = samples(train, tokens, seed=0), samples(validation, tokens, seed=1)
     measure(model, layers, samples(1, 8, seed=2), samples(1, 8, seed=3))  # what libraries allocate once
     before = _resident_mb()
     _reset_peak()
+    with only_activations(model):  # what every forward and backward needs, whatever is kept of it
+        capture(model, [layers.params[0][0]], both[0][0][1], [""] * 8)
+    batch = _peak_mb() - before
+    _reset_peak()
     found = [timed(lambda: measure(model, layers, *both, memory_gb=memory_gb))[1]]
     peak = _peak_mb() - before
     found += [timed(lambda: measure(model, layers, *both, memory_gb=memory_gb))[1] for _ in range(rounds - 1)]
-    return {"seconds": statistics.median(found), "peak_mb": peak}
+    return {"seconds": statistics.median(found), "peak_mb": peak, "batch_mb": batch}
 
 
 def llama(blocks: int) -> torch.nn.Module:
@@ -145,6 +158,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     budgets = [1000 * each["value"] for each in of]
     memory.plot(budgets, [each["peak_mb"] for each in of], marker="o", label="peak")
     memory.plot(budgets, budgets, color="grey", linestyle="--", label="budget")
+    both = [budget + each["batch_mb"] for budget, each in zip(budgets, of, strict=True)]
+    memory.plot(budgets, both, color="grey", label="budget and one batch")
     memory.set(xscale="log", yscale="log", xlabel="probe.memory_gb, as MB", ylabel="MB", title="peak memory")
     memory.legend(frameon=False)
     figure.savefig(file, dpi=120)
