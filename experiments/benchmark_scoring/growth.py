@@ -57,9 +57,8 @@ def main() -> None:
     if given.budgets:
         with (Path(__file__).parent / "growth.csv").open(newline="") as file:
             kept = [each for each in csv.DictReader(file) if each["what"] in GROWTH]
-        rows = [
-            {key: value if key == "what" else float(value or "nan") for key, value in each.items()} for each in kept
-        ]
+        numbers = ("value", "seconds", "peak_mb", "batch_mb")
+        rows = [{"what": each["what"], **{key: float(each.get(key) or "nan") for key in numbers}} for each in kept]
     for what, values in () if given.budgets else GROWTH.items():
         for value in (start[what], 2 * start[what]) if given.tiny else values:
             rows.append(row(what, value, {**start, what: value, "rounds": rounds}))
@@ -93,7 +92,7 @@ def row(what: str, value: float, settings: dict[str, Any]) -> dict[str, Any]:
 def point(
     *, train: int, validation: int, tokens: int, blocks: int, rounds: int, memory_gb: float | None = None
 ) -> dict[str, float]:
-    """Median seconds of the probe, and the megabytes that its first run, and before it a batch alone, need at the peak."""
+    """Median seconds of the probe, and the peak megabytes of its first run, and before it of a batch alone."""
     model = llama(blocks)
     layers = layer_map(model)
     both = samples(train, tokens, seed=0), samples(validation, tokens, seed=1)
