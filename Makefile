@@ -65,6 +65,7 @@ bench: $(READY)
 	$(BIN)/python experiments/benchmark_scoring/datainf_loop.py
 	$(BIN)/python experiments/benchmark_scoring/multirun.py
 	$(BIN)/python experiments/benchmark_scoring/growth.py
+	$(BIN)/python experiments/benchmark_scoring/large.py
 
 clean:
 	rm -rf .venv .peers outputs/runs outputs/sweeps outputs/store

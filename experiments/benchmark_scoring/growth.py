@@ -145,6 +145,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, (cost, memory) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for what, start in START.items():
@@ -152,6 +153,11 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         cost.plot([each["value"] / start for each in of], [each["seconds"] for each in of], marker="o", label=what)
     cost.set(xscale="log", yscale="log", xlabel=f"times {START}", ylabel="seconds", title="cost of a probe")
     cost.xaxis.label.set_size(7)
+    for axis in (cost.xaxis, cost.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    cost.set_xticks([0.5, 1, 2, 4])
+    cost.set_yticks([1, 2, 5, 10])
     cost.legend(frameon=False)
     of = [each for each in rows if each["what"] == "memory_gb"]
     budgets = [1000 * each["value"] for each in of]
