@@ -18,6 +18,7 @@ from tqdm import tqdm
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.layers import LayerMap
 from layerif.models import bare
+from layerif.modes import evaluating
 
 VERSION = 1  # part of every cache key: raise it when the meaning of a statistic changes
 
@@ -39,7 +40,7 @@ def observe(
     """
     seen = _Seen(layers, len(right), epsilon)
     device = next(model.parameters()).device
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for what, given in (("right", right), ("wrong", wrong)):
             indices = [index for index, sample in enumerate(given) if sample is not None]
             samples = Encodings(sample for sample in given if sample is not None)
@@ -149,14 +150,3 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +30,7 @@ from layerif.data.answers import (
 from layerif.data.batches import Encoded, collate, num_shared, output_text, padding_id, prompt_text, token_ids
 from layerif.data.task import Example, Task, Template
 from layerif.data.text import text
+from layerif.modes import evaluating
 from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
@@ -161,7 +161,7 @@ def option_accuracy(
     questions = _questions(examples, tokenizer, template, _max_positions(model))
     order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
     answers: list[OptionAnswer | None] = [None] * len(questions)
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for start in tqdm(range(0, len(order), batch_size), desc="questions", disable=None, leave=False):
             indices = order[start : start + batch_size]
             batch = [questions[index] for index in indices]
@@ -202,7 +202,7 @@ def generation_accuracy(
     )
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     texts = [""] * len(prompts)
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for start in tqdm(range(0, len(order), batch_size), desc="questions", disable=None, leave=False):
             indices = order[start : start + batch_size]
             batch = collate([prompts[index] for index in indices], padding_id(tokenizer), side="left")
@@ -230,7 +230,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     num_windows = len(ids) // window
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
     total = 0.0
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for input_BT in tqdm(windows.split(batch_size), desc="windows", disable=None, leave=False):
             input_BT = input_BT.to(_device(model))
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
@@ -263,7 +263,7 @@ def lm_eval(
     unseeded: dict[str, Any] = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     )
-    with tempfile.TemporaryDirectory() as folder, _evaluating(model):
+    with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
         _write_lm_eval_task(Path(folder), local, examples, template)
         manager = task_manager(include_path=folder, include_defaults=bool(tasks))
         _check_lm_eval_tasks(tasks, manager.all_tasks)
@@ -470,16 +470,3 @@ def _require(examples: Sequence[Example]) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

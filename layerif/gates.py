@@ -17,6 +17,7 @@ from layerif.estimators.ila import gated
 from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
 from layerif.models import blocks
+from layerif.modes import frozen
 
 VERSION = 1  # part of every cache key: raise it when the meaning of a gate changes
 
@@ -42,7 +43,7 @@ def learn_gates(
     # Plain descent: where every block's change helps, Adam would open all gates at one pace and tell none apart.
     optimizer = torch.optim.SGD([scores_L], lr=learning_rate)
     order = itertools.islice(_rounds(len(batches), seed), num_steps)
-    with _frozen(model), _hooked(model, layers, scores_L), torch.enable_grad():
+    with frozen(model), _hooked(model, layers, scores_L), torch.enable_grad():
         for step, number in enumerate(tqdm(order, total=num_steps, desc="gates", disable=None, leave=False)):
             loss = per_sample_loss(model, {name: value.to(device) for name, value in batches[number].items()}).mean()
             if not bool(loss.isfinite()):
@@ -86,20 +87,3 @@ def _hooked(model: nn.Module, layers: LayerMap, scores_L: Tensor) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for any weight, both put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_()

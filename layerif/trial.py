@@ -19,8 +19,9 @@ from layerif.decide import Decider
 from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
 from layerif.models import layer_map
+from layerif.modes import frozen
 from layerif.probe import Passes, Workload
-from layerif.probe.factors import capture, inputs_read_together, only_activations
+from layerif.probe.factors import capture, inputs_read_together
 from layerif.probe.products import gram
 
 _MOMENT = 0.3  # seconds that a timed product has to take
@@ -68,7 +69,7 @@ class Trial:
         for model in self.models:
             layers = layer_map(model, scope="all", skip_unsupported=True)
             params = [param for block in layers.params for param in block]
-            with only_activations(model):
+            with frozen(model):
                 both.append(self._seconds(capture, model, params, self.batch, [""] * num_tokens))
                 with torch.no_grad():
                     here = {name: tensor.to(self.device) for name, tensor in self.batch.items()}

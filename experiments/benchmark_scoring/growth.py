@@ -26,8 +26,9 @@ import torch
 
 from experiments.timing import machine, timed
 from layerif.models import layer_map
+from layerif.modes import frozen
 from layerif.probe import IndexedBatch, measure
-from layerif.probe.factors import capture, only_activations
+from layerif.probe.factors import capture
 
 START = {"train": 64, "validation": 16, "tokens": 64, "blocks": 4}
 GROWTH = {
@@ -99,7 +100,7 @@ def point(
     measure(model, layers, samples(1, 8, seed=2), samples(1, 8, seed=3))  # what libraries allocate once
     before = _resident_mb()
     _reset_peak()
-    with only_activations(model):  # what every forward and backward needs, whatever is kept of it
+    with frozen(model):  # what every forward and backward needs, whatever is kept of it
         capture(model, [layers.params[0][0]], both[0][0][1], [""] * 8)
     batch = _peak_mb() - before
     _reset_peak()

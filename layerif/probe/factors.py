@@ -121,23 +121,6 @@ def first_non_finite_block(model: nn.Module, batch: Mapping[str, Tensor]) -> str
     return f"block {spoilt[0]}" if spoilt else "the head"
 
 
-@contextmanager
-def only_activations(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for any weight, both put back afterwards."""
-    training = {module: module.training for module in model.modules()}
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter in wanted:
-            parameter.requires_grad_()
-
-
 class Waiting(Protocol):
     """Where the factors of a pass wait until all batches are through."""
 
@@ -221,7 +204,7 @@ class OnDisk:
         try:
             save_file(tensors, unfinished, metadata={"inputs_of": json.dumps(inputs_of)})
             os.replace(unfinished, file)
-        except Exception as error:  # what a full disk becomes in there
+        except (SafetensorError, OSError) as error:  # what a full disk becomes in there
             raise OSError(
                 f"cannot write {file}: {error}; free some space, set store=/another/folder, "
                 "or probe.offload=none (several passes)"

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.models import bare
+from layerif.modes import frozen
 from layerif.probe import products
-from layerif.probe.factors import InMemory, OnDisk, Side, Waiting, capture, inputs_read_together, only_activations
+from layerif.probe.factors import InMemory, OnDisk, Side, Waiting, capture, inputs_read_together
 from layerif.probe.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.projection import Projection
 from layerif.probe.shards import Shards, is_spread
@@ -186,7 +187,7 @@ class _Measurement:
         # A process of a spread model that has nothing to do runs a batch nevertheless: the others wait for its weights.
         num_rounds = max(self.shards.share(len(missing))) if in_step else len(missing)
         failure: ValueError | None = None
-        with only_activations(self.model):
+        with frozen(self.model):
             for position in tqdm(range(num_rounds), desc=description, disable=None, leave=False):
                 is_mine = position < len(missing)
                 number, indices, batch = missing[position] if is_mine else (-1, *self.batches[0])

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from layerif.modes import full_precision
 
 Form = Literal["materialised", "pairwise"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -64,16 +65,6 @@ def gram(form: Form, input_STI: Tensor, delta_SOT: Tensor, num_train: int, tile_
     lower_NN = gram_SN[:num_train].tril()
     gram_SN[:num_train] = lower_NN + lower_NN.tril(-1).mT
     return gram_SN, square_M
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def tile_bytes_of(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from layerif.models import bare, blocks, linears
+from layerif.modes import evaluating, full_precision
 from layerif.prune import Pruner
 from layerif.prune.targets import Target
 
@@ -64,7 +65,7 @@ class Walk:
         block = self.blocks[name]
         home = next(block.parameters()).device
         is_needed = self.pruner.needs_inputs and self.num_replayed < len(self.blocks)
-        with torch.no_grad(), _evaluating(self.model), _full_precision():
+        with torch.no_grad(), evaluating(self.model), full_precision():
             if is_needed and self._hidden is None:
                 self._capture()
             block.to(self.device)
@@ -280,25 +281,3 @@ def _forwards(modules: Mapping[str, nn.Module], forwards: Mapping[str, Any]) -> 
             del module.forward
             if name in own:
                 module.forward = own[name]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32: TF32 would spoil the Hessian."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
