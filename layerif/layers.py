@@ -8,11 +8,12 @@ Letters in shape suffixes: N train samples, M validation samples, P parameters o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -93,6 +94,19 @@ class LayerGrams:
     layers: LayerMap
     grams: Mapping[str, MatrixGram]
     fingerprint: str
+    _derived: dict[Hashable, tuple[Any, list[Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, derive: Callable[[], T]) -> T:
+        """`derive()`, and the same object for every later equal key, each time with the warnings that it gave."""
+        if key not in self._derived:
+            with warnings.catch_warnings(record=True) as given:
+                warnings.simplefilter("always")
+                derived = derive()
+            self._derived[key] = derived, [warning.message for warning in given]
+        derived, messages = self._derived[key]
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
+        return derived
 
     @cached_property
     def in_float64(self) -> LayerGrams:

@@ -189,6 +189,36 @@ def test_all_settings_of_one_measurement_share_its_eigendecompositions(monkeypat
     assert len(calls) == (len(SIZES) if granularity == "matrix" else len(LAYERS.names))
 
 
+@pytest.mark.parametrize("cls", [cls for cls in GRAM_ESTIMATORS if cls.needs == "grams"])
+def test_grams_are_solved_once_for_all_aggregations_and_normalisations(monkeypatch, cls):
+    settings = [
+        cls(aggregation=aggregation, normalisation=normalisation)
+        for aggregation in ("all", "positive", "top25")
+        for normalisation in ("none", "numel")
+    ]
+    alone = [setting.score(layer_grams()) for setting in settings]
+    solve, calls = cls.influences, []
+    monkeypatch.setattr(cls, "influences", lambda self, grams: calls.append(self) or solve(self, grams))
+    grams = layer_grams()
+    assert [setting.score(grams) for setting in (*settings, *settings)] == alone * 2
+    assert len(calls) == 1
+    others = [cls(granularity="block"), *([cls(damping=2.0)] if issubclass(cls, DampedEstimator) else [])]
+    assert [other.score(grams) for other in others] == [other.score(layer_grams()) for other in others]
+    assert len(calls) == 1 + 2 * len(others)
+
+
+def test_what_is_remembered_warns_as_it_did():
+    zero_q = gram_of(torch.zeros(NUM_TRAIN, 30).double(), torch.zeros(NUM_VAL, 30).double())
+    grams = replace(layer_grams(), grams={**layer_grams().grams, "block.0.q": zero_q})
+    for aggregation in ("all", "all", "positive"):
+        with pytest.warns(RuntimeWarning) as given:
+            Lissa(num_steps=2, aggregation=aggregation).score(grams)
+        of_zeros, of_steps = (str(warning.message) for warning in given)
+        assert "in block.0.q (1 of 4" in of_zeros
+        assert "num_steps=2" in of_steps
+        assert {warning.filename for warning in given} == {__file__}
+
+
 def test_an_eigenbasis_is_forgotten_with_its_gram_and_when_that_is_changed():
     kept = len(gram_module._EIGENBASES)
     gram_NN = gram_of(*random_gradients(20, seed=6)).train_train

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import layerif.estimators
 from layerif.diagnose.estimate import spearman
-from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.estimators.gram import DampedEstimator, GramEstimator, by_block
 from layerif.layers import LayerGrams
 from layerif.scores import Aggregation
 
@@ -50,9 +50,7 @@ def total_influence(estimator: GramEstimator, grams: LayerGrams) -> Tensor:
 def layer_influences(estimator: GramEstimator, grams: LayerGrams) -> dict[str, Tensor]:
     """I (M×N) of each layer: the sum of its matrices'."""
     solvable = estimator.solvable(grams)
-    influences = estimator.influences(solvable.grams)
-    blocks = zip(solvable.layers.names, solvable.layers.params, strict=True)
-    return {layer: reduce(add, (influences[name] for name in params)) for layer, params in blocks}
+    return by_block(estimator.influences(solvable.grams), solvable.layers)
 
 
 def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tuple[list[str], np.ndarray]:
@@ -62,11 +60,8 @@ def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tup
     """
     scores: dict[str, tuple[float, ...]] = {}
     for name, estimator in estimators.items():
-        solvable = estimator.solvable(grams)
-        influences = estimator.influences(solvable.grams)
         for how in get_args(Aggregation):
-            found = replace(estimator, aggregation=how).scores(influences, solvable.layers, grams.fingerprint)
-            scores[f"{name} {how}"] = found.values
+            scores[f"{name} {how}"] = replace(estimator, aggregation=how).score(grams).values
     values_LC = np.array(list(scores.values())).T
     columns = [spearman(values_LC, np.broadcast_to(column_L[:, None], values_LC.shape)) for column_L in values_LC.T]
     return list(scores), np.array(columns)

@@ -20,9 +20,11 @@ Every estimator is a frozen keyword-only dataclass whose fields are its configur
 `reversed` wraps any of them and needs what that one needs.
 
 Influence estimators derive from `gram.GramEstimator` and give one matrix's `influence`; aggregation, granularity and
-normalisation come from there, and the damping from `gram.DampedEstimator`. To add one: write `layerif/estimators/x.py`
-(the formula as a pure function of tensors, and the dataclass) and `conf/estimator/x.yaml` (`_target_` and every field).
-Nothing is registered anywhere; the law tests find it by its file.
+normalisation come from there, and the damping from `gram.DampedEstimator`. Grams remember what was found on them by an
+estimator's fields, so that settings which differ in aggregation, normalisation or allocation alone are solved once.
+
+To add one: write `layerif/estimators/x.py` (the formula as a pure function of tensors, and the dataclass) and
+`conf/estimator/x.yaml` (`_target_` and every field). Nothing is registered anywhere; the law tests find it by its file.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
-from layerif.estimators.gram import DampingRule, InfluenceEstimator, Normalisation, check_damping
+from layerif.estimators.gram import DampingRule, InfluenceEstimator, Normalisation, by_block, check_damping
 from layerif.layers import LayerInfluences
 from layerif.names import check_choice
 from layerif.scores import Aggregation, LayerScores
@@ -33,4 +33,4 @@ class Ekfac(InfluenceEstimator):
         check_choice("estimator.damping_rule", self.damping_rule, get_args(DampingRule))
 
     def score(self, evidence: LayerInfluences, /) -> LayerScores:
-        return self.scores(evidence.influences, evidence.layers, evidence.fingerprint)
+        return self.scores(by_block(evidence.influences, evidence.layers), evidence.layers, evidence.fingerprint)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
 from typing import Any, ClassVar, Literal, get_args
@@ -43,11 +43,10 @@ class InfluenceEstimator:
         check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
 
     def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
-        """|S| of every block, from the influences of what `layers.params` names in it."""
+        """|S| of every block, from its influence: (M×N), or (1×N) summed over the validation samples."""
         values = []
-        for params, numel in zip(layers.params, layers.numel, strict=True):
-            influence_MN = reduce(add, (influences[name] for name in params))
-            size = abs(aggregate(influence_MN, self.aggregation))
+        for block, numel in zip(layers.names, layers.numel, strict=True):
+            size = abs(aggregate(influences[block], self.aggregation))
             values.append(size / numel if self.normalisation == "numel" else size)
         return LayerScores(layers.names, tuple(values), "undertrained", self.source, fingerprint)
 
@@ -85,10 +84,17 @@ class GramEstimator(InfluenceEstimator):
         return {name: self.influence(gram) for name, gram in grams.items()}
 
     def score(self, evidence: Any, /) -> LayerScores:
-        """evidence: `LayerGrams`, unless `needs` says otherwise."""
+        """evidence: `LayerGrams`, unless `needs` says otherwise. They keep what all aggregations are taken of."""
+        solver = replace(self, aggregation="all", normalisation="none")  # these two come after solving
+        influences = evidence.once(solver, lambda: self._of_train(evidence))
+        return self.scores(influences, evidence.layers, evidence.fingerprint)
+
+    def _of_train(self, evidence: LayerGrams) -> dict[str, Tensor]:
+        """Σ_j I_ji (1×N) of every block: of the influence all that scores need, and a small thing to keep."""
         grams = self.solvable(evidence)
         warn_of_zero_gradients(evidence.grams)
-        return self.scores(self.influences(grams.grams), grams.layers, evidence.fingerprint)
+        influences = by_block(self.influences(grams.grams), grams.layers)
+        return {block: influence_MN.sum(dim=0, keepdim=True) for block, influence_MN in influences.items()}
 
     def solvable(self, evidence: LayerGrams) -> LayerGrams:
         """The Grams that influence is taken of: in float64, all finite, one per matrix or one per block."""
@@ -145,6 +151,12 @@ class NormEstimator:
             for block, numel in zip(evidence.layers.names, evidence.layers.numel, strict=True)
         )
         return LayerScores(evidence.layers.names, values, "undertrained", described(self), evidence.fingerprint)
+
+
+def by_block(influences: Mapping[str, Tensor], layers: LayerMap) -> dict[str, Tensor]:
+    """I (M×N) of every block: the sum over what `layers.params` names in it."""
+    blocks = zip(layers.names, layers.params, strict=True)
+    return {block: reduce(add, (influences[name] for name in params)) for block, params in blocks}
 
 
 def described(estimator: Any) -> str:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from layerif.estimators.gram import GramEstimator, warn_of_zero_gradients
+from layerif.estimators.gram import GramEstimator, by_block, warn_of_zero_gradients
 from layerif.layers import CheckpointGrams, MatrixGram
 from layerif.scores import LayerScores
 
@@ -63,7 +63,7 @@ class TracIn(GramEstimator):
             for params in layers.params
             for name in params
         }
-        return self.scores(influences, layers, evidence.fingerprint)
+        return self.scores(by_block(influences, layers), layers, evidence.fingerprint)
 
 
 def _check_rates(learning_rates: Sequence[float], num_checkpoints: int) -> None:
