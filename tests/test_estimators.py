@@ -133,6 +133,18 @@ def test_datainf_averages_the_inverses_of_each_sample(num_params, damping):
     torch.testing.assert_close(ours_MN, dense_MN, rtol=1e-8, atol=1e-8)
 
 
+def test_datainf_takes_a_batch_of_matrices_of_the_same_size():
+    grams = [gram_of(*random_gradients(20, seed=seed)) for seed in (2, 3)]
+    grams.append(gram_of(torch.zeros(NUM_TRAIN, 20).double(), random_gradients(20, seed=4)[1]))
+    one_by_one = [datainf(gram.train_train, gram.val_train, numel=20, damping=0.1) for gram in grams]
+    train_train, val_train = (
+        torch.stack([getattr(gram, part) for gram in grams]) for part in ("train_train", "val_train")
+    )
+    at_once_BMN = datainf(train_train, val_train, numel=20, damping=0.1)
+    torch.testing.assert_close(at_once_BMN, torch.stack(one_by_one), rtol=1e-12, atol=0)
+    assert not at_once_BMN[-1].any()
+
+
 def test_grad_dot_and_cosine_are_their_definitions():
     train_NP, val_MP = random_gradients(20, seed=3)
     gram = gram_of(train_NP, val_MP)

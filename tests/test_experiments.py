@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments.benchmark_scoring import datainf_loop
 from layerif.config import check, conf_folder, register
 from layerif.record import RunRecord
 
@@ -144,3 +146,17 @@ def test_profiles_are_correlated_over_blocks_and_their_costs_shared(tmp_path):
     costs = plot.costs(profiles)
     assert costs.loc["avss", "evidence s"] == costs.loc["dlp", "evidence s"] == 9
     assert costs.loc["avss", "score s"] == pytest.approx(0.3)
+
+
+# The loops that DataInf is timed against
+
+
+@pytest.mark.parametrize("loop", ["from_loop", "from_dot_loop"])
+def test_the_loops_are_the_definition_of_datainf(loop):
+    train_NP, val_MP = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).split((5, 4))
+    lam = datainf_loop.DAMPING * train_NP.square().mean()
+    inverse_PP = sum(torch.linalg.inv(torch.outer(g_P, g_P) + lam * torch.eye(6)) for g_P in train_NP) / 5
+    shape = (6,) if loop == "from_dot_loop" else (2, 3)
+    samples = [[{"q": row_P.view(shape)} for row_P in rows] for rows in (train_NP, val_MP)]
+    found_MN = getattr(datainf_loop, loop)(*samples)["q"]
+    torch.testing.assert_close(found_MN, -val_MP @ inverse_PP @ train_NP.T, rtol=1e-4, atol=1e-4)

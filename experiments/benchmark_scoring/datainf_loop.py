@@ -2,20 +2,30 @@
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python experiments/benchmark_scoring/datainf_loop.py
 
-It takes per-sample gradients as given (random, with a common direction): 12 blocks × 7 linears × A and B of
-a rank-8 LoRA on a 768-wide Llama, n = 64, m = 32, float32. Ours forms K and C of every matrix and solves them in
-float64; the second figure is the solve alone, which is what a further damping or estimator costs. The loop is the
-definition: dictionaries of gradients, and for every validation row and matrix λ and the average over the samples of
-the product with their inverse, with elementwise products and sums of gradients in their matrix's shape. The dot loop
-is the best such a loop can do: λ once per matrix, dot products of flat gradients. All take turns in one process;
-figures are medians.
+Both take per-sample gradients as given (random, with a common direction): 12 blocks × 7 linears × A and B of a rank-8
+LoRA on a 768-wide Llama, n = 64, m = 32, float32. The gradients of all matrices of a size lie in one tensor, matrix by
+matrix and sample by sample, so that ours forms K and C of these at once; it solves them in float64, at once too. The
+second figure is the solve alone, which is what a further damping costs. The loops read the same memory as a dictionary
+of gradients for each sample.
+
+The loop is the definition, sample by sample. For every validation row v and every matrix: λ; then the average over the
+train samples l of the product of v with their inverse, by Sherman and Morrison
+
+    v·(g_l g_lᵀ + λ)⁻¹ = (v − (v·g_l)/(λ + ‖g_l‖²)·g_l)/λ,
+
+then its product with every train sample, all as elementwise products and sums of gradients in their matrix's shape. It
+takes v's part out of the loop over train samples i, as all such code does; solving anew for every pair (v, i) would
+take n times as long. The dot loop is the best such a loop can do: λ and ‖g_l‖² once per matrix, dot products of flat
+gradients. All take turns in one process; figures are medians.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +43,15 @@ LINEARS = {
     "down_proj": (HIDDEN, WIDTH),
 }
 
-Gradients = dict[str, Tensor]  # of every matrix: one row a sample
+Sample = dict[str, Tensor]  # a gradient of every matrix
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The gradients of the matrices of one size, B×S×P: train samples, then validation samples."""
+
+    names: tuple[str, ...]
+    rows_BSP: Tensor
 
 
 def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
@@ -41,13 +59,13 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
 
     blocks: fewer measure the same in less time; all grow in proportion.
     """
-    train, validation = _gradients(NUM_TRAIN, blocks, seed=0), _gradients(NUM_VALIDATION, blocks, seed=1)
-    grams = gram_matrices(train, validation)
+    stacks = _gradients(blocks)
+    grams = gram_matrices(stacks)
     contestants: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "grams": lambda: solved(gram_matrices(train, validation)),
-        "solve": lambda: solved(grams),
-        "loop": partial(from_loop, _by_sample(train, _shape), _by_sample(validation, _shape)),
-        "dot loop": partial(from_dot_loop, _by_sample(train), _by_sample(validation)),
+        "grams": lambda: solved(stacks, gram_matrices(stacks)),
+        "solve": lambda: solved(stacks, grams),
+        "loop": partial(from_loop, *_by_sample(stacks, _shape)),
+        "dot loop": partial(from_dot_loop, *_by_sample(stacks)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # and warm
@@ -58,7 +76,7 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "threads": torch.get_num_threads(),
-        "matrices": len(train),
+        "matrices": sum(len(stack.names) for stack in stacks),
         "seconds": medians,
         "ratio": {loop: medians[loop] / medians["grams"] for loop in ("loop", "dot loop")},
         "ratio to solve": {loop: medians[loop] / medians["solve"] for loop in ("loop", "dot loop")},
@@ -66,19 +84,22 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     }
 
 
-def gram_matrices(train: Gradients, validation: Gradients) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """K, C and the number of parameters of every matrix."""
-    return {name: (rows @ rows.T, validation[name] @ rows.T, rows.shape[1]) for name, rows in train.items()}
+def gram_matrices(stacks: Sequence[Stack]) -> list[Tensor]:
+    """K over C of every matrix, a batch (B×S×N) a stack."""
+    return [torch.bmm(stack.rows_BSP, stack.rows_BSP[:, :NUM_TRAIN].mT) for stack in stacks]
 
 
-def solved(grams: dict[str, tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
-    return {
-        name: datainf(gram_NN, gram_MN, numel=numel, damping=DAMPING)
-        for name, (gram_NN, gram_MN, numel) in grams.items()
-    }
+def solved(stacks: Sequence[Stack], grams: Sequence[Tensor]) -> dict[str, Tensor]:
+    influences: dict[str, Tensor] = {}
+    for stack, gram_BSN in zip(stacks, grams, strict=True):
+        train_train, val_train = gram_BSN.split((NUM_TRAIN, NUM_VALIDATION), dim=1)
+        numel = stack.rows_BSP.shape[-1]
+        found_BMN = datainf(train_train, val_train, numel=numel, damping=DAMPING)
+        influences |= zip(stack.names, found_BMN, strict=True)
+    return influences
 
 
-def from_loop(train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def from_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Tensor]:
     """I_ji = −v_jᵀ·(1/N)Σ_l (g_l g_lᵀ + λ)⁻¹·g_i, sample by sample, every validation row on its own."""
     influences = {name: torch.zeros(len(validation), len(train)) for name in train[0]}
     for j, val_sample in enumerate(validation):
@@ -93,7 +114,7 @@ def from_loop(train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]
     return influences
 
 
-def from_dot_loop(train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def from_dot_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Tensor]:
     """The same, with what does not depend on the validation row taken out, and dot products."""
     lams = {name: DAMPING * sum(float(s[name].square().mean()) for s in train) / len(train) for name in train[0]}
     damped = [{name: lams[name] + float(g @ g) for name, g in sample.items()} for sample in train]
@@ -112,23 +133,29 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - other).abs().max() / other.abs().max()) for name, other in theirs.items())
 
 
-def _gradients(count: int, blocks: int, *, seed: int) -> Gradients:
-    generator = torch.Generator().manual_seed(seed)
-    gradients = {}
-    for block, (linear, (inputs, outputs)) in itertools.product(range(blocks), LINEARS.items()):
-        for factor, numel in (("A", RANK * inputs), ("B", outputs * RANK)):
-            rows = torch.randn(count, numel, generator=generator)
-            gradients[f"{block}.{linear}.{factor}"] = (rows + 0.2) * 1e-3
-    return gradients
-
-
-def _by_sample(gradients: Gradients, shape: Callable[[str], tuple[int, int]] | None = None) -> list[dict[str, Tensor]]:
-    """The same memory, sample by sample; flat without a shape."""
-    count = len(next(iter(gradients.values())))
+def _gradients(blocks: int) -> list[Stack]:
+    generator = torch.Generator().manual_seed(0)
+    names: dict[int, list[str]] = {}
+    for block, linear, factor in itertools.product(range(blocks), LINEARS, "AB"):
+        name = f"{block}.{linear}.{factor}"
+        names.setdefault(math.prod(_shape(name)), []).append(name)
+    shapes = {numel: (len(found), NUM_TRAIN + NUM_VALIDATION, numel) for numel, found in names.items()}
     return [
-        {name: rows[i].view(shape(name)) if shape else rows[i] for name, rows in gradients.items()}
-        for i in range(count)
+        Stack(tuple(found), torch.randn(shapes[numel], generator=generator).add_(0.2).mul_(1e-3))
+        for numel, found in names.items()
     ]
+
+
+def _by_sample(
+    stacks: Sequence[Stack], shape: Callable[[str], tuple[int, ...]] = lambda name: (-1,)
+) -> tuple[list[Sample], list[Sample]]:
+    """Train and validation samples: the same memory; flat without a shape."""
+    rows = {name: rows_SP for stack in stacks for name, rows_SP in zip(stack.names, stack.rows_BSP, strict=True)}
+    samples = [
+        {name: rows_SP[i].view(shape(name)) for name, rows_SP in rows.items()}
+        for i in range(NUM_TRAIN + NUM_VALIDATION)
+    ]
+    return samples[:NUM_TRAIN], samples[NUM_TRAIN:]
 
 
 def _shape(name: str) -> tuple[int, int]:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from layerif.estimators.gram import DampedEstimator, damping_lambda
+from layerif.estimators.gram import DampedEstimator, damping_lambdas
 from layerif.layers import MatrixGram
 
 
 def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:
     """I = −(1/λ)·[C − (1/N)·C·diag(1/(λ + k))·K], k = diag K, λ = damping · tr K/(N·P): (M×N), float64.
 
-    train_train: K; val_train: C; numel: P. Negative: helpful. Zero train gradients (λ = 0) give zero.
+    train_train: K; val_train: C; both may be batches of matrices of the same size, (…×N×N) and (…×M×N); numel: P.
+    Negative: helpful. Zero train gradients (λ = 0) give zero.
     """
-    lam = damping_lambda(train_train, numel=numel, damping=damping)
+    lam_11 = damping_lambdas(train_train, numel=numel, damping=damping)[..., None, None]
     gram_NN, gram_MN = train_train.double(), val_train.double()
-    if lam == 0:
-        return torch.zeros_like(gram_MN)
-    return ((gram_MN / (lam + gram_NN.diagonal())) @ gram_NN / len(gram_NN) - gram_MN) / lam
+    damped_1N = lam_11 + gram_NN.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    influence_MN = ((gram_MN / damped_1N) @ gram_NN / gram_NN.shape[-1] - gram_MN) / lam_11
+    return influence_MN.where(lam_11 > 0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,10 +167,16 @@ def described(estimator: Any) -> str:
 
 def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
     """λ = damping · tr K / (N·P): damping times the mean squared entry of the train gradients."""
+    return float(damping_lambdas(train_train, numel=numel, damping=damping))
+
+
+def damping_lambdas(train_train: Tensor, *, numel: int, damping: float) -> Tensor:
+    """`damping_lambda` of each matrix of a batch (…×N×N) of the same size: (…), float64."""
     check_damping(damping)
     if numel < 1:
         raise ValueError(f"numel={numel} must be the number of parameters behind the Gram, at least 1")
-    return damping * float(train_train.double().trace()) / (len(train_train) * numel)
+    square_N = train_train.diagonal(dim1=-2, dim2=-1).double()
+    return damping * square_N.sum(dim=-1) / (square_N.shape[-1] * numel)
 
 
 def eigenbasis(train_train: Tensor) -> tuple[Tensor, Tensor]:
