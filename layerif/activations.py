@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerif.blocks import bare
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.layers import LayerMap
-from layerif.models import bare
 from layerif.modes import evaluating
 
 VERSION = 1  # part of every cache key: raise it when the meaning of a statistic changes

@@ -22,8 +22,8 @@ from peft import (
 from torch import Tensor, nn
 
 from layerif.allocate import to_rank
+from layerif.blocks import blocks
 from layerif.loss import per_sample_loss
-from layerif.models import blocks
 from layerif.moe.model import linears_of_blocks
 from layerif.names import did_you_mean
 from layerif.probe import first_non_finite_block

@@ -27,10 +27,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from layerif.blocks import bare
 from layerif.data.batches import Encodings, collate
 from layerif.layers import LayerInfluences, LayerMap
 from layerif.loss import per_sample_loss
-from layerif.models import bare
 
 VERSION = 1  # part of every key: raise it when the meaning of an influence changes
 

@@ -5,13 +5,11 @@ Every metric is a fraction (0–1), save perplexity. Letters in shape suffixes: 
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +25,15 @@ from layerif.data.answers import (
     answer_parser,
     parse_answer,
 )
-from layerif.data.batches import Encoded, collate, num_shared, output_text, padding_id, prompt_text, token_ids
+from layerif.data.batches import Encoded, collate, padding_id, token_ids
+from layerif.data.questions import Question, context_length, prompts_of, questions_of, require_some
 from layerif.data.task import Example, Task, Template
 from layerif.data.text import text
+from layerif.lm_eval import check_tasks, lm_eval
 from layerif.modes import evaluating
 from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
-
-ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +77,17 @@ class Evaluation:
 
         max_positions: the most tokens the model reads (`config.max_position_embeddings`), None where it has no limit.
         """
-        _require(examples)
+        require_some(examples)
         if "options" in self.metrics or "lm_eval" in self.metrics:
-            _questions(examples, tokenizer, task.template, max_positions)
+            questions_of(examples, tokenizer, task.template, max_positions)
         if "generation" in self.metrics:
-            _prompts(examples, tokenizer, task.template, self.max_new_tokens, max_positions)
+            prompts_of(examples, tokenizer, task.template, self.max_new_tokens, max_positions)
         if "options" in self.metrics or "generation" in self.metrics:
             padding_id(tokenizer)
         if "perplexity" in self.metrics:
             _check_window(self.window, len(_text_ids(self.text, tokenizer)), max_positions)
         if "lm_eval" in self.metrics:
-            _, _, task_manager = _lm_eval_names()
-            _check_lm_eval_tasks(_spelt_out(self.lm_eval_tasks), task_manager().all_tasks if self.lm_eval_tasks else ())
+            check_tasks(self.lm_eval_tasks)
 
     def run(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
@@ -128,11 +125,9 @@ class Evaluation:
                 examples,
                 name=task.name,
                 template=task.template,
-                tasks=_spelt_out(self.lm_eval_tasks),
+                tasks=self.lm_eval_tasks,
                 batch_size=self.batch_size,
             )
-            if "zero_shot" in self.lm_eval_tasks:
-                metrics |= zero_shot_means(metrics)
         return EvaluationResult(metrics=metrics, answers=answers)
 
 
@@ -157,8 +152,8 @@ def option_accuracy(
     Each prompt runs once; its options continue from its keys and values. Raises ValueError for a question longer than
     the model's context, for options that become the same tokens, and for a log-likelihood that is not finite.
     """
-    _require(examples)
-    questions = _questions(examples, tokenizer, template, _max_positions(model))
+    require_some(examples)
+    questions = questions_of(examples, tokenizer, template, context_length(model))
     order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
     answers: list[OptionAnswer | None] = [None] * len(questions)
     with evaluating(model), torch.inference_mode():
@@ -188,9 +183,9 @@ def generation_accuracy(
     max_new_tokens: int = 128,
 ) -> GenerationAccuracy:
     """Greedy answers; the first match of `pattern`, its first group stripped, must equal the right label."""
-    _require(examples)
+    require_some(examples)
     parser = answer_parser(pattern)
-    prompts = _prompts(examples, tokenizer, template, max_new_tokens, _max_positions(model))
+    prompts = prompts_of(examples, tokenizer, template, max_new_tokens, context_length(model))
     # Written out in full: a model's own generation settings may sample or penalise.
     settings = GenerationConfig(
         do_sample=False,
@@ -226,7 +221,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     different windows are different quantities. Raises ValueError for a window longer than the text or the model's
     context.
     """
-    _check_window(window, len(ids), _max_positions(model))
+    _check_window(window, len(ids), context_length(model))
     num_windows = len(ids) // window
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
     total = 0.0
@@ -239,170 +234,11 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     return math.exp(total / (num_windows * (window - 1)))
 
 
-def lm_eval(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    name: str,
-    template: Template,
-    tasks: Sequence[str] = (),
-    batch_size: int = 16,
-) -> dict[str, float]:
-    """lm-eval on the model in memory: our examples as a local multiple-choice task, then `tasks` by lm-eval's names.
-
-    Keys are `lm_eval/<task>/<metric>`. lm-eval moves blanks at the end of a prompt into the options, so its
-    log-likelihoods may differ from ours by a constant per question; the choices are the same. Raises ValueError as
-    `option_accuracy` does (lm-eval itself would cut long questions), without lm-eval, and for tasks it does not know.
-    """
-    _require(examples)
-    _questions(examples, tokenizer, template, _max_positions(model))
-    simple_evaluate, wrapped_model, task_manager = _lm_eval_names()
-    local = f"layerif_{name}"
-    # By default lm-eval seeds the whole process, and with it whatever is trained next.
-    unseeded: dict[str, Any] = dict.fromkeys(
-        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    )
-    with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
-        _write_lm_eval_task(Path(folder), local, examples, template)
-        manager = task_manager(include_path=folder, include_defaults=bool(tasks))
-        _check_lm_eval_tasks(tasks, manager.all_tasks)
-        try:
-            found: Any = simple_evaluate(
-                model=wrapped_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=[local, *tasks],
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=False,
-                **unseeded,
-            )
-        except OSError as error:
-            raise ValueError(
-                f"lm-eval cannot read the data of {list(tasks)} ({error}); it fetches them from the hub: "
-                "connect, fill its cache beforehand, or set evaluation.lm_eval_tasks=[]"
-            ) from error
-    return {
-        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
-        for task, values in found["results"].items()
-        for metric, value in values.items()
-        if metric.endswith(",none") and "stderr" not in metric and isinstance(value, int | float)
-    }
-
-
-def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The mean over the seven zero-shot tasks, of acc, and of acc_norm (acc where a task has no acc_norm)."""
-    acc = [metrics[f"lm_eval/{task}/acc"] for task in ZERO_SHOT]
-    normed = [metrics.get(f"lm_eval/{task}/acc_norm", plain) for task, plain in zip(ZERO_SHOT, acc, strict=True)]
-    return {
-        "lm_eval/zero_shot_mean/acc": math.fsum(acc) / len(acc),
-        "lm_eval/zero_shot_mean/acc_norm_or_acc": math.fsum(normed) / len(normed),
-    }
-
-
-def _spelt_out(tasks: Sequence[str]) -> list[str]:
-    return [task for given in tasks for task in (ZERO_SHOT if given == "zero_shot" else (given,))]
-
-
-def _lm_eval_names() -> tuple[Any, Any, Any]:
-    """lm-eval's simple_evaluate, HFLM and TaskManager; imported only where asked for, as the package is optional."""
-    try:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(
-            f"metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]'"
-        ) from error
-    return simple_evaluate, HFLM, TaskManager
-
-
-def _check_lm_eval_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
-    for task in tasks:
-        if task not in known:
-            raise ValueError(
-                f"evaluation.lm_eval_tasks holds {task!r}, which lm-eval does not know{did_you_mean(task, known)}; "
-                "`lm-eval ls tasks` lists them"
-            )
-
-
-def _write_lm_eval_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:
-    """A YAML task and its JSONL rows, as lm-eval reads them."""
-    rows = folder / f"{name}.jsonl"
-    with rows.open("w", encoding="utf-8") as lines:
-        for example in examples:
-            row = {
-                "prompt": prompt_text(example, template),
-                "choices": [output_text(option, template) for option in example.options],
-                "answer": example.answer,
-            }
-            lines.write(json.dumps(row) + "\n")
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "prompt",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
-        "metadata": {"version": 1.0},
-    }
-    (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
-
-
-@dataclass(frozen=True)
-class _Question:
-    """prompt: the ids all options share; options: what follows, per option."""
-
-    prompt: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-
-
-def _questions(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
-) -> list[_Question]:
-    questions = [_question(example, tokenizer, template) for example in examples]
-    for example, question in zip(examples, questions, strict=True):
-        _check_length(len(question.prompt) + max(map(len, question.options)), max_positions, example)
-    return questions
-
-
-def _prompts(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    max_new_tokens: int,
-    max_positions: int | None,
-) -> list[Encoded]:
-    """Prompts alone, with room for `max_new_tokens` more."""
-    prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples])
-    for example, prompt in zip(examples, prompts, strict=True):
-        _check_length(len(prompt) + max_new_tokens, max_positions, example)
-    return [Encoded(ids, len(ids)) for ids in prompts]
-
-
 def _text_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return token_ids(tokenizer, [text(name, "test")])[0]
 
 
-def _question(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> _Question:
-    prompt = prompt_text(example, template)
-    alone, *whole = token_ids(tokenizer, [prompt, *(prompt + output_text(o, template) for o in example.options)])
-    # A token may reach over the end of the prompt; it then belongs to the options, for all of them alike.
-    num_common = min(num_shared(alone, ids) for ids in whole)
-    options = tuple(ids[num_common:] for ids in whole)
-    if num_common == 0:
-        raise ValueError(f"question {example.id} has an empty prompt; give task.instruction some text")
-    if not all(options) or len(set(options)) < len(options):
-        raise ValueError(f"question {example.id}: its options become the same tokens; got {example.options}")
-    return _Question(alone[:num_common], options)
-
-
-def _log_likelihoods(model: nn.Module, questions: Sequence[_Question], pad_id: int) -> list[tuple[float, ...]]:
+def _log_likelihoods(model: nn.Module, questions: Sequence[Question], pad_id: int) -> list[tuple[float, ...]]:
     """ln p(option | prompt) per question and option."""
     device = _device(model)
     prompts = collate([Encoded(question.prompt, len(question.prompt)) for question in questions], pad_id, side="left")
@@ -441,19 +277,6 @@ def _log_likelihoods(model: nn.Module, questions: Sequence[_Question], pad_id: i
     return [tuple(row) for row in values]
 
 
-def _max_positions(model: nn.Module) -> int | None:
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
-
-
-def _check_length(num_tokens: int, max_positions: int | None, example: Example) -> None:
-    if max_positions is not None and num_tokens > max_positions:
-        raise ValueError(
-            f"question {example.id} takes {num_tokens} tokens with its answer, the model reads at most "
-            f"{max_positions}; leave such questions out with task.keep, shorten the prompt, "
-            "or lower evaluation.max_new_tokens"
-        )
-
-
 def _check_window(window: int, num_tokens: int, max_positions: int | None) -> None:
     most = num_tokens if max_positions is None else min(num_tokens, max_positions)
     if window < 2:
@@ -461,11 +284,6 @@ def _check_window(window: int, num_tokens: int, max_positions: int | None) -> No
     if window > most:
         limit = f"the text has {num_tokens} tokens" if most == num_tokens else f"the model reads at most {most} tokens"
         raise ValueError(f"evaluation.window={window} is too long: {limit}; use evaluation.window<={most}")
-
-
-def _require(examples: Sequence[Example]) -> None:
-    if not examples:
-        raise ValueError("there is no question to evaluate; give at least one example")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerif.blocks import blocks
 from layerif.estimators.ila import gated
 from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
-from layerif.models import blocks
 from layerif.modes import frozen
 
 VERSION = 1  # part of every cache key: raise it when the meaning of a gate changes

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from layerif import activations, ekfac, gates, loss, probe, spectra
+from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, Encodings, batches, encode, padding_id
 from layerif.data.task import Example, Splits
 from layerif.evidence import LayerActivations, LayerGates, LayerSpectra
 from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap
-from layerif.models import Pretrained, layer_map
+from layerif.models import Pretrained
 from layerif.probe import Probe, Projection, measure
 from layerif.probe.shards import Shards, spread
 from layerif.store import Store

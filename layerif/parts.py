@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.data.questions import context_length
 from layerif.data.task import Splits
 from layerif.decide import Decider
 from layerif.evaluate import Evaluation
@@ -55,8 +56,8 @@ class Parts:
                 f"use allocator={wanted}, or method=none for scores and allocation only"
             )
         if config.method or self.evaluation.before:
-            positions = getattr(self.model.skeleton().config, "max_position_embeddings", None)
-            self.evaluation.check(self.tokenizer, self.splits.test, self.task, positions)
+            longest = context_length(self.model.skeleton())
+            self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest)
 
     def inputs(self) -> dict[str, str]:
         """What the configuration only names: a job is the same if the content is, too."""

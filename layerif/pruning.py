@@ -18,11 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerif.allocate import Allocation, spent_budget
+from layerif.blocks import blocks
 from layerif.callback import InfluenceCallback
 from layerif.data.text import Calibration, check_disjoint
 from layerif.decide import Allocator, Decider
 from layerif.fit import evaluate, keep, run_trainer, train
-from layerif.models import Local, Pretrained, blocks
+from layerif.models import Local, Pretrained
 from layerif.modules import LoRAMoEModule
 from layerif.names import check_choice
 from layerif.parts import Parts

@@ -20,10 +20,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.blocks import layer_map
 from layerif.config import check
 from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
-from layerif.models import layer_map
 from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FILE, RunRecord

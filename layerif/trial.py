@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerif.blocks import layer_map
 from layerif.decide import Decider
 from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
-from layerif.models import layer_map
 from layerif.modes import frozen
 from layerif.probe import Passes, Workload
 from layerif.probe.factors import capture, inputs_read_together

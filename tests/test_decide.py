@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from layerif import activations, decide, measurements
 from layerif.allocate import Experts
+from layerif.blocks import layer_map
 from layerif.decide import Decider
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
@@ -28,7 +29,7 @@ from layerif.estimators.outlier import Outlier
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn
 from layerif.layers import LayerGrams
-from layerif.models import Local, layer_map
+from layerif.models import Local
 from layerif.moe import LoraMoeConfig
 from layerif.probe import Probe
 from layerif.store import Store

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from layerif.allocate import Experts
+from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, Encodings
 from layerif.decide import Decider
 from layerif.diagnose.diagnose import Diagnose
@@ -25,7 +26,7 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.estimators.uniform import Uniform
-from layerif.models import Local, layer_map
+from layerif.models import Local
 from layerif.probe import Probe
 from layerif.record import RunRecord
 from layerif.store import Store

@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from layerif import ekfac
 from layerif.allocate import Experts
+from layerif.blocks import bare, layer_map
 from layerif.data.batches import Encoded, Encodings, batches, collate
 from layerif.decide import Decider
 from layerif.estimators.ekfac import Ekfac
@@ -23,7 +24,7 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.uniform import Uniform
 from layerif.layers import LayerInfluences, LayerMap
 from layerif.loss import per_sample_loss
-from layerif.models import Local, bare, layer_map
+from layerif.models import Local
 from layerif.probe import Probe, measure
 from layerif.store import Store
 from tests.tiny import VOCAB_SIZE, shipped_task, tiny_model

@@ -17,7 +17,8 @@ from layerif.data.answers import (
 )
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.task import Example, Template
-from layerif.evaluate import Evaluation, generation_accuracy, lm_eval, option_accuracy, perplexity
+from layerif.evaluate import Evaluation, generation_accuracy, option_accuracy, perplexity
+from layerif.lm_eval import lm_eval
 from tests.tiny import FAMILIES, shipped_task, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

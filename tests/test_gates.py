@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from layerif.blocks import layer_map
 from layerif.gates import learn_gates
 from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
-from layerif.models import layer_map
 from layerif.moe import LoraMoeConfig
 from tests.tiny import tiny_model
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerif.models import Embedded, Hub, Local, blocks, hash_folder, layer_map
+from layerif.blocks import blocks, layer_map
+from layerif.models import Embedded, Hub, Local, hash_folder
 from tests.tiny import FAMILIES, tiny_model
 
 

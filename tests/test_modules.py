@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from layerif.adapters import AdapterModule
 from layerif.allocate import Experts, Rank
+from layerif.blocks import bare, blocks
 from layerif.callback import InfluenceCallback
 from layerif.data.batches import collate
 from layerif.data.source import Jsonl
@@ -23,7 +24,7 @@ from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
 from layerif.loss import per_sample_loss
-from layerif.models import Local, bare, blocks
+from layerif.models import Local
 from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store

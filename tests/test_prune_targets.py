@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerif.models import blocks
+from layerif.blocks import blocks
 from layerif.prune.magnitude import Magnitude
 from layerif.prune.targets import matrices, targets
 from tests.tiny import FAMILIES, FURTHER, tiny_model

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from layerif.config import check, conf_folder, register
 from layerif.data.text import Calibration, text
-from layerif.evaluate import perplexity, zero_shot_means
+from layerif.evaluate import perplexity
+from layerif.lm_eval import zero_shot_means
 from layerif.models import Local
 from layerif.parts import Parts
 from layerif.prune import walk

@@ -17,6 +17,7 @@ from moe_linear import main as measure_moe_linear
 
 from experiments.timing import machine
 from experiments.timing import seconds as seconds_of
+from layerif.blocks import layer_map
 from layerif.data.batches import batches, encode, padding_id
 from layerif.data.countries import Countries
 from layerif.data.task import Task
@@ -26,7 +27,7 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.layers import LayerGrams
 from layerif.loss import per_sample_loss
-from layerif.models import Embedded, layer_map
+from layerif.models import Embedded
 from layerif.probe import IndexedBatch, measure
 
 NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3

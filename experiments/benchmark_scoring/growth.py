@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from experiments.timing import machine, timed
-from layerif.models import layer_map
+from layerif.blocks import layer_map
 from layerif.modes import frozen
 from layerif.probe import IndexedBatch, measure
 from layerif.probe.factors import capture

@@ -14,11 +14,11 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from layerif.blocks import layer_map
 from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
 from layerif.layers import LayerGrams
-from layerif.models import layer_map
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from layerif.models import blocks
+from layerif.blocks import blocks
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.routing import Routing

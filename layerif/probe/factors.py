@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from layerif.blocks import bare, blocks
 from layerif.loss import per_sample_loss
-from layerif.models import bare, blocks
 
 log = logging.getLogger(__name__)
 

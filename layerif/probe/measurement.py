@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerif.blocks import bare
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
-from layerif.models import bare
 from layerif.modes import frozen
 from layerif.probe import products
 from layerif.probe.factors import InMemory, OnDisk, Side, Waiting, capture, inputs_read_together

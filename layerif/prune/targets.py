@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from layerif.models import bare, blocks, linears
+from layerif.blocks import bare, blocks, linears
 from layerif.names import did_you_mean
 from layerif.prune import Pruner
 from layerif.prune.mask import check_width, counts, kept_of_m

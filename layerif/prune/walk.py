@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from layerif.models import bare, blocks, linears
+from layerif.blocks import bare, blocks, linears
 from layerif.modes import evaluating, full_precision
 from layerif.prune import Pruner
 from layerif.prune.targets import Target

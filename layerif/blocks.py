@@ -1,0 +1,121 @@
+"""The blocks of a loaded model, and the weight matrices of each by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import nn
+
+from layerif.layers import LayerMap
+
+Scope = Literal["attention", "mlp", "all"]
+Parameters = Literal["weights", "lora"]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper: layers are named alike with and without an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by their name in the bare model: the module list that holds the most parameters, or none."""
+    lists = [(name, module) for name, module in bare(model).named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return {}
+    name, found = max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    return {f"{name}.{index}": block for index, block in enumerate(found)}
+
+
+def linears(block: nn.Module, scope: Scope = "all") -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of one block in `scope`, by their name inside the block.
+
+    attention: inside the child module whose name contains `attn` or `attention`; mlp: every other one.
+    """
+    adapters = _adapters(block)
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and _in_scope(name, scope) and not name.startswith(adapters):
+            yield name, module
+
+
+def layer_map(
+    model: nn.Module,
+    *,
+    scope: Scope = "attention",
+    parameters: Parameters = "weights",
+    skip_unsupported: bool = False,
+) -> LayerMap:
+    """Name the weight matrices to measure in every block.
+
+    weights: the matrices of the linear layers themselves (biases and norms are left out, as in the paper);
+    lora: the A and B of a loaded PEFT LoRA adapter instead.
+    skip_unsupported: leave out matrices in scope that are no linear layers, such as fused experts.
+    Raises ValueError where a block has no linear layer in scope, or another matrix that may not be skipped.
+    """
+    found = blocks(model)
+    if not found:
+        raise ValueError(
+            f"{type(bare(model)).__name__} has no nn.ModuleList and so no blocks to score; "
+            "supported are decoder-only transformers of the transformers library"
+        )
+    names, params, numel = [], [], []
+    for block_name, block in found.items():
+        matrices = {
+            f"{block_name}.{name}.weight": module.weight
+            for name, module in (linears(block, scope) if parameters == "weights" else _lora_linears(block, scope))
+        }
+        if not matrices:
+            raise ValueError(_nothing_in_scope(block_name, scope, parameters))
+        if parameters == "weights" and not skip_unsupported:
+            _refuse_other_matrices(block_name, block, scope)
+        names.append(block_name)
+        params.append(tuple(matrices))
+        numel.append(sum(weight.numel() for weight in matrices.values()))
+    return LayerMap(tuple(names), tuple(params), tuple(numel))
+
+
+def _in_scope(name: str, scope: Scope) -> bool:
+    return scope == "all" or (scope == "attention") == ("attn" in name or "attention" in name)
+
+
+def _adapters(block: nn.Module) -> tuple[str, ...]:
+    """Prefixes of everything PEFT put into a block: its layers list what is theirs."""
+    return tuple(
+        f"{name}.{part}"
+        for name, module in block.named_modules()
+        for part in getattr(module, "adapter_layer_names", ())
+    )
+
+
+def _lora_linears(block: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and _in_scope(name, scope) and re.search(r"\.lora_(moe_)?[AB]\.", name):
+            yield name, module  # of a LoRA or a LoRA-MoE; a router is neither
+
+
+def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
+    if parameters == "lora":
+        return (
+            f"probe.parameters=lora found no LoRA matrix in block {block!r} with probe.scope={scope}; "
+            "give the adapter with model.adapter=/folder, or measure probe.parameters=weights"
+        )
+    return (
+        f"block {block!r} has no linear layer in probe.scope={scope}; allowed scopes are attention, mlp, all: "
+        "try probe.scope=all"
+    )
+
+
+def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> None:
+    """A fused or convolutional matrix would be missing from the block's score: say so instead."""
+    adapters = _adapters(block)
+    for name, module in block.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or isinstance(module, nn.Linear) or f"{name}.{kind}".startswith(adapters):
+                continue
+            if _in_scope(name, scope):
+                raise ValueError(
+                    f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}, "
+                    f"and only linear layers can be measured; choose another probe.scope than {scope}, or leave such "
+                    "matrices out with probe.skip_unsupported=true"
+                )

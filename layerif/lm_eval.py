@@ -1,0 +1,145 @@
+"""lm-eval on the same questions and on its own tasks; the package is optional. Every metric is a fraction (0–1)."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from layerif.data.batches import output_text, prompt_text
+from layerif.data.questions import context_length, questions_of, require_some
+from layerif.data.task import Example, Template
+from layerif.modes import evaluating
+from layerif.names import did_you_mean
+
+ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+def lm_eval(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    name: str,
+    template: Template,
+    tasks: Sequence[str] = (),
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """lm-eval on the model in memory: our examples as a local multiple-choice task, then `tasks` by lm-eval's names,
+    `zero_shot` for all of ZERO_SHOT and their means.
+
+    Keys are `lm_eval/<task>/<metric>`. lm-eval moves blanks at the end of a prompt into the options, so its
+    log-likelihoods may differ from ours by a constant per question; the choices are the same. Raises ValueError as
+    `option_accuracy` does (lm-eval itself would cut long questions), without lm-eval, and for tasks it does not know.
+    """
+    require_some(examples)
+    questions_of(examples, tokenizer, template, context_length(model))
+    simple_evaluate, wrapped_model, task_manager = _package()
+    local, others = f"layerif_{name}", _spelt_out(tasks)
+    # By default lm-eval seeds the whole process, and with it whatever is trained next.
+    unseeded: dict[str, Any] = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    )
+    with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
+        _write_task(Path(folder), local, examples, template)
+        manager = task_manager(include_path=folder, include_defaults=bool(others))
+        _refuse_unknown(others, manager.all_tasks)
+        try:
+            found: Any = simple_evaluate(
+                model=wrapped_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=[local, *others],
+                task_manager=manager,
+                bootstrap_iters=0,
+                log_samples=False,
+                **unseeded,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"lm-eval cannot read the data of {others} ({error}); it fetches them from the hub: "
+                "connect, fill its cache beforehand, or set evaluation.lm_eval_tasks=[]"
+            ) from error
+    metrics = {
+        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if metric.endswith(",none") and "stderr" not in metric and isinstance(value, int | float)
+    }
+    return metrics | zero_shot_means(metrics) if "zero_shot" in tasks else metrics
+
+
+def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The mean over the seven zero-shot tasks, of acc, and of acc_norm (acc where a task has no acc_norm)."""
+    acc = [metrics[f"lm_eval/{task}/acc"] for task in ZERO_SHOT]
+    normed = [metrics.get(f"lm_eval/{task}/acc_norm", plain) for task, plain in zip(ZERO_SHOT, acc, strict=True)]
+    return {
+        "lm_eval/zero_shot_mean/acc": math.fsum(acc) / len(acc),
+        "lm_eval/zero_shot_mean/acc_norm_or_acc": math.fsum(normed) / len(normed),
+    }
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises ValueError without lm-eval, and for tasks it does not know."""
+    _, _, task_manager = _package()
+    _refuse_unknown(_spelt_out(tasks), task_manager().all_tasks if tasks else ())
+
+
+def _spelt_out(tasks: Sequence[str]) -> list[str]:
+    return [task for given in tasks for task in (ZERO_SHOT if given == "zero_shot" else (given,))]
+
+
+def _package() -> tuple[Any, Any, Any]:
+    """lm-eval's simple_evaluate, HFLM and TaskManager; imported only where asked for, as the package is optional."""
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]'"
+        ) from error
+    return simple_evaluate, HFLM, TaskManager
+
+
+def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            raise ValueError(
+                f"evaluation.lm_eval_tasks holds {task!r}, which lm-eval does not know{did_you_mean(task, known)}; "
+                "`lm-eval ls tasks` lists them"
+            )
+
+
+def _write_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:
+    """A YAML task and its JSONL rows, as lm-eval reads them."""
+    rows = folder / f"{name}.jsonl"
+    with rows.open("w", encoding="utf-8") as lines:
+        for example in examples:
+            row = {
+                "prompt": prompt_text(example, template),
+                "choices": [output_text(option, template) for option in example.options],
+                "answer": example.answer,
+            }
+            lines.write(json.dumps(row) + "\n")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "prompt",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
