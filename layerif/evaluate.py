@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
 
+_LARGEST_LOSS = math.log(sys.float_info.max)
 ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
@@ -87,7 +89,13 @@ class Evaluation:
         if "options" in self.metrics or "generation" in self.metrics:
             padding_id(tokenizer)
         if "perplexity" in self.metrics:
-            _check_window(self.window, len(_text_ids(self.text, tokenizer)), max_positions)
+            num_tokens = len(_text_ids(self.text, tokenizer))
+            _check_window(self.window, num_tokens, max_positions)
+            if self.num_windows is not None and self.num_windows > num_tokens // self.window:
+                raise ValueError(
+                    f"evaluation.num_windows={self.num_windows} are asked for, the text {self.text!r} holds "
+                    f"{num_tokens // self.window} of {self.window} tokens; use at most these, or null for all"
+                )
         if "lm_eval" in self.metrics:
             _, _, task_manager = _lm_eval_names()
             _check_lm_eval_tasks(_spelt_out(self.lm_eval_tasks), task_manager().all_tasks if self.lm_eval_tasks else ())
@@ -224,7 +232,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
 
     The first token of a window is not predicted; what is left after the last full window is not used. Perplexities of
     different windows are different quantities. Raises ValueError for a window longer than the text or the model's
-    context.
+    context, and for a loss that is not finite.
     """
     _check_window(window, len(ids), _max_positions(model))
     num_windows = len(ids) // window
@@ -236,7 +244,13 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")
             total += float(losses)
-    return math.exp(total / (num_windows * (window - 1)))
+    mean = total / (num_windows * (window - 1))
+    if not mean < _LARGEST_LOSS:
+        raise ValueError(
+            f"the text has no finite perplexity: its mean token loss is {mean}; weights or activations are not finite "
+            "or far too large; look at the weights, or use a wider dtype (model.dtype=float32)"
+        )
+    return math.exp(mean)
 
 
 def lm_eval(
