@@ -380,8 +380,8 @@ def _check_beta_and_shift(beta: float, shift: str) -> None:
 def _check_sparsity_settings(target: float, epsilon: float, max_sparsity: float) -> None:
     if not 0 <= epsilon <= 1:
         raise ValueError(f"allocator.epsilon={epsilon} must be in [0, 1]; the paper used 0.1 to 0.5")
-    if not 0 < max_sparsity <= 1:
-        raise ValueError(f"allocator.max_sparsity={max_sparsity} must be in (0, 1]")
+    if not 0 < max_sparsity < 1:  # of a layer without weights nothing would be left to prune or to recover
+        raise ValueError(f"allocator.max_sparsity={max_sparsity} must be in (0, 1); the default is 0.99")
     if not 0 <= target <= max_sparsity:
         raise ValueError(
             f"allocator.target={target} is outside the feasible range 0 to {max_sparsity} (allocator.max_sparsity)"

@@ -6,6 +6,7 @@ Every metric is a fraction (0–1), save perplexity. Letters in shape suffixes: 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from layerif.modes import evaluating
 from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
+
+_LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,13 @@ class Evaluation:
         if "options" in self.metrics or "generation" in self.metrics:
             padding_id(tokenizer)
         if "perplexity" in self.metrics:
-            _check_window(self.window, len(_text_ids(self.text, tokenizer)), max_positions)
+            num_tokens = len(_text_ids(self.text, tokenizer))
+            _check_window(self.window, num_tokens, max_positions)
+            if self.num_windows is not None and self.num_windows > num_tokens // self.window:
+                raise ValueError(
+                    f"evaluation.num_windows={self.num_windows} are asked for, the text {self.text!r} holds "
+                    f"{num_tokens // self.window} of {self.window} tokens; use at most these, or null for all"
+                )
         if "lm_eval" in self.metrics:
             check_tasks(self.lm_eval_tasks)
 
@@ -219,7 +228,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
 
     The first token of a window is not predicted; what is left after the last full window is not used. Perplexities of
     different windows are different quantities. Raises ValueError for a window longer than the text or the model's
-    context.
+    context, and for a loss that is not finite.
     """
     _check_window(window, len(ids), context_length(model))
     num_windows = len(ids) // window
@@ -231,7 +240,13 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")
             total += float(losses)
-    return math.exp(total / (num_windows * (window - 1)))
+    mean = total / (num_windows * (window - 1))
+    if not mean < _LARGEST_LOSS:
+        raise ValueError(
+            f"the text has no finite perplexity: its mean token loss is {mean}; weights or activations are not finite "
+            "or far too large; look at the weights, or use a wider dtype (model.dtype=float32)"
+        )
+    return math.exp(mean)
 
 
 def _text_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -98,10 +98,11 @@ class PruneModule(L.LightningModule):
         self.adapter, self.experts = adapter, experts
         self.semi_structured, self.save = semi_structured, save
         self.allocation: Mapping[str, float] | None = (
-            read_json(allocation, what="method.allocation file") if isinstance(allocation, str) else allocation
+            _read_allocation(allocation) if isinstance(allocation, str) else allocation
         )
         self.job = ""  # what the saved blocks of a killed run must agree with
         self.walk: Walk | None = None
+        self.num_walked = 0
         self._loaded: list[nn.Module] = []  # in a list, or Lightning would move all of it to the device
 
     def base_model(self) -> nn.Module:
@@ -139,6 +140,15 @@ class PruneModule(L.LightningModule):
     def training_step(self, index: int, batch_idx: int) -> None:
         assert self.walk is not None
         self.walk(index)
+        self.num_walked = index + 1
+
+    def on_fit_end(self) -> None:  # runs even where no step was taken
+        assert self.walk is not None
+        if self.num_walked < len(self.walk.blocks):
+            raise ValueError(
+                f"the trainer stopped after {self.num_walked} of {len(self.walk.blocks)} blocks; pruning needs all of "
+                "them: leave out what stops it early (max_time, fast_dev_run, overfit_batches)"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return None
@@ -198,6 +208,9 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
     if pruner.needs_inputs:
         windows = module.windows()
         said += f", {sum(map(len, windows))} calibration windows of {module.calibration.window} tokens"
+    if module.recover != "none":  # settings of the fine-tuning that only its making checks
+        parts.datamodule()
+        _adapted(module, Local(path=""), None)
     if module.recover == "lora_moe":
         assert module.experts is not None
         given = replace(decider, allocator=module.experts).rehearse(decider.layers())
@@ -269,14 +282,8 @@ def _measure_two_four(model: nn.Module, module: PruneModule, record: RunRecord) 
 
 def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) -> None:
     """Fine-tune the pruned model in `folder`/model on the task."""
-    assert module.adapter is not None
     pruned = Local(path=str(folder / "model"), dtype=module.source.dtype, attention=module.source.attention)
-    config = {
-        "_target_": "layerif.models.Local",
-        **{key: getattr(pruned, key) for key in ("path", "dtype", "attention")},
-    }
-    single = dict.fromkeys(record.layers, 1) if module.recover == "lora" else None
-    adapted = module.adapter(model=config, keep_zeros=True, allocation=single)
+    adapted = _adapted(module, pruned, dict.fromkeys(record.layers, 1) if module.recover == "lora" else None)
     influence = InfluenceCallback(
         parts.decider if module.experts is None else replace(parts.decider, model=pruned, allocator=module.experts)
     )
@@ -291,6 +298,24 @@ def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path)
             assert bool((linear.weight[zeros[name]] == 0).all()), name
         _save(model, parts, folder / "recovered")
     evaluate(model.to(parts.decider.device), parts, record, "")
+
+
+def _adapted(module: PruneModule, pruned: Local, allocation: Mapping[str, int] | None) -> LoRAMoEModule:
+    """What fine-tunes the pruned model."""
+    assert module.adapter is not None
+    kept = {key: getattr(pruned, key) for key in ("path", "dtype", "attention")}
+    config = {"_target_": "layerif.models.Local", **kept}
+    return module.adapter(model=config, keep_zeros=True, allocation=allocation)
+
+
+def _read_allocation(file: str) -> Mapping[str, float]:
+    found = read_json(file, what="method.allocation file")
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"method.allocation file {file!r} must hold {{block or matrix: sparsity}}, got a {type(found).__name__}; "
+            "a list per block or a record goes by allocator=file allocator.kind=sparsity"
+        )
+    return found
 
 
 def _job_folder(folder: Path, job: Any) -> Path:

@@ -234,7 +234,7 @@ def test_the_sparsity_allocator_gives_the_published_vector_from_raw_scores():
     st.lists(st.tuples(st.floats(0, 1e9), st.integers(1, 10**9)), min_size=1, max_size=40),
     st.floats(0, 1),
     st.floats(0, 0.999),
-    st.floats(0.5, 1),
+    st.floats(0.5, 1, exclude_max=True),
 )
 def test_sparsities_meet_the_target_within_bounds_and_keep_the_order(layers, target, epsilon, max_sparsity):
     assume(target <= max_sparsity)
@@ -310,6 +310,7 @@ def test_scores_must_be_finite_and_not_negative(bad):
         (lambda: to_sparsity([1.0], [1, 1], 0.5, epsilon=0.1), "numel"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=1.5), r"epsilon=1\.5"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=2), "max_sparsity=2"),
+        (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=1), r"max_sparsity=1 must be in \(0, 1\)"),
         (lambda: Experts(beta=math.nan), "beta=nan"),
         (lambda: Experts(floor=0), "floor must be a whole number >= 1"),
         (lambda: to_experts([1.0], 4, beta=1, floor=0), "floor must be a whole number >= 1"),
@@ -517,7 +518,7 @@ def test_impossible_shapes_are_refused(settings, depth, message):
     layers=st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10**9)), min_size=1, max_size=20),
     target=st.floats(0, 0.9),
     epsilon=st.floats(0, 1),
-    max_sparsity=st.floats(0.9, 1),
+    max_sparsity=st.floats(0.9, 1, exclude_max=True),
 )
 def test_shifted_sparsities_meet_any_target_within_bounds_and_keep_the_order(layers, target, epsilon, max_sparsity):
     scores, numel = map(list, zip(*layers, strict=True))

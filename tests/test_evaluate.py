@@ -196,6 +196,18 @@ def test_perplexity_equals_its_definition_window_by_window():
         perplexity(tiny_model("opt", max_position_embeddings=16), ids, window=20)
 
 
+def test_a_loss_that_is_not_finite_has_no_perplexity():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"its mean token loss is [0-9.]+; weights"):
+        perplexity(model, list(range(100)), window=20)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match="no finite perplexity: its mean token loss is nan"):
+        perplexity(model, list(range(100)), window=20)
+
+
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     model = tiny_model("llama")
     with torch.no_grad():

@@ -160,3 +160,47 @@ def test_the_loops_are_the_definition_of_datainf(loop):
     samples = [[{"q": row_P.view(shape)} for row_P in rows] for rows in (train_NP, val_MP)]
     found_MN = getattr(datainf_loop, loop)(*samples)["q"]
     torch.testing.assert_close(found_MN, -val_MP @ inverse_PP @ train_NP.T, rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_path):
+    plot = plot_of("pruning_smollm2")
+    rng = np.random.default_rng(0)
+    found: dict[tuple[str, int], tuple[list[bool], float]] = {}
+    for pruner, seeds in (("magnitude.Magnitude", 1), ("wanda.Wanda", 3)):
+        for seed in range(seeds):
+            uniform = (rng.random(80) < 0.4).tolist()
+            better = [answer or bool(rng.random() < 0.4) for answer in uniform]
+            for estimator, right, loss in (("uniform.Uniform", uniform, 30.0), ("datainf.DataInf", better, 24.0)):
+                found[f"{pruner} {estimator}", seed] = right, loss + seed
+                folder = tmp_path / "runs" / f"{pruner}-{estimator}-{seed}"
+                folder.mkdir(parents=True)
+                RunRecord(
+                    name="pruning",
+                    seed=0,
+                    overrides=[],
+                    config={
+                        "pruner": {"_target_": f"layerif.prune.{pruner}"},
+                        "allocator": {"target": 0.5, "epsilon": 0.1},
+                        "estimator": {"_target_": f"layerif.estimators.{estimator}"},
+                        "method": {"calibration": {"seed": seed}},
+                    },
+                    allocation={"kind": "sparsity", "values": [0.4, 0.5, 0.6], "budget": 0.5},
+                    metrics={"sparsity": 0.5, "perplexity_256": loss + seed},
+                    questions=answers(right),
+                ).write(folder)
+    plot.draw(tmp_path / "runs", tmp_path)
+    assert {"results.md", "results.png", "sparsity.png"} <= {file.name for file in tmp_path.iterdir()}
+    runs = plot.table([RunRecord.read(file.parent) for file in (tmp_path / "runs").glob("*/record.json")])
+    alone, three = plot.against_uniform(runs).to_dict("records")
+    assert (alone["pruner"], alone["seeds"], alone["perplexity ratio"]) == ("magnitude", 1, "0.80")
+    assert (three["pruner"], three["seeds"]) == ("wanda", 3)
+    gains = [
+        np.mean(found["wanda.Wanda datainf.DataInf", s][0]) - np.mean(found["wanda.Wanda uniform.Uniform", s][0])
+        for s in range(3)
+    ]
+    assert three["accuracy difference"].startswith(f"{np.mean(gains):+.2f} (")
+    # Equal accuracies of three runs do not make the questions any more.
+    same = np.tile(rng.random(80) < 0.5, (3, 1)).astype(float)
+    low, high = plot.bootstrap(same)
+    half = 1.96 * np.sqrt(same.mean() * (1 - same.mean()) / 80)
+    assert high - low == pytest.approx(2 * half, rel=0.1)

@@ -229,6 +229,10 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         (["allocator.smoothing=true"], "smoothing with window=7 needs at least 7 layers, got 3"),
         (["method.offload=gpu"], r"allowed: device, cpu, disk"),
         (["evaluation.num_windows=0"], r"evaluation\.num_windows=0"),
+        (["evaluation.num_windows=100000"], r"num_windows=100000 are asked for, .* holds \d+ of 40 tokens"),
+        (["allocator.max_sparsity=1"], r"max_sparsity=1 must be in \(0, 1\)"),
+        (["method.recover=lora", "method.adapter.warmup_ratio=2"], r"warmup_ratio=2"),
+        (["method.recover=lora_moe", "data.max_length=1"], "max_length=1 leaves no token"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(parts, overrides, message):
@@ -288,3 +292,16 @@ def test_the_mean_of_the_seven_tasks_names_what_it_is_of():
             "lm_eval/zero_shot_mean/acc_norm_or_acc": (0.0 + 0.1 + 0.3 + 4 * 0.9) / 7,
         }
     )
+
+
+@pytest.mark.parametrize("early", ["max_time='00:00:00:00'", "fast_dev_run=true", "overfit_batches=1"])
+def test_a_trainer_that_stops_early_does_not_pass_for_done(parts, tmp_path, early):
+    with pytest.raises(ValueError, match=r"stopped after [01] of 3 blocks; pruning needs all of them"):
+        pruned(parts("estimator=uniform", f"+trainer.{early}"), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_allocation_file_that_is_no_mapping_is_refused(parts, tmp_path):
+    (tmp_path / "list.json").write_text("[0.5, 0.5, 0.5]")
+    with pytest.raises(InstantiationException, match=r"must hold \{block or matrix: sparsity\}, got a list"):
+        parts(f"method.allocation={tmp_path / 'list.json'}").method()

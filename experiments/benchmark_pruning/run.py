@@ -2,20 +2,27 @@
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python experiments/benchmark_pruning/run.py [cpu|cuda]
 
-cpu: blocks of SmolLM2-135M on 16 windows of 256 tokens. cuda: a block with the shape of Mistral-7B, random bfloat16
-weights, 128 windows of 2048 tokens, and from it the 32 blocks of a whole model. Both ways take turns in one process;
-seconds are medians. Nothing else should run on the machine.
+cpu: a block of SmolLM2-135M on 16 windows of 256 tokens. Both ways take turns in one process; seconds are medians.
+Memory is what each adds, at its peak, to a process of its own that holds the model and the block's inputs. Then the
+whole run (scores, 30 blocks, saving, evaluation) as the command line does it.
+cuda: a block with the shape of Mistral-7B, random bfloat16 weights, 128 windows of 2048 tokens, and from it the 32
+blocks of a whole model. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +39,12 @@ from layerif.prune.sparsegpt import SparseGPT
 from layerif.prune.targets import targets
 from layerif.prune.walk import HiddenStates, Walk, capture
 from layerif.prune.wanda import Wanda
+from layerif.record import RunRecord
 
 PRUNERS: tuple[Pruner, ...] = (Magnitude(), Wanda(), SparseGPT(), SparseGPT(n=2, m=4))
+WAYS = ("ours", "plain")
 ROUNDS = 5
+MODELS = "outputs/store/models"
 SPARSITY = 0.5
 
 
@@ -48,34 +58,63 @@ def main() -> None:
 
 
 def on_cpu() -> None:
-    embedded = Embedded(cache="outputs/store/models")
-    model: Any = embedded.load()
-    batches = Calibration().batches(embedded.tokenizer())
-    name = list(blocks(model))[15]
-    block = blocks(model)[name]
-    dense = {key: value.clone() for key, value in block.state_dict().items()}
-    hidden, calls = capture(model, batches)
+    bench = Bench()
     print("one block of SmolLM2-135M, 16 windows of 256 tokens, statistics, pruning and the pruned block's outputs")
-    print("pruner           ours s   plain s   plain/ours   ours GB   plain GB   weights that differ")
+    print("pruner           ours s   plain s   plain/ours   ours MB   plain MB   weights that differ")
     for pruner in PRUNERS:
         times: dict[str, list[float]] = defaultdict(list)
-        memory: dict[str, float] = {}
-        weights: dict[str, dict[str, Tensor]] = {}
+        zeros: dict[str, dict[str, Tensor]] = {}
         for _ in range(ROUNDS):
-            for way in ("ours", "plain"):
-                block.load_state_dict(dense)
-                seconds, memory[way] = _measured(_work(way, pruner, model, name, block, batches, hidden, calls))
-                times[way].append(seconds)
-                weights[way] = {key: module.weight.clone() for key, module in linears(block)}
-        ours, plain = (statistics.median(times[way]) for way in ("ours", "plain"))
-        different = sum(int(((weights["ours"][k] == 0) != (weights["plain"][k] == 0)).sum()) for k in weights["ours"])
-        share = different / sum(weight.numel() for weight in weights["ours"].values())
-        label = type(pruner).__name__ + (f" {pruner.n}:{pruner.m}" if pruner.n else "")
+            for way in WAYS:
+                bench.block.load_state_dict(bench.dense)
+                start = time.perf_counter()
+                bench.work(way, pruner)
+                times[way].append(time.perf_counter() - start)
+                zeros[way] = {key: module.weight == 0 for key, module in linears(bench.block)}
+        ours, plain = (statistics.median(times[way]) for way in WAYS)
+        memory = [_alone(_peak_megabytes, way, pruner) for way in WAYS]
+        different = sum(int((zeros["ours"][key] != zeros["plain"][key]).sum()) for key in zeros["ours"])
+        share = different / sum(mask.numel() for mask in zeros["ours"].values())
         print(
-            f"{label:<15}{ours:>8.2f}{plain:>10.2f}{plain / ours:>13.2f}"
-            f"{memory['ours']:>10.2f}{memory['plain']:>11.2f}{share:>22.1e}"
+            f"{_label(pruner):<15}{ours:>8.2f}{plain:>10.2f}{plain / ours:>13.2f}"
+            f"{memory[0]:>10.0f}{memory[1]:>11.0f}{share:>22.1e}",
+            flush=True,
         )
-    block.load_state_dict(dense)
+    del bench
+    print("\nthe whole run: layerif method=prune allocator=sparsity, its defaults and an empty store")
+    print("pruner            seconds   scores   prune and save   evaluate   peak GB of the process")
+    for name in ("magnitude", "wanda", "sparsegpt"):
+        seconds, record = _whole_run(name)
+        parts = [record.seconds[part] for part in ("evidence", "prune", "evaluate")]
+        print(f"{name:<15}{seconds:>10.0f}{parts[0]:>9.0f}{parts[1]:>17.0f}{parts[2]:>11.0f}{record.memory_gb:>25.1f}")
+
+
+class Bench:
+    """The block in the middle of SmolLM2-135M, and what it is given."""
+
+    def __init__(self) -> None:
+        embedded = Embedded(cache=MODELS)
+        self.model: Any = embedded.load()
+        self.batches = Calibration().batches(embedded.tokenizer())
+        self.name = list(blocks(self.model))[15]
+        self.block = blocks(self.model)[self.name]
+        self.dense = {key: value.clone() for key, value in self.block.state_dict().items()}
+        with torch.no_grad():
+            self.hidden, self.calls = capture(self.model, self.batches)
+
+    def work(self, way: str, pruner: Pruner) -> None:
+        with torch.no_grad():
+            if way == "plain":
+                calls = self.calls[self.name]
+                plain_block(pruner, self.block, [(h, *call) for h, call in zip(self.hidden, calls, strict=True)])
+                return
+            wanted = targets(self.model, dict.fromkeys(blocks(self.model), SPARSITY), pruner)
+            with tempfile.TemporaryDirectory() as folder:
+                walk = Walk(self.model, pruner, wanted, self.batches, Path(folder))
+                walk._hidden, walk._calls = HiddenStates(self.hidden, "cpu"), self.calls
+                walk._prune(self.name, self.block)
+                if pruner.needs_inputs:
+                    walk._forward(self.name, self.block)
 
 
 def on_gpu() -> None:
@@ -110,29 +149,8 @@ def on_gpu() -> None:
                     times.append(time.perf_counter() - start)
                     del walk
             seconds, peak = statistics.median(times), torch.cuda.max_memory_allocated() / 1e9
-            label = type(pruner).__name__ + (f" {pruner.n}:{pruner.m}" if pruner.n else "")
-            print(f"{label:<15}{offload:>9}{seconds:>12.2f}{32 * seconds:>18.0f}{peak:>10.1f}")
+            print(f"{_label(pruner):<15}{offload:>9}{seconds:>12.2f}{32 * seconds:>18.0f}{peak:>10.1f}")
             torch.cuda.empty_cache()
-
-
-def _work(
-    way: str, pruner: Pruner, model: Any, name: str, block: Any, batches: Any, hidden: Any, calls: Any
-) -> Callable:
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            walk = Walk(
-                model, pruner, targets(model, dict.fromkeys(blocks(model), SPARSITY), pruner), batches, Path(folder)
-            )
-            walk._hidden, walk._calls = HiddenStates(hidden, "cpu"), calls
-            walk._prune(name, block)
-            if pruner.needs_inputs:
-                walk._forward(name, block)
-
-    def plain() -> None:
-        with torch.no_grad():
-            plain_block(pruner, block, [(h, *call) for h, call in zip(hidden, calls[name], strict=True)])
-
-    return ours if way == "ours" else plain
 
 
 def plain_block(pruner: Pruner, block: nn.Module, inputs: list[tuple[Tensor, tuple, dict]]) -> None:
@@ -198,24 +216,51 @@ def plain_sparsegpt(weight: Tensor, hessian: Tensor, pruner: SparseGPT) -> Tenso
     return weight
 
 
-def _measured(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and gigabytes of main memory above where it started."""
-    process, done = psutil.Process(), threading.Event()
-    start_bytes = process.memory_info().rss
-    peak = [start_bytes]
+def _peak_megabytes(way: str, pruner: Pruner) -> float:
+    """Of main memory, above where the work began; for a process that does nothing else."""
+    bench, process, done = Bench(), psutil.Process(), threading.Event()
+    _give_back_free_memory()
+    before = peak = process.memory_info().rss
 
     def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], process.memory_info().rss)
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
+    bench.work(way, pruner)
     done.set()
     watcher.join()
-    return seconds, (peak[0] - start_bytes) / 1e9
+    return (peak - before) / 1e6
+
+
+def _give_back_free_memory() -> None:
+    """Or what loading the model left free would hide what the work takes."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _alone(function: Callable[..., float], *arguments: Any) -> float:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _whole_run(pruner: str) -> tuple[float, RunRecord]:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"pruner={pruner}", f"store={folder}/store", f"model.cache={MODELS}", f"hydra.run.dir={folder}/run"]
+        command = [sys.executable, "-m", "layerif", "method=prune", "allocator=sparsity", *settings]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return seconds, RunRecord.read(Path(folder) / "run")
+
+
+def _label(pruner: Pruner) -> str:
+    return type(pruner).__name__ + (f" {pruner.n}:{pruner.m}" if pruner.n else "")
 
 
 if __name__ == "__main__":

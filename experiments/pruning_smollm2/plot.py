@@ -1,12 +1,14 @@
-"""Table and plots of `experiment=pruning_smollm2`: `python experiments/pruning_smollm2/plot.py [FOLDER]`.
+"""Tables and plots of `experiment=pruning_smollm2`: `python experiments/pruning_smollm2/plot.py [SWEEP [FOLDER]]`.
 
-Writes results.md, results.png and sparsity.png beside this file. Intervals are 95 %: Wilson's over the questions of one
-seed for accuracies, Student's t over calibration seeds for means of three.
+Leaves results.md, results.png and sparsity.png in FOLDER (beside this file). Intervals are 95 %. Accuracies and their
+differences: a bootstrap that draws calibration seeds and, within them, questions, which are the same for all runs.
+Perplexities and their ratios: Student's t over calibration seeds, for these windows; none for a single run.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,153 +16,215 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogFormatter
 from scipy import stats
 
 from layerif.record import FILE, RunRecord
 
 matplotlib.use("Agg")
 
-HERE = Path(__file__).parent
 ALLOCATIONS = {"uniform": "#000000", "datainf": "#0072b2", "reversed": "#d55e00", "random": "#009e73"}
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
+RESAMPLES = 10_000
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/sweeps/pruning_smollm2")
-    records = [RunRecord.read(file.parent) for file in sorted(folder.rglob(FILE))]
+def draw(sweep: Path, folder: Path) -> None:
+    records = [RunRecord.read(file.parent) for file in sorted(sweep.glob(f"*/{FILE}"))]
     if not records:
-        sys.exit(f"{folder} holds no {FILE}: run experiments/pruning_smollm2/run.sh first")
-    table = rows(records)
-    text = [f"{len(records)} runs.", _as_text(summarised(table))]
-    text += [
-        "Against uniform, paired by calibration seed:",
-        _as_text(against_uniform(table)),
-        _as_text(before(records)),
+        raise SystemExit(f"{sweep} holds no {FILE}: run experiments/pruning_smollm2/run.sh first")
+    runs = table(records)
+    text = [
+        f"{len(records)} runs; `plot.py` says what the intervals (95 %) are of.",
+        _markdown(measured(records, runs)),
+        "Against uniform with the same calibration windows; a perplexity ratio below 1 and a positive difference are "
+        "better than uniform:",
+        _markdown(against_uniform(runs)),
     ]
-    (HERE / "results.md").write_text("\n\n".join(text) + "\n")
-    plot_results(table, HERE / "results.png")
-    plot_sparsity(records, HERE / "sparsity.png")
+    (folder / "results.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
+    plot_results(records, runs, folder / "results.png")
+    plot_sparsity(runs, folder / "sparsity.png")
 
 
-def rows(records: list[RunRecord]) -> pd.DataFrame:
-    return pd.DataFrame(
+def table(records: list[RunRecord]) -> pd.DataFrame:
+    """One row a run, in the order of the tables; answers: right or not, by question."""
+    runs = pd.DataFrame(
         {
             "pruner": record.config["pruner"]["_target_"].rpartition(".")[2].lower(),
             "target": record.config["allocator"]["target"],
-            "allocation": _allocation(record),
+            "allocation": record.config["estimator"]["_target_"].rpartition(".")[2].lower(),
             "seed": record.config["method"]["calibration"]["seed"],
+            "epsilon": record.config["allocator"]["epsilon"],
             "sparsity": record.metrics["sparsity"],
+            "sparsities": record.allocation["values"],
             "perplexity": record.metrics["perplexity_256"],
-            "accuracy": record.metrics["accuracy"],
-            "low": record.metrics["accuracy_low"],
-            "high": record.metrics["accuracy_high"],
+            "answers": _answers(record.questions["options"]),
         }
         for record in records
     )
+    runs["pruner"] = pd.Categorical(runs["pruner"], PRUNERS, ordered=True)
+    runs["allocation"] = pd.Categorical(runs["allocation"], list(ALLOCATIONS), ordered=True)
+    keys = ["pruner", "target", "allocation", "seed"]
+    if (twice := runs.duplicated(keys)).any():
+        raise SystemExit(f"two runs of one setting: {runs.loc[twice, keys].iloc[0].to_dict()}; remove one's folder")
+    return runs.sort_values(keys).reset_index(drop=True)
 
 
-def summarised(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting: means over calibration seeds and their intervals."""
-    found = []
-    for key, runs in table.groupby(["pruner", "target", "allocation"]):
-        pruner, target, allocation = key  # type: ignore[misc]
-        single = len(runs) == 1
-        accuracy = (runs["low"].iloc[0], runs["high"].iloc[0]) if single else interval(runs["accuracy"])
-        found.append(
+def measured(records: list[RunRecord], runs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for record in [record for record in records if "before/options" in record.questions][:1]:
+        dense_SQ = _answers(record.questions["before/options"])[None]
+        rows.append(
+            {
+                "pruner": "none (dense)",
+                "sparsity": 0,
+                "allocation": "",
+                "seeds": "",
+                "perplexity": f"{record.metrics['before/perplexity_256']:.1f}",
+                "accuracy": _cell(dense_SQ.mean(), bootstrap(dense_SQ), ".2f"),
+                "missed by": "",
+            }
+        )
+    for pruner, target, allocation, group in _settings(runs):
+        right_SQ = np.stack(group["answers"])
+        rows.append(
             {
                 "pruner": pruner,
                 "sparsity": target,
                 "allocation": allocation,
-                "seeds": len(runs),
-                "perplexity": f"{runs['perplexity'].mean():.2f}{_bounds(interval(runs['perplexity']), 2)}",
-                "accuracy": f"{runs['accuracy'].mean():.3f}{_bounds(accuracy, 3)}",
-                "largest miss of the target": f"{(runs['sparsity'] - target).abs().max():.1e}",
+                "seeds": len(group),
+                "perplexity": _cell(group["perplexity"].mean(), student(group["perplexity"]), ".1f"),
+                "accuracy": _cell(right_SQ.mean(), bootstrap(right_SQ), ".2f"),
+                "missed by": f"{(group['sparsity'] - target).abs().max():.1g}",
             }
         )
-    order = {name: number for number, name in enumerate([*PRUNERS, *ALLOCATIONS])}
-    return pd.DataFrame(found).sort_values(["pruner", "sparsity", "allocation"], key=lambda c: c.map(order).fillna(c))
+    return pd.DataFrame(rows)
 
 
-def against_uniform(table: pd.DataFrame) -> pd.DataFrame:
-    """ln perplexity and accuracy minus those of the uniform allocation with the same calibration windows."""
-    wide = table.set_index(["pruner", "target", "seed", "allocation"])[["perplexity", "accuracy"]].unstack()
-    found = []
-    for name in [name for name in ALLOCATIONS if name != "uniform" and ("perplexity", name) in wide]:
-        changes = pd.DataFrame(
+def against_uniform(runs: pd.DataFrame) -> pd.DataFrame:
+    reference = runs[runs["allocation"] == "uniform"].set_index(["pruner", "target", "seed"])
+    rows = []
+    for pruner, target, allocation, group in _settings(runs):
+        keys = [(pruner, target, seed) for seed in group["seed"]]
+        group = group[[key in reference.index for key in keys]]
+        if allocation == "uniform" or group.empty:
+            continue
+        same = reference.loc[[key for key in keys if key in reference.index]]
+        logs = pd.Series(np.log(group["perplexity"].to_numpy() / same["perplexity"].to_numpy()))
+        bounds = student(logs)
+        difference_SQ = np.stack(group["answers"]) - np.stack(same["answers"])
+        rows.append(
             {
-                "ln perplexity": np.log(wide["perplexity", name]) - np.log(wide["perplexity", "uniform"]),
-                "accuracy": wide["accuracy", name] - wide["accuracy", "uniform"],
+                "pruner": pruner,
+                "sparsity": target,
+                "allocation": allocation,
+                "seeds": len(group),
+                "perplexity ratio": _cell(
+                    np.exp(logs.mean()), None if bounds is None else (np.exp(bounds[0]), np.exp(bounds[1])), ".2f"
+                ),
+                "accuracy difference": _cell(difference_SQ.mean(), bootstrap(difference_SQ), "+.2f"),
             }
         )
-        for key, change in changes.dropna().groupby(level=["pruner", "target"]):
-            pruner, target = key  # type: ignore[misc]
-            bounds = {column: _bounds(interval(change[column]), 3) for column in change}
-            cells = {column: f"{change[column].mean():+.3f}{bounds[column]}" for column in change}
-            found.append({"pruner": pruner, "sparsity": target, "allocation": name, **cells})
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
-def before(records: list[RunRecord]) -> pd.DataFrame:
-    dense = next((record for record in records if "before/accuracy" in record.metrics), None)
-    metrics = {} if dense is None else dense.metrics
-    kept = {name: value for name, value in metrics.items() if name.startswith("before/")}
-    return pd.DataFrame([kept] if kept else [])
-
-
-def interval(values: Any) -> tuple[float, float] | None:
-    """Student's t over the seeds; none for a single one."""
+def student(values: pd.Series) -> tuple[float, float] | None:
+    """Of the mean over seeds; none for a single one."""
     if len(values) < 2:
         return None
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return values.mean() - half, values.mean() + half
 
 
-def plot_results(table: pd.DataFrame, file: Path) -> None:
-    figure, axes = plt.subplots(2, len(PRUNERS), figsize=(10, 6), squeeze=False, sharex=True)
-    for column, pruner in enumerate(PRUNERS):
-        for number, (name, colour) in enumerate(ALLOCATIONS.items()):
-            runs = table[(table["pruner"] == pruner) & (table["allocation"] == name)]
-            shifted = runs["target"] + 0.01 * (number - 1.5)
-            for row, metric in enumerate(("perplexity", "accuracy")):
-                axes[row][column].plot(shifted, runs[metric], "o", color=colour, label=name, alpha=0.7)
-        axes[0][column].set(title=pruner, yscale="log")
-        axes[1][column].set(xlabel="sparsity", xticks=sorted(table["target"].unique()))
-    axes[0][0].set_ylabel("perplexity, 256 tokens")
-    axes[1][0].set_ylabel("four-way accuracy")
-    axes[0][0].legend(frameon=False)
-    _write(figure, file)
+def bootstrap(values_SQ: np.ndarray) -> tuple[float, float]:
+    """Of the mean: seeds drawn with replacement, and questions within the draw."""
+    rng = np.random.default_rng(0)
+    num_seeds, num_questions = values_SQ.shape
+    # How often each seed and each question is drawn says it all.
+    seeds_RS = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=RESAMPLES)
+    questions_RQ = rng.multinomial(num_questions, [1 / num_questions] * num_questions, size=RESAMPLES)
+    means_R = np.einsum("rs,sq,rq->r", seeds_RS, values_SQ, questions_RQ, optimize=True) / values_SQ.size
+    return float(np.quantile(means_R, 0.025)), float(np.quantile(means_R, 0.975))
 
 
-def plot_sparsity(records: list[RunRecord], file: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 3.5))
-    for name, colour in ALLOCATIONS.items():
-        chosen = [r for r in records if _allocation(r) == name and r.config["allocator"]["target"] == 0.5]
-        if chosen:
-            axis.step(
-                range(len(chosen[0].layers)), chosen[0].allocation["values"], where="mid", color=colour, label=name
-            )
-    axis.set(xlabel="block", ylabel="sparsity at 50 %")
-    if axis.has_data():
-        axis.legend(frameon=False)
-    _write(figure, file)
-
-
-def _write(figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
+def plot_results(records: list[RunRecord], runs: pd.DataFrame, file: Path) -> None:
+    """A point a run: perplexity, the logarithm of its ratio to uniform's with the same windows, and accuracy."""
+    uniform = runs[runs["allocation"] == "uniform"].set_index(["pruner", "target", "seed"])["perplexity"].to_dict()
+    keys = zip(runs["pruner"], runs["target"], runs["seed"], strict=True)
+    runs = runs.assign(
+        ratio=[np.log(value / uniform.get(key, np.nan)) for value, key in zip(runs["perplexity"], keys, strict=True)],
+        accuracy=[answers.mean() for answers in runs["answers"]],
+    )
+    labels = {"perplexity": "perplexity", "ratio": "ln(perplexity / uniform's)", "accuracy": "four-way accuracy"}
+    dense = next((record.metrics for record in records if "before/accuracy" in record.metrics), {})
+    marks = {"perplexity": dense.get("before/perplexity_256"), "ratio": 0, "accuracy": dense.get("before/accuracy")}
+    targets = sorted(runs["target"].unique())
+    figure, axes = plt.subplots(len(labels), len(PRUNERS), figsize=(10, 8), squeeze=False, sharex=True)
+    for row, (metric, label) in enumerate(labels.items()):
+        for column, pruner in enumerate(PRUNERS):
+            axis = axes[row][column]
+            for number, (name, colour) in enumerate(ALLOCATIONS.items()):
+                chosen = runs[(runs["pruner"] == pruner) & (runs["allocation"] == name)]
+                places = [targets.index(target) + 0.15 * (number - 1.5) for target in chosen["target"]]
+                axis.plot(places, chosen[metric], "o", color=colour, label=name, alpha=0.6, markersize=5)
+            if marks[metric] is not None:
+                axis.axhline(marks[metric], color="#999999", linestyle=":", label="" if metric == "ratio" else "dense")
+            if metric == "accuracy":
+                axis.axhline(0.25, color="#999999", linewidth=0.8, label="guessing")
+                axis.set_ylim(0.15, 0.8)
+            if metric == "perplexity":
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())
+                axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+            if column == 0:
+                axis.set_ylabel(label)
+        axes[0][row].set_title(PRUNERS[row])
+    axes[0][0].set_xlim(-0.5, len(targets) - 0.5)
+    axes[0][0].set_xticks(range(len(targets)), [f"{target:.0%} sparse" for target in targets])
+    figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="upper center", ncols=6, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def _allocation(record: RunRecord) -> str:
-    return record.config["estimator"]["_target_"].rpartition(".")[2].lower()
+def plot_sparsity(runs: pd.DataFrame, file: Path) -> None:
+    """Of the lowest target; one panel for each epsilon, with the pruners that have it."""
+    shown = runs[(runs["target"] == runs["target"].min()) & (runs["allocation"] != "uniform")]
+    panels: list[Any] = list(shown.groupby("epsilon"))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.6 * len(panels) + 0.4), squeeze=False, sharex=True)
+    for axis, (epsilon, group) in zip(axes[:, 0], panels, strict=True):
+        target = group["target"].iloc[0]
+        axis.axhline(target, color=ALLOCATIONS["uniform"], label="uniform")
+        for name in [name for name in ALLOCATIONS if name in set(group["allocation"])]:
+            distinct = dict.fromkeys(map(tuple, group.loc[group["allocation"] == name, "sparsities"]))
+            for number, values in enumerate(distinct):  # one, but for every random draw
+                style = {"color": ALLOCATIONS[name], "linewidth": 2.0 if len(distinct) == 1 else 0.9}
+                axis.step(range(len(values)), values, where="mid", label=None if number else name, **style)
+        pruners = ", ".join(name for name in PRUNERS if name in set(group["pruner"]))
+        axis.set(title=f"{pruners} (ε = {epsilon:g})", ylabel="sparsity")
+    if panels:
+        axes[-1][0].set_xlabel("block")
+        axes[0][0].legend(frameon=False, ncols=len(ALLOCATIONS), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
 
 
-def _bounds(bounds: tuple[float, float] | None, digits: int) -> str:
-    return "" if bounds is None else f" ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
+def _settings(runs: pd.DataFrame) -> Iterator[tuple[str, float, str, Any]]:
+    for key, group in runs.groupby(["pruner", "target", "allocation"], observed=True):
+        yield *key, group  # type: ignore[misc]
 
 
-def _as_text(frame: pd.DataFrame) -> str:
+def _answers(questions: dict[str, bool]) -> np.ndarray:
+    return np.array([questions[name] for name in sorted(questions)], dtype=float)
+
+
+def _cell(value: float, bounds: tuple[float, float] | None, digits: str) -> str:
+    around = "" if bounds is None else f" ({bounds[0]:{digits}} to {bounds[1]:{digits}})"
+    return f"{value:{digits}}{around}"
+
+
+def _markdown(frame: pd.DataFrame) -> str:
     if frame.empty:
         return "(none yet)"
     header = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
@@ -168,4 +232,7 @@ def _as_text(frame: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    draw(
+        Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/sweeps/pruning_smollm2"),
+        Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent,
+    )
