@@ -362,6 +362,7 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
         (LinearProbe, {"classes": "true"}, r"estimator\.classes.*did you mean 'truth'"),
         (Cca, {"components": 0}, r"estimator\.components=0 must be at least 1"),
         (Ila, {"num_steps": 0}, r"estimator\.num_steps=0 must be at least 1"),
+        (Ila, {"samples_per_step": 0}, r"estimator\.samples_per_step=0 must be at least 1"),
         (Ila, {"learning_rate": NAN}, r"estimator\.learning_rate=nan must be finite"),
         (Ila, {"start": NAN}, r"estimator\.start=nan must be finite"),
         (GradNorm, {"normalisation": "size"}, r"estimator\.normalisation must be one of"),

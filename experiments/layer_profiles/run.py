@@ -33,7 +33,8 @@ def main() -> None:
         trained = sweep / f"adapter-{task}"
         lora = ["method=lora", "allocator=rank", "estimator=uniform"]
         layerif(*shared, f"task={task}", *lora, f"hydra.run.dir={trained}")
-        ila = ["estimator=ila", f"model.adapter={trained.resolve() / 'adapter'}"]
+        # The gates weigh the adapter by the loss it was trained with.
+        ila = ["estimator=ila", "probe.loss_on=${data.loss_on}", f"model.adapter={trained.resolve() / 'adapter'}"]
         layerif(*shared, f"task={task}", *ila, f"hydra.run.dir={sweep / f'ila-{task}'}")
     plot = Path(__file__).with_name("plot.py")
     subprocess.run([sys.executable, plot, sweep, plot.parent], check=True)
