@@ -41,7 +41,8 @@ def learn_gates(
     Every adapted linear of block l gives base + σ(s_l)·(adapted − base); nothing else is learned, dropout is off.
     model: with a PEFT adapter; samples: taken in an order of their own in every round, a function of the seed.
     batch_size: samples the model sees at once, a matter of memory alone.
-    Raises ValueError where the adapter changes nothing, and for a loss that is not finite.
+    Raises ValueError for an adapter of no layer in the blocks, or one that changes nothing, and for a loss that is not
+    finite.
     """
     device = next(model.parameters()).device
     scores_L = torch.full((len(layers.names),), start, device=device, requires_grad=True)
@@ -57,9 +58,8 @@ def learn_gates(
                 losses = per_sample_loss(model, {name: value.to(device) for name, value in batch.items()})
                 if not bool(losses.isfinite().all()):
                     raise ValueError(f"the loss is not finite at step {step} of the gates; look at model.adapter")
-                if losses.requires_grad:  # or no block is adapted at all
-                    (losses.sum() / per_step).backward()
-            if scores_L.grad is None or (step == 0 and not bool(scores_L.grad.any())):
+                (losses.sum() / per_step).backward()
+            if step == 0 and not bool(scores_L.grad.any()):  # type: ignore[union-attr]
                 raise ValueError(
                     "the adapter changes nothing in any block, so there is no change to gate; train it first, for "
                     "example with method=lora allocator=rank, and give its folder as model.adapter"
@@ -84,12 +84,18 @@ def _hooked(model: nn.Module, layers: LayerMap, scores_L: Tensor) -> Iterator[No
         return gate
 
     found = blocks(model)
-    handles = [
-        module.register_forward_hook(hook(number), with_kwargs=True)
+    adapted = [
+        (number, module)
         for number, name in enumerate(layers.names)
         for module in found[name].modules()
         if isinstance(module, BaseTunerLayer)
     ]
+    if not adapted:
+        raise ValueError(
+            "model.adapter changes no layer of any block, so there is nothing to gate; give one that does, for example "
+            "of method=lora allocator=rank"
+        )
+    handles = [module.register_forward_hook(hook(number), with_kwargs=True) for number, module in adapted]
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from layerif import gates
 from layerif.data.batches import Encoded, collate
@@ -113,6 +113,11 @@ def test_an_adapter_that_changes_nothing_is_refused():
     model = adapted(scale=0.0)
     with pytest.raises(ValueError, match=r"changes nothing.*train it first"):
         learn_gates(model, layers_of(model), SAMPLES, **SETTINGS)
-    bare = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"changes nothing.*train it first"):
-        learn_gates(bare, layers_of(bare), SAMPLES, **SETTINGS)
+
+
+@pytest.mark.parametrize("config", [None, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")])
+def test_an_adapter_of_no_layer_is_refused(config):
+    model: Any = tiny_model("llama")
+    layers = layers_of(model)
+    with pytest.raises(ValueError, match=r"no layer of any block.*nothing to gate"):
+        learn_gates(get_peft_model(model, config) if config else model, layers, SAMPLES, **SETTINGS)
