@@ -73,7 +73,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
 
 
 def make(cls: type[Any], **settings: Any) -> Any:
-    return cls(**REQUIRED.get(cls, {}), **settings)
+    return cls(**REQUIRED.get(cls, {}) | settings)
 
 
 def score(estimator: GramEstimator, grams: LayerGrams) -> LayerScores:
