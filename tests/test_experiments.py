@@ -58,6 +58,10 @@ def write(folder: Path, name: str, *, seed: int = 0, task: str = "currency", **o
     return record
 
 
+def plot_records(folder: Path) -> list[RunRecord]:
+    return [RunRecord.read(file.parent) for file in sorted(folder.glob("*/record.json"))]
+
+
 def answers(right: list[bool]) -> dict[str, dict[str, bool]]:
     return {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}}
 
@@ -108,7 +112,7 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
     plot.draw(tmp_path / "runs", tmp_path)
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "allocations.png").stat().st_size > 10_000
-    table = plot.results([RunRecord.read(file.parent) for file in (tmp_path / "runs").glob("*/record.json")])
+    table = plot.results(plot_records(tmp_path / "runs"))
     rows = {row["arm"]: row for row in table.to_dict("records")}
     assert set(rows) == {"before", "uniform", "random", "shape(2-4-6-8)", "plain LoRA, equal size"}
     assert rows["random"]["difference"] == pytest.approx(np.mean(expected), abs=1e-4)
@@ -119,6 +123,9 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
     assert (rows["plain LoRA, equal size"]["difference"], rows["plain LoRA, equal size"]["p"]) == (0, 1)
     assert rows["before"]["accuracy"] == 0
     assert {row["seeds"] for name, row in rows.items() if name != "before"} == {3}
+    again = write(tmp_path / "again", "uniform", seed=2, questions=answers([True] * 80))
+    with pytest.raises(SystemExit, match="uniform was run twice with seed 2"):
+        plot.results([*plot_records(tmp_path / "runs"), again])
 
 
 def test_holm_multiplies_by_what_is_left_and_never_falls():
