@@ -153,13 +153,16 @@ def test_profiles_are_correlated_over_blocks_and_their_costs_shared(tmp_path):
         alpha: dict[str, Any] = {"estimator": "alpha.Alpha", "fingerprint": "weights", "notes": [STORED]}
         write(tmp_path / "runs", "alpha", task=task, method=None, **alpha)
         ila: dict[str, Any] = {"estimator": "ila.Ila", "fingerprint": f"{task} gates", "adapter": "adapter"}
-        write(tmp_path / "runs", "ila", task=task, method=None, **ila)
+        write(tmp_path / "runs", "ila", task=task, method=None, reliability=0.5, **ila)
         write(tmp_path / "runs", "trained", task=task, seconds={"fit": 70.0})  # no profile
         write(tmp_path / "runs", "random", task=task, method=None, estimator="random.Random", fingerprint="none")
     plot.draw(tmp_path / "runs", tmp_path)
     assert (tmp_path / "profiles.png").stat().st_size > 10_000
     profiles = plot.read(tmp_path / "runs")
     assert plot.spearman(profiles).loc["dlp", "avss"] == pytest.approx(-1)
+    tasks = plot.across_tasks(profiles)
+    assert tasks.loc["dlp", ["between tasks", "highest, capital", "highest, currency"]].tolist() == [1, 5, 5]
+    assert tasks["between halves"].dropna().to_dict() == {"ila": 0.5}
     costs = plot.costs(profiles, plot.trainings(tmp_path / "runs"))
     assert costs["evidence s"].drop("alpha").to_dict() == {"avss": 9, "dlp": 9, "outlier": 9, "ila": 2, "random": 0}
     assert np.isnan(costs.loc["alpha", "evidence s"])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from layerif.record import FILE, RunRecord
 
@@ -19,16 +21,16 @@ Profiles = dict[str, dict[str, RunRecord]]  # task -> estimator -> its run
 
 
 def draw(sweep: Path, folder: Path) -> None:
-    """Leave profiles.png, spearman.png, costs.csv and spearman.csv in `folder`."""
+    """Leave profiles.png, spearman.png, spearman.csv, tasks.csv and costs.csv in `folder`, and print the tables."""
     profiles = read(sweep)
     heat_maps(profiles, folder / "profiles.png")
     correlations = spearman(profiles)
     correlations.round(2).to_csv(folder / "spearman.csv")
     matrix(correlations, folder / "spearman.png")
-    spent = costs(profiles, trainings(sweep)).round(2)
-    spent.to_csv(folder / "costs.csv")
-    print(spent.to_string())
     print(correlations.round(2).to_string())
+    for name, table in {"tasks": across_tasks(profiles), "costs": costs(profiles, trainings(sweep))}.items():
+        table.round(2).to_csv(folder / f"{name}.csv")
+        print(table.round(2).to_string())
 
 
 def read(sweep: Path) -> Profiles:
@@ -101,6 +103,25 @@ def spearman(profiles: Profiles, names: list[str] | None = None) -> pd.DataFrame
     return pd.DataFrame(
         np.nanmean(np.stack([table.to_numpy() for table in tables]), axis=0), index=names, columns=names
     )
+
+
+def across_tasks(profiles: Profiles) -> pd.DataFrame:
+    """Does a profile follow the task? Of each estimator: its rank correlation between two tasks, and, to judge that by,
+    between two halves of one task's samples (where the evidence is kept sample by sample); the highest block of each
+    task.
+    """
+    rows = {}
+    for name in order(profiles):
+        runs = {task: estimators[name] for task, estimators in profiles.items() if name in estimators}
+        between = [spearmanr(one.scores, other.scores)[0] for one, other in combinations(runs.values(), 2)]
+        halves = [run.reliability for run in runs.values() if run.reliability is not None]
+        rows[name] = {
+            "between tasks": mean(between) if between else np.nan,
+            "lowest": min(between, default=np.nan),
+            "between halves": mean(halves) if halves else np.nan,
+            **{f"highest, {task}": int(np.argmax(run.scores)) for task, run in runs.items()},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def matrix(correlations: pd.DataFrame, file: Path) -> None:
