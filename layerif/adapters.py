@@ -64,6 +64,9 @@ class AdapterModule(L.LightningModule):
             raise ValueError(
                 f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); for steps use method.warmup_steps"
             )
+        scaling = self.hparams.get("scaling", 1.0)
+        if not scaling > 0:
+            raise ValueError(f"method.scaling={scaling} must be above 0; it is α/r, the paper's 16/8")
         if adapter:
             raise ValueError(
                 f"an adapter to train cannot build on model.adapter={adapter!r}; merge the adapter into a folder "

@@ -142,7 +142,11 @@ class Decider(Measurements):
             # Only `avss` counts below a bound of its own; all others share the pass with its default.
             "activations": lambda: self.activations(load, epsilon=getattr(estimator, "epsilon", Avss.epsilon)),
             "training": lambda: self.gates(
-                load, num_steps=estimator.num_steps, learning_rate=estimator.learning_rate, start=estimator.start
+                load,
+                num_steps=estimator.num_steps,
+                samples_per_step=estimator.samples_per_step,
+                learning_rate=estimator.learning_rate,
+                start=estimator.start,
             ),
         }
         return taken[estimator.needs]()

@@ -84,18 +84,18 @@ class LayerActivations:
             rows_LRH = torch.cat([self.right, self.wrong], dim=1) if has_wrong else self.right
             labels = ["right"] * len(numbers) + ["wrong"] * len(numbers) * has_wrong
             samples = numbers + numbers * has_wrong
-        if len(set(labels)) < 2:
-            raise ValueError(
-                f"all {len(labels)} rows of estimator.classes={classes} are of one class, {labels[0]!r}: there is "
-                "nothing to tell apart; use a task with more answers, or the other of "
-                f"estimator.classes={', '.join(get_args(Classes))}"
-            )
         lost = int(rows_LRH.isnan().any(dim=2).any(dim=0).sum())
         if lost:
             raise ValueError(
                 f"{lost} of {len(labels)} rows of estimator.classes={classes} have no token to look at: their samples "
                 "are cut at probe.max_length before the answer, or have one option only; raise probe.max_length, "
                 "or leave such rows out with task.keep"
+            )
+        if len(set(labels)) < 2:
+            raise ValueError(
+                f"all {len(labels)} rows of estimator.classes={classes} are of one class, {labels[0]!r}: there is "
+                "nothing to tell apart; use a task with more answers, or the other of "
+                f"estimator.classes={', '.join(get_args(Classes))}"
             )
         return rows_LRH.double(), labels, samples
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -14,44 +14,52 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerif.blocks import blocks
+from layerif.data.batches import Encoded, Encodings, batches
 from layerif.estimators.ila import gated
 from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
 from layerif.modes import frozen
 
-VERSION = 1  # part of every cache key: raise it when the meaning of a gate changes
+VERSION = 2  # part of every cache key: raise it when the meaning of a gate changes
 
 
 def learn_gates(
     model: nn.Module,
     layers: LayerMap,
-    batches: Sequence[Mapping[str, Tensor]],
+    samples: Sequence[Encoded],
     *,
     num_steps: int,
+    samples_per_step: int,
     learning_rate: float,
     start: float,
+    batch_size: int = 8,
+    pad_id: int = 0,
     seed: int = 0,
 ) -> Tensor:
-    """The scores s (L, float32) after `num_steps` of plain gradient descent on the mean loss.
+    """The scores s (L, float32) after `num_steps` of plain gradient descent on the mean loss of `samples_per_step`.
 
     Every adapted linear of block l gives base + σ(s_l)·(adapted − base); nothing else is learned, dropout is off.
-    model: with a PEFT adapter; batches: seen in an order of their own in every round, a function of the seed.
-    Raises ValueError where the adapter changes nothing, and for a loss that is not finite.
+    model: with a PEFT adapter; samples: taken in an order of their own in every round, a function of the seed.
+    batch_size: samples the model sees at once, a matter of memory alone.
+    Raises ValueError for an adapter of no layer in the blocks, or one that changes nothing, and for a loss that is not
+    finite.
     """
     device = next(model.parameters()).device
     scores_L = torch.full((len(layers.names),), start, device=device, requires_grad=True)
     # Plain descent: where every block's change helps, Adam would open all gates at one pace and tell none apart.
     optimizer = torch.optim.SGD([scores_L], lr=learning_rate)
-    order = itertools.islice(_rounds(len(batches), seed), num_steps)
+    per_step = min(samples_per_step, len(samples))
+    drawn = _rounds(len(samples), seed)
     with frozen(model), _hooked(model, layers, scores_L), torch.enable_grad():
-        for step, number in enumerate(tqdm(order, total=num_steps, desc="gates", disable=None, leave=False)):
-            loss = per_sample_loss(model, {name: value.to(device) for name, value in batches[number].items()}).mean()
-            if not bool(loss.isfinite()):
-                raise ValueError(f"the loss is {loss.item()} at step {step} of the gates; look at model.adapter")
+        for step in tqdm(range(num_steps), desc="gates", disable=None, leave=False):
+            chosen = Encodings(samples[index] for index in islice(drawn, per_step))
             optimizer.zero_grad()
-            if loss.requires_grad:  # or no block is adapted at all
-                loss.backward()
-            if scores_L.grad is None or (step == 0 and not bool(scores_L.grad.any())):
+            for _, batch in batches(chosen, batch_size, pad_id):
+                losses = per_sample_loss(model, {name: value.to(device) for name, value in batch.items()})
+                if not bool(losses.isfinite().all()):
+                    raise ValueError(f"the loss is not finite at step {step} of the gates; look at model.adapter")
+                (losses.sum() / per_step).backward()
+            if step == 0 and not bool(scores_L.grad.any()):  # type: ignore[union-attr]
                 raise ValueError(
                     "the adapter changes nothing in any block, so there is no change to gate; train it first, for "
                     "example with method=lora allocator=rank, and give its folder as model.adapter"
@@ -76,12 +84,18 @@ def _hooked(model: nn.Module, layers: LayerMap, scores_L: Tensor) -> Iterator[No
         return gate
 
     found = blocks(model)
-    handles = [
-        module.register_forward_hook(hook(number), with_kwargs=True)
+    adapted = [
+        (number, module)
         for number, name in enumerate(layers.names)
         for module in found[name].modules()
         if isinstance(module, BaseTunerLayer)
     ]
+    if not adapted:
+        raise ValueError(
+            "model.adapter changes no layer of any block, so there is nothing to gate; give one that does, for example "
+            "of method=lora allocator=rank"
+        )
+    handles = [module.register_forward_hook(hook(number), with_kwargs=True) for number, module in adapted]
     try:
         yield
     finally:

@@ -222,19 +222,25 @@ class Measurements:
         )
         return seen, reused
 
-    def gates(self, load: Load, *, num_steps: int, learning_rate: float, start: float) -> tuple[LayerGates, bool]:
+    def gates(
+        self, load: Load, *, num_steps: int, samples_per_step: int, learning_rate: float, start: float
+    ) -> tuple[LayerGates, bool]:
         """A gate per block, learned on the train samples with the adapter of the model frozen."""
         layers, train = self.layers(), self.samples()[0]
-        settings = {"num_steps": num_steps, "learning_rate": learning_rate, "start": start}
-        chosen = [batch for _, batch in batches(train, self.probe.batch_size, padding_id(self.tokenizer))]
+        settings = {
+            "num_steps": num_steps,
+            "samples_per_step": samples_per_step,
+            "learning_rate": learning_rate,
+            "start": start,
+            "seed": self.seed,
+        }
+        cost = {"batch_size": self.probe.batch_size, "pad_id": padding_id(self.tokenizer)}
         tensors, key, reused = self._by_the_first(
             "gates",
-            lambda: {"scores": gates.learn_gates(self._whole(load), layers, chosen, seed=self.seed, **settings)},
+            lambda: {"scores": gates.learn_gates(self._whole(load), layers, train, **settings, **cost)},
             gates=gates.VERSION,
             loss=loss.VERSION,
             train=_hash_of_samples(train),
-            batch_size=self.probe.batch_size,
-            seed=self.seed,
             **settings,
         )
         return LayerGates(layers, tensors["scores"], key), reused

@@ -93,8 +93,6 @@ class LoRAModule(AdapterModule):
         super().__init__()
         self.save_hyperparameters()
         self.check()
-        if not scaling > 0:
-            raise ValueError(f"method.scaling={scaling} must be above 0; it is α/r, the paper's 16/8")
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
         return plain_lora(base, allocation, **{name: self.hparams[name] for name in _PLAIN})
@@ -129,6 +127,8 @@ class EqualLoRAModule(AdapterModule):
         super().__init__()
         self.save_hyperparameters()
         self.check()
+        if r < 1:
+            raise ValueError(f"method.r={r} must be at least 1: it is the rank of an expert that is compared with")
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
         ranks, self.compared = equal_ranks(

@@ -73,7 +73,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
 
 
 def make(cls: type[Any], **settings: Any) -> Any:
-    return cls(**REQUIRED.get(cls, {}), **settings)
+    return cls(**REQUIRED.get(cls, {}) | settings)
 
 
 def score(estimator: GramEstimator, grams: LayerGrams) -> LayerScores:
@@ -653,6 +653,26 @@ def test_every_estimator_is_usable_for_experts_rank_and_sparsity(any_estimator):
         assert sum(allocation.values) / 8 == pytest.approx(0.5, abs=1e-6)
 
 
+def test_a_higher_score_never_gets_less_and_sparsity_follows_the_direction(any_estimator):
+    scores = any_estimator.score(evidence(any_estimator.needs))
+    sign = 1 if scores.higher_means == "undertrained" else -1
+    experts, rank = (allocator(scores, DEEP).values for allocator in (Experts(budget=40), Rank(budget=64)))
+    sparsity = Sparsity(target=0.5, smoothing=False)(scores, DEEP).values
+    for l, k in itertools.permutations(range(8), 2):
+        if scores.values[l] > scores.values[k]:
+            assert experts[l] >= experts[k]
+            assert rank[l] >= rank[k]
+            assert sign * (sparsity[l] - sparsity[k]) >= 0
+
+
+def test_turned_round_twice_is_as_before(any_estimator):
+    found = evidence(any_estimator.needs)
+    plain, once = any_estimator.score(found), Reversed(of=any_estimator).score(found)
+    assert Reversed(of=Reversed(of=any_estimator)).score(found).values == pytest.approx(plain.values, rel=1e-9)
+    assert [once.values[l] for l in _ranking(plain)[::-1]] == sorted(once.values)
+    assert (once.layers, once.higher_means) == (plain.layers, plain.higher_means)
+
+
 def test_blocks_alike_get_a_uniform_allocation(any_estimator):
     if "random" in any_estimator.score(evidence(any_estimator.needs)).source:
         pytest.skip("random scores are of the layers' names alone")
@@ -799,6 +819,10 @@ def test_file_reads_the_record_of_a_run(tmp_path):
 def test_file_refuses_scores_of_another_model_or_shape(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         File(path=write(tmp_path, content)).score(LAYERS)
+
+
+def _ranking(scores: LayerScores) -> list[int]:
+    return sorted(range(len(scores.values)), key=lambda l: scores.values[l])
 
 
 def test_scoring_real_gradients_warns_of_nothing():

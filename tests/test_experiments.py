@@ -41,6 +41,7 @@ def write(folder: Path, name: str, *, seed: int = 0, task: str = "currency", **o
         "estimator": {"_target_": f"layerif.estimators.{target}"},
         "task": {"name": task},
         "method": {"_target_": f"layerif.modules.{method}"} if method else {},
+        "model": {"adapter": options.pop("adapter", None)},
     }
     rng = np.random.default_rng(seed + len(name))
     scores = rng.random(6).tolist()
@@ -57,6 +58,10 @@ def write(folder: Path, name: str, *, seed: int = 0, task: str = "currency", **o
     (folder / f"{name}-{task}-{seed}").mkdir(parents=True)
     record.write(folder / f"{name}-{task}-{seed}")
     return record
+
+
+def plot_records(folder: Path) -> list[RunRecord]:
+    return [RunRecord.read(file.parent) for file in sorted(folder.glob("*/record.json"))]
 
 
 def answers(right: list[bool]) -> dict[str, dict[str, bool]]:
@@ -78,12 +83,12 @@ def test_every_arm_composes_and_binds():
     assert [config.estimator.seed for config in configs if "seed" in config.estimator] == [2]
 
 
-def test_the_profiles_are_of_every_estimator():
-    found = {file.stem for file in conf_folder().glob("estimator/*.yaml")}
-    shown = set(loaded("layer_profiles", "run").ESTIMATORS)
-    # ila is run apart, with its adapter; the others are flat, given, turned round, or need checkpoints or kronfluence.
-    assert found - shown == {"ila", "uniform", "file", "reversed", "tracin", "ekfac"}
-    assert shown <= found
+def test_the_profiles_are_of_every_estimator_that_needs_no_more():
+    run = loaded("layer_profiles", "run")
+    files = {file.stem: file.read_text() for file in conf_folder().glob("estimator/*.yaml")}
+    to_fill_in = {name for name, text in files.items() if "???" in text}
+    assert set(run.ESTIMATORS) == set(files) - to_fill_in - set(run.APART)
+    assert {"datainf", "alpha", "outlier", "random"} <= set(run.ESTIMATORS)
     assert not composed("experiment=layer_profiles", "task=region", "estimator=ila").method
 
 
@@ -109,7 +114,7 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
     plot.draw(tmp_path / "runs", tmp_path)
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "allocations.png").stat().st_size > 10_000
-    table = plot.results([RunRecord.read(file.parent) for file in (tmp_path / "runs").glob("*/record.json")])
+    table = plot.results(plot_records(tmp_path / "runs"))
     rows = {row["arm"]: row for row in table.to_dict("records")}
     assert set(rows) == {"before", "uniform", "random", "shape(2-4-6-8)", "plain LoRA, equal size"}
     assert rows["random"]["difference"] == pytest.approx(np.mean(expected), abs=1e-4)
@@ -120,6 +125,9 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
     assert (rows["plain LoRA, equal size"]["difference"], rows["plain LoRA, equal size"]["p"]) == (0, 1)
     assert rows["before"]["accuracy"] == 0
     assert {row["seeds"] for name, row in rows.items() if name != "before"} == {3}
+    again = write(tmp_path / "again", "uniform", seed=2, questions=answers([True] * 80))
+    with pytest.raises(SystemExit, match="uniform was run twice with seed 2"):
+        plot.results([*plot_records(tmp_path / "runs"), again])
 
 
 def test_holm_multiplies_by_what_is_left_and_never_falls():
@@ -130,22 +138,58 @@ def test_holm_multiplies_by_what_is_left_and_never_falls():
     assert np.isnan(corrected[2])
 
 
+STORED = "scores from the store: this model and task were measured before"
+
+
 def test_profiles_are_correlated_over_blocks_and_their_costs_shared(tmp_path):
     plot = plot_of("layer_profiles")
+    rising, falling = list(range(6)), list(range(6, 0, -1))
     for task in ("capital", "currency"):
-        rising, falling = list(range(6)), list(range(6, 0, -1))
-        seconds = ({"evidence": 9.0, "score": 0.1}, {"evidence": 0.2, "score": 0.3})
-        for name, scores, cost in (("dlp.Dlp", rising, seconds[0]), ("avss.Avss", falling, seconds[1])):
-            options = {"estimator": name, "method": None, "scores": scores, "seconds": cost, "fingerprint": task}
-            write(tmp_path / "runs", name.split(".")[0], task=task, **options)
-    write(tmp_path / "runs", "trained")  # no profile: it was fine-tuned
+        pass_of: dict[str, Any] = {"method": None, "task": task, "fingerprint": task}
+        of = {"dlp": rising, "avss": falling, "outlier": falling[::-1]}
+        for name, scores in of.items():
+            seconds: dict[str, Any] = {"seconds": {"evidence": 9.0, "score": 0.1}}
+            paid = seconds if name == "dlp" else {"notes": [STORED]}
+            write(tmp_path / "runs", name, estimator=f"{name}.X", scores=scores, **pass_of | paid)
+        # Of weights alone, and in the store before any of these runs.
+        alpha: dict[str, Any] = {"estimator": "alpha.Alpha", "fingerprint": "weights", "notes": [STORED]}
+        write(tmp_path / "runs", "alpha", task=task, method=None, **alpha)
+        ila: dict[str, Any] = {"estimator": "ila.Ila", "fingerprint": f"{task} gates", "adapter": "adapter"}
+        write(tmp_path / "runs", "ila", task=task, method=None, reliability=0.5, **ila)
+        write(tmp_path / "runs", "trained", task=task, seconds={"fit": 70.0})  # no profile
+        write(tmp_path / "runs", "random", task=task, method=None, estimator="random.Random", fingerprint="none")
     plot.draw(tmp_path / "runs", tmp_path)
     assert (tmp_path / "profiles.png").stat().st_size > 10_000
     profiles = plot.read(tmp_path / "runs")
     assert plot.spearman(profiles).loc["dlp", "avss"] == pytest.approx(-1)
-    costs = plot.costs(profiles)
-    assert costs.loc["avss", "evidence s"] == costs.loc["dlp", "evidence s"] == 9
-    assert costs.loc["avss", "score s"] == pytest.approx(0.3)
+    tasks = plot.across_tasks(profiles)
+    assert tasks.loc["dlp", ["between tasks", "highest, capital", "highest, currency"]].tolist() == [1, 5, 5]
+    assert tasks["between halves"].dropna().to_dict() == {"ila": 0.5}
+    costs = plot.costs(profiles, plot.trainings(tmp_path / "runs"))
+    assert costs["evidence s"].drop("alpha").to_dict() == {"avss": 9, "dlp": 9, "outlier": 9, "ila": 2, "random": 0}
+    assert np.isnan(costs.loc["alpha", "evidence s"])
+    assert costs["shared by"].to_dict() == {"avss": 3, "dlp": 3, "outlier": 3, "alpha": 1, "ila": 1, "random": 0}
+    assert costs["training s"].to_dict() == {name: 70 * (name == "ila") for name in costs.index}
+    assert costs.loc["avss", "score s"] == pytest.approx(0.5)
+
+
+def test_estimators_are_ordered_by_direction_and_then_by_likeness(tmp_path):
+    plot = plot_of("layer_profiles")
+    rising, falling = list(range(6)), list(range(6, 0, -1))
+    for name, scores, means in (
+        ("exact", rising, "undertrained"),
+        ("alpha", falling, "undertrained"),
+        ("lissa", rising, "undertrained"),
+        ("dlp", falling, "important"),
+    ):
+        options: dict[str, Any] = {"estimator": f"{name}.X", "scores": scores, "higher_means": means}
+        write(tmp_path, name, method=None, **options)
+    names = plot.order(plot.read(tmp_path))
+    assert names[0] == "dlp"
+    assert abs(names.index("exact") - names.index("lissa")) == 1
+    write(tmp_path, "again", method=None, estimator="dlp.X")
+    with pytest.raises(SystemExit, match="holds dlp twice for one task"):
+        plot.read(tmp_path)
 
 
 # The loops that DataInf is timed against

@@ -191,9 +191,15 @@ def test_settings_all_adapters_share_are_checked(cls, model_config):
         cls(model_config, warmup_ratio=1)
 
 
-def test_plain_lora_needs_a_scaling(model_config):
+@pytest.mark.parametrize("kind", [LoRAModule, EqualLoRAModule])
+def test_plain_lora_needs_a_scaling(model_config, kind):
     with pytest.raises(ValueError, match=r"method\.scaling=0 must be above 0"):
-        LoRAModule(model_config, scaling=0)
+        kind(model_config, scaling=0)
+
+
+def test_plain_lora_of_equal_size_needs_a_rank_to_equal(model_config):
+    with pytest.raises(ValueError, match=r"method\.r=0 must be at least 1"):
+        EqualLoRAModule(model_config, r=0)
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_help(tmp_path, model_config, data):

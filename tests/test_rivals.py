@@ -259,6 +259,11 @@ NAN = float("nan")
         ({"classes": "answer"}, {"answers": ("a",) * 20}, r"classes=answer are of one class, 'a'"),
         ({}, {"wrong": torch.full((2, 20, 5), NAN)}, r"classes=truth are of one class, 'right'"),
         ({}, {"right": torch.full((2, 20, 5), NAN)}, r"20 of 40 rows.*cut at probe\.max_length"),
+        (
+            {},
+            {"right": torch.full((2, 20, 5), NAN), "wrong": torch.full((2, 20, 5), NAN)},
+            r"20 of 20 rows.*cut at probe\.max_length",
+        ),
     ],
 )
 def test_nothing_to_tell_apart_is_refused(estimator, settings, changes, message):
@@ -307,6 +312,8 @@ def test_a_layer_correlates_with_itself_and_with_labels_it_holds():
 def test_components_and_references_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match=r"components=20 of 40 rows would correlate with anything"):
         Cca(components=20).score(activations())
+    with pytest.raises(ValueError, match=r"class 'z' has one of 20 rows"):
+        Cca(classes="answer").score(activations(answers=("a",) * 19 + ("z",)))
     with pytest.raises(ValueError, match=r"estimator\.reference='b\.3' is neither.*the blocks are b\.0 to b\.1"):
         Cca(reference="b.3").score(activations())
 
@@ -362,6 +369,7 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
         (LinearProbe, {"classes": "true"}, r"estimator\.classes.*did you mean 'truth'"),
         (Cca, {"components": 0}, r"estimator\.components=0 must be at least 1"),
         (Ila, {"num_steps": 0}, r"estimator\.num_steps=0 must be at least 1"),
+        (Ila, {"samples_per_step": 0}, r"estimator\.samples_per_step=0 must be at least 1"),
         (Ila, {"learning_rate": NAN}, r"estimator\.learning_rate=nan must be finite"),
         (Ila, {"start": NAN}, r"estimator\.start=nan must be finite"),
         (GradNorm, {"normalisation": "size"}, r"estimator\.normalisation must be one of"),

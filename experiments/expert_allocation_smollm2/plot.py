@@ -54,6 +54,8 @@ def results(records: list[RunRecord]) -> pd.DataFrame:
     sizes: dict[tuple[str, str], int] = {}
     for record in records:
         key = record.config["task"]["name"], arm(record)
+        if record.seed in answers[key]:
+            raise SystemExit(f"{arm(record)} was run twice with seed {record.seed}, with other settings; remove one")
         answers[key][record.seed] = record.questions["options" if record.config["method"] else "before/options"]
         sizes[key] = record.parameters.get("trainable", 0)
     rows = []

@@ -6,11 +6,14 @@ python experiments/layer_profiles/plot.py outputs/sweeps/layer_profiles experime
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from layerif.record import FILE, RunRecord
 
@@ -18,35 +21,51 @@ Profiles = dict[str, dict[str, RunRecord]]  # task -> estimator -> its run
 
 
 def draw(sweep: Path, folder: Path) -> None:
-    """Leave profiles.png, spearman.png, costs.csv and spearman.csv in `folder`."""
+    """Leave profiles.png, spearman.png, spearman.csv, tasks.csv and costs.csv in `folder`, and print the tables."""
     profiles = read(sweep)
     heat_maps(profiles, folder / "profiles.png")
     correlations = spearman(profiles)
     correlations.round(2).to_csv(folder / "spearman.csv")
     matrix(correlations, folder / "spearman.png")
-    costs(profiles).round(2).to_csv(folder / "costs.csv")
-    print(costs(profiles).round(2).to_string())
     print(correlations.round(2).to_string())
+    for name, table in {"tasks": across_tasks(profiles), "costs": costs(profiles, trainings(sweep))}.items():
+        table.round(2).to_csv(folder / f"{name}.csv")
+        print(table.round(2).to_string())
 
 
 def read(sweep: Path) -> Profiles:
     found: Profiles = {}
-    for file in sorted(sweep.glob(f"*/{FILE}")):
-        record = RunRecord.read(file.parent)
+    for record in records(sweep):
         if not record.config["method"]:
             estimator = record.config["estimator"]["_target_"].split(".")[-2]
-            found.setdefault(record.config["task"]["name"], {})[estimator] = record
+            runs = found.setdefault(record.config["task"]["name"], {})
+            if estimator in runs:
+                raise SystemExit(f"{sweep} holds {estimator} twice for one task, of different settings; remove one")
+            runs[estimator] = record
     if not found:
         raise SystemExit(f"{sweep} holds no scores; run experiments/layer_profiles/run.py first")
     return found
 
 
+def trainings(sweep: Path) -> dict[str, float]:
+    """Seconds to train the adapter of each task."""
+    return {
+        record.config["task"]["name"]: record.seconds["fit"] for record in records(sweep) if record.config["method"]
+    }
+
+
+def records(sweep: Path) -> list[RunRecord]:
+    return [RunRecord.read(file.parent) for file in sorted(sweep.glob(f"*/{FILE}"))]
+
+
 def order(profiles: Profiles) -> list[str]:
     """Estimators by direction, then by likeness: the leading direction of their rank correlations."""
-    names = sorted({name for runs in profiles.values() for name in runs})
-    correlations = spearman(profiles, names).fillna(0).to_numpy()
-    leading = np.linalg.eigh(correlations)[1][:, -1]
-    return [names[index] for index in np.argsort(leading)]
+    directions = {name: run.higher_means for runs in profiles.values() for name, run in runs.items()}
+    names = sorted(directions)
+    leading = np.linalg.eigh(spearman(profiles, names).fillna(0).to_numpy())[1][:, -1]
+    leading = leading * np.sign(leading[np.abs(leading).argmax()])  # an eigenvector has no sign of its own
+    place = dict(zip(names, leading, strict=True))
+    return sorted(names, key=lambda name: (directions[name], -place[name]))
 
 
 def heat_maps(profiles: Profiles, file: Path) -> None:
@@ -86,6 +105,25 @@ def spearman(profiles: Profiles, names: list[str] | None = None) -> pd.DataFrame
     )
 
 
+def across_tasks(profiles: Profiles) -> pd.DataFrame:
+    """Does a profile follow the task? Of each estimator: its rank correlation between two tasks, and, to judge that by,
+    between two halves of one task's samples (where the evidence is kept sample by sample); the highest block of each
+    task.
+    """
+    rows = {}
+    for name in order(profiles):
+        runs = {task: estimators[name] for task, estimators in profiles.items() if name in estimators}
+        between = [spearmanr(one.scores, other.scores)[0] for one, other in combinations(runs.values(), 2)]
+        halves = [run.reliability for run in runs.values() if run.reliability is not None]
+        rows[name] = {
+            "between tasks": mean(between) if between else np.nan,
+            "lowest": min(between, default=np.nan),
+            "between halves": mean(halves) if halves else np.nan,
+            **{f"highest, {task}": int(np.argmax(run.scores)) for task, run in runs.items()},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def matrix(correlations: pd.DataFrame, file: Path) -> None:
     size = 0.48 * len(correlations) + 2.2
     figure, axis = plt.subplots(figsize=(size + 1, size))
@@ -100,24 +138,42 @@ def matrix(correlations: pd.DataFrame, file: Path) -> None:
     plt.close(figure)
 
 
-def costs(profiles: Profiles) -> pd.DataFrame:
-    """Seconds for the evidence (where it was in the store: those of the run that took it) and for the scores.
+def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
+    """Seconds of each estimator, mean over tasks: the whole of its evidence, even where it shares that, and its scores.
 
-    Runs that share evidence share its fingerprint; the one that was not reused paid for all.
+    evidence: a pass is paid by the run that took it, whose record says so; everyone who shares it is shown all of it,
+    and `shared by` says how many estimators that is. Nothing is known (NaN) where the store had it before any run here.
+    training: of the adapter that the estimator looks at.
     """
-    paid: dict[str, float] = {}
-    for runs in profiles.values():
-        for run in runs.values():
-            paid[run.fingerprint] = max(paid.get(run.fingerprint, 0.0), run.seconds["evidence"])
+    runs = [(task, name, run) for task, estimators in profiles.items() for name, run in estimators.items()]
+    paid = {run.fingerprint: run.seconds["evidence"] for *_, run in runs if not reused(run)}
+    sharing: dict[str, set[str]] = {}
+    for _, name, run in runs:
+        sharing.setdefault(run.fingerprint, set()).add(name)
     rows = {}
     for name in order(profiles):
-        runs = [runs[name] for runs in profiles.values() if name in runs]
+        own = [(task, run) for task, estimator, run in runs if estimator == name]
+        measures = any(run.fingerprint != "none" for _, run in own)
         rows[name] = {
-            "direction": runs[0].higher_means,
-            "evidence s": float(np.mean([0.0 if run.fingerprint == "none" else paid[run.fingerprint] for run in runs])),
-            "score s": float(np.mean([run.seconds["score"] for run in runs])),
+            "direction": own[0][1].higher_means,
+            "training s": mean(trainings.get(task) if adapter(run) else 0.0 for task, run in own),
+            "evidence s": mean(paid.get(run.fingerprint) if measures else 0.0 for _, run in own),
+            "shared by": max(len(sharing[run.fingerprint]) for _, run in own) if measures else 0,
+            "score s": mean(run.seconds["score"] for _, run in own),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def reused(run: RunRecord) -> bool:
+    return any(note.startswith("scores from the store") for note in run.notes)
+
+
+def adapter(run: RunRecord) -> str | None:
+    return run.config.get("model", {}).get("adapter")
+
+
+def mean(values: Iterable[float | None]) -> float:
+    return float(np.mean([np.nan if value is None else value for value in values]))
 
 
 if __name__ == "__main__":

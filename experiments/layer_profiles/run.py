@@ -13,13 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from layerif.config import conf_folder
+
 TASKS = ("capital", "currency", "demonym", "region")
-ESTIMATORS = (
-    # Controls, weights, one forward pass, gradients. `tracin` needs checkpoints of a training, `ekfac` a package that
-    # does not come with this one: both are left out.
-    *("random", "alpha", "outlier", "dlp", "block_influence", "avss", "linear_probe", "cca"),
-    *("datainf", "exact", "lissa", "grad_dot", "cosine", "grad_norm", "fisher_trace"),
-)
+# `uniform` is flat, `reversed` another one turned round, `ekfac` needs a package that does not come with this one, and
+# `ila` an adapter. What has a setting to fill in, such as the checkpoints of `tracin`, is left out as well.
+APART = ("uniform", "reversed", "ekfac", "ila")
+ESTIMATORS = [
+    file.stem
+    for file in sorted(conf_folder().glob("estimator/*.yaml"))
+    if file.stem not in APART and "???" not in file.read_text()
+]
 
 
 def main() -> None:
@@ -33,7 +37,8 @@ def main() -> None:
         trained = sweep / f"adapter-{task}"
         lora = ["method=lora", "allocator=rank", "estimator=uniform"]
         layerif(*shared, f"task={task}", *lora, f"hydra.run.dir={trained}")
-        ila = ["estimator=ila", f"model.adapter={trained.resolve() / 'adapter'}"]
+        # The gates weigh the adapter by the loss it was trained with.
+        ila = ["estimator=ila", "probe.loss_on=${data.loss_on}", f"model.adapter={trained.resolve() / 'adapter'}"]
         layerif(*shared, f"task={task}", *ila, f"hydra.run.dir={sweep / f'ila-{task}'}")
     plot = Path(__file__).with_name("plot.py")
     subprocess.run([sys.executable, plot, sweep, plot.parent], check=True)

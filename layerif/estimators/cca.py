@@ -5,6 +5,7 @@ Letters: R rows (samples), H and K columns of the two views, C components kept.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
@@ -66,6 +67,12 @@ class Cca:
             raise ValueError(
                 f"estimator.reference={self.reference!r} is neither 'labels' nor a block"
                 f"{did_you_mean(self.reference, layers)}; the blocks are {layers[0]} to {layers[-1]}"
+            )
+        label, count = min(Counter(labels).items(), key=lambda item: item[1])
+        if self.reference == "labels" and count < 2:
+            raise ValueError(
+                f"the class {label!r} has one of {len(labels)} rows, so there is no class to correlate with; raise "
+                "probe.num_train, or use estimator.classes=truth, which has two classes of equal size"
             )
         reference = _one_hot(labels) if self.reference == "labels" else features_LRH[layers.index(self.reference)]
         values = tuple(pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
