@@ -233,7 +233,7 @@ def _needs_own_process(config: DictConfig) -> bool:
     is_alone = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
     if is_alone:
         return False
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return not SLURMEnvironment.detect()  # it has started them already
 

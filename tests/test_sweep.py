@@ -39,7 +39,7 @@ def sweep(tiny_overrides, tmp_path, monkeypatch, capfd):
             __main__.main()
             code = 0
         except SystemExit as left:
-            code = left.code
+            code = int(left.code or 0)
         told = capfd.readouterr()
         return code, told.out + told.err
 
@@ -247,13 +247,13 @@ def test_ray_runs_jobs_on_this_machine(tiny_overrides, tmp_path):
 
 @pytest.mark.slow
 def test_a_swept_job_of_two_processes_runs_by_itself_and_may_fail(tiny_overrides, tmp_path):
-    jobs = ["trainer.devices=2", "trainer.strategy=ddp", "method=none", "name=mine", "seed=0,1", "allocator.budget=2,9"]
+    jobs = ["trainer.devices=2", "trainer.strategy=ddp", "method=none", "name=mine", "allocator.budget=2,9"]
     done = command(["-m", *tiny_overrides, *jobs], tmp_path)
     assert done.returncode == 1
-    assert "jobs: 2 run, 0 already done, 2 failed\n" in done.stdout, done.stdout + done.stderr
-    assert {failure.error.split(";")[0] for failure in failures(tmp_path)} == {
+    assert "jobs: 1 run, 0 already done, 1 failed\n" in done.stdout, done.stdout + done.stderr
+    assert [failure.error.split(";")[0] for failure in failures(tmp_path)] == [
         "budget=2 cannot give 3 layers 1 expert each"
-    }
+    ]
 
 
 def test_a_search_minimises_the_loss_on_validation_rows_and_carries_on(sweep, tmp_path):
