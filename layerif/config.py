@@ -9,15 +9,17 @@ import dataclasses
 import hashlib
 import inspect
 import re
+import traceback
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from layerif.names import did_you_mean
 
@@ -41,9 +43,26 @@ class Config:
     name: str = MISSING
     seed: int = 0
     dry_run: bool = False
-    rerun: bool = False
+    rerun: bool | str = False
+    objective: str | None = None
     outputs: str = MISSING
     store: str = MISSING
+
+
+# Root keys whose choices are words.
+_CHOICES = {
+    "rerun": Literal[False, "failed", True],
+    "objective": Literal[None, "validation/loss", "reliability"],
+}
+# What may differ between two runs that are the same job.
+_INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
+_NEEDS_EXTRA = {
+    "hydra/launcher/joblib": ("launcher=joblib", "joblib"),
+    "hydra/launcher/submitit_local": ("launcher=submitit_local", "submitit"),
+    "hydra/launcher/submitit_slurm": ("launcher=submitit", "submitit"),
+    "hydra/launcher/ray": ("launcher=ray", "ray"),
+    "hydra/sweeper/optuna": ("sweeper=optuna", "optuna"),
+}
 
 
 def register() -> None:
@@ -89,14 +108,39 @@ def check(config: DictConfig) -> None:
     """
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
+    for key, hint in _CHOICES.items():
+        if key in plain:
+            _check_value(key, plain[key], hint)
     for path, node in _targets(plain):
         _check_node(path, node)
+
+
+def job_of(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration less what does not change the result: equal ones are the same job."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL}
+
+
+def of_the_user(error: BaseException) -> BaseException | None:
+    """What a user can act on in an error; None for a defect of ours or of a library."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return of_the_user(error.__cause__)
+    if isinstance(error, HydraException | OmegaConfBaseException | OSError):
+        return error
+    # A ValueError raised by our own code is written for the user; one of torch or numpy is a defect of ours.
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return error if isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents else None
 
 
 def explain(error: BaseException, overrides: list[str]) -> str:
     """One message for what went wrong, with the nearest valid name where something was mistyped."""
     if isinstance(error, MissingConfigException) and error.options:
         missing = str(error.missing_cfg_file)
+        if missing in _NEEDS_EXTRA:
+            choice, extra = _NEEDS_EXTRA[missing]
+            plugin = " and pip install --no-deps hydra-ray-launcher==1.2.2" if extra == "ray" else ""
+            return f"{choice} needs a plugin of Hydra that is not installed: pip install 'layerif[{extra}]'{plugin}"
         group, _, choice = missing.rpartition("/")
         available = ", ".join(error.options)
         nearest = did_you_mean(choice, error.options)

@@ -87,6 +87,11 @@ def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, rec
                 "trainer.max_steps, lower trainer.val_check_interval, or use fit.keep=last"
             )
         module.on_load_checkpoint(torch.load(best, map_location="cpu", weights_only=True))
+    if parts.config.get("objective") == "validation/loss":
+        found = trainer.validate(module, datamodule=data, verbose=False)
+        if not found:
+            raise ValueError("objective=validation/loss found no validation rows; set trainer.limit_val_batches=1.0")
+        record.metrics["validation/loss"] = found[0]["validation/loss"]
     model: Any = module.model
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     record.parameters = {

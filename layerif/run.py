@@ -16,12 +16,14 @@ from typing import Any
 import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from layerif.adapters import AdapterModule
 from layerif.blocks import layer_map
-from layerif.config import check
+from layerif.config import check, job_of
 from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
 from layerif.parts import Parts
@@ -31,12 +33,12 @@ from layerif.report import print_run
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that are the same job.
-_INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
 
+def run(config: DictConfig) -> float | None:
+    """Run one composed configuration in Hydra's folder, unless that folder holds its record already.
 
-def run(config: DictConfig) -> None:
-    """Run one composed configuration in Hydra's folder, unless that folder holds its record already."""
+    What `objective` names is returned, for a sweeper that searches.
+    """
     check(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
@@ -46,27 +48,31 @@ def run(config: DictConfig) -> None:
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
     parts = Parts(config)
+    _check_objective(parts)
     if config.dry_run:
         _preview(parts, folder)
-        return
+        return None
     record = RunRecord(
         name=config.name,
         seed=config.seed,
-        config=_job(config),
+        config=job_of(config),
         overrides=list(HydraConfig.get().overrides.task),
         inputs=parts.inputs(),
     )
-    if not config.rerun and _is_finished(folder, record):
+    if config.rerun is not True and _is_finished(folder, record):
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
-        return
+        return RunRecord.read(folder).objective
     try:
         with _noting_warnings(record.notes):
             _execute(parts, record, folder)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
-        sys.exit(130)
+        if HydraConfig.get().mode is RunMode.RUN:  # a sweep's jobs are found by the sweep
+            print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
+            sys.exit(130)
+        raise
     if rank_zero_only.rank > 0:  # the first process keeps the record for all
-        return
+        return None
+    record.measurements = parts.decider.store.taken
     record.memory_gb = _peak_memory()
     file = record.write(folder)
     for name in ("checkpoints", "blocks"):  # they were for a run killed before its record stood
@@ -74,6 +80,18 @@ def run(config: DictConfig) -> None:
     if record.allocation:  # other methods have said what they found
         print_run(record, folder)
     log.info("record: %s", file)
+    return record.objective
+
+
+def _check_objective(parts: Parts) -> None:
+    """Before anything is measured: can what a search asks for be had?"""
+    if parts.config.get("objective") == "validation/loss":
+        method = parts.method()
+        if not isinstance(method, AdapterModule) and getattr(method, "recover", "none") == "none":
+            raise ValueError(
+                "objective=validation/loss is of a fine-tuned model, and this method fits none; use method=lora_moe "
+                "(or lora, lora_equal, or prune with method.recover), or objective=reliability for scores alone"
+            )
 
 
 def _preview(parts: Parts, folder: Path) -> None:
@@ -129,13 +147,6 @@ def _execute(parts: Parts, record: RunRecord, folder: Path) -> None:
         fit(parts, method, record, folder)  # type: ignore[arg-type]
     else:
         method(parts.decider, record, folder)
-
-
-def _job(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration less what does not change the result."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL}
 
 
 def _is_finished(folder: Path, record: RunRecord) -> bool:

@@ -14,10 +14,11 @@ import json
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,9 +51,12 @@ class Store:
     A measurement is found by its description, and computed if it is not here; then `compute(key)` makes it. A file
     that is corrupted, foreign or of another version is recomputed, with a warning. Interrupted or out of disk, no half
     file remains. about: for the eyes of whoever lists the store; two descriptions that differ in it alone are the same.
+    taken: what was asked of it so far, in order: `kind`, `key`, whether it was `reused`, and the `seconds` it took to
+    compute, then or now (None where an older version did not note them).
     """
 
     root: Path | str
+    taken: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
 
     def grams(
         self,
@@ -101,16 +105,22 @@ class Store:
         with _locked(file.with_suffix(".lock"), key):
             if file.exists():
                 try:
-                    return _read(file, unpack), True
+                    measured, seconds = _read(file, unpack)
+                    self.taken.append({"kind": kind, "key": key, "reused": True, "seconds": seconds})
+                    return measured, True
                 except (SafetensorError, KeyError, ValueError, OSError) as error:
                     warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=3)
+            start = time.perf_counter()
             measured = compute(key)
+            seconds = time.perf_counter() - start
             tensors, header = pack(measured)
+            header["seconds"] = str(seconds)
             header["version"] = str(VERSION)
             header["description"] = json.dumps(dict(description), sort_keys=True)
             header["about"] = json.dumps(dict(about or {}))
             _write(tensors, header, file)
             shutil.rmtree(self.partial(key), ignore_errors=True)
+            self.taken.append({"kind": kind, "key": key, "reused": False, "seconds": seconds})
         return measured, False
 
     def key(self, description: Mapping[str, Any]) -> str:
@@ -147,13 +157,18 @@ def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> No
         unfinished.unlink(missing_ok=True)
 
 
-def _read(file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured]) -> Measured:
+def _read(
+    file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured]
+) -> tuple[Measured, float | None]:
+    """What a file holds, and the seconds it took to compute."""
     stat = file.stat()
     return _read_once(file, unpack, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=4)
-def _read_once(file: Path, unpack: Callable[..., Measured], state: tuple[int, int, int]) -> Measured:
+def _read_once(
+    file: Path, unpack: Callable[..., Measured], state: tuple[int, int, int]
+) -> tuple[Measured, float | None]:
     """Read and checked once in a process as long as the file stays the same: what is derived of it is kept, too."""
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata() or {}
@@ -165,7 +180,7 @@ def _read_once(file: Path, unpack: Callable[..., Measured], state: tuple[int, in
         raise ValueError("its checksum does not match its content")
     if fingerprint({**json.loads(header["description"]), "store": VERSION}) != file.stem:
         raise ValueError("it holds another measurement than its name says")
-    return unpack(tensors, header, file.stem)
+    return unpack(tensors, header, file.stem), float(header["seconds"]) if "seconds" in header else None
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

@@ -1,0 +1,259 @@
+"""What a sweep is more than its jobs: a failing one loses nothing of the others', and at the end there is a balance.
+
+A job's folder says what became of it (`record.json`, `failure.json`), so that the balance is the same whichever
+launcher ran the jobs, and a sweep that was stopped carries on. Nothing heavy is imported here: `layerif --help` must
+answer at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from layerif.config import explain, job_of, of_the_user, register
+from layerif.record import FAILURE, FILE, Failure, RunRecord
+
+log = logging.getLogger(__name__)
+
+# What the store keeps, as one says it in the plural.
+_KINDS = {
+    "grams": "gradient passes",
+    "influences": "EK-FAC influences",
+    "spectra": "spectra of weights",
+    "activations": "forward passes",
+    "gates": "gates",
+}
+
+
+class Sweep(Callback):
+    """Told by Hydra that a sweep begins: where its jobs will leave their folders, and since when.
+
+    running: the sweep of this process. Hydra says nothing when a sweep ends by an error; its balance is therefore drawn
+    by whoever started it, and not in `on_multirun_end`.
+    """
+
+    running: ClassVar[Sweep | None] = None
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self.since = 0
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if config.dry_run:
+            return
+        self.folder = Path(config.hydra.sweep.dir).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder) as mark:  # by the clock of the disk that the jobs write to
+            self.since = os.stat(mark.name).st_mtime_ns
+        Sweep.running = self
+
+    def balance(self) -> Balance:
+        """Of the jobs that this sweep has started so far."""
+        return balance(self.folder, self.since)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """In a launcher's worker: a process that has composed nothing yet, and knows neither schema nor resolvers."""
+        self.__dict__.update(state)
+        register()
+
+
+def is_swept() -> bool:
+    """Whether the job at hand is one of a sweep."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def attempt(run: Callable[[DictConfig], float | None], config: DictConfig) -> float | None:
+    """One job of a sweep: what goes wrong becomes its `failure.json`, and memory is free again when it ends.
+
+    A job that failed before as it is now is not tried again unless `rerun` asks for it. Raises ValueError where
+    somebody waits for an answer that the job cannot give: a sweeper that searches, or the user of a dry run.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    said = _failed_before(config, folder)
+    if said:
+        log.error("failed before, not run again (rerun=failed would): %s", said)
+    else:
+        try:
+            return _in_own_process(config, folder) if _needs_own_process(config) else run(config)
+        except Exception as error:
+            said = note(error, config, folder)
+            log.error("failed: %s", said, exc_info=None if of_the_user(error) else error)
+        finally:
+            free_memory()
+    if config.dry_run or HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic":
+        raise ValueError(said)
+    return None
+
+
+def note(error: Exception, config: DictConfig, folder: Path) -> str:
+    """Write the failure of the job of `folder`, once for all of its processes, and give its error in a line."""
+    overrides = list(HydraConfig.get().overrides.task)
+    cause = of_the_user(error)
+    said = explain(cause, overrides) if cause else f"{type(error).__name__}: {error}"
+    said = " ".join(said.split())
+    if isinstance(error, _Reported) or config.dry_run or not folder.is_dir() or not _is_first_process():
+        return said
+    failure = Failure(
+        name=config.name,
+        seed=config.seed,
+        config=job_of(config),
+        overrides=overrides,
+        error=said,
+        traceback="".join(traceback.format_exception(error)),
+    )
+    failure.write(folder)
+    return said
+
+
+def free_memory() -> None:
+    """Give back what a job's model took: Lightning's objects refer to one another, and torch keeps what it had."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@dataclass(kw_only=True)
+class Balance:
+    """Of a sweep's jobs, each called by what sets it apart. failed, failed_before: with their errors. unfinished:
+    killed, or still at work. measurements: what those that were run now asked of the store, see `layerif.store.Store`.
+    """
+
+    run: list[str] = field(default_factory=list)
+    already_done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    failed_before: dict[str, str] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.failed or self.failed_before or self.unfinished)
+
+    def __str__(self) -> str:
+        counts = {
+            "run": self.run,
+            "already done": self.already_done,
+            "failed": self.failed,
+            "failed before and not run again (rerun=failed does)": self.failed_before,
+            "unfinished (the same command carries on)": self.unfinished,
+        }
+        always = ("run", "already done", "failed")
+        lines = ["jobs: " + ", ".join(f"{len(of)} {what}" for what, of in counts.items() if of or what in always)]
+        by_kind = defaultdict(list)
+        for measured in self.measurements:
+            by_kind[measured["kind"]].append(measured)
+        lines += [f"{_KINDS[kind]}: {_shared(measured)}" for kind, measured in by_kind.items()]
+        lines += [f"failed: {job}: {error}" for job, error in (self.failed | self.failed_before).items()]
+        return "\n".join(lines)
+
+
+def balance(folder: Path, since: int) -> Balance:
+    """What became of the jobs below `folder` that Hydra started since then (nanoseconds by its file system)."""
+    found = Balance()
+    started = [file for file in sorted(folder.rglob(".hydra/overrides.yaml")) if _written(file) >= since]
+    overrides = {file.parents[1]: list(map(str, OmegaConf.load(file))) for file in started}
+    for job, own in overrides.items():
+        apart = [override for override in own if not all(override in others for others in overrides.values())]
+        name, record, failure = ",".join(apart) or job.name, _written(job / FILE), _written(job / FAILURE)
+        if failure > record:
+            error = Failure.read(job).error
+            (found.failed if failure >= since else found.failed_before)[name] = error
+        elif record >= since:
+            found.run.append(name)
+            found.measurements += RunRecord.read(job).measurements
+        elif record:
+            found.already_done.append(name)
+        else:
+            found.unfinished.append(name)
+    return found
+
+
+def _shared(measured: Iterable[Mapping[str, Any]]) -> str:
+    made = [one["seconds"] for one in measured if not one["reused"]]
+    taken = [one["seconds"] for one in measured if one["reused"]]
+    said = f"{len(made)} made" + (f" in {_time(sum(made))}" if made else "")
+    if taken:
+        known = [seconds for seconds in taken if seconds is not None]
+        least = "at least " if len(known) < len(taken) else ""
+        said += f", {len(taken)} taken from the store, which saved {least}{_time(sum(known))}"
+    return said
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _written(file: Path) -> int:
+    """When, in nanoseconds; 0 for a file that is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _failed_before(config: DictConfig, folder: Path) -> str:
+    """The error of this very job in this folder, empty where there is none or it is to be tried again."""
+    if config.rerun is not False or not (folder / FAILURE).exists():
+        return ""
+    try:
+        failure = Failure.read(folder)
+    except ValueError as error:
+        log.warning("%s; the job runs again", error)
+        return ""
+    return failure.error if failure.config == json.loads(json.dumps(job_of(config))) else ""
+
+
+class _Reported(Exception):
+    """Of a job whose own process has written down why it failed."""
+
+
+def _needs_own_process(config: DictConfig) -> bool:
+    """Whether Lightning would start further processes by the command line of this one, which is the whole sweep's."""
+    devices = OmegaConf.select(config, "trainer.devices", default=1)
+    is_alone = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
+    if is_alone:
+        return False
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return not SLURMEnvironment.detect()  # it has started them already
+
+
+def _in_own_process(config: DictConfig, folder: Path) -> float | None:
+    """The same job as a single run in the same folder."""
+    hydra = HydraConfig.get()
+    conf = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    command = [sys.executable, "-m", "layerif", "--config-path", conf, "--config-name", hydra.job.config_name]
+    code = subprocess.run([*command, *hydra.overrides.task, f"hydra.run.dir='{folder}'"]).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code == 0:
+        return RunRecord.read(folder).objective if (folder / FILE).exists() else None
+    if (folder / FAILURE).exists():
+        raise _Reported(Failure.read(folder).error)
+    raise RuntimeError(f"the job's processes ended with {code}; what they said is above")
+
+
+def _is_first_process() -> bool:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return rank_zero_only.rank == 0
