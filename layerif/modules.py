@@ -46,7 +46,7 @@ class LoRAMoEModule(AdapterModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
@@ -91,7 +91,7 @@ class LoRAModule(AdapterModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
         if not scaling > 0:
             raise ValueError(f"method.scaling={scaling} must be above 0; it is α/r, the paper's 16/8")
@@ -127,7 +127,7 @@ class EqualLoRAModule(AdapterModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:

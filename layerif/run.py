@@ -28,6 +28,7 @@ from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
+from layerif.tracking import tracked
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def run(config: DictConfig) -> None:
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
         return
     try:
-        with _noting_warnings(record.notes):
+        with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
             _execute(parts, record, folder)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
