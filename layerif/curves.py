@@ -41,7 +41,7 @@ class Curves(L.Callback):
         self._step = trainer.global_step
         pl_module.log("train/seconds", self._seconds)
         self._seconds = 0.0
-        if self._step % trainer.log_every_n_steps == 0:
+        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined] - Lightning sets it elsewhere
             self._log_routing(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -34,10 +34,12 @@ def batch(seed: int, *, padding: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def recount(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor, float]]:
+def recount(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, tuple[Any, Any, float]]:
     """Load, weight and entropy of every router, one token at a time, from the inputs it saw."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    layers = [module for module in model.modules() if isinstance(module, LoraMoeLinear) and module.has_router]
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, LoraMoeLinear) and module.has_router
+    ]
     hooks = [
         layer.register_forward_hook(
             lambda layer, args, _: seen.setdefault(layer.name, []).append((args[0], mask)), prepend=True
@@ -142,7 +144,7 @@ def test_a_router_that_collapses_is_named_also_where_every_expert_is_chosen(bloc
     for name, router in model.named_parameters():
         if "router" in name:
             router.data.zero_()
-    collapsed = model.base_model.model.get_submodule(f"{block}.self_attn.q_proj")
+    collapsed: Any = model.base_model.model.get_submodule(f"{block}.self_attn.q_proj")
     inputs = batch(0)
     seen: list[Tensor] = []
     hook = collapsed.register_forward_hook(lambda _, args, __: seen.append(args[0]))

@@ -1,61 +1,79 @@
-"""What a run left in its `.wandb` file: blocks of 32 KiB with records in LevelDB's log format, each a protobuf."""
+"""What a run left in its `.wandb` file: protobufs in LevelDB's log format, records cut into blocks of 32 KiB."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
+import pandas as pd
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - for the protobuf at hand
 
 _BLOCK, _FILE_HEADER, _HEADER = 32768, 7, 7  # crc32 (4), length (2, little-endian), type (1)
 _FULL, _FIRST, _LAST = 1, 2, 4
 
 
-def records(folder: Path) -> list[Record]:
-    """All records of the only run below `folder`, in the order they were written."""
-    (file,) = folder.glob("wandb/*run-*/*.wandb")
-    data = file.read_bytes()
-    found, position, unfinished = [], _FILE_HEADER, b""
+class WandbFile:
+    """The only run below a folder, or the one in the folder `run`."""
+
+    def __init__(self, folder: Path, run: str = "*run-*") -> None:
+        (self.file,) = folder.glob(f"wandb/{run}/*.wandb")
+        deadline = time.monotonic() + 30
+        while True:  # wandb's other process writes the last records after `finish` returned
+            self.records = list(_records(self.file.read_bytes()))
+            if self.all("exit") or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+
+    def all(self, kind: str) -> list[Any]:
+        """Every record of a kind, in the order they were written."""
+        return [getattr(record, kind) for record in self.records if record.WhichOneof("record_type") == kind]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return [_values(row.item) for row in self.all("history")]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {key: value for part in self.all("summary") for key, value in _values(part.update).items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Without wandb's own."""
+        return {key: value for key, value in self._updates.items() if not key.startswith("_wandb")}
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        """Custom charts, by name."""
+        prefix = "_wandb.visualize."
+        return {key.removeprefix(prefix): value for key, value in self._updates.items() if key.startswith(prefix)}
+
+    def table(self, name: str) -> pd.DataFrame:
+        path = next(row[f"{name}.path"] for row in self.history if f"{name}.path" in row)
+        content = json.loads((self.file.parent / "files" / path).read_text())
+        return pd.DataFrame(content["data"], columns=content["columns"])
+
+    @property
+    def _updates(self) -> dict[str, Any]:
+        parts = [run.config for run in self.all("run")] + self.all("config")
+        return {key: value for part in parts for key, value in _values(part.update).items()}
+
+
+def _records(data: bytes) -> Any:
+    position, unfinished = _FILE_HEADER, b""
     while position + _HEADER <= len(data):
         left = _BLOCK - position % _BLOCK
         if left < _HEADER:
             position += left
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        part = data[position + _HEADER : position + _HEADER + length]
-        position += _HEADER + length
-        unfinished = part if kind in (_FULL, _FIRST) else unfinished + part
+        start = position + _HEADER
+        position = start + length
+        unfinished = data[start:position] if kind in (_FULL, _FIRST) else unfinished + data[start:position]
         if kind in (_FULL, _LAST):
-            found.append(Record.FromString(unfinished))
-    return found
+            yield Record.FromString(unfinished)
 
 
-def history(found: list[Record]) -> list[dict[str, Any]]:
-    """The logged rows."""
-    return [_items(record.history) for record in found if record.HasField("history")]
-
-
-def summary(found: list[Record]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for record in found:
-        if record.HasField("summary"):
-            merged |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
-    return merged
-
-
-def config(found: list[Record]) -> dict[str, Any]:
-    """What the run was given, without wandb's own."""
-    merged: dict[str, Any] = {}
-    for record in found:
-        updates = [*record.run.config.update, *record.config.update]
-        merged |= {_key(item): json.loads(item.value_json) for item in updates}
-    return {key: value for key, value in merged.items() if not key.startswith("_")}
-
-
-def _items(message: Any) -> dict[str, Any]:
-    return {_key(item): json.loads(item.value_json) for item in message.item}
-
-
-def _key(item: Any) -> str:
-    return item.key or ".".join(item.nested_key)
+def _values(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
