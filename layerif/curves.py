@@ -28,7 +28,8 @@ class Curves(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
-        self._meter = self._measuring.enter_context(measure_usage(pl_module.model, with_grad=True))
+        if trainer.loggers:
+            self._meter = self._measuring.enter_context(measure_usage(pl_module.model, with_grad=True))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
@@ -41,8 +42,8 @@ class Curves(L.Callback):
         self._step = trainer.global_step
         pl_module.log("train/seconds", self._seconds)
         self._seconds = 0.0
-        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined] - Lightning sets it elsewhere
-            self._log_routing(trainer, pl_module)
+        if self._meter is not None and self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_routing(trainer, pl_module, self._meter)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._measuring.close()
@@ -50,9 +51,8 @@ class Curves(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._measuring.close()
 
-    def _log_routing(self, trainer: L.Trainer, pl_module: Any) -> None:
-        assert self._meter is not None
-        usage = self._meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
+    def _log_routing(self, trainer: L.Trainer, pl_module: Any, meter: UsageMeter) -> None:
+        usage = meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
         if usage and trainer.is_global_zero:
             # Lightning counts the steps of its own curves from 0.
             log_routing(trainer.loggers, by_block(usage, list(pl_module.allocation)), self._step - 1)

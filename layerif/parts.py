@@ -88,11 +88,12 @@ class Parts:
 
     def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
         """overrides: settings of the trainer that a method fixes."""
+        logger = self.loggers if callbacks else False
         try:
             return instantiate(
                 self.config.trainer,
                 callbacks=callbacks,
-                logger=self.loggers if callbacks else False,
+                logger=logger,
                 default_root_dir=str(folder),
                 enable_model_summary=False,
                 enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),

@@ -53,7 +53,7 @@ class Wandb(WandbLogger):
             )
         except ModuleNotFoundError as error:
             raise ValueError(f"logger=wandb needs the package wandb ({error}): pip install 'layerif[wandb]'") from error
-        self._wandb_init.pop("anonymous")  # wandb warns of it, even where it is not set
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it, even where it is not set
         self.fallback, self.artifacts = fallback, artifacts
 
     def start(self) -> str | None:

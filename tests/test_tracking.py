@@ -17,6 +17,7 @@ from omegaconf import open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import layerif.fit
+import layerif.moe.usage
 from layerif.config import conf_folder, register
 from layerif.record import RunRecord
 from layerif.run import run
@@ -81,7 +82,9 @@ def settings(model_folder, task_folder, tmp_path_factory) -> list[str]:
 def whole(settings, tmp_path_factory) -> Path:
     """The folder of a LoRA-MoE, with every logger at once."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    job([*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2"], folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerif.moe.usage, "UNUSED", 1.0)  # no router is quite even
+        job([*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2"], folder)
     return folder
 
 
@@ -145,6 +148,8 @@ def test_load_and_entropy_are_logged_while_training(whole):
         assert rows["entropy"].tolist() == pytest.approx(entropy.tolist())
         assert sum(record.routing[block]["load"]) == pytest.approx(1)
         assert record.routing[block]["entropy"] > 0
+    said = f"{7 * len(routed)} of {7 * len(routed)} routers give an expert less than 100% of its even share"
+    assert any(note.startswith(said) for note in record.notes)
 
 
 def test_csv_keeps_its_columns_few(whole):
