@@ -60,21 +60,22 @@ class Wandb(WandbLogger):
         """Start the run; the address of its page, or the name of its folder. None where wandb is disabled."""
         from wandb.errors import Error
 
+        mode = self._wandb_init["mode"]
         try:
             run = self.experiment
         except (Error, TimeoutError) as error:
-            why = f"wandb cannot start in mode online ({' '.join(str(error).split())})"
-            if self.fallback is None or self._wandb_init["mode"] != "online":
+            why = f"wandb cannot start in mode {mode} ({' '.join(str(error).split())})"
+            if self.fallback is None or mode != "online":
                 raise ValueError(
                     f"{why}; log in with `wandb login` or WANDB_API_KEY and check the network, write to the run's "
                     "folder with logger.wandb.mode=offline, or allow that with logger.wandb.fallback=offline"
                 ) from error
             warnings.warn(f"{why}; it is offline now, and `wandb sync` uploads it later", RuntimeWarning, stacklevel=2)
-            self._wandb_init["mode"] = self.fallback
+            self._wandb_init["mode"] = mode = self.fallback
             run = self.experiment
-        if self._wandb_init["mode"] == "disabled":
+        if mode == "disabled":
             return None
-        return run.url if self._wandb_init["mode"] == "online" else Path(run.dir).parent.name
+        return run.url if mode == "online" else Path(run.dir).parent.name
 
 
 @contextmanager
