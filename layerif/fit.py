@@ -6,6 +6,9 @@ import json
 import logging
 import shutil
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,10 @@ from torch import nn
 
 from layerif.adapters import AdapterModule
 from layerif.callback import InfluenceCallback
+from layerif.curves import Curves
 from layerif.decide import Decision
+from layerif.moe import measure_usage
+from layerif.moe.usage import by_block, describe_unused
 from layerif.parts import Parts
 from layerif.record import RunRecord
 
@@ -60,9 +66,8 @@ def fit(parts: Parts, module: AdapterModule, record: RunRecord, folder: Path) ->
     influence = InfluenceCallback(parts.decider)
     if parts.evaluation.before:
         evaluate(module.base_model().to(parts.decider.device), parts, record, "before/")
-    model = train(parts, module, influence, record, folder)
-    assert influence.decision is not None
-    keep(influence.decision, record)
+    with keeping(influence, record):
+        model = train(parts, module, influence, record, folder)
     evaluate(model, parts, record, "")
 
 
@@ -101,6 +106,16 @@ def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, rec
     }
     model.save_pretrained(folder / "adapter")
     return model.to(trainer.strategy.root_device)
+
+
+@contextmanager
+def keeping(influence: InfluenceCallback, record: RunRecord) -> Iterator[None]:
+    """Put the decision that is made inside into the record, also if training fails after it."""
+    try:
+        yield
+    finally:
+        if influence.decision is not None:
+            keep(influence.decision, record)
 
 
 def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:
@@ -143,11 +158,16 @@ def _join_processes(parts: Parts) -> None:
 
 
 def evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> None:
-    """The metrics of `model` into the record, under `prefix`; the first process measures for all."""
+    """The metrics of `model` into the record, under `prefix`, and how it routes; the first process measures for all."""
     if rank_zero_only.rank > 0:
         return
     start = time.perf_counter()
-    result = parts.evaluation.run(model, parts.tokenizer, parts.splits.test, parts.task)  # type: ignore[arg-type]
+    with measure_usage(model) as meter:
+        result = parts.evaluation.run(model, parts.tokenizer, parts.splits.test, parts.task)  # type: ignore[arg-type]
+    usage = meter.take()
+    record.routing = by_block(usage, record.layers)
+    if unused := describe_unused(usage):
+        warnings.warn(unused, RuntimeWarning, stacklevel=2)
     record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
     record.questions |= {
         f"{prefix}{metric}": {answer.id: answer.correct for answer in answers}
@@ -158,7 +178,7 @@ def evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> 
 
 def callbacks(kept: Fit, checkpoints: Path) -> list[Callback]:
     saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
-    found: list[Callback] = [saved(filename="last", every_n_train_steps=kept.checkpoint_steps)]
+    found: list[Callback] = [Curves(), saved(filename="last", every_n_train_steps=kept.checkpoint_steps)]
     if kept.keep == "best":
         found.append(saved(filename="best", monitor="validation/loss"))
     if kept.patience is not None:

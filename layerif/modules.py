@@ -46,7 +46,7 @@ class LoRAMoEModule(AdapterModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
@@ -91,7 +91,7 @@ class LoRAModule(AdapterModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
@@ -125,7 +125,7 @@ class EqualLoRAModule(AdapterModule):
         allocation: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
         if r < 1:
             raise ValueError(f"method.r={r} must be at least 1: it is the rank of an expert that is compared with")

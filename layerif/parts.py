@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -80,13 +82,19 @@ class Parts:
     def datamodule(self) -> TaskDataModule:
         return instantiate(self.config.data)(self.splits, self.tokenizer)
 
+    @cached_property
+    def loggers(self) -> list[Logger]:
+        """Every one the configuration names, the same for all trainers of the run."""
+        return [instantiate(logger) for logger in self.config.logger.values()]
+
     def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
         """overrides: settings of the trainer that a method fixes."""
+        logger = self.loggers if callbacks else False
         try:
             return instantiate(
                 self.config.trainer,
                 callbacks=callbacks,
-                logger=instantiate(self.config.logger) if self.config.logger and callbacks else False,
+                logger=logger,
                 default_root_dir=str(folder),
                 enable_model_summary=False,
                 enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),

@@ -22,7 +22,7 @@ from layerif.blocks import blocks
 from layerif.callback import InfluenceCallback
 from layerif.data.text import Calibration, check_disjoint
 from layerif.decide import Allocator, Decider
-from layerif.fit import evaluate, keep, run_trainer, train
+from layerif.fit import evaluate, keeping, run_trainer, train
 from layerif.models import Local, Pretrained
 from layerif.modules import LoRAMoEModule
 from layerif.names import check_choice
@@ -169,11 +169,10 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
         evaluate(module.base_model().to(device), parts, record, "before/")
     start = time.perf_counter()
     module.job = json.dumps([record.config, record.inputs], sort_keys=True)
-    run_trainer(trainer, module)
+    with keeping(influence, record):
+        run_trainer(trainer, module)
     assert module.walk is not None
-    if influence.decision is not None:
-        keep(influence.decision, record)
-    else:
+    if influence.decision is None:
         _keep_given(module, record)
     record.seconds["prune"] = time.perf_counter() - start - influence.seconds
     if module.walk.num_replayed:

@@ -28,7 +28,10 @@ class RunRecord:
     that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
     evaluated question was answered right, by its id, for paired tests. parameters: total and trainable, and of what a
     baseline of equal size is compared with. sparsity: the fraction of zeros in each pruned matrix, by name; recovery:
-    how the pruned model was fine-tuned, and the experts it got. measurements: what was asked of the store, see
+    how the pruned model was fine-tuned, and the experts it got. routing: of an evaluated LoRA-MoE, by block with
+    routers, `load` (share of the tokens' assignments each expert got) and `entropy` (of the routers, in nats), means
+    over the routers of the block and the tokens that evaluation ran. tracking: where wandb has this run (the address of
+    its page, or the name of its folder below `wandb/`). measurements: what was asked of the store, see
     `layerif.store.Store`. memory_gb: peak of the process in main memory. notes: every departure and warning.
     """
 
@@ -51,6 +54,8 @@ class RunRecord:
     parameters: dict[str, int] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tracking: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     measurements: list[dict[str, Any]] = field(default_factory=list)
     memory_gb: float = 0.0

@@ -30,6 +30,7 @@ from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
+from layerif.tracking import tracked
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(config: DictConfig) -> float | None:
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
         return RunRecord.read(folder).objective
     try:
-        with _noting_warnings(record.notes):
+        with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
             _execute(parts, record, folder)
     except KeyboardInterrupt:
         if HydraConfig.get().mode is RunMode.RUN:  # a sweep's jobs are found by the sweep

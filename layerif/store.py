@@ -126,6 +126,10 @@ class Store:
     def key(self, description: Mapping[str, Any]) -> str:
         return fingerprint({**description, "store": VERSION})
 
+    def files(self, key: str) -> list[Path]:
+        """What is here under this key: at most one measurement of a kind."""
+        return sorted(Path(self.root).glob(f"*/{key}.safetensors")) if key else []
+
     def partial(self, key: str) -> Path:
         """Where an interrupted measurement leaves what it has; gone once the Grams are stored."""
         return Path(self.root) / "grams" / f".{key}.partial"

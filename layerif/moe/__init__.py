@@ -12,9 +12,19 @@ from peft.utils import PeftType, register_peft_method
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.model import LoraMoeModel
-from layerif.moe.routing import balance_loss, expert_usage, record_routing
+from layerif.moe.routing import balance_loss, record_routing
+from layerif.moe.usage import ExpertUsage, expert_usage, measure_usage
 
-__all__ = ["LoraMoeConfig", "LoraMoeLinear", "LoraMoeModel", "balance_loss", "expert_usage", "record_routing"]
+__all__ = [
+    "ExpertUsage",
+    "LoraMoeConfig",
+    "LoraMoeLinear",
+    "LoraMoeModel",
+    "balance_loss",
+    "expert_usage",
+    "measure_usage",
+    "record_routing",
+]
 
 
 def _register(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What the routers of the last forward chose: the load-balancing loss and the usage of the experts.
+"""What the routers of the last forward chose, and the load-balancing loss of that.
 
 Letters: N counted tokens, E experts, K chosen experts of a token.
 """
@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-
-
-class ExpertUsage(TypedDict):
-    """load: share of the routed assignments each expert got, (E,), summing to 1; entropy: −Σ load·ln load in nats,
-    ln E where experts are used evenly, 0 where one takes everything."""
-
-    load: Tensor
-    entropy: float
 
 
 def balance_loss(model: nn.Module) -> Tensor:
@@ -35,7 +27,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     Kept by forwards with `balance_coefficient` above 0, or inside `record_routing(model)`. Raises ValueError where
     nothing was kept, where the mask does not fit the tokens, and where reentrant checkpointing cut the gradient.
     """
-    routing = _last_forward(model)
+    routing = last_forward(model)
     routing.unread = False
     if not routing.records:
         return torch.zeros((), device=next(model.parameters()).device)
@@ -52,26 +44,12 @@ def balance_loss(model: nn.Module) -> Tensor:
     return torch.stack([term.to(device) for term in terms]).mean()
 
 
-def expert_usage(model: nn.Module) -> dict[str, ExpertUsage]:
-    """Load and entropy of every routed linear in the last forward, by module name in the base model; detached.
-
-    Kept and refused like `balance_loss`. With several adapters active at once the name is followed by `.adapter`.
-    """
-    usage: dict[str, ExpertUsage] = {}
-    routing = _last_forward(model)
-    several = len({record.adapter for record in routing.records}) > 1
-    for record in routing.records:
-        with torch.no_grad():
-            load_E = _probabilities(record, routing.attention_mask)[1]
-            entropy = float(torch.special.entr(load_E).sum())
-        usage[f"{record.name}.{record.adapter}" if several else record.name] = ExpertUsage(load=load_E, entropy=entropy)
-    return usage
-
-
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[None]:
     """Forwards inside keep their routing for `expert_usage` and `balance_loss`, whatever the balance coefficient."""
-    routing = _routing_layers(model)[0].routing
+    routing = routing_of(model)
+    if routing is None:
+        raise _no_layers(model)
     before, routing.asked = routing.asked, True
     try:
         yield
@@ -99,6 +77,7 @@ class Routing:
 
     def __init__(self) -> None:
         self.asked = False
+        self.after_forward: Callable[[Routing], None] | None = None
         self._handles: list[Any] = []
         self._forget()
 
@@ -122,7 +101,13 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model has run no forward (and a tensor inside a graph cannot be copied)."""
-        return self.__dict__ | {"records": [], "attention_mask": None, "unread": False, "is_open": False}
+        return self.__dict__ | {
+            "records": [],
+            "attention_mask": None,
+            "unread": False,
+            "is_open": False,
+            "after_forward": None,
+        }
 
     def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.unread and torch.is_grad_enabled():
@@ -139,6 +124,8 @@ class Routing:
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.is_open = False
+        if self.after_forward is not None and output is not None:  # None: the forward failed
+            self.after_forward(self)
 
     def _forget(self) -> None:
         self.is_open = False
@@ -148,21 +135,17 @@ class Routing:
         self.attention_mask: Any = None
 
 
-def _routing_layers(model: nn.Module) -> list[Any]:
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "routing", None), Routing)
-    ]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no LoRA-MoE layer; wrap it with get_peft_model(model, LoraMoeConfig(...))"
-        )
-    return layers
-
-
-def _last_forward(model: nn.Module) -> Routing:
+def routing_of(model: nn.Module) -> Routing | None:
+    """What the LoRA-MoE layers of `model` share; None where it has none."""
     layers = _routing_layers(model)
+    return layers[0].routing if layers else None
+
+
+def last_forward(model: nn.Module) -> Routing:
+    """The routing kept of the last forward. Raises ValueError where routers ran and nothing was kept."""
+    layers = _routing_layers(model)
+    if not layers:
+        raise _no_layers(model)
     routing: Routing = layers[0].routing
     if not routing.records and any(layer.has_router for layer in layers):
         raise ValueError(
@@ -172,17 +155,31 @@ def _last_forward(model: nn.Module) -> Routing:
     return routing
 
 
+def _routing_layers(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "routing", None), Routing)
+    ]
+
+
+def _no_layers(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} has no LoRA-MoE layer; wrap it with get_peft_model(model, LoraMoeConfig(...))"
+    )
+
+
 def _probabilities(record: Record, attention_mask: Any) -> tuple[Tensor, Tensor]:
     """The counted tokens' router probabilities (N × E) and the load f (E), which has no gradient."""
     logits_NE = record.logits.flatten(0, -2)
     if attention_mask is not None:
-        logits_NE = logits_NE[_counted(attention_mask, len(logits_NE)).to(logits_NE.device)]
+        logits_NE = logits_NE[counted(attention_mask, len(logits_NE)).to(logits_NE.device)]
     chosen = logits_NE.detach().topk(record.top_k, dim=-1).indices.flatten()
     counts_E = torch.zeros_like(logits_NE[0]).index_add(0, chosen, torch.ones_like(chosen, dtype=logits_NE.dtype))
     return logits_NE.softmax(dim=-1), counts_E / len(chosen)
 
 
-def _counted(attention_mask: Any, num_tokens: int) -> Tensor:
+def counted(attention_mask: Any, num_tokens: int) -> Tensor:
     """The mask of the tokens a layer saw: with a cache it also covers the earlier ones, which come first."""
     shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ()
     if len(shape) != 2 or num_tokens % shape[0] or num_tokens > shape[0] * shape[1]:

@@ -1,0 +1,159 @@
+"""How the routers of a LoRA-MoE use their experts, over one forward or many.
+
+Letters: R routers of one shape, N tokens, E experts, K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerif.moe.routing import Record, Routing, counted, last_forward, record_routing, routing_of
+
+UNUSED = 0.1  # of an even share, 1/E
+
+
+@dataclass(frozen=True)
+class ExpertUsage:
+    """One router over some tokens; padding counts in nothing.
+
+    load: share of the routed assignments (K a token) each expert got, (E,), summing to 1. weight: mean routing weight
+    of each expert, which is 0 for a token that did not choose it, (E,), summing to 1. entropy: mean over the tokens of
+    −Σ p·ln p of the router's probabilities p before top-k, in nats: ln E where it cannot tell experts apart, 0 where it
+    is certain.
+    """
+
+    load: Tensor
+    weight: Tensor
+    entropy: float
+
+    @property
+    def unused(self) -> list[int]:
+        """Experts with less than a tenth of an even share of the weight.
+
+        Of the weight, not the load: where K = E every expert gets the same load whatever the router says. The tenth is
+        ours; that routers left alone come to favour the same few experts, and so train only those, is described by
+        Shazeer et al. (2017), section 4.
+        """
+        return [expert for expert, weight in enumerate(self.weight.tolist()) if weight < UNUSED / len(self.weight)]
+
+
+def expert_usage(model: nn.Module) -> dict[str, ExpertUsage]:
+    """Every routed linear in the last forward, by module name in the base model.
+
+    Kept and refused like `balance_loss`. With several adapters active at once the name is followed by `.adapter`.
+    """
+    meter = UsageMeter(with_grad=False)
+    meter.add(last_forward(model))
+    return meter.take()
+
+
+@contextmanager
+def measure_usage(model: nn.Module, *, with_grad: bool = False) -> Iterator[UsageMeter]:
+    """A meter of the forwards inside, those that build a graph or those that do not; empty without LoRA-MoE layers.
+
+    One meter at a time: an inner one takes the place of the outer until it ends.
+    """
+    meter = UsageMeter(with_grad)
+    routing = routing_of(model)
+    if routing is None:
+        yield meter
+        return
+    before, routing.after_forward = routing.after_forward, meter.after_forward
+    try:
+        with record_routing(model):
+            yield meter
+    finally:
+        routing.after_forward = before
+
+
+class UsageMeter:
+    """Sums over forwards, kept where the routers are: adding needs no answer from the device, taking one."""
+
+    def __init__(self, with_grad: bool) -> None:
+        self.with_grad = with_grad
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # of routers of one shape, (R, 2·E + 2)
+
+    def after_forward(self, routing: Routing) -> None:
+        if routing.with_grad == self.with_grad:
+            self.add(routing)
+
+    def add(self, routing: Routing) -> None:
+        """The last forward. Raises ValueError for a mask that does not fit the tokens."""
+        several = len({record.adapter for record in routing.records}) > 1
+        alike: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
+        for record in routing.records:
+            name = f"{record.name}.{record.adapter}" if several else record.name
+            shape = record.logits.device, record.logits.dtype, record.logits.shape, record.top_k
+            alike[shape][name] = record
+        with torch.no_grad():
+            for records in alike.values():
+                sums = _sums(list(records.values()), routing.attention_mask)
+                names = tuple(records)
+                self._sums[names] = self._sums[names] + sums if names in self._sums else sums
+
+    def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, ExpertUsage]:
+        """Usage by router since the last `take`. reduce: sums the sums of all processes."""
+        kept, self._sums = self._sums, {}
+        if not kept:
+            return {}
+        device = next(iter(kept.values())).device  # a model split over devices leaves its routers on several
+        flat = reduce(torch.cat([sums.flatten().to(device) for sums in kept.values()])).cpu()
+        parts = flat.split([sums.numel() for sums in kept.values()])
+        rows: dict[str, Tensor] = {}
+        for (names, sums), part in zip(kept.items(), parts, strict=True):
+            for name, row in zip(names, part.view(sums.shape), strict=True):
+                rows[name] = rows[name] + row if name in rows else row
+        return {name: _usage(row / row[-1]) for name, row in rows.items()}
+
+
+def by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`load` and `entropy` of every block that has routers: the means over its routers, as plain numbers."""
+    found = {}
+    for block in blocks:
+        routers = [one for name, one in usage.items() if name.startswith(f"{block}.")]
+        if routers:
+            load = torch.stack([one.load for one in routers]).mean(dim=0)
+            found[block] = {"load": load.tolist(), "entropy": fmean(one.entropy for one in routers)}
+    return found
+
+
+def describe_unused(usage: Mapping[str, ExpertUsage]) -> str | None:
+    """A sentence on the routers that leave an expert unused, None where none does."""
+    collapsed = {name: one.unused for name, one in usage.items() if one.unused}
+    if not collapsed:
+        return None
+    shown = [f"{name} (expert {', '.join(map(str, unused))})" for name, unused in list(collapsed.items())[:3]]
+    rest = f" and {len(collapsed) - len(shown)} more" if len(collapsed) > len(shown) else ""
+    return (
+        f"{len(collapsed)} of {len(usage)} routers give an expert less than {UNUSED:.0%} of its even share: "
+        f"{', '.join(shown)}{rest}; such experts hardly train: balance them with method.balance_coefficient=0.001, or "
+        "give their blocks fewer experts"
+    )
+
+
+def _sums(records: Sequence[Record], attention_mask: Any) -> Tensor:
+    """Of routers of one shape, over their tokens: load, weight, entropy, and the number of tokens."""
+    logits_RNE = torch.stack([record.logits.detach().flatten(0, -2) for record in records])
+    top_k = records[0].top_k
+    top_RNK, chosen_RNK = logits_RNE.topk(top_k, dim=-1)
+    nothing = torch.zeros_like(logits_RNE)
+    load_RNE = nothing.scatter(-1, chosen_RNK, 1 / top_k)
+    weight_RNE = nothing.scatter(-1, chosen_RNK, top_RNK.softmax(dim=-1))
+    entropy_RN1 = torch.special.entr(logits_RNE.softmax(dim=-1)).sum(dim=-1, keepdim=True)
+    each = torch.cat([load_RNE, weight_RNE, entropy_RN1, torch.ones_like(entropy_RN1)], dim=-1)
+    if attention_mask is not None:  # no indexing by the mask, which would wait for the device
+        each = each.where(counted(attention_mask, each.shape[1]).to(each.device)[:, None], 0)
+    return each.sum(dim=1)
+
+
+def _usage(means: Tensor) -> ExpertUsage:
+    load_E, weight_E = means[:-2].chunk(2)
+    return ExpertUsage(load_E, weight_E, float(means[-2]))

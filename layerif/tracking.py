@@ -1,0 +1,245 @@
+"""What loggers carry besides training curves: configuration, layers, metrics, answers, routing, artifacts.
+
+Of a run's folder `record.json` and the tables beside it hold everything already, so `logger=csv` adds the curves alone.
+TensorBoard and wandb get all of it, whatever the method, from the record as it stands when the run ends or fails.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from layerif.record import RunRecord
+from layerif.store import Store
+
+ROUTING = "routing.csv"
+
+
+class Wandb(WandbLogger):
+    """Lightning's, named after the run's folder, with the tables and artifacts of `tracked`.
+
+    mode: `offline` writes below the run's folder, for `wandb sync`; `online` needs a key (`wandb login`, or
+    WANDB_API_KEY) and a network; `disabled` does nothing. fallback: what becomes, before any work, of an online run
+    that cannot start: None stops with a message, `offline` goes on, with a warning. artifacts: also keep the measured
+    Grams (or other evidence), the adapter and sparsity.csv; they are read from where they lie when they are uploaded.
+    init: further arguments of `wandb.init`.
+    """
+
+    def __init__(
+        self,
+        *,
+        save_dir: str,
+        project: str = "layerif",
+        group: str | None = None,
+        mode: Literal["online", "offline", "disabled"] = "offline",
+        fallback: Literal["offline"] | None = None,
+        artifacts: bool = True,
+        **init: Any,
+    ) -> None:
+        try:
+            super().__init__(
+                **{"name": Path(save_dir).name, "save_dir": save_dir, "project": project, "group": group, "mode": mode},
+                **init,
+            )
+        except ModuleNotFoundError as error:
+            raise ValueError(f"logger=wandb needs the package wandb ({error}): pip install 'layerif[wandb]'") from error
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it, even where it is not set
+        self.fallback, self.artifacts = fallback, artifacts
+
+    def start(self) -> str | None:
+        """Start the run; the address of its page, or the name of its folder. None where wandb is disabled."""
+        from wandb.errors import Error
+
+        mode = self._wandb_init["mode"]
+        try:
+            run = self.experiment
+        except (Error, TimeoutError) as error:
+            why = f"wandb cannot start in mode {mode} ({' '.join(str(error).split())})"
+            if self.fallback is None or mode != "online":
+                raise ValueError(
+                    f"{why}; log in with `wandb login` or WANDB_API_KEY and check the network, write to the run's "
+                    "folder with logger.wandb.mode=offline, or allow that with logger.wandb.fallback=offline"
+                ) from error
+            warnings.warn(f"{why}; it is offline now, and `wandb sync` uploads it later", RuntimeWarning, stacklevel=2)
+            self._wandb_init["mode"] = mode = self.fallback
+            run = self.experiment
+        if mode == "disabled":
+            return None
+        return run.url if mode == "online" else Path(run.dir).parent.name
+
+
+@contextmanager
+def tracked(loggers: Sequence[Logger], record: RunRecord, folder: Path, store: Store) -> Iterator[None]:
+    """Give all loggers the configuration, then on leaving, also by an error or Ctrl-C, what the record says by then.
+
+    Every logger is closed in the end, wandb's run with the exit code of the process. A logger that fails on leaving
+    warns: the run's result does not depend on it.
+    """
+    if rank_zero_only.rank > 0:
+        yield
+        return
+    exit_code, started = 1, []
+    try:
+        for logger in loggers:
+            _start(logger, record)
+            started.append(logger)
+        yield
+        exit_code = 0
+    except KeyboardInterrupt:
+        exit_code = 130
+        raise
+    finally:
+        for logger in started:
+            for leave in (partial(_write, logger, record, folder, store), partial(_finish, logger, exit_code)):
+                try:
+                    leave()
+                except Exception as error:
+                    said = f"{type(logger).__name__} did not get everything: {error}"
+                    warnings.warn(said, RuntimeWarning, stacklevel=1)
+
+
+def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, Any]], step: int) -> None:
+    """`load/<block>/<expert>` and `entropy/<block>`; with csv a file of its own, one row a block, for its columns."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            _append_routing(Path(logger.log_dir, ROUTING), routing, step)
+        else:
+            entropies = {f"entropy/{block}": usage["entropy"] for block, usage in routing.items()}
+            loads = {
+                f"load/{block}/{expert}": load
+                for block, usage in routing.items()
+                for expert, load in enumerate(usage["load"])
+            }
+            logger.log_metrics({**loads, **entropies}, step)
+
+
+def tables(record: RunRecord) -> dict[str, pd.DataFrame]:
+    """What a record says, by name; what it does not hold is left out."""
+    found: dict[str, pd.DataFrame] = {}
+    if record.allocation:
+        scores = {"score": record.scores} if record.scores else {}
+        values = {record.allocation["kind"]: record.allocation["values"]}
+        found["layers"] = pd.DataFrame({"depth": range(len(record.layers)), "layer": record.layers, **scores, **values})
+    if metrics := numbers(record.metrics):
+        found["metrics"] = pd.DataFrame({"metric": list(metrics), "value": list(metrics.values())})
+    if record.questions:
+        found["questions"] = pd.DataFrame(record.questions).rename_axis("question").reset_index()
+    if record.routing:
+        found["routing"] = pd.DataFrame(_routing_rows(record.routing))
+    if record.sparsity:
+        found["sparsity"] = pd.DataFrame({"matrix": record.sparsity.keys(), "sparsity": record.sparsity.values()})
+    return found
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _start(logger: Logger, record: RunRecord) -> None:
+    if isinstance(logger, Wandb) and (place := logger.start()):
+        record.tracking["wandb"] = place
+    if isinstance(logger, CSVLogger):
+        Path(logger.log_dir, ROUTING).unlink(missing_ok=True)  # as Lightning does with metrics.csv
+    logger.log_hyperparams(dict(record.config))
+
+
+def _write(logger: Logger, record: RunRecord, folder: Path, store: Store) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        _to_tensorboard(logger, record)
+    elif isinstance(logger, Wandb):
+        _to_wandb(logger, record, folder, store)
+
+
+def _finish(logger: Logger, exit_code: int) -> None:
+    logger.finalize("success" if exit_code == 0 else "failed")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish(exit_code=exit_code)
+
+
+def _to_tensorboard(logger: TensorBoardLogger, record: RunRecord) -> None:
+    writer = logger.experiment
+    for name, frame in tables(record).items():
+        writer.add_text(name, _markdown(frame))
+    if record.allocation:
+        writer.add_figure("layers", _figure(record))
+    logger.log_hyperparams(dict(record.config), numbers(record.metrics))
+
+
+def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, store: Store) -> None:
+    import wandb
+
+    run: Any = logger.experiment
+    found = tables(record)
+    shown: dict[str, Any] = {name: wandb.Table(dataframe=frame) for name, frame in found.items()}
+    if "layers" in found:
+        for column in found["layers"].columns[2:]:
+            title = f"{column} (higher: {record.higher_means})" if column == "score" else f"allocated {column}"
+            table = wandb.Table(dataframe=found["layers"])
+            shown[f"layers/{column}"] = wandb.plot.line(table, "depth", column, title=title)
+    if shown:
+        run.log(shown)
+    run.summary.update(numbers(record.metrics) | {f"seconds/{name}": value for name, value in record.seconds.items()})
+    if logger.artifacts:
+        for kind, name, path in _files(record, folder, store):
+            artifact = wandb.Artifact(f"{kind}-{name or run.id}", type=kind)
+            add = artifact.add_dir if path.is_dir() else artifact.add_file
+            add(str(path), policy="immutable")  # not copied: wandb reads it where it is
+            run.log_artifact(artifact)
+
+
+def _files(record: RunRecord, folder: Path, store: Store) -> Iterator[tuple[str, str, Path]]:
+    """Kind, name (of the run where empty) and path of what is worth keeping."""
+    for file in store.files(record.fingerprint):
+        yield file.parent.name, record.fingerprint[:12], file
+    for path in (folder / "adapter", folder / "sparsity.csv"):
+        if path.exists():
+            yield path.stem, "", path
+
+
+def _append_routing(file: Path, routing: Mapping[str, Mapping[str, Any]], step: int) -> None:
+    rows = _routing_rows(routing)
+    is_new = not file.exists()
+    with file.open("a", newline="") as opened:
+        writer = csv.DictWriter(opened, ["step", *rows[0]])
+        if is_new:
+            writer.writeheader()
+        writer.writerows({"step": step, **row} for row in rows)
+
+
+def _routing_rows(routing: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": block,
+            "entropy": usage["entropy"],
+            "lowest load": min(usage["load"]),
+            "highest load": max(usage["load"]),
+            "load": " ".join(f"{load:.3f}" for load in usage["load"]),
+        }
+        for block, usage in routing.items()
+    ]
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def _figure(record: RunRecord) -> Figure:
+    """Scores over the allocation, layer by layer."""
+    frame = tables(record)["layers"]
+    columns = frame.columns[2:]
+    figure = Figure(figsize=(8, 2.6 * len(columns)), layout="constrained")
+    for axes, column in zip(figure.subplots(len(columns), squeeze=False)[:, 0], columns, strict=True):
+        axes.bar(frame["depth"], frame[column])
+        axes.set(xlabel="layer (decoder block)", ylabel=column)
+    return figure

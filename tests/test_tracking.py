@@ -1,0 +1,289 @@
+"""Loggers: what a run, or one that fails, leaves in each, read back from its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import wandb
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import open_dict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import layerif.fit
+import layerif.moe.usage
+from layerif.config import conf_folder, register
+from layerif.record import RunRecord
+from layerif.run import run
+from layerif.store import Store
+from layerif.tracking import Wandb, log_routing, tables, tracked
+from tests.wandb_file import WandbFile
+
+BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
+ROUTED = "model.layers.2"  # the shape below gives only this block more than one expert
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_wandb(tmp_path_factory):
+    """No key, no settings and no cache but those of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(home))
+        patch.setenv("NETRC", str(home / "netrc"))
+        for name in ("DATA", "CACHE", "CONFIG"):
+            patch.setenv(f"WANDB_{name}_DIR", str(home))
+        patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+        patch.setenv("WANDB_INIT_TIMEOUT", "1")
+        patch.setenv("WANDB_SILENT", "true")
+        wandb.teardown()
+        yield
+        wandb.teardown()
+
+
+def job(overrides: list[str], folder: Path) -> None:
+    """One job in this process and `folder`, as the command line runs it."""
+    folder.mkdir(parents=True)
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(folder)
+        HydraConfig.instance().set_config(config)
+        del config["hydra"]
+    run(config)
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder, task_folder, tmp_path_factory) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "task=jsonl",
+        f"task.path={task_folder}",
+        f"outputs={tmp_path_factory.mktemp('outputs')}",
+        "name=mine",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+        "data.batch_size=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """The folder of a LoRA-MoE, with every logger at once."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerif.moe.usage, "UNUSED", 1.0)  # no router is quite even
+        job([*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2"], folder)
+    return folder
+
+
+def test_a_wandb_run_carries_everything(whole):
+    record, found = RunRecord.read(whole), WandbFile(whole)
+    (started,) = found.all("run")[:1]
+    assert (started.run_group, started.project, started.display_name) == ("mine", "layerif", "run")
+    assert record.tracking == {"wandb": found.file.parent.name}
+    assert found.config == record.config
+    (left,) = found.all("exit")
+    assert left.exit_code == 0
+
+    curves: Any = pd.DataFrame(found.history)
+    assert curves["train/loss"].dropna().notna().sum() == 2  # of four steps, every second
+    assert curves["validation/loss"].count() == 2
+    assert curves["train/learning_rate"].dropna().is_monotonic_decreasing
+    assert (curves["train/seconds"].dropna() > 0).all()
+    assert curves["trainer/global_step"].max() == 3
+
+    layers = found.table("layers")
+    assert layers["layer"].tolist() == record.layers == BLOCKS
+    assert layers["score"].tolist() == pytest.approx(record.scores)
+    assert layers["experts"].tolist() == record.allocation["values"]
+    pd.testing.assert_frame_equal(found.table("layers/score_table"), layers)  # behind the charts
+    assert found.charts.keys() == {"layers/score", "layers/experts"}
+    assert found.table("metrics").set_index("metric")["value"].to_dict() == pytest.approx(record.metrics)
+    questions = found.table("questions").set_index("question")["options"].to_dict()
+    assert questions == record.questions["options"]
+    assert found.summary["accuracy"] == record.metrics["accuracy"]
+    assert found.summary["seconds/fit"] == record.seconds["fit"]
+
+
+def test_wandb_keeps_the_grams_and_the_adapter_where_they_lie(whole, settings):
+    record = RunRecord.read(whole)
+    kept = {artifact.type: artifact for artifact in WandbFile(whole).all("artifact") if artifact.type != "run_table"}
+    assert kept.keys() == {"grams", "adapter"}
+    store = Store(Path(settings[4].partition("=")[2]) / "store")
+    (file,) = [Path(entry.local_path) for entry in kept["grams"].manifest.contents]
+    assert [file] == store.files(record.fingerprint)
+    adapter = {Path(entry.local_path) for entry in kept["adapter"].manifest.contents}
+    assert whole / "adapter" / "adapter_model.safetensors" in adapter
+
+
+def test_load_and_entropy_are_logged_while_training(whole):
+    record = RunRecord.read(whole)
+    experts = dict(zip(record.layers, record.allocation["values"], strict=True))
+    curves: Any = pd.DataFrame(WandbFile(whole).history)
+    routed = [block for block in BLOCKS if experts[block] > 1]
+    assert list(record.routing) == routed
+    table: Any = pd.read_csv(whole / "routing.csv")
+    assert table["layer"].tolist() == routed * 2
+    assert table["step"].tolist() == sorted([1, 3] * len(routed))
+    for block in routed:
+        loads = curves[[f"load/{block}/{expert}" for expert in range(experts[block])]].dropna()
+        assert len(loads) == 2
+        assert loads.sum(axis=1).tolist() == pytest.approx([1, 1])
+        entropy = curves[f"entropy/{block}"].dropna()
+        assert ((entropy > 0) & (entropy <= torch.tensor(float(experts[block])).log().item() + 1e-6)).all()
+        rows = table[table["layer"] == block]
+        assert rows["lowest load"].tolist() == pytest.approx(loads.min(axis=1).tolist())
+        assert rows["entropy"].tolist() == pytest.approx(entropy.tolist())
+        assert sum(record.routing[block]["load"]) == pytest.approx(1)
+        assert record.routing[block]["entropy"] > 0
+    said = f"{7 * len(routed)} of {7 * len(routed)} routers give an expert less than 100% of its even share"
+    assert any(note.startswith(said) for note in record.notes)
+
+
+def test_csv_keeps_its_columns_few(whole):
+    curves = pd.read_csv(whole / "metrics.csv")
+    expected = {"epoch", "step", "train/loss", "train/learning_rate", "train/seconds", "validation/loss"}
+    assert set(curves.columns) == expected
+
+
+def test_tensorboard_reads_curves_tables_and_a_chart(whole):
+    record = RunRecord.read(whole)
+    events = EventAccumulator(str(whole)).Reload()
+    tags = events.Tags()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 3]
+    assert {"validation/loss", "train/learning_rate", f"entropy/{next(iter(record.routing))}"} <= set(tags["scalars"])
+    assert events.Scalars("accuracy")[-1].value == pytest.approx(record.metrics["accuracy"])
+    assert tags["images"] == ["layers"]
+    layers, questions = (
+        events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
+        for name in ("layers", "questions")
+    )
+    assert layers[0] == "| depth | layer | score | experts |"
+    assert len(layers) == 2 + len(BLOCKS)
+    assert questions[2:] == [f"| {name} | {right} |" for name, right in record.questions["options"].items()]
+
+
+def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_its_own(
+    settings, tmp_path, monkeypatch
+):
+    def fail(*_args) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layerif.fit.Curves, "on_train_batch_end", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            job([*settings, "logger=wandb"], tmp_path / "failed")
+    failed = WandbFile(tmp_path / "failed")
+    assert [left.exit_code for left in failed.all("exit")] == [1]
+    assert failed.table("layers")["layer"].tolist() == BLOCKS
+    assert failed.config["task"]["name"] == "jsonl"
+
+    job([*settings, "logger=wandb", "method=none", "logger.wandb.artifacts=false"], tmp_path / "next")
+    following = WandbFile(tmp_path / "next")
+    assert following.all("run")[0].run_id != failed.all("run")[0].run_id
+    assert [left.exit_code for left in following.all("exit")] == [0]
+    assert following.table("layers").equals(failed.table("layers"))
+    assert {artifact.type for artifact in following.all("artifact")} == {"run_table"}
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SystemExit, 1), (ValueError, 1)])
+def test_whatever_ends_a_run_reaches_wandb(tmp_path, error, code):
+    logger = Wandb(save_dir=str(tmp_path))
+    record = RunRecord(name="mine", seed=0, config={"task": {"name": "jsonl"}}, overrides=[])
+    with pytest.raises(error), tracked([logger], record, tmp_path, Store(tmp_path)):
+        raise error
+    assert [left.exit_code for left in WandbFile(tmp_path).all("exit")] == [code]
+    assert wandb.run is None
+
+
+def test_pruning_is_tracked_too(settings, tmp_path):
+    pruning = ["method=prune", "pruner=magnitude", "allocator=sparsity", "estimator=uniform", "method.save=false"]
+    job([*settings, *pruning, "logger=tensorboard", "allocator.smoothing=false"], tmp_path / "run")
+    record = RunRecord.read(tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert events.Scalars("sparsity")[0].value == pytest.approx(record.metrics["sparsity"])
+    assert "sparsity/text_summary" in events.Tags()["tensors"]
+
+
+def test_tables_hold_what_the_record_holds():
+    record = RunRecord(name="mine", seed=0, config={}, overrides=[])
+    assert tables(record) == {}
+    record.questions = {"before/options": {"a": True, "b": False}, "options": {"b": True, "a": True}}
+    record.metrics = {"accuracy": 1.0, "found": {"not": "a number"}}
+    record.sparsity = {"model.layers.0.q": 0.5}
+    found = tables(record)
+    assert found.keys() == {"metrics", "questions", "sparsity"}
+    assert found["questions"].to_dict("list") == {
+        "question": ["a", "b"],
+        "before/options": [True, False],
+        "options": [True, True],
+    }
+    assert found["metrics"].to_dict("list") == {"metric": ["accuracy"], "value": [1.0]}
+
+
+@pytest.mark.parametrize(("key", "message"), [(None, "No API key configured"), ("a" * 40, "connection refused")])
+def test_online_without_key_or_network_stops_before_any_work(tmp_path, monkeypatch, key, message):
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    record = RunRecord(name="mine", seed=0, config={}, overrides=[])
+    began = False
+    with (
+        pytest.raises(ValueError, match=rf"cannot start in mode online.*{message}.*logger.wandb.mode=offline"),
+        tracked([Wandb(save_dir=str(tmp_path), mode="online")], record, tmp_path, Store(tmp_path)),
+    ):
+        began = True
+    assert not began
+    with (
+        pytest.warns(RuntimeWarning, match=f"{message}.*it is offline now"),
+        tracked([Wandb(save_dir=str(tmp_path), mode="online", fallback="offline")], record, tmp_path, Store(tmp_path)),
+    ):
+        began = True
+    assert began
+    assert WandbFile(tmp_path, record.tracking["wandb"]).all("exit")[0].exit_code == 0
+
+
+def test_disabled_leaves_nothing(tmp_path):
+    record = RunRecord(name="mine", seed=0, config={}, overrides=[], metrics={"accuracy": 1.0})
+    with tracked([Wandb(save_dir=str(tmp_path), mode="disabled")], record, tmp_path, Store(tmp_path)):
+        pass
+    assert record.tracking == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_chooses_the_mode(settings, monkeypatch):
+    register()
+    for mode in ("online", "offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            assert compose("config", [*settings, "logger=wandb"]).logger.wandb.mode == mode
+
+
+def test_a_logger_that_fails_in_the_end_loses_no_result(tmp_path, monkeypatch):
+    logger = CSVLogger(str(tmp_path), name=None, version="")
+    monkeypatch.setattr(logger, "finalize", lambda _: 1 / 0)
+    record = RunRecord(name="mine", seed=0, config={}, overrides=[])
+    warned = pytest.warns(RuntimeWarning, match="CSVLogger did not get everything")
+    with warned, tracked([logger], record, tmp_path, Store(tmp_path)):
+        record.metrics["accuracy"] = 1.0
+    assert record.metrics == {"accuracy": 1.0}
+
+
+def test_routing_of_a_run_before_is_not_continued(tmp_path):
+    record = RunRecord(name="mine", seed=0, config={}, overrides=[])
+    for _ in range(2):
+        logger = CSVLogger(str(tmp_path), name=None, version="")
+        with tracked([logger], record, tmp_path, Store(tmp_path)):
+            log_routing([logger], {ROUTED: {"load": [0.25, 0.75], "entropy": 0.5}}, step=0)
+    assert len(pd.read_csv(tmp_path / "routing.csv")) == 1
