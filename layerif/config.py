@@ -28,6 +28,7 @@ class Config:
 
     model: Any = MISSING
     task: Any = MISSING
+    score_task: Any = None
     estimator: Any = MISSING
     allocator: Any = MISSING
     method: Any = MISSING
@@ -42,6 +43,7 @@ class Config:
     seed: int = 0
     dry_run: bool = False
     rerun: bool = False
+    small: bool = False
     outputs: str = MISSING
     store: str = MISSING
 
@@ -50,6 +52,8 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("small", small, replace=True)
+    OmegaConf.register_new_resolver("when", when, replace=True)
 
 
 def conf_folder() -> Path:
@@ -80,6 +84,16 @@ def folder_name(overrides: str) -> str:
         return overrides
     readable = re.sub(r"[^\w.,=-]+", "-", overrides)[:60].strip("-")
     return f"{readable}-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
+
+
+def small(if_small: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
+    """`${small:a,b}` in a YAML: a where the root key `small` is true, else b. A list of arms stands in quotes."""
+    return if_small if _root_.small else otherwise
+
+
+def when(value: Any, equals: Any, then: Any, otherwise: Any) -> Any:
+    """`${when:${key},x,a,b}` in a YAML: a where the key is x, else b."""
+    return then if value == equals else otherwise
 
 
 def check(config: DictConfig) -> None:

@@ -31,8 +31,8 @@ from layerif.report import print_run
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that are the same job.
-_INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
+# What may differ between two runs that are the same job; what `small` changes stands in the other keys.
+_INCIDENTAL = ("dry_run", "rerun", "small", "outputs", "store", "name", "logger")
 
 
 def run(config: DictConfig) -> None:
@@ -132,10 +132,10 @@ def _execute(parts: Parts, record: RunRecord, folder: Path) -> None:
 
 
 def _job(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration less what does not change the result."""
+    """The resolved configuration less what does not change the result, and root keys that ask for nothing."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL}
+    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL and value is not None}
 
 
 def _is_finished(folder: Path, record: RunRecord) -> bool:
