@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -54,6 +55,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("small", small, replace=True)
     OmegaConf.register_new_resolver("when", when, replace=True)
+    OmegaConf.register_new_resolver("folder_of_arm", folder_of_arm, replace=True)
 
 
 def conf_folder() -> Path:
@@ -96,6 +98,12 @@ def when(value: Any, equals: Any, then: Any, otherwise: Any) -> Any:
     return then if value == equals else otherwise
 
 
+def folder_of_arm(arm: str) -> str:
+    """`${folder_of_arm:x}` in a YAML: the folder of the same sweep's job that has the arm x and all else alike."""
+    hydra = HydraConfig.get()
+    return str(Path(hydra.sweep.dir) / folder_name(re.sub(r"\barm=[^,]+", f"arm={arm}", hydra.job.override_dirname)))
+
+
 def check(config: DictConfig) -> None:
     """Bind every `_target_` of the resolved configuration to its signature.
 
@@ -109,12 +117,11 @@ def check(config: DictConfig) -> None:
 
 def explain(error: BaseException, overrides: list[str]) -> str:
     """One message for what went wrong, with the nearest valid name where something was mistyped."""
-    if isinstance(error, MissingConfigException) and error.options:
-        missing = str(error.missing_cfg_file)
-        group, _, choice = missing.rpartition("/")
-        available = ", ".join(error.options)
-        nearest = did_you_mean(choice, error.options)
-        return f"{group}={choice} is no choice of the group {group!r}{nearest}; available: {available}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        options = error.options or sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+        wrong = f"{group}={choice} is no choice of the group {group!r}{did_you_mean(choice, options)}"
+        return f"{_named_by(group, choice, overrides)}{wrong}; available: {', '.join(options)}"
     if isinstance(error, ConfigCompositionException):
         found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"[Kk]ey '([^']+)'", str(error))
         if found:
@@ -122,6 +129,14 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if isinstance(error, HydraException):
         return " ".join(str(error).split("\n\n")[0].split())
     return str(error) or type(error).__name__
+
+
+def _named_by(group: str, choice: str, overrides: list[str]) -> str:
+    """Which experiment names a choice that the command line does not."""
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    if "experiment" not in given or choice in re.split(r"[\[\],]", given.get(group, "")):
+        return ""
+    return f"experiment={given['experiment']} names what there is not: "
 
 
 def _explain_key(key: str, message: str, overrides: list[str]) -> str:
@@ -138,6 +153,9 @@ def _explain_key(key: str, message: str, overrides: list[str]) -> str:
         keys = [str(entry) for entry in node if entry != "_target_"] if OmegaConf.is_dict(node) else []
     except HydraException:
         keys = []
+    if "defaults list" in message:  # an experiment overrides a group that is none
+        groups = sorted(file.name for file in conf_folder().iterdir() if file.is_dir())
+        return f"{' '.join(message.split())} {key!r} is no group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
     if name in keys or not keys:
         return " ".join(message.split("\n\n")[0].split())
     where = f"in {parent!r}" if parent else "at the top"
