@@ -155,7 +155,9 @@ def _explain_key(key: str, message: str, overrides: list[str]) -> str:
         keys = []
     if "defaults list" in message:  # an experiment overrides a group that is none
         groups = sorted(file.name for file in conf_folder().iterdir() if file.is_dir())
-        return f"{' '.join(message.split())} {key!r} is no group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
+        return (
+            f"{' '.join(message.split())} {key!r} is no group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
+        )
     if name in keys or not keys:
         return " ".join(message.split("\n\n")[0].split())
     where = f"in {parent!r}" if parent else "at the top"
