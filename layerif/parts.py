@@ -34,7 +34,7 @@ class Parts:
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
         self.scored = instantiate(config.score_task).load() if config.score_task else self.splits
-        _check_unseen(self.scored, self.splits)
+        check_unseen(self.scored, self.splits)
         trainer = self.trainer([], Path())
         self.decider = Decider(
             model=self.model,
@@ -100,7 +100,7 @@ class Parts:
             raise ValueError(f"trainer: {error.__cause__ or error}") from error
 
 
-def _check_unseen(scored: Splits, splits: Splits) -> None:
+def check_unseen(scored: Splits, splits: Splits) -> None:
     """Refuse scores of rows that are evaluated on; within one task its own `load` does."""
     if scored is splits:
         return
