@@ -76,8 +76,8 @@ def jobs(experiment: str, *overrides: str) -> list[DictConfig]:
     return [compose("config", list(job), return_hydra_config=True) for job in kept]
 
 
-def expected_of(experiment: str) -> dict[str, Any]:
-    file = EXPERIMENTS / experiment / "expected.json"
+def expected_of(experiment: str, name: str = "expected.json") -> dict[str, Any]:
+    file = EXPERIMENTS / experiment / name
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -144,11 +144,11 @@ def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment
 
 
 @pytest.mark.parametrize("experiment", [name for name in TABLES if expected_of(name)])
-def test_what_is_expected_names_every_job_of_the_full_sweep_once(experiment):
+def test_what_is_expected_names_every_job_once(experiment):
     expected = expected_of(experiment)
     assert list(expected) == ["source", "metric", "model", "arms", "columns", "values"]
     cells = []
-    for job in jobs(experiment, "small=false"):
+    for job in (*jobs(experiment, "small=false"), *jobs(experiment, "small=true")):
         config = plain(job)
         found = [
             (arm, column)
@@ -157,7 +157,7 @@ def test_what_is_expected_names_every_job_of_the_full_sweep_once(experiment):
             if meets(config, of_arm | of_column)
         ]
         assert len(found) == 1
-        assert config["model"]["name"] in expected["model"]
+        assert config["small"] or config["model"]["name"] == expected["model"]
         cells += found
     assert {arm for arm, _ in cells} == set(expected["arms"])
     assert {column for _, column in cells} == set(expected["columns"])
@@ -165,6 +165,15 @@ def test_what_is_expected_names_every_job_of_the_full_sweep_once(experiment):
     for values in expected["values"].values():
         assert set(values) <= set(expected["columns"])
         assert all(0.3 < value < 1 for value in values.values())
+
+
+def test_both_models_of_table_2_are_expected_in_the_same_cells():
+    mistral, gemma = expected_of("table2_pruning_50"), expected_of("table2_pruning_50", "expected_gemma.json")
+    assert (mistral["arms"], mistral["columns"]) == (gemma["arms"], gemma["columns"])
+    assert {name: set(row) for name, row in mistral["values"].items()} == {
+        name: set(row) for name, row in gemma["values"].items()
+    }
+    assert gemma["model"] == choice("model", "gemma_7b")[1]
 
 
 def test_the_published_numbers_are_fractions_of_the_five_tasks():
@@ -186,18 +195,18 @@ def test_seeds_are_an_axis_and_folders_are_told_apart(experiment):
         assert not any("small" in job.hydra.job.override_dirname for job in first)
 
 
-def test_the_released_recipe_is_an_addition():
-    added = "[table1_experts_mistral,upstream]"
-    ours, theirs = (jobs(name, "task=mrpc", "arm=mola_2468,layerif_all") for name in ("table1_experts_mistral", added))
-    for job, changed in zip(ours, theirs, strict=True):
-        mine, other = plain(job), plain(changed)
-        assert (mine["method"]["warmup_steps"], other["method"]["warmup_steps"]) == (None, 100)
-        assert (mine["data"]["drop_partial"], other["data"]["drop_partial"]) == (False, True)
-        rounding = other["allocator"].get("rounding", "upstream")  # a shape is not rounded
-        assert (rounding, mine["allocator"].get("rounding", "largest_remainder")) == ("upstream", "largest_remainder")
-        assert other["evaluation"]["metrics"] == ["generation"]
-        assert other["model"] == mine["model"]
-        assert other["estimator"] == mine["estimator"]
+@pytest.mark.parametrize(("arm", "rounding"), [("layerif_all", "upstream"), ("mola_2468", None)])  # a shape has none
+def test_the_released_recipe_is_an_addition(arm, rounding):
+    names = ("table1_experts_mistral", "[table1_experts_mistral,upstream]")
+    (ours,), (theirs,) = (jobs(name, "task=mrpc", f"arm={arm}") for name in names)
+    mine, other = plain(ours), plain(theirs)
+    assert (mine["method"]["warmup_steps"], other["method"]["warmup_steps"]) == (None, 100)
+    assert (mine["data"]["drop_partial"], other["data"]["drop_partial"]) == (False, True)
+    assert other["allocator"].get("rounding") == rounding
+    assert mine["allocator"].get("rounding") == (rounding and "largest_remainder")
+    assert other["evaluation"]["metrics"] == ["generation"]
+    assert other["model"] == mine["model"]
+    assert other["estimator"] == mine["estimator"]
 
 
 def test_an_arm_is_over_an_experiment_and_the_command_line_over_both():
