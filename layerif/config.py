@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +31,7 @@ class Config:
 
     model: Any = MISSING
     task: Any = MISSING
+    score_task: Any = None
     estimator: Any = MISSING
     allocator: Any = MISSING
     method: Any = MISSING
@@ -45,6 +47,7 @@ class Config:
     dry_run: bool = False
     rerun: bool | str = False
     objective: str | None = None
+    small: bool = False
     outputs: str = MISSING
     store: str = MISSING
 
@@ -54,8 +57,8 @@ _CHOICES = {
     "rerun": Literal[False, "failed", True],
     "objective": Literal[None, "validation/loss", "reliability"],
 }
-# What may differ between two runs that are the same job.
-_INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
+# What may differ between two runs that are the same job; what `small` changes stands in the other keys.
+_INCIDENTAL = ("dry_run", "rerun", "small", "outputs", "store", "name", "logger")
 _NEEDS_EXTRA = {
     "hydra/launcher/joblib": ("launcher=joblib", "joblib"),
     "hydra/launcher/submitit_local": ("launcher=submitit_local", "submitit"),
@@ -69,6 +72,9 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("small", small, replace=True)
+    OmegaConf.register_new_resolver("when", when, replace=True)
+    OmegaConf.register_new_resolver("folder_of_arm", folder_of_arm, replace=True)
 
 
 def conf_folder() -> Path:
@@ -101,6 +107,22 @@ def folder_name(overrides: str) -> str:
     return f"{readable}-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
 
 
+def small(if_small: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
+    """`${small:a,b}` in a YAML: a where the root key `small` is true, else b. A list of arms stands in quotes."""
+    return if_small if _root_.small else otherwise
+
+
+def when(value: Any, equals: Any, then: Any, otherwise: Any) -> Any:
+    """`${when:${key},x,a,b}` in a YAML: a where the key is x, else b."""
+    return then if value == equals else otherwise
+
+
+def folder_of_arm(arm: str) -> str:
+    """`${folder_of_arm:x}` in a YAML: the folder of the same sweep's job that has the arm x and all else alike."""
+    hydra = HydraConfig.get()
+    return str(Path(hydra.sweep.dir) / folder_name(re.sub(r"\barm=[^,]+", f"arm={arm}", hydra.job.override_dirname)))
+
+
 def check(config: DictConfig) -> None:
     """Bind every `_target_` of the resolved configuration to its signature.
 
@@ -116,10 +138,13 @@ def check(config: DictConfig) -> None:
 
 
 def job_of(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration less what does not change the result: equal ones are the same job."""
+    """The resolved configuration less what does not change the result, and root keys that ask for nothing.
+
+    Equal ones are the same job.
+    """
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL}
+    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL and value is not None}
 
 
 def of_the_user(error: BaseException) -> BaseException | None:
@@ -135,16 +160,16 @@ def of_the_user(error: BaseException) -> BaseException | None:
 
 def explain(error: BaseException, overrides: list[str]) -> str:
     """One message for what went wrong, with the nearest valid name where something was mistyped."""
-    if isinstance(error, MissingConfigException) and error.options:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         missing = str(error.missing_cfg_file)
         if missing in _NEEDS_EXTRA:
             choice, extra = _NEEDS_EXTRA[missing]
             plugin = " and pip install --no-deps hydra-ray-launcher==1.2.2" if extra == "ray" else ""
             return f"{choice} needs a plugin of Hydra that is not installed: pip install 'layerif[{extra}]'{plugin}"
         group, _, choice = missing.rpartition("/")
-        available = ", ".join(error.options)
-        nearest = did_you_mean(choice, error.options)
-        return f"{group}={choice} is no choice of the group {group!r}{nearest}; available: {available}"
+        options = error.options or sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+        wrong = f"{group}={choice} is no choice of the group {group!r}{did_you_mean(choice, options)}"
+        return f"{_named_by(group, choice, overrides)}{wrong}; available: {', '.join(options)}"
     if isinstance(error, ConfigCompositionException):
         found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"[Kk]ey '([^']+)'", str(error))
         if found:
@@ -152,6 +177,14 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if isinstance(error, HydraException):
         return " ".join(str(error).split("\n\n")[0].split())
     return str(error) or type(error).__name__
+
+
+def _named_by(group: str, choice: str, overrides: list[str]) -> str:
+    """Which experiment names a choice that the command line does not."""
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    if "experiment" not in given or choice in re.split(r"[\[\],]", given.get(group, "")):
+        return ""
+    return f"experiment={given['experiment']} names what there is not: "
 
 
 def _explain_key(key: str, message: str, overrides: list[str]) -> str:
@@ -168,6 +201,11 @@ def _explain_key(key: str, message: str, overrides: list[str]) -> str:
         keys = [str(entry) for entry in node if entry != "_target_"] if OmegaConf.is_dict(node) else []
     except HydraException:
         keys = []
+    if "defaults list" in message:  # an experiment overrides a group that is none
+        groups = sorted(file.name for file in conf_folder().iterdir() if file.is_dir())
+        return (
+            f"{' '.join(message.split())} {key!r} is no group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
+        )
     if name in keys or not keys:
         return " ".join(message.split("\n\n")[0].split())
     where = f"in {parent!r}" if parent else "at the top"

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.data.questions import context_length
-from layerif.data.task import Splits
+from layerif.data.task import Splits, folded
 from layerif.decide import Decider
 from layerif.evaluate import Evaluation
 from layerif.models import hash_file, hash_folder
@@ -36,11 +36,13 @@ class Parts:
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
+        self.scored = instantiate(config.score_task).load() if config.score_task else self.splits
+        check_unseen(self.scored, self.splits)
         trainer = self.trainer([], Path())
         self.decider = Decider(
             model=self.model,
             tokenizer=self.tokenizer,
-            splits=self.splits,
+            splits=self.scored,
             probe=instantiate(config.probe),
             estimator=instantiate(config.estimator),
             allocator=instantiate(config.allocator),
@@ -64,6 +66,8 @@ class Parts:
     def inputs(self) -> dict[str, str]:
         """What the configuration only names: a job is the same if the content is, too."""
         hashes = {"rows": self.splits.fingerprint, **self.model.fingerprint()}
+        if self.scored is not self.splits:
+            hashes["score_task"] = self.scored.fingerprint
         for part in ("estimator", "allocator"):
             if path := getattr(getattr(self.decider, part), "path", None):
                 hashes[part] = hash_file(Path(path))
@@ -103,3 +107,16 @@ class Parts:
             )
         except InstantiationException as error:
             raise ValueError(f"trainer: {error.__cause__ or error}") from error
+
+
+def check_unseen(scored: Splits, splits: Splits) -> None:
+    """Refuse scores of rows that are evaluated on; within one task its own `load` does."""
+    if scored is splits:
+        return
+    asked = {folded(example.instruction) for example in splits.test}
+    seen = sum(folded(example.instruction) in asked for example in (*scored.train, *scored.validation))
+    if seen:
+        raise ValueError(
+            f"{seen} train or validation rows of score_task ask what test rows of the task ask: scores would see what "
+            "they are judged by; name another score_task, or null for the task's own rows"
+        )

@@ -294,9 +294,9 @@ class _Renderer:
         """The instruction in lower case, blanks made one, its options sorted."""
         text = example.instruction
         if self.task.columns.get("options"):
-            options, letters = (sorted(map(_folded, names[name])) for name in ("options", "letters"))
+            options, letters = (sorted(map(folded, names[name])) for name in ("options", "letters"))
             text = self._text("instruction", self.instruction, {**names, "options": options, "letters": letters}, row)
-        return _folded(text)
+        return folded(text)
 
     def _names(self, row: Row) -> dict[str, Any]:
         """What templates see: the row's columns, then the task's own names."""
@@ -358,7 +358,8 @@ class _Renderer:
         )
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """What is compared of two texts: case and blanks count for nothing."""
     return " ".join(text.casefold().split())
 
 

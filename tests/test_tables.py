@@ -1,0 +1,324 @@
+"""The paper's tables as data: every sweep composes in full and small, says what it compares, and runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from layerif.__main__ import main
+from layerif.config import check, conf_folder, register
+from layerif.data.task import Example, Splits
+from layerif.layers import LayerMap
+from layerif.parts import check_unseen
+from layerif.record import FILE, RunRecord
+from layerif.scores import LayerScores
+from tests.tiny import tiny_model, tiny_tokenizer
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+TABLES = (
+    "ablation_damping",
+    "ablation_estimator",
+    "ablation_samples",
+    "ablation_smoothing",
+    "expert_budget_80_160_224",
+    "sparsity_curve_20_to_50",
+    "table1_experts_gemma",
+    "table1_experts_mistral",
+    "table2_pruning_50",
+    "table3_pruning_70_reversed",
+    "task_specificity",
+)
+DEPTHS = {"google/gemma-7b": 28, "mistralai/Mistral-7B-v0.1": 32}  # the embedded model has 30 blocks
+GROUPS = ("model", "task", "estimator", "allocator", "pruner", "method")
+
+
+@pytest.fixture(autouse=True)
+def hydra(monkeypatch) -> Iterator[None]:
+    register()
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+@cache  # composing takes longest
+def jobs(experiment: str, *overrides: str) -> list[DictConfig]:
+    """Jobs of the sweep's first seed, composed as Hydra would: the first, and those that differ from it along one axis.
+
+    Of what is expected to be a column, every combination.
+    """
+    given = [f"experiment={experiment}", "outputs=/nowhere", "logger=none", *overrides]
+    parameters = compose("config", given, return_hydra_config=True).hydra.sweeper.params
+    axes = [f"{key}={value}" for key, value in parameters.items()]
+    (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(axes + given), None)
+    columns = expected_of(experiment).get("columns", {}).values()
+    free = {axis for conditions in columns for axis in conditions}
+
+    def differing(job: Sequence[str]) -> set[str]:
+        return {override.split("=")[0] for override, first in zip(job, batch[0], strict=True) if override != first}
+
+    kept = [job for job in batch if "seed" not in differing(job)]
+    kept = [job for job in kept if len(differing(job)) <= 1 or differing(job) <= free]
+    return [compose("config", list(job), return_hydra_config=True) for job in kept]
+
+
+def expected_of(experiment: str, name: str = "expected.json") -> dict[str, Any]:
+    file = EXPERIMENTS / experiment / name
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def plain(job: DictConfig) -> dict[str, Any]:
+    """The job's resolved configuration."""
+    HydraConfig.instance().set_config(job)
+    return {
+        str(key): OmegaConf.to_container(job[key], resolve=True) if OmegaConf.is_config(job[key]) else job[key]
+        for key in job
+        if key != "hydra"
+    }
+
+
+@cache
+def choice(group: str, name: str) -> tuple[Any, Any]:
+    return identity(compose("config", [f"{group}={name}", "outputs=/nowhere", "logger=none"])[group])
+
+
+def identity(section: Mapping[str, Any]) -> tuple[Any, Any]:
+    return section.get("_target_"), section.get("name")
+
+
+def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
+    """What `expected.json` means by an arm or a column."""
+    for key, wanted in conditions.items():
+        if key in GROUPS:
+            if identity(config[key] or {}) != choice(key, wanted):
+                return False
+        elif OmegaConf.select(OmegaConf.create(config), key) != wanted:
+            return False
+    return True
+
+
+def equal_scores(depth: int) -> tuple[LayerScores, LayerMap]:
+    names = tuple(f"model.layers.{number}" for number in range(depth))
+    scores = LayerScores(names, (1.0,) * depth, "undertrained", "equal", "none")
+    return scores, LayerMap(names, tuple((f"{name}.weight",) for name in names), (1,) * depth)
+
+
+@pytest.mark.parametrize("small", ["true", "false"])
+@pytest.mark.parametrize("experiment", TABLES)
+def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment, small):
+    found = jobs(experiment, f"small={small}")
+    for job in found:
+        config = OmegaConf.create(plain(job))
+        check(config)
+        is_embedded = config.model._target_.endswith("Embedded")
+        assert is_embedded == (small == "true")
+        for part in ("model", "task", "estimator", "allocator", "probe", "fit"):
+            instantiate(config[part])
+        instantiate(config.evaluation, _convert_="all")
+        method = instantiate(OmegaConf.to_container(config.method)) if config.method else None
+        scores, layers = equal_scores(30 if is_embedded else DEPTHS[config.model.name])
+        allocation = instantiate(config.allocator)(scores, layers)
+        assert allocation.kind == getattr(method, "allocates", "experts")
+        if config.allocator.get("budget"):
+            assert allocation.budget == config.allocator.budget
+        assert job.hydra.mode.name == "MULTIRUN"
+        assert job.hydra.sweep.dir == f"/nowhere/sweeps/{experiment}" + ("_small" if is_embedded else "")
+    assert str(found[0].hydra.sweeper.params.seed) in ("0,1,2", "0" if small == "true" else "0,1,2")
+    names = {job.hydra.job.override_dirname for job in found}
+    assert len(names) == len({str(plain(job)) for job in found}) == len(found) > 1
+    assert not any("small" in name for name in names)
+
+
+@pytest.mark.parametrize("experiment", [name for name in TABLES if expected_of(name)])
+def test_what_is_expected_names_every_job_once(experiment):
+    expected = expected_of(experiment)
+    assert list(expected) == ["source", "metric", "model", "arms", "columns", "values"]
+    cells = []
+    for job in (*jobs(experiment, "small=false"), *jobs(experiment, "small=true")):
+        config = plain(job)
+        found = [
+            (arm, column)
+            for arm, of_arm in expected["arms"].items()
+            for column, of_column in expected["columns"].items()
+            if meets(config, of_arm | of_column)
+        ]
+        assert len(found) == 1
+        assert config["small"] or config["model"]["name"] == expected["model"]
+        cells += found
+    assert {arm for arm, _ in cells} == set(expected["arms"])
+    assert {column for _, column in cells} == set(expected["columns"])
+    assert set(expected["values"]) <= set(expected["arms"])
+    for values in expected["values"].values():
+        assert set(values) <= set(expected["columns"])
+        assert all(0.3 < value < 1 for value in values.values())
+
+
+def test_both_models_of_table_2_are_expected_in_the_same_cells():
+    mistral, gemma = expected_of("table2_pruning_50"), expected_of("table2_pruning_50", "expected_gemma.json")
+    assert (mistral["arms"], mistral["columns"]) == (gemma["arms"], gemma["columns"])
+    assert {name: set(row) for name, row in mistral["values"].items()} == {
+        name: set(row) for name, row in gemma["values"].items()
+    }
+    assert gemma["model"] == choice("model", "gemma_7b")[1]
+
+
+def test_the_published_numbers_are_fractions_of_the_five_tasks():
+    expected = expected_of("table1_experts_mistral")
+    means = {arm: sum(values.values()) / len(values) for arm, values in expected["values"].items()}
+    # the averages that the paper prints beside these rows
+    assert means["layerif_top25"] == pytest.approx(0.8227, abs=1e-4)
+    assert means["alphalora"] == pytest.approx(0.8051, abs=1e-4)
+
+
+@pytest.mark.parametrize("experiment", TABLES)
+def test_seeds_are_an_axis_and_folders_are_told_apart(experiment):
+    for small, name in (("true", f"{experiment}_small"), ("false", experiment)):
+        seeds = str(jobs(experiment, f"small={small}")[0].hydra.sweeper.params.seed)
+        assert seeds == "0,1,2" or (small == "true" and seeds == "0")
+        first = jobs(experiment, f"small={small}", "seed=0")
+        assert {job.hydra.sweep.dir for job in first} == {f"/nowhere/sweeps/{name}"}
+        assert len({job.hydra.job.override_dirname for job in first}) == len(first)
+        assert not any("small" in job.hydra.job.override_dirname for job in first)
+
+
+@pytest.mark.parametrize(("arm", "rounding"), [("layerif_all", "upstream"), ("mola_2468", None)])  # a shape has none
+def test_the_released_recipe_is_an_addition(arm, rounding):
+    names = ("table1_experts_mistral", "[table1_experts_mistral,upstream]")
+    (ours,), (theirs,) = (jobs(name, "task=mrpc", f"arm={arm}") for name in names)
+    mine, other = plain(ours), plain(theirs)
+    assert (mine["method"]["warmup_steps"], other["method"]["warmup_steps"]) == (None, 100)
+    assert (mine["data"]["drop_partial"], other["data"]["drop_partial"]) == (False, True)
+    assert other["allocator"].get("rounding") == rounding
+    assert mine["allocator"].get("rounding") == (rounding and "largest_remainder")
+    assert other["evaluation"]["metrics"] == ["generation"]
+    assert other["model"] == mine["model"]
+    assert other["estimator"] == mine["estimator"]
+
+
+def test_an_arm_is_over_an_experiment_and_the_command_line_over_both():
+    (job,) = jobs("table2_pruning_50", "small=true", "pruner=magnitude", "arm=owl")
+    assert (job.allocator.rule, job.allocator.epsilon) == ("shifted", 0.08)
+    for pruner, epsilon in (("magnitude", 0.3), ("wanda", 0.1)):  # the paper's
+        (job,) = jobs("table2_pruning_50", "model=mistral_7b", f"pruner={pruner}", "arm=layerif_all")
+        assert job.allocator.epsilon == epsilon
+    (job,) = jobs("table1_experts_mistral", "task=mrpc", "arm=layerif_top25", "estimator=exact")
+    assert job.estimator._target_.endswith("Exact")
+
+
+def test_the_adapter_of_another_arm_is_the_one_of_the_same_sweep():
+    trained, *_, tracin = jobs("ablation_estimator", "small=true")
+    (checkpoint,) = plain(tracin)["estimator"]["checkpoints"]
+    plain(trained)
+    assert checkpoint == f"{trained.hydra.sweep.dir}/{trained.hydra.sweep.subdir}/adapter"
+
+
+# What of each sweep is run here: its kinds of job, two steps each.
+RUNS = {
+    "ablation_damping": ["estimator.damping=0.1,10"],
+    "ablation_estimator": ["arm=checkpoint,lissa,tracin"],
+    "ablation_samples": ["arm=samples_30x5"],
+    "ablation_smoothing": ["allocator.smoothing=false"],
+    "expert_budget_80_160_224": ["arm=mola_rising", "allocator.budget=210"],
+    "sparsity_curve_20_to_50": ["arm=uniform", "allocator.target=0.2"],
+    "table1_experts_gemma": ["arm=alphalora"],
+    "table1_experts_mistral": ["arm=mola_5555,layerif_all"],
+    "table2_pruning_50": ["arm=owl", "pruner=sparsegpt"],
+    "table3_pruning_70_reversed": ["arm=reversed", "pruner=magnitude"],
+    "task_specificity": ["arm=scores_of_capital", "task=region"],
+}
+PRUNING = ["method.calibration.num_windows=2", "method.calibration.window=32", "evaluation.window=32"]
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory) -> Path:
+    """As deep as the embedded model, so that budgets and shapes are those of the small variants."""
+    folder = tmp_path_factory.mktemp("deep")
+    tiny_model("llama", num_hidden_layers=30, attn_implementation="sdpa").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("experiment", TABLES)
+def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, monkeypatch):
+    GlobalHydra.instance().clear()
+    overrides = [f"experiment={experiment}", "small=true", "seed=0", *RUNS[experiment], f"outputs={tmp_path}"]
+    overrides += ["model=local", f"model.path={deep_model}", "logger=none", "trainer.accelerator=cpu"]
+    overrides += [f"task.num_{part}=8" for part in ("train", "validation", "test")] + ["data.batch_size=4"]
+    overrides += ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "evaluation.num_windows=2"]
+    overrides += PRUNING if "prun" in experiment or "spars" in experiment or "smoothing" in experiment else []
+    overrides += [f"hydra/{name}_logging=disabled" for name in ("hydra", "job")]
+    monkeypatch.setattr(sys, "argv", ["layerif", *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # what `main` sets ends with this test
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    main()
+    folders = sorted(file.parent for file in (tmp_path / "sweeps" / f"{experiment}_small").glob(f"*/{FILE}"))
+    records = [RunRecord.read(folder) for folder in folders]
+    arms = RUNS[experiment][0].partition("=")[2].split(",")
+    assert len(records) == len(arms)
+    for record in records:
+        assert len(record.allocation["values"]) == 30
+        assert record.metrics or not record.config["method"]
+        assert "small" not in record.config  # what it changes stands in the other keys
+        assert ("score_task" in record.config) == ("score_task" in record.inputs) == (experiment == "task_specificity")
+    if experiment == "task_specificity":
+        assert records[0].config["score_task"]["name"] == "capital"
+        assert records[0].samples["train"] > 8  # of all capitals, where eight regions are learned from
+
+
+def test_scores_of_another_task_may_not_see_what_is_evaluated():
+    def rows(*texts: str) -> tuple[Example, ...]:
+        return tuple(Example(text, f"What is {text}?", ("a", "b"), ("a", "b"), 0) for text in texts)
+
+    splits = Splits(train=rows("one"), validation=rows("two"), test=rows("three"))
+    check_unseen(Splits(train=rows("four"), validation=rows("one", "two"), test=rows("three")), splits)
+    with pytest.raises(ValueError, match="1 train or validation rows of score_task ask what test rows"):
+        check_unseen(Splits(train=rows("five"), validation=rows("  THREE"), test=rows("six")), splits)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "messages"),
+    [
+        (
+            "defaults:\n  - override /task: capitol\n",
+            [
+                "experiment=wrong names",
+                "task=capitol is no choice of the group 'task' (did you mean 'capital'?)",
+                "mrpc",
+            ],
+        ),
+        (
+            "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      arm: uniform,layerif_al\n",
+            ["experiment=wrong names", "arm=layerif_al is no choice of the group 'arm' (did you mean 'layerif_all'?)"],
+        ),
+        ("defaults:\n  - override /tsk: capital\n", ["'experiment/wrong'", "'tsk' is no group (did you mean 'task'?)"]),
+        ("defaults:\n  - paperr\n", ["experiment=wrong names", "paperr", "did you mean 'paper'?"]),
+    ],
+)
+def test_an_experiment_that_names_what_there_is_not_is_named(yaml, messages, tmp_path, monkeypatch, capsys):
+    GlobalHydra.instance().clear()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "wrong.yaml").write_text(f"# @package _global_\n{yaml}")
+    command = ["layerif", "experiment=wrong", f"hydra.searchpath=[file://{tmp_path}]", f"outputs={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    for message in messages:
+        assert message in said
+    assert "Traceback" not in said
