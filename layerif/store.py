@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # of the file format, part of every key
 _FIELDS = ("train_train", "val_train", "val_norms")
+_MINUTE = 60.0  # seconds; far below what processes wait for one another (30 minutes by default)
 
 Measured = TypeVar("Measured", LayerGrams, LayerInfluences, Mapping[str, Tensor])
 
@@ -50,9 +51,12 @@ class Store:
     A measurement is found by its description, and computed if it is not here; then `compute(key)` makes it. A file
     that is corrupted, foreign or of another version is recomputed, with a warning. Interrupted or out of disk, no half
     file remains. about: for the eyes of whoever lists the store; two descriptions that differ in it alone are the same.
+
+    while_waiting: called every minute as long as another job measures what is asked for here.
     """
 
     root: Path | str
+    while_waiting: Callable[[], object] = lambda: None
 
     def grams(
         self,
@@ -98,7 +102,7 @@ class Store:
         key = self.key(description)
         file = Path(self.root) / kind / f"{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_suffix(".lock"), key):
+        with _locked(file.with_suffix(".lock"), key, self.while_waiting):
             if file.exists():
                 try:
                     return _read(file, unpack), True
@@ -122,17 +126,24 @@ class Store:
 
 
 @contextmanager
-def _locked(file: Path, key: str) -> Iterator[None]:
+def _locked(file: Path, key: str, while_waiting: Callable[[], object]) -> Iterator[None]:
     lock = FileLock(file)  # the operating system frees the lock of a job that died
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    if not _acquired(lock, 0):
         log.info("another job measures %s… already; waiting for it", key[:12])
-        lock.acquire()
+        while not _acquired(lock, _MINUTE):
+            while_waiting()
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
 
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
