@@ -31,6 +31,7 @@ from layerif.blocks import bare
 from layerif.data.batches import Encodings, collate
 from layerif.layers import LayerInfluences, LayerMap
 from layerif.loss import per_sample_loss
+from layerif.modes import frozen
 
 VERSION = 1  # part of every key: raise it when the meaning of an influence changes
 
@@ -100,7 +101,8 @@ def measure(
         **of_samples,
     )
     State._reset_state()  # or the device of an earlier measurement would stay
-    with _lent(bare(model), names) as lent, tempfile.TemporaryDirectory(prefix="layerif-ekfac-") as folder, _quiet():
+    lent = bare(model)
+    with frozen(lent), _lent(lent, names), tempfile.TemporaryDirectory(prefix="layerif-ekfac-") as folder, _quiet():
         task = _task(names)
         analyzer = kronfluence.Analyzer(
             "ekfac",
@@ -160,21 +162,19 @@ def _task(names: Sequence[str]) -> Any:
 
 
 @contextmanager
-def _lent(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
-    """The model to wrap and switch off gradients in, put back afterwards; its biases are added outside the matrices.
+def _lent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """The model to wrap linear layers in, put back afterwards; their biases are added outside the matrices.
 
     kronfluence counts a bias as one more column of its matrix, and so would measure another thing than the probe.
     """
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     biases = {name: linear.bias for name, linear in linears.items() if linear.bias is not None}
-    training = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = []
     for name, bias in biases.items():
         linears[name].bias = None
         handles.append(linears[name].register_forward_hook(lambda module, inputs, output, bias=bias: output + bias))
     try:
-        yield model
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -183,10 +183,6 @@ def _lent(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
             setattr(model.get_submodule(parent), child, linear)
         for name, bias in biases.items():
             linears[name].bias = bias
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, is_wanted in wanted.items():
-            parameter.requires_grad_(is_wanted)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 Load = Callable[[], nn.Module]
 
+_WAIT = "another job has the lock"  # what the first process tells the others meanwhile
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
@@ -82,14 +84,17 @@ class Measurements:
         description = self._description(probe=probe.VERSION, projection=projection)
         shards = Shards.current()
         if shards.rank > 0:
-            found = shards.share(None)[0]
+            while (found := shards.share(None)[0]) == _WAIT:
+                pass
             return found or (self._measure(load, self.store.key(description)), False)
 
         def compute(key: str) -> LayerGrams:
             shards.share(None)  # nothing is stored: all begin to measure
             return self._measure(load, key)
 
-        grams, reused = self.store.grams(description, compute, about=self.about())
+        # Another job may hold the lock for longer than the other processes would wait without a word.
+        store = replace(self.store, while_waiting=lambda: shards.share(_WAIT))
+        grams, reused = store.grams(description, compute, about=self.about())
         if reused:
             shards.share((grams, reused))
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
@@ -250,7 +255,8 @@ class Measurements:
     ) -> tuple[Mapping[str, Tensor], str, bool]:
         """Named tensors, their key and whether the store had them: the first process takes them and gives them to all.
 
-        determining: all besides the model that determines them.
+        determining: all besides the model that determines them. The others wait in silence, no longer than the process
+        group allows (30 minutes by default; `timeout` of Lightning's DDPStrategy and FSDPStrategy).
         """
         description = {"model": self.model.fingerprint(), **determining}
         shards = Shards.current()

@@ -1,6 +1,8 @@
 """`method=plan`: what the probe would cost under each strategy, and which it would take, without running it.
 
-Sizes come from the model's configuration; rates from a short trial on this machine (`layerif.trial`).
+Sizes come from the model's configuration; rates from a short trial on this machine (`layerif.trial`). Seconds are those
+of forward, backward, products and moving factors at these rates. What comes once and does not grow with the samples is
+left out: start-up, loading the model, scoring. So is whatever else the machine does while the probe runs.
 """
 
 from __future__ import annotations
@@ -155,7 +157,10 @@ def show(decider: Decider, load: Workload, strategies: Sequence[Strategy]) -> No
     console.print(table)
     for each in strategies:
         console.print(f"{each.name}: {each.why}", highlight=False)
-    console.print("memory is beside the model and one batch; nothing was measured")
+    console.print(
+        "memory is beside the model and one batch; seconds are of the passes and products alone, on a machine as busy "
+        "as in the trial just now: start-up, loading the model and scoring come on top; nothing was measured"
+    )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # of the file format, part of every key
 _FIELDS = ("train_train", "val_train", "val_norms")
+_MINUTE = 60.0  # seconds; far below what processes wait for one another (30 minutes by default)
 
 Measured = TypeVar("Measured", LayerGrams, LayerInfluences, Mapping[str, Tensor])
 
@@ -53,10 +54,13 @@ class Store:
     file remains. about: for the eyes of whoever lists the store; two descriptions that differ in it alone are the same.
     taken: what was asked of it so far, in order: `kind`, `key`, whether it was `reused`, and the `seconds` it took to
     compute, then or now (None where an older version did not note them).
+
+    while_waiting: called every minute as long as another job measures what is asked for here.
     """
 
     root: Path | str
     taken: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
+    while_waiting: Callable[[], object] = lambda: None
 
     def grams(
         self,
@@ -102,7 +106,7 @@ class Store:
         key = self.key(description)
         file = Path(self.root) / kind / f"{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_suffix(".lock"), key):
+        with _locked(file.with_suffix(".lock"), key, self.while_waiting):
             if file.exists():
                 try:
                     measured, seconds = _read(file, unpack)
@@ -136,17 +140,24 @@ class Store:
 
 
 @contextmanager
-def _locked(file: Path, key: str) -> Iterator[None]:
+def _locked(file: Path, key: str, while_waiting: Callable[[], object]) -> Iterator[None]:
     lock = FileLock(file)  # the operating system frees the lock of a job that died
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    if not _acquired(lock, 0):
         log.info("another job measures %s… already; waiting for it", key[:12])
-        lock.acquire()
+        while not _acquired(lock, _MINUTE):
+            while_waiting()
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
 
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:

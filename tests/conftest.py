@@ -49,6 +49,29 @@ def task_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def decider(model_folder, task_folder, tmp_path):
+    """Everything a decision on the tiny model depends on, with a store of its own."""
+    from layerif.allocate import Experts
+    from layerif.decide import Decider
+    from layerif.estimators.grad_dot import GradDot
+    from layerif.models import Local
+    from layerif.probe import Probe
+    from layerif.store import Store
+    from tests.tiny import shipped_task
+
+    model = Local(path=str(model_folder))
+    return Decider(
+        model=model,
+        tokenizer=model.tokenizer(),
+        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
+        probe=Probe(num_train=8, num_validation=4),
+        estimator=GradDot(),
+        allocator=Experts(budget=9),
+        store=Store(tmp_path / "store"),
+    )
+
+
+@pytest.fixture
 def tiny_overrides(model_folder, task_folder, tmp_path) -> list[str]:
     """Command-line overrides that make any run a matter of a second, below `tmp_path`."""
     return [

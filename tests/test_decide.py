@@ -12,9 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from layerif import activations, decide, measurements
-from layerif.allocate import Experts
 from layerif.blocks import layer_map
-from layerif.decide import Decider
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
 from layerif.estimators.block_influence import BlockInfluence
@@ -22,7 +20,6 @@ from layerif.estimators.cca import Cca
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.dlp import Dlp
 from layerif.estimators.ekfac import Ekfac
-from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
 from layerif.estimators.linear_probe import LinearProbe
@@ -33,24 +30,10 @@ from layerif.estimators.tracin import TracIn
 from layerif.layers import LayerGrams
 from layerif.models import Local
 from layerif.moe import LoraMoeConfig
-from layerif.probe import Probe
 from layerif.scores import LayerScores
 from layerif.store import Store
 from tests.test_estimators import ESTIMATORS, LAYERS, gram_of, make
-from tests.tiny import shipped_task, tiny_model
-
-
-@pytest.fixture
-def decider(model_folder, task_folder, tmp_path) -> Decider:
-    return Decider(
-        model=Local(path=str(model_folder)),
-        tokenizer=Local(path=str(model_folder)).tokenizer(),
-        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
-        probe=Probe(num_train=8, num_validation=4),
-        estimator=GradDot(),
-        allocator=Experts(budget=9),
-        store=Store(tmp_path / "store"),
-    )
+from tests.tiny import tiny_model
 
 
 def test_all_forward_pass_estimators_share_one_pass(decider, monkeypatch):

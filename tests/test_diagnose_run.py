@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from layerif.allocate import Experts
 from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, Encodings
 from layerif.decide import Decider
@@ -26,28 +25,19 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.estimators.uniform import Uniform
-from layerif.models import Local
 from layerif.probe import Probe
 from layerif.record import RunRecord
 from layerif.store import Store
 from tests.command import run_layerif
-from tests.tiny import shipped_task, tiny_model
+from tests.tiny import tiny_model
 
 RECIPE = Recipe(steps=4, batch_size=4, learning_rate=1e-2, r=2)
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
 
 
 @pytest.fixture
-def decider(model_folder, task_folder, tmp_path) -> Decider:
-    return Decider(
-        model=Local(path=str(model_folder)),
-        tokenizer=Local(path=str(model_folder)).tokenizer(),
-        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
-        probe=Probe(num_train=12, num_validation=6, parameters="lora"),
-        estimator=DataInf(),
-        allocator=Experts(budget=9),
-        store=Store(tmp_path / "store"),
-    )
+def decider(decider: Decider) -> Decider:
+    return replace(decider, probe=Probe(num_train=12, num_validation=6, parameters="lora"), estimator=DataInf())
 
 
 def rows(count: int = 8) -> Encodings:

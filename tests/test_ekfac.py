@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
 from layerif import ekfac
-from layerif.allocate import Experts
 from layerif.blocks import bare, layer_map
 from layerif.data.batches import Encoded, Encodings, batches, collate
 from layerif.decide import Decider
@@ -24,10 +23,8 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.uniform import Uniform
 from layerif.layers import LayerInfluences, LayerMap
 from layerif.loss import per_sample_loss
-from layerif.models import Local
-from layerif.probe import Probe, measure
-from layerif.store import Store
-from tests.tiny import VOCAB_SIZE, shipped_task, tiny_model
+from layerif.probe import measure
+from tests.tiny import VOCAB_SIZE, tiny_model
 
 needs_kronfluence = pytest.mark.skipif(
     find_spec("kronfluence") is None,
@@ -43,16 +40,8 @@ def samples(*lengths: int, seed: int = 0) -> Encodings:
 
 
 @pytest.fixture
-def decider(model_folder, task_folder, tmp_path) -> Decider:
-    return Decider(
-        model=Local(path=str(model_folder)),
-        tokenizer=Local(path=str(model_folder)).tokenizer(),
-        splits=shipped_task("jsonl", f"task.path={task_folder}").load(),
-        probe=Probe(num_train=8, num_validation=4),
-        estimator=Ekfac(),
-        allocator=Experts(budget=9),
-        store=Store(tmp_path / "store"),
-    )
+def decider(decider: Decider) -> Decider:
+    return replace(decider, estimator=Ekfac())
 
 
 TRAIN, VALIDATION = samples(*LENGTHS), samples(*LENGTHS[:3], seed=1)

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 
-from layerif import activations
+from layerif import activations, store
 from layerif.measurements import Measurements
 from layerif.models import Local
 from layerif.probe import Probe
+from layerif.probe.shards import Shards
 from layerif.store import Store
 from tests.tiny import shipped_task
 
@@ -106,3 +108,36 @@ def test_the_first_process_takes_what_needs_no_gradients_and_all_have_it_or_fail
     alone = list(looks(measured))
     for rank in range(SIZE):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, equal_nan=True)
+
+
+def _waiting_process(rank: int, model_folder: Path, task_folder: Path, folder: Path, key: str) -> None:
+    """The first process asks for Grams whose lock is held until all have shared something three times."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=SIZE)
+    measured = measurements(model_folder, task_folder, folder / "both")
+    lock, shared, share = FileLock(folder / "both" / "grams" / f"{key}.lock"), [], Shards.share
+
+    def heard(self: Shards, mine: object) -> list[object]:
+        shared.append(mine)
+        if len(shared) == 3 and lock.is_locked:
+            lock.release()
+        return share(self, mine)
+
+    store._MINUTE, Shards.share = 0.01, heard
+    if rank == 0:
+        lock.acquire()
+    grams, reused = measured.grams(measured.model.load)
+    assert not reused
+    assert len(shared) > 3
+    torch.save([gram.train_train for gram in grams.grams.values()], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_are_told_that_the_first_waits_for_another_job(measured, model_folder, task_folder, tmp_path):
+    alone, _ = measured.grams(measured.model.load)
+    (tmp_path / "both" / "grams").mkdir(parents=True)
+    arguments = model_folder, task_folder, tmp_path, alone.fingerprint
+    mp.spawn(_waiting_process, arguments, nprocs=SIZE)  # type: ignore[attr-defined]
+    expected = [gram.train_train for gram in alone.grams.values()]
+    for rank in range(SIZE):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -227,6 +228,22 @@ def test_the_lock_of_a_killed_job_is_broken(tmp_path):
     assert waiting.communicate(timeout=60)[0].split()[:2] == ["computing", "computed"]
     holder.wait(timeout=60)
     assert Store(tmp_path).grams({"model": "a"}, never)[1]
+
+
+def test_a_waiting_job_says_so_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("layerif.store._MINUTE", 0.01)
+    key = Store(tmp_path).key({"model": "a"})
+    (tmp_path / "grams").mkdir()
+    held, said = FileLock(tmp_path / "grams" / f"{key}.lock"), []
+
+    def wait() -> None:
+        said.append(held.is_locked)
+        if len(said) == 3:
+            held.release()
+
+    with held:
+        assert not Store(tmp_path, while_waiting=wait).grams({"model": "a"}, some_grams)[1]
+    assert said == [True] * 3
 
 
 def test_named_tensors_are_kept_by_kind_and_read_back_equal(tmp_path):
