@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 import pandas as pd
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -266,7 +267,13 @@ def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, fol
 
 
 def _save(model: nn.Module, parts: Parts, folder: Path) -> None:
-    model.save_pretrained(folder)  # type: ignore[operator]
+    try:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
+        raise OSError(
+            f"cannot write the pruned model to {folder}: {error}; free some space and give the same "
+            "command again (no block is pruned twice), or use method.save=false"
+        ) from error
     parts.tokenizer.save_pretrained(folder)
 
 

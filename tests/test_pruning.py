@@ -16,8 +16,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layerif.config import check, conf_folder, register
 from layerif.data.text import Calibration, text
@@ -124,6 +125,18 @@ def test_a_killed_run_carries_on_to_the_same_bits(parts, tmp_path, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = pruned(parts(*overrides, "allocator.target=0.3"), tmp_path / "killed")  # blocks of another job do not count
     assert other.metrics["sparsity"] == pytest.approx(0.3, abs=1e-4)
+
+
+def test_a_disk_that_is_full_at_the_end_says_what_to_do_and_costs_no_block(parts, tmp_path, monkeypatch):
+    def full(model, folder):
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"cannot write the pruned model .* No space left .* method\.save=false"):
+            pruned(parts("estimator=uniform"), tmp_path / "run")
+    again = pruned(parts("estimator=uniform"), tmp_path / "run")
+    assert "3 blocks were pruned by a run that did not finish" in again.notes
 
 
 def test_a_sparsity_for_every_matrix_comes_from_a_file(parts, tmp_path):
