@@ -1,7 +1,7 @@
 """Table and plots of `experiment=pruning_smollm2`: `python experiments/pruning_smollm2/plot.py [FOLDER]`.
 
 Writes results.md, results.png and sparsity.png beside this file. Intervals are 95 %: Wilson's over the questions of one
-seed for accuracies, Student's t over calibration seeds for means of three.
+seed for accuracies, Student's t over calibration seeds for means of three; each stands for itself, uncorrected.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import stats
 
 from layerif.record import FILE, RunRecord
@@ -125,6 +126,10 @@ def plot_results(table: pd.DataFrame, file: Path) -> None:
             for row, metric in enumerate(("perplexity", "accuracy")):
                 axes[row][column].plot(shifted, runs[metric], "o", color=colour, label=name, alpha=0.7)
         axes[0][column].set(title=pruner, yscale="log")
+        # Plain numbers: some panels span less than a power of ten.
+        axes[0][column].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes[0][column].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes[0][column].yaxis.set_minor_formatter(NullFormatter())
         axes[1][column].set(xlabel="sparsity", xticks=sorted(table["target"].unique()))
     axes[0][0].set_ylabel("perplexity, 256 tokens")
     axes[1][0].set_ylabel("four-way accuracy")
@@ -142,7 +147,7 @@ def plot_sparsity(records: list[RunRecord], file: Path) -> None:
             )
     axis.set(xlabel="block", ylabel="sparsity at 50 %")
     if axis.has_data():
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _write(figure, file)
 
 
