@@ -148,8 +148,8 @@ def test_profiles_are_correlated_over_blocks_and_their_costs_shared(tmp_path):
         pass_of: dict[str, Any] = {"method": None, "task": task, "fingerprint": task}
         of = {"dlp": rising, "avss": falling, "outlier": falling[::-1]}
         for name, scores in of.items():
-            seconds: dict[str, Any] = {"seconds": {"evidence": 9.0, "score": 0.1}}
-            paid = seconds if name == "dlp" else {"notes": [STORED]}
+            seconds = {"seconds": {"evidence": 9.0, "score": 0.1}}
+            paid: dict[str, Any] = seconds if name == "dlp" else {"notes": [STORED]}
             write(tmp_path / "runs", name, estimator=f"{name}.X", scores=scores, **pass_of | paid)
         # Of weights alone, and in the store before any of these runs.
         alpha: dict[str, Any] = {"estimator": "alpha.Alpha", "fingerprint": "weights", "notes": [STORED]}
