@@ -78,7 +78,7 @@ def composed(*overrides: str) -> Any:
 
 def test_every_arm_composes_and_binds():
     arms = loaded("expert_allocation_smollm2", "run").ARMS
-    configs = [composed("experiment=expert_allocation_smollm2", "task=currency", *arm, "seed=2") for arm in arms]
+    configs = [composed("experiment=expert_allocation_smollm2", *arm, "seed=2") for arm in arms]
     assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) == 10
     assert [config.estimator.seed for config in configs if "seed" in config.estimator] == [2]
 

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     options, overrides = parser.parse_known_args()
     name = f"{NAME}_full" if options.full else NAME
-    tasks, seeds = ("capital,currency,demonym,region", range(10)) if options.full else ("currency", range(3))
+    tasks, seeds = ("capital,currency,demonym,region", range(10)) if options.full else ("region", range(3))
     shared = [f"experiment={NAME}", f"name={name}", f"task={tasks}", f"outputs={options.outputs}"]
     shared += ["trainer=gpu"] * options.full + overrides
     layerif(*shared, "estimator=uniform", "method=none", "evaluation.before=true")  # the untouched model
