@@ -239,7 +239,10 @@ def _in_own_process(config: DictConfig, folder: Path) -> float | None:
     hydra = HydraConfig.get()
     conf = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
     command = [sys.executable, "-m", "layerif", "--config-path", conf, "--config-name", hydra.job.config_name]
-    code = subprocess.run([*command, *hydra.overrides.task, f"hydra.run.dir='{folder}'"]).returncode
+    # Without what `__main__` sets for Hydra, which there would ask for the traceback of a user's error.
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    command += [*hydra.overrides.task, f"hydra.run.dir='{folder}'"]
+    code = subprocess.run(command, env=environment).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code == 0:
