@@ -26,7 +26,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from layerif.config import explain, job_of, of_the_user, register
+from layerif.config import explain, job_of, of_the_user
 from layerif.record import FAILURE, FILE, Failure, RunRecord
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,6 @@ class Sweep(Callback):
     def balance(self) -> Balance:
         """Of the jobs that this sweep has started so far."""
         return balance(self.folder, self.since)
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """In a launcher's worker: a process that has composed nothing yet, and knows neither schema nor resolvers."""
-        self.__dict__.update(state)
-        register()
 
 
 def is_swept() -> bool:
@@ -159,7 +154,7 @@ class Balance:
         by_kind = defaultdict(list)
         for measured in self.measurements:
             by_kind[measured["kind"]].append(measured)
-        lines += [f"{_KINDS[kind]}: {_shared(measured)}" for kind, measured in by_kind.items()]
+        lines += [f"{_KINDS.get(kind, kind)}: {_shared(measured)}" for kind, measured in by_kind.items()]
         lines += [f"failed: {job}: {error}" for job, error in (self.failed | self.failed_before).items()]
         return "\n".join(lines)
 
@@ -172,16 +167,17 @@ def balance(folder: Path, since: int) -> Balance:
     for job, own in overrides.items():
         apart = [override for override in own if not all(override in others for others in overrides.values())]
         name, record, failure = ",".join(apart) or job.name, _written(job / FILE), _written(job / FAILURE)
-        if failure > record:
-            error = Failure.read(job).error
-            (found.failed if failure >= since else found.failed_before)[name] = error
-        elif record >= since:
-            found.run.append(name)
-            found.measurements += RunRecord.read(job).measurements
-        elif record:
-            found.already_done.append(name)
-        else:
-            found.unfinished.append(name)
+        try:
+            if failure > record:
+                error = Failure.read(job).error
+                (found.failed if failure >= since else found.failed_before)[name] = error
+            elif record >= since:
+                found.measurements += RunRecord.read(job).measurements
+                found.run.append(name)
+            else:
+                (found.already_done if record else found.unfinished).append(name)
+        except ValueError as unreadable:
+            found.failed[name] = str(unreadable)
     return found
 
 
@@ -243,7 +239,10 @@ def _in_own_process(config: DictConfig, folder: Path) -> float | None:
     hydra = HydraConfig.get()
     conf = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
     command = [sys.executable, "-m", "layerif", "--config-path", conf, "--config-name", hydra.job.config_name]
-    code = subprocess.run([*command, *hydra.overrides.task, f"hydra.run.dir='{folder}'"]).returncode
+    # Without what `__main__` sets for Hydra, which there would ask for the traceback of a user's error.
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    command += [*hydra.overrides.task, f"hydra.run.dir='{folder}'"]
+    code = subprocess.run(command, env=environment).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code == 0:

@@ -54,6 +54,10 @@ def test_computed_once_then_read_back_equal(tmp_path):
     second, reused = store.grams({"model": "a"}, never)
     assert reused
     assert_same(first, second)
+    made, taken = store.taken
+    assert (made["kind"], made["reused"], taken["reused"]) == ("grams", False, True)
+    assert made["key"] == taken["key"] == first.fingerprint
+    assert made["seconds"] == taken["seconds"] > 0  # what was saved is what it had cost
 
 
 def test_any_change_of_the_description_is_another_key(tmp_path):

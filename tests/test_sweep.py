@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import layerif.run
 from layerif import __main__, models
 from layerif.config import explain
 from layerif.record import Failure, RunRecord
-from layerif.sweep import Balance, Sweep
+from layerif.sweep import Balance, Sweep, balance
 from tests.command import layerif as command
 
 
@@ -308,6 +309,17 @@ def test_a_balance_states_what_it_knows():
     assert text.splitlines()[-1] == "failed: b: no"
     assert Balance(run=["a"]).is_clean
     assert not Balance(unfinished=["a"]).is_clean
+
+
+def test_a_balance_counts_what_it_cannot_read_as_failed_and_leaves_out_jobs_of_earlier_sweeps(tmp_path):
+    for seed, name in enumerate(("earlier", "broken", "killed")):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(f"- seed={seed}\n- name=mine\n")
+    os.utime(tmp_path / "earlier" / ".hydra" / "overrides.yaml", ns=(5, 5))
+    (tmp_path / "broken" / "record.json").write_text('{"name": "mi')
+    found = balance(tmp_path, since=10)
+    assert (found.run, found.unfinished) == ([], ["seed=2"])
+    assert "is not a readable record of layerif" in found.failed["seed=1"]
 
 
 def test_a_single_run_that_fails_says_so_as_ever_and_leaves_its_failure(tiny_overrides, tmp_path):
