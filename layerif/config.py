@@ -181,7 +181,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
 
 def _named_by(group: str, choice: str, overrides: list[str]) -> str:
     """Which experiment names a choice that the command line does not."""
-    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    given = {key: value for key, _, value in (override.lstrip("+").partition("=") for override in overrides)}
     if "experiment" not in given or choice in re.split(r"[\[\],]", given.get(group, "")):
         return ""
     return f"experiment={given['experiment']} names what there is not: "

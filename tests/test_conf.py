@@ -21,6 +21,9 @@ MANDATORY = {
     ("estimator", "file"): ["estimator.path=scores.json"],
     ("estimator", "tracin"): ["estimator.checkpoints=[a,b]", "estimator.learning_rates=[1e-3,5e-4]"],
     ("allocator", "file"): ["allocator.path=allocation.json"],
+    ("arm", "alphapruning"): ["method=prune", "allocator=sparsity"],
+    ("arm", "owl"): ["method=prune", "allocator=sparsity"],
+    ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # its own are beside it in a sweep
 }
 
 

@@ -106,7 +106,7 @@ def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
         if key in GROUPS:
             if identity(config[key] or {}) != choice(key, wanted):
                 return False
-        elif OmegaConf.select(OmegaConf.create(config), key) != wanted:
+        elif OmegaConf.select(OmegaConf.create(dict(config)), key) != wanted:
             return False
     return True
 
