@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "record.json"
+FAILURE = "failure.json"
 _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-core", "numpy", "scipy")
 
 
@@ -75,6 +76,27 @@ class RunRecord:
             return cls(**json.loads(file.read_text()))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a readable record of layerif: {error}") from error
+
+
+@dataclass(kw_only=True)
+class Failure:
+    """One run that ended in an error; `failure.json` until a record of the same job takes its place."""
+
+    name: str
+    seed: int
+    config: Mapping[str, Any]
+    overrides: list[str]
+    error: str
+    traceback: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Failure:
+        """Raises ValueError for a file that is no failure of ours."""
+        file = folder / FAILURE
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a readable failure of layerif: {error}") from error
 
 
 @cache
