@@ -10,6 +10,7 @@ import numpy as np
 
 from layerif.record import Failure, RunRecord
 
+CLASSES = {"datainf": "DataInf"}
 LAYERS = ["block.0", "block.1", "block.2", "block.3"]
 
 
@@ -18,7 +19,7 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
     config: dict[str, Any] = {
         "model": {"_target_": "layerif.models.Embedded", "cache": "outputs/store/models", "dtype": "float32"},
         "task": {"_target_": "layerif.data.task.Task", "name": task, "path": None, "num_train": None, "seed": seed},
-        "estimator": {"_target_": f"layerif.estimators.{estimator}.{estimator.title()}"},
+        "estimator": {"_target_": f"layerif.estimators.{estimator}.{CLASSES.get(estimator, estimator.title())}"},
         "allocator": {"_target_": "layerif.allocate.Experts", "budget": None, "beta": 2.5},
         "method": {"_target_": "layerif.modules.LoRAMoEModule", "r": 8, "seed": seed},
         "pruner": {"_target_": "layerif.prune.wanda.Wanda", "n": None},

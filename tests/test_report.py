@@ -317,7 +317,9 @@ def test_a_folder_of_failures_alone_is_a_report_too(tmp_path):
 
 
 def test_the_page_is_self_contained(tmp_path):
-    runs = [record(name, [True] * (5 + seed) + [False] * 5, seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)]
+    runs = [
+        record(name, [True] * (5 + seed) + [False] * 5, seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)
+    ]
     runs[0].notes.append("a <note>")
     write(written(tmp_path, runs), Console(quiet=True))
     page = (tmp_path / "report.html").read_text()

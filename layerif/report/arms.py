@@ -267,7 +267,7 @@ def _factors(job: Job) -> tuple[str, str, str]:
         kept = {key: value for key, value in values.items() if key not in ("allocator.budget", "allocator.target")}
         if section == "choice":
             made.append(kept.pop("method"))
-        (made if section in ("method", "estimator", "allocator") else rest).append([section, choice, kept])
+        (made if section in ("method", "estimator", "probe", "allocator") else rest).append([section, choice, kept])
     size = None if isinstance(job, Failure) else [job.allocation.get("kind"), job.allocation.get("budget")]
     allocation, size, rest = (json.dumps(part, sort_keys=True, default=str) for part in (made, size, rest))
     return allocation, size, rest
