@@ -183,14 +183,17 @@ def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
 
 
 def arm_name(job: Job) -> str:
-    """After what made the allocation."""
-    allocator = job.config["allocator"]["_target_"].rpartition(".")[2]
-    kind = "" if isinstance(job, Failure) else job.allocation.get("kind", "")
-    if allocator == "File":
+    """After what made the allocation; by the configuration alone, which failed jobs have, too."""
+    allocator = job.config["allocator"]
+    which = allocator["_target_"].rpartition(".")[2]
+    if which == "File":
         name = "allocation from file"
+    elif which == "Shape":  # it looks at no scores
+        shape = allocator["shape"]
+        counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)
+        name = f"shape({'-'.join(map(str, counts))}) {allocator.get('kind', 'experts')}"
     else:
-        fixed = isinstance(job, RunRecord) and not job.scores and job.source  # a fixed shape looks at no scores
-        name = f"{fixed or estimator_name(job)} {kind or allocator.lower()}"
+        name = f"{estimator_name(job)} {which.lower()}"
     return name if job.config["method"] else f"{name} (not trained)"
 
 
@@ -213,7 +216,8 @@ def titles(jobs: Sequence[Job], section: str) -> list[str]:
     if section == "model" and len(distinct) == 1:
         return [""] * len(jobs)
     names = [called(one) for one in distinct]
-    labels = labelled(names, [{name: flat(one)} for name, one in zip(names, distinct, strict=True)])
+    given = [{key: value for key, value in flat(one).items() if value is not None} for one in distinct]
+    labels = labelled(names, [{name: one} for name, one in zip(names, given, strict=True)])
     return [labels[distinct.index(one)] for one in contents]
 
 
@@ -237,11 +241,11 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     Methods, estimators, allocators and pruners are compared with their like: what follows from the choice is no news.
     """
     config, method = job.config, method_name(job)
-    is_from_file = config["allocator"]["_target_"].endswith(".File")
+    is_given = config["allocator"]["_target_"].endswith((".File", ".Shape"))
     told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
     told += ["pruner."] * (method != "prune")
     told += ["estimator.aggregation.", "estimator.of.aggregation."]
-    told += [f"task.{key}." for key in content(job, "task")] + ["estimator.", "probe."] * is_from_file
+    told += [f"task.{key}." for key in content(job, "task")] + ["estimator.", "probe.", "allocator.shape."] * is_given
     pruner = chosen("pruner", config["pruner"]) if method == "prune" else None
     choices = {"method": method, "pruner": pruner}
     found: dict[Hashable, dict[str, object]] = defaultdict(dict)
