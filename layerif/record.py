@@ -1,4 +1,4 @@
-"""What happened in one run: `record.json`, enough to rerun it and to report from it."""
+"""What happened in one run: `record.json`, enough to rerun it and to report from it; of a failed one `failure.json`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RunRecord:
     that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
     evaluated question was answered right, by its id, for paired tests. parameters: total and trainable, and of what a
     baseline of equal size is compared with. sparsity: the fraction of zeros in each pruned matrix, by name; recovery:
-    how the pruned model was fine-tuned, and the experts it got. memory_gb: peak of the process in main memory.
-    notes: every departure and warning.
+    how the pruned model was fine-tuned, and the experts it got. measurements: what was asked of the store, see
+    `layerif.store.Store`. memory_gb: peak of the process in main memory. notes: every departure and warning.
     """
 
     name: str
@@ -52,20 +52,29 @@ class RunRecord:
     sparsity: dict[str, float] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
     memory_gb: float = 0.0
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     git_sha: str | None = field(default_factory=lambda: _git_sha())
 
+    @property
+    def objective(self) -> float | None:
+        """What a search judges the job by, where its configuration says so; none of it is of evaluated rows."""
+        wanted = self.config.get("objective")
+        if wanted != "reliability":
+            return self.metrics[wanted] if wanted else None
+        if self.reliability is None:
+            raise ValueError(
+                "objective=reliability: these scores have none, for their evidence is not kept sample by sample, or a "
+                "half of it ranks nothing; use an estimator on gradients, such as datainf"
+            )
+        return self.reliability
+
     def write(self, folder: Path) -> Path:
-        """Write `record.json` whole or not at all."""
-        file = folder / FILE
-        unfinished = folder / f".{FILE}.{os.getpid()}"
-        try:
-            unfinished.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Write `record.json` whole or not at all; a failure of the same folder is past then."""
+        file = _write(self, folder / FILE)
+        (folder / FAILURE).unlink(missing_ok=True)
         return file
 
     @classmethod
@@ -80,7 +89,10 @@ class RunRecord:
 
 @dataclass(kw_only=True)
 class Failure:
-    """One run that ended in an error; `failure.json` until a record of the same job takes its place."""
+    """A job that ended in an error; name, seed, config and overrides as in `RunRecord`.
+
+    error: what there is to say of it, in one line. traceback: where it was raised.
+    """
 
     name: str
     seed: int
@@ -88,6 +100,10 @@ class Failure:
     overrides: list[str]
     error: str
     traceback: str
+
+    def write(self, folder: Path) -> Path:
+        """Write `failure.json` whole or not at all; a record of an earlier run of the folder stays."""
+        return _write(self, folder / FAILURE)
 
     @classmethod
     def read(cls, folder: Path) -> Failure:
@@ -97,6 +113,16 @@ class Failure:
             return cls(**json.loads(file.read_text()))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a readable failure of layerif: {error}") from error
+
+
+def _write(content: RunRecord | Failure, file: Path) -> Path:
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return file
 
 
 @cache

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
 from layerif.record import Failure, RunRecord
 from layerif.report import comparisons as compare
 from layerif.report import print_run, write
 from layerif.report.arms import UNTOUCHED, runs_of
+from layerif.report.page import breakable
 from layerif.report.reading import read
 from layerif.report.tables import correlations, cost, grid, in_full, results
 from tests.records import failure, from_file, record, with_before, written
@@ -167,7 +169,9 @@ def test_profiles_are_correlated_by_rank_and_constant_ones_left_out():
 
 def test_every_distinct_profile_is_kept():
     runs = [
-        record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], shift), settings={"estimator.damping": damping})
+        record(
+            "datainf", [True], scores=np.roll([1.0, 2, 3, 4], shift).tolist(), settings={"estimator.damping": damping}
+        )
         for shift, damping in enumerate((0.001, 0.1, 100))
     ]
     runs.append(
@@ -176,7 +180,7 @@ def test_every_distinct_profile_is_kept():
     found = correlations(runs)
     names = [f"capital datainf estimator.damping={damping}" for damping in ("0.001", "0.1", "100")]
     assert list(zip(found["profile"], found["and"], strict=True)) == list(itertools.combinations(names, 2))
-    seeds = [record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], seed), seed=seed) for seed in (0, 1)]
+    seeds = [record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], seed).tolist(), seed=seed) for seed in (0, 1)]
     assert correlations(seeds)["and"].tolist() == ["capital datainf seed=1"]
 
 
@@ -297,7 +301,7 @@ def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
     assert grid(runs) == [("datainf experts", "capital", "2")]
     assert cell.mean == 0.5
     write(tmp_path, Console(quiet=True))
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text().replace("<wbr>", "")
     assert "failed: 1" in page
     assert "missing: 2" in page
     assert "&lt;b&gt;out of memory&lt;/b&gt;" in page
@@ -322,7 +326,7 @@ def test_the_page_is_self_contained(tmp_path):
     ]
     runs[0].notes.append("a <note>")
     write(written(tmp_path, runs), Console(quiet=True))
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text().replace("<wbr>", "")
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert 'src="data:image/svg+xml' in page
@@ -358,6 +362,13 @@ def test_reused_evidence_is_counted_as_saved():
         record(name, [True], fingerprint="f", seconds={"evidence": seconds})
         for name, seconds in (("a", 30.0), ("b", 0.5))
     ]
-    found = cost(runs).set_index("what")["value"]
+    found = dict(cost(runs).to_numpy().tolist())
     assert found["saved by reusing stored evidence, seconds"] == pytest.approx(29.5)
     assert found["all 2 runs, seconds"] == pytest.approx(30.5)
+
+
+@pytest.mark.parametrize("text", ["out of memory", "a=0.5  b=<x>", "a" * 60, "", "x=", "/a/b.json ok."])
+def test_places_to_break_change_no_text(text):
+    found = str(breakable(text))
+    assert found.replace("<wbr>", "") == str(escape(text))
+    assert max(map(len, found.replace("<wbr>", " ").split()), default=0) <= 30

@@ -245,6 +245,7 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
     told += ["pruner."] * (method != "prune")
     told += ["estimator.aggregation.", "estimator.of.aggregation."]
+    told += [f"score_task.{key}." for key in config.get("score_task") or () if key != "name"]
     told += [f"task.{key}." for key in content(job, "task")] + ["estimator.", "probe.", "allocator.shape."] * is_given
     pruner = chosen("pruner", config["pruner"]) if method == "prune" else None
     choices = {"method": method, "pruner": pruner}
@@ -255,7 +256,7 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     for key, value in flat(config).items():
         section = key.split(".")[0]
         is_told = f"{key}.".startswith(tuple(told)) or key.split(".")[-1] == "seed"
-        if section in (sections or (section,)) and not is_told:
+        if section in (sections or (section,)) and not is_told and (key, value) != ("score_task", None):
             found[section, choices.get(section)][key] = value
     return found
 
@@ -271,7 +272,9 @@ def _factors(job: Job) -> tuple[str, str, str]:
         kept = {key: value for key, value in values.items() if key not in ("allocator.budget", "allocator.target")}
         if section == "choice":
             made.append(kept.pop("method"))
-        (made if section in ("method", "estimator", "probe", "allocator") else rest).append([section, choice, kept])
+        (made if section in ("method", "estimator", "probe", "allocator", "score_task") else rest).append(
+            [section, choice, kept]
+        )
     size = None if isinstance(job, Failure) else [job.allocation.get("kind"), job.allocation.get("budget")]
     allocation, size, rest = (json.dumps(part, sort_keys=True, default=str) for part in (made, size, rest))
     return allocation, size, rest

@@ -22,7 +22,8 @@ class Expected:
     """source: where the numbers are printed. metric: as in records, a fraction. model: that they are of.
 
     arms, columns: by name, conditions as on the command line: a bare group (`estimator`) means the choice, a dotted key
-    a value of the resolved configuration. values: arm → column → number; what was not published is left out.
+    a value of the resolved configuration. A column without conditions is a mean over others, and no run is of it.
+    values: arm → column → number; what was not published is left out.
     """
 
     source: str
@@ -47,7 +48,8 @@ class Expected:
         return next((name for name, conditions in self.arms.items() if meets(config, conditions)), None)
 
     def column(self, config: Mapping[str, Any]) -> str | None:
-        return next((name for name, conditions in self.columns.items() if meets(config, conditions)), None)
+        """The first column whose conditions a resolved configuration meets."""
+        return next((name for name, needed in self.columns.items() if needed and meets(config, needed)), None)
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Whether a run is of the very model that the numbers are of, and not of a small variant."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from layerif.report.sections import Section
 from layerif.report.text import WRAPPED, spelt
@@ -22,7 +24,7 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cells": cells, "kinds": kinds, "breadth": breadth}
+    environment.filters |= {"cells": cells, "kinds": kinds, "breadth": breadth, "breakable": breakable}
     return environment.get_template(TEMPLATE).render(title=title, summary=summary, sections=sections)
 
 
@@ -36,7 +38,13 @@ def breadth(section: Section) -> str:
     if section.table is None:
         return "whole"
     num_rows, num_columns = section.table.shape
-    return " ".join(["wide"] * (num_columns > 7) + ["whole"] * (num_rows <= 12))
+    return " ".join(["wide"] * (num_columns > 7) + ["whole"] * (num_rows <= 6))
+
+
+def breakable(text: str) -> Markup:
+    """With places to break after every = and . and within what is long without either; copied text has none of them."""
+    words = [re.findall(r"[^=./,]{1,24}[=./,]*|[=./,]+", word) for word in text.split(" ")]
+    return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
 
 
 def kinds(frame: pd.DataFrame) -> list[str]:

@@ -68,6 +68,8 @@ def fitting(expected: Expected | None, sweep: Sweep, runs: Sequence[Run]) -> tup
     if not columns_of(expected, configs):
         have = ", ".join(dict.fromkeys(run.task for run in runs))
         columns = ", ".join(expected.columns)
+        if not any(expected.columns.values()):
+            return None, [*lines, f"They are means ({columns}) and not of single runs, so none is shown here."]
         return None, [*lines, f"They are for {columns}; these runs are on {have}, so none is shown here."]
     if not any(expected.metric in run.metrics for run in runs):
         have = ", ".join(dict.fromkeys(name for run in runs for name in tables.metrics_of([run]))) or "nothing"
@@ -159,7 +161,7 @@ def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
         apart = [" ".join(word for word in words if word not in shared) for words in (first, second)]
         rows.append({**row, "from": apart[0], "to": apart[1], "both with": " ".join(shared) or None})
     found = pd.DataFrame(rows)
-    return found if found["both with"].notna().any() else found.drop(columns="both with")
+    return found if any(found["both with"]) else found.drop(columns="both with")
 
 
 def _variance(runs: Sequence[Run], metric: str) -> list[Section]:

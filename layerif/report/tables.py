@@ -13,7 +13,7 @@ from scipy import stats
 
 from layerif.data.answers import wilson
 from layerif.record import Failure, RunRecord
-from layerif.report.arms import Run, content, estimator_name, labelled, settings, titles
+from layerif.report.arms import Run, called, content, estimator_name, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
 from layerif.report.statistics import t_interval
 from layerif.report.text import spelt
@@ -215,23 +215,31 @@ def _is_empty(name: str, frame: pd.DataFrame) -> bool:
 
 
 def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Seconds of every phase over all runs, and what reusing stored evidence saved.
-
-    Runs of one fingerprint look at the same evidence; the dearest of them took it, the others would have paid as much.
-    """
+    """Seconds of every phase over all runs, and what reusing stored evidence saved."""
     seconds: Counter[str] = Counter()
-    paid: dict[str, float] = {}
     for record in records:
         seconds.update(record.seconds)
-        if record.fingerprint not in ("", "none"):
-            paid[record.fingerprint] = max(paid.get(record.fingerprint, 0.0), record.seconds.get("evidence", 0.0))
     rows = [{"what": f"{phase}, seconds", "value": float(value)} for phase, value in seconds.items() if value >= 0.05]
     rows.append({"what": f"all {len(records)} runs, seconds", "value": float(sum(seconds.values()))})
-    saved = sum(paid.get(r.fingerprint, 0.0) - r.seconds.get("evidence", 0.0) for r in records if r.fingerprint in paid)
-    if saved >= 0.05:
+    if (saved := _saved(records)) >= 0.05:
         rows.append({"what": "saved by reusing stored evidence, seconds", "value": saved})
     rows.append({"what": "highest peak memory of a run, GB", "value": max(r.memory_gb for r in records)})
     return pd.DataFrame(rows)
+
+
+def _saved(records: Sequence[RunRecord]) -> float:
+    """Seconds that reused measurements took when they were taken.
+
+    Where the records do not say: runs of one fingerprint look at the same evidence, for which the dearest of them paid.
+    """
+    taken = [one for record in records for one in getattr(record, "measurements", ())]
+    if taken:
+        return sum(one["seconds"] or 0.0 for one in taken if one["reused"])
+    paid: dict[str, float] = {}
+    measured = [record for record in records if record.fingerprint not in ("", "none")]
+    for record in measured:
+        paid[record.fingerprint] = max(paid.get(record.fingerprint, 0.0), record.seconds.get("evidence", 0.0))
+    return sum(paid[record.fingerprint] - record.seconds.get("evidence", 0.0) for record in measured)
 
 
 def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
@@ -239,7 +247,8 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
     found: dict[tuple, RunRecord] = {}
     for record, model, task in zip(records, titles(records, "model"), titles(records, "task"), strict=True):
         if len(set(record.scores)) > 1:
-            name = " ".join(filter(None, [model, task, estimator_name(record)]))
+            scored = record.config.get("score_task")
+            name = " ".join(filter(None, [model, called(scored) if scored else task, estimator_name(record)]))
             found.setdefault((name, *record.scores), record)
     kept = list(found.values())
     measured = [{**settings(one, "task", "probe", "estimator"), "seed": {"seed": one.seed}} for one in kept]
