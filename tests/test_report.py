@@ -3,73 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
-from layerif.record import RunRecord
-from layerif.report import bootstrap_interval, comparisons, correlations, print_run, read, table, write
-
-LAYERS = ["block.0", "block.1", "block.2", "block.3"]
-
-
-def record(
-    estimator: str,
-    right: list[bool],
-    *,
-    scores=(1.0, 3.0, 2.0, 4.0),
-    task="capital",
-    seed=0,
-    settings: Mapping[str, object] | None = None,
-    **options,
-) -> RunRecord:
-    """settings: `section.key` of the configuration -> value."""
-    config: dict[str, Any] = {
-        "model": {"_target_": "layerif.models.Embedded", "cache": "outputs/store/models", "dtype": "float32"},
-        "task": {"_target_": "layerif.data.task.Task", "name": task, "path": None, "num_train": None, "seed": seed},
-        "estimator": {"_target_": f"layerif.estimators.{estimator}.X"},
-        "allocator": {"_target_": "layerif.allocate.Experts", "budget": None, "beta": 2.5},
-        "method": {"_target_": "layerif.modules.LoRAMoEModule", "r": 8, "seed": seed},
-        "probe": {"_target_": "layerif.probe.Probe", "scope": "attention", "num_train": 100},
-        "evaluation": {"_target_": "layerif.evaluate.Evaluation", "before": False, "num_questions": None},
-        "seed": seed,
-    }
-    if estimator != "uniform":
-        config["estimator"]["damping"] = 0.1
-    for key, value in (settings or {}).items():
-        section, name = key.split(".")
-        config[section][name] = value
-    config["method"]["model"] = config["model"]
-    accuracy = float(np.mean(right))
-    fields: dict[str, Any] = {
-        "name": "test",
-        "seed": seed,
-        "config": config,
-        "overrides": [],
-        "layers": LAYERS,
-        "scores": list(scores),
-        "higher_means": "undertrained",
-        "source": estimator,
-        "allocation": {"kind": "experts", "values": [1, 2, 3, 2], "budget": 8, "layers": LAYERS},
-        "metrics": {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1},
-        "questions": {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}},
-    }
-    return RunRecord(**(fields | options))
+from layerif.record import Failure, RunRecord
+from layerif.report import comparisons as compare
+from layerif.report import print_run, write
+from layerif.report.arms import UNTOUCHED, runs_of
+from layerif.report.page import breakable
+from layerif.report.reading import read
+from layerif.report.tables import correlations, cost, grid, in_full, results
+from tests.records import failure, from_file, record, with_before, written
 
 
-def with_before(one: RunRecord, right: list[bool]) -> RunRecord:
-    one.metrics |= {"before/accuracy": float(np.mean(right)), "before/accuracy_low": 0.1, "before/accuracy_high": 0.4}
-    one.questions["before/options"] = {f"q{number}": answer for number, answer in enumerate(right)}
-    return one
+def comparisons(records: Sequence[RunRecord]) -> pd.DataFrame:
+    return compare.comparisons(runs_of(records), "accuracy")[0]
 
 
-def from_file(path: str, right: list[bool], **options) -> RunRecord:
-    settings = {"allocator._target_": "layerif.fixed.File", "allocator.path": path}
-    return record("datainf", right, scores=(), settings=settings, source=f"file({path})", higher_means="", **options)
+def table(records: Sequence[RunRecord | Failure]) -> pd.DataFrame:
+    return in_full(runs_of(records))
 
 
 def test_a_difference_is_called_real_only_where_its_interval_excludes_zero():
@@ -148,7 +105,7 @@ def test_other_models_are_rows_of_their_own_and_not_paired():
     runs = [with_before(record("datainf", [True] * 4, settings=model), [True, False]) for model in models]
     rows = table(runs)
     assert rows["model"].tolist() == ["large", "large", "small", "small"]
-    assert rows["run"].tolist() == ["before fine-tuning", "datainf experts"] * 2
+    assert rows["run"].tolist() == [UNTOUCHED, "datainf experts"] * 2
     pairs = comparisons(runs)
     assert pairs["model"].tolist() == ["large", "small"]
     assert all(
@@ -167,21 +124,20 @@ def test_an_untouched_model_is_one_row_unless_it_answered_otherwise():
     seeds = [with_before(record("datainf", [True] * 4, seed=seed), [True, False]) for seed in (0, 1)]
     twice = with_before(record("uniform", [True] * 4), [True, False])
     rows = table([twice, *seeds])
-    assert rows["run"].tolist() == ["before fine-tuning", "uniform experts", "datainf experts", "datainf experts"]
-    assert rows["seed"].tolist() == ["0, 1", 0, 0, 1]
+    assert rows["run"].tolist() == [UNTOUCHED, "uniform experts", "datainf experts", "datainf experts"]
+    assert rows["seed"].tolist() == ["any", "0", "0", "1"]
     short = with_before(record("exact", [True] * 4, settings={"evaluation.num_questions": 1}), [True])
     names = table([twice, short])["run"].tolist()
-    assert names[:2] == [f"before fine-tuning evaluation.num_questions={number}" for number in ("null", 1)]
+    assert names[:2] == [f"{UNTOUCHED} evaluation.num_questions={number}" for number in ("null", 1)]
 
 
 def test_runs_without_a_common_question_are_named_and_skipped():
     first, second = record("uniform", [True] * 4), record("datainf", [True] * 4)
     second.questions = {"options": {"other": True}}
-    console = Console(record=True, width=200)
-    assert comparisons([first, second, record("exact", [True] * 4)], console)["to"].tolist() == ["exact experts"]
-    said = console.export_text()
-    assert "capital: datainf experts and uniform experts share no question and are not compared" in said
-    assert len(said.splitlines()) == 2
+    found, remarks = compare.comparisons(runs_of([first, second, record("exact", [True] * 4)]), "accuracy")
+    assert found["to"].tolist() == ["exact experts"]
+    assert remarks[0] == "capital: datainf experts and uniform experts share no question, not compared"
+    assert len(remarks) == 2
 
 
 def test_an_allocation_from_a_file_is_called_so_and_needs_no_scores(tmp_path):
@@ -200,15 +156,6 @@ def test_an_allocation_from_a_file_is_called_so_and_needs_no_scores(tmp_path):
     assert not (tmp_path / "scores.png").exists()
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean():
-    differences = np.random.default_rng(0).normal(0.3, 1, 400)
-    low, high = bootstrap_interval(differences, seed=0)
-    half = 1.96 * differences.std() / 20
-    assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.02)
-    assert bootstrap_interval(differences, seed=0) == (low, high)
-    assert bootstrap_interval(np.zeros(5), seed=0) == (0.0, 0.0)
-
-
 def test_profiles_are_correlated_by_rank_and_constant_ones_left_out():
     found = correlations(
         [
@@ -222,7 +169,9 @@ def test_profiles_are_correlated_by_rank_and_constant_ones_left_out():
 
 def test_every_distinct_profile_is_kept():
     runs = [
-        record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], shift), settings={"estimator.damping": damping})
+        record(
+            "datainf", [True], scores=np.roll([1.0, 2, 3, 4], shift).tolist(), settings={"estimator.damping": damping}
+        )
         for shift, damping in enumerate((0.001, 0.1, 100))
     ]
     runs.append(
@@ -231,7 +180,7 @@ def test_every_distinct_profile_is_kept():
     found = correlations(runs)
     names = [f"capital datainf estimator.damping={damping}" for damping in ("0.001", "0.1", "100")]
     assert list(zip(found["profile"], found["and"], strict=True)) == list(itertools.combinations(names, 2))
-    seeds = [record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], seed), seed=seed) for seed in (0, 1)]
+    seeds = [record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], seed).tolist(), seed=seed) for seed in (0, 1)]
     assert correlations(seeds)["and"].tolist() == ["capital datainf seed=1"]
 
 
@@ -245,8 +194,8 @@ def test_baselines_come_first_and_untouched_models_get_their_own_row(tmp_path):
     for number, one in enumerate([record("datainf", [True] * 4), record("uniform", [True] * 4)]):
         (tmp_path / str(number)).mkdir()
         with_before(one, [False, True]).write(tmp_path / str(number))
-    rows = table(read(tmp_path, Console(quiet=True)))
-    assert rows["run"].tolist() == ["before fine-tuning", "uniform experts", "datainf experts"]
+    rows = table(read(tmp_path).records)
+    assert rows["run"].tolist() == [UNTOUCHED, "uniform experts", "datainf experts"]
     assert rows["accuracy"].tolist() == [0.5, 1.0, 1.0]
     assert rows["questions"].tolist() == [2, 4, 4]
 
@@ -279,3 +228,147 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
 def test_a_folder_without_records_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match=r"holds no record\.json: give the folder of a run or a sweep"):
         write(tmp_path, Console(quiet=True))
+
+
+def test_seeds_of_an_arm_are_one_cell_with_students_interval():
+    runs = [
+        record("datainf", [True] * right + [False] * (10 - right), seed=seed) for seed, right in enumerate((5, 6, 7))
+    ]
+    cell = results(runs_of(runs), "accuracy").cells["datainf experts", "capital"]
+    assert cell.mean == pytest.approx(0.6)
+    assert cell.basis == "t over 3 seeds"
+    assert (cell.low, cell.high) == pytest.approx((0.6 - 0.2484, 0.6 + 0.2484), abs=1e-4)
+    single = results(runs_of(runs[:1]), "accuracy").cells["datainf experts", "capital"]
+    assert single.basis == "Wilson over 10 questions, 1 seed"
+    assert (single.low, single.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_seeds_are_paired_with_their_like():
+    rng = np.random.default_rng(0)
+    answers = {(name, seed): list(rng.random(40) < 0.5) for name in ("uniform", "datainf") for seed in range(3)}
+    runs = [record(name, right, seed=seed) for (name, seed), right in answers.items()]
+    (row,) = comparisons(runs).to_dict("records")
+    means = [np.mean(answers["datainf", seed]) - np.mean(answers["uniform", seed]) for seed in range(3)]
+    assert row["seeds"] == 3
+    assert row["difference"] == pytest.approx(np.mean(means))
+    won = sum(
+        b and not a
+        for seed in range(3)
+        for a, b in zip(answers["uniform", seed], answers["datainf", seed], strict=True)
+    )
+    assert row["won"] == won
+
+
+def test_a_seed_of_one_part_alone_tells_repetitions_apart():
+    settings = [{"probe.seed": number} for number in (0, 1, 2)]
+    runs = runs_of([record("datainf", [True, False], settings=one) for one in settings])
+    assert [run.arm for run in runs] == ["datainf experts"] * 3
+    assert [run.seed for run in runs] == ["0", "1", "2"]
+
+
+def test_a_metric_without_questions_is_paired_by_seed_in_logarithms():
+    runs = []
+    for seed in range(3):
+        for name, perplexity in (("uniform", 20.0 + seed), ("datainf", 2 * (20.0 + seed))):
+            runs.append(record(name, [True], seed=seed, metrics={"perplexity_256": perplexity}, questions={}))
+    (row,) = compare.comparisons(runs_of(runs), "perplexity_256")[0].to_dict("records")
+    assert row["difference"] == pytest.approx(np.log(2))
+    assert row["low"] == pytest.approx(np.log(2))
+    assert row["seeds"] == 3
+
+
+def test_only_arms_that_differ_in_one_thing_are_compared():
+    runs = []
+    for budget in (8, 16):
+        for name in ("uniform", "datainf"):
+            one = record(name, [True] * 4, settings={"allocator.budget": budget})
+            one.allocation["budget"] = budget
+            runs.append(one)
+    pairs = comparisons(runs)
+    assert len(pairs) == 4
+    assert all(
+        ("uniform" in a) == ("uniform" in b) or a[-1] == b[-1] for a, b in zip(pairs["from"], pairs["to"], strict=True)
+    )
+
+
+def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
+    jobs = [record(name, [True, False], seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)]
+    jobs = [*jobs[:3], failure("datainf", seed=1, error="<b>out of memory</b>"), record("uniform", [True], seed=2)]
+    sweep = read(written(tmp_path, jobs))
+    runs = runs_of([*sweep.records, *sweep.failures])
+    cell = results(runs, "accuracy").cells["datainf experts", "capital"]
+    assert (cell.failed, cell.missing) == (("1",), ("2",))
+    assert grid(runs) == [("datainf experts", "capital", "2")]
+    assert cell.mean == 0.5
+    write(tmp_path, Console(quiet=True))
+    page = (tmp_path / "report.html").read_text().replace("<wbr>", "")
+    assert "failed: 1" in page
+    assert "missing: 2" in page
+    assert "&lt;b&gt;out of memory&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert "1 runs failed" in page
+
+
+def test_a_record_takes_the_place_of_a_failure_in_its_folder(tmp_path):
+    written(tmp_path, [failure("datainf")])
+    record("datainf", [True]).write(tmp_path / "0")
+    assert not read(tmp_path).failures
+
+
+def test_a_folder_of_failures_alone_is_a_report_too(tmp_path):
+    write(written(tmp_path, [failure("datainf"), failure("uniform")]), Console(quiet=True))
+    assert "2 runs failed" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_is_self_contained(tmp_path):
+    runs = [
+        record(name, [True] * (5 + seed) + [False] * 5, seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)
+    ]
+    runs[0].notes.append("a <note>")
+    write(written(tmp_path, runs), Console(quiet=True))
+    page = (tmp_path / "report.html").read_text().replace("<wbr>", "")
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert 'src="data:image/svg+xml' in page
+    assert page.count("<caption>") == page.count("<table>")
+    assert page.count("alt=") == page.count("<img ")
+    for said in (
+        "t over 2 seeds",
+        "p Holm",
+        "Analysis of variance",
+        "Tukey",
+        "layerif estimator=uniform",
+        "a &lt;note&gt;",
+    ):
+        assert said in page
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| uniform experts | 0.523; " in markdown
+    assert "not distinguishable" in markdown
+    csv = pd.read_csv(tmp_path / "report.csv")
+    assert csv["accuracy"].tolist() == pytest.approx([5 / 10, 6 / 11] * 2)
+
+
+def test_the_same_folder_gives_the_same_page(tmp_path):
+    written(tmp_path, [record(name, [True, False] * 5) for name in ("uniform", "datainf")])
+    pages = []
+    for _ in range(2):
+        write(tmp_path, Console(quiet=True))
+        pages.append((tmp_path / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_reused_evidence_is_counted_as_saved():
+    runs = [
+        record(name, [True], fingerprint="f", seconds={"evidence": seconds})
+        for name, seconds in (("a", 30.0), ("b", 0.5))
+    ]
+    found = dict(cost(runs).to_numpy().tolist())
+    assert found["saved by reusing stored evidence, seconds"] == pytest.approx(29.5)
+    assert found["all 2 runs, seconds"] == pytest.approx(30.5)
+
+
+@pytest.mark.parametrize("text", ["out of memory", "a=0.5  b=<x>", "a" * 60, "", "x=", "/a/b.json ok."])
+def test_places_to_break_change_no_text(text):
+    found = str(breakable(text))
+    assert found.replace("<wbr>", "") == str(escape(text))
+    assert max(map(len, found.replace("<wbr>", " ").split()), default=0) <= 30

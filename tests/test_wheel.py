@@ -1,4 +1,4 @@
-"""The wheel carries the configuration, so that `layerif` works from any folder."""
+"""The wheel carries the configuration and the report's page, so that `layerif` works from any folder."""
 
 from __future__ import annotations
 
@@ -20,5 +20,6 @@ def test_the_wheel_holds_every_module_and_every_yaml(tmp_path):
     (wheel,) = tmp_path.glob("layerif-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"layerif/conf/{file.relative_to(conf_folder())}" for file in conf_folder().rglob("*.yaml")}
-    modules = {str(file.relative_to(root)) for file in (root / "layerif").rglob("*.py")}
-    assert shipped | modules <= names
+    own = {str(file.relative_to(root)) for kind in ("py", "jinja") for file in (root / "layerif").rglob(f"*.{kind}")}
+    assert shipped | own <= names
+    assert "layerif/report/page.html.jinja" in own

@@ -1,0 +1,3 @@
+from layerif.report import main
+
+main()

@@ -1,0 +1,311 @@
+"""Which run is which: arm, column and seed of every job, with names as short as tell them apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerif.record import Failure, RunRecord
+from layerif.report.expected import Expected, chosen
+
+UNTOUCHED = "untouched model"
+Job = RunRecord | Failure
+
+# Metrics that are means over questions whose answers are kept, and where.
+QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one job says of one arm.
+
+    arm: what was tried, by its name; untouched models are an arm, too. model: empty where all jobs share one. task: the
+    column of the table. seeds: whatever tells repetitions apart, by key; none of an untouched model that answered the
+    same every time. factors: see `comparable`. prefix: of its metrics in the record.
+    """
+
+    job: Job
+    arm: str
+    model: str
+    task: str
+    seeds: Mapping[str, object]
+    factors: tuple[str, str, str]
+    prefix: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        if isinstance(self.job, Failure):
+            return {}
+        found = {name.removeprefix(self.prefix): value for name, value in self.job.metrics.items() if self._owns(name)}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+    def answers(self, metric: str) -> dict[str, bool]:
+        """Whether each question was answered right; none where the metric has no questions."""
+        kept = {} if isinstance(self.job, Failure) else self.job.questions
+        return kept.get(f"{self.prefix}{QUESTIONS.get(metric)}", {})
+
+    @property
+    def seed(self) -> str:
+        """In words; bare where it is the only one."""
+        if len(self.seeds) == 1:
+            return str(next(iter(self.seeds.values())))
+        return ", ".join(f"{key}={value}" for key, value in self.seeds.items())
+
+    @property
+    def is_trained(self) -> bool:
+        return not self.prefix and bool(self.job.config["method"])
+
+    def _owns(self, metric: str) -> bool:
+        return metric.startswith(self.prefix) if self.prefix else not metric.startswith("before/")
+
+
+def comparable(first: Run, second: Run) -> bool:
+    """Whether the two differ in one thing: how the allocation was made, its size, or all the rest of the settings.
+
+    Everything is compared with an untouched model.
+    """
+    if (first.model, first.task) != (second.model, second.task) or second.prefix:
+        return False
+    differing = sum(one != other for one, other in zip(first.factors, second.factors, strict=True))
+    return bool(first.prefix) or differing <= 1
+
+
+def same_repetition(first: Run, second: Run) -> bool:
+    """No seed that both have differs."""
+    return all(second.seeds.get(key, value) == value for key, value in first.seeds.items())
+
+
+def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
+    """Every job as a run of its arm, and every untouched model (the same one once); no run hides another.
+
+    Arms and columns are called as in `expected` where they meet its conditions. Otherwise an arm is called after what
+    made its allocation, and after those settings that not all arms share.
+    """
+    models, columns = titles(jobs, "model"), _columns(jobs, expected)
+    seeds = _seeds(jobs)
+    trained = [number for number, job in enumerate(jobs) if job.config["method"] or not job_metrics(job)]
+    names = dict(zip(trained, _arm_names([jobs[number] for number in trained], expected), strict=True))
+    found = []
+    for number, name in names.items():
+        place = {"model": models[number], "task": columns[number], "seeds": seeds[number]}
+        found.append(Run(job=jobs[number], arm=name, factors=_factors(jobs[number]), **place))
+    found = _numbered(found)
+    return [*_untouched(jobs, models, columns, seeds), *sorted(found, key=lambda run: "uniform" not in run.arm.split())]
+
+
+def _untouched(jobs: Sequence[Job], models, columns, seeds) -> list[Run]:
+    places: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        if any(name.startswith("before/") for name in job_metrics(job)):
+            places[models[number], columns[number]].append(number)
+    found = []
+    for (model, column), numbers in places.items():
+        evaluations = [settings(jobs[number], "evaluation") for number in numbers]
+        labels = labelled([UNTOUCHED] * len(numbers), evaluations, number_alike=False)
+        for label in dict.fromkeys(labels):
+            alike = [number for number, other in zip(numbers, labels, strict=True) if other == label]
+            distinct = _distinct(alike, key=lambda number: _before(jobs[number]))
+            for number in distinct:
+                place = {"model": model, "task": column, "seeds": {} if len(distinct) == 1 else seeds[number]}
+                found.append(Run(job=jobs[number], arm=label, factors=("", "", ""), prefix="before/", **place))
+    return found
+
+
+def _before(job: Job) -> dict[str, Any]:
+    assert isinstance(job, RunRecord)
+    values = {**job.questions, **job.metrics}
+    return {name: value for name, value in values.items() if name.startswith("before/")}
+
+
+def _numbered(runs: list[Run]) -> list[Run]:
+    """The same job run twice is two arms, not two seeds."""
+    places = [(run.model, run.task, run.arm, run.seed) for run in runs]
+    times, counts = Counter(places), defaultdict(lambda: itertools.count(1))
+    return [
+        Run(**{**vars(run), "arm": f"{run.arm} ({next(counts[place])})"}) if times[place] > 1 else run
+        for run, place in zip(runs, places, strict=True)
+    ]
+
+
+def job_metrics(job: Job) -> Mapping[str, Any]:
+    return {} if isinstance(job, Failure) else job.metrics
+
+
+def _arm_names(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
+    given = [None if expected is None else expected.arm(job.config) for job in jobs]
+    names = [name or arm_name(job) for name, job in zip(given, jobs, strict=True)]
+    own = [number for number, name in enumerate(given) if name is None]
+    groups = [own] if own else []
+    groups += [[number for number, other in enumerate(given) if other == name] for name in dict.fromkeys(given) if name]
+    for group in groups:  # what differs between the arms of a table is known from its names; what differs within is not
+        told = "" if group is own else "task."
+        found = [_without(settings(jobs[number]), told, expected) for number in group]
+        for number, label in zip(group, labelled([names[n] for n in group], found, number_alike=False), strict=True):
+            names[number] = label
+    return names
+
+
+def _without(sections: Mapping[Hashable, dict[str, object]], told: str, expected: Expected | None):
+    """Less what an experiment's columns set."""
+    if not told or expected is None:
+        return sections
+    keys = tuple(f"{key}." for conditions in expected.columns.values() for key in conditions)
+    return {
+        section: {key: value for key, value in values.items() if not f"{key}.".startswith(keys)}
+        for section, values in sections.items()
+    }
+
+
+def _columns(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
+    given = [None if expected is None else expected.column(job.config) for job in jobs]
+    return [name or title for name, title in zip(given, titles(jobs, "task"), strict=True)]
+
+
+def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
+    """By job: its root seed, and other seeds where they are swept (the root one goes where it is the same for all)."""
+    every = [{key: value for key, value in flat(job.config).items() if key.endswith(".seed")} for job in jobs]
+    swept = set()
+    for key in {key for values in every for key in values}:
+        having = [(values[key], job.seed) for values, job in zip(every, jobs, strict=True) if key in values]
+        if any(value != root for value, root in having) and len({value for value, _ in having}) > 1:
+            swept.add(key)
+    shared = len({job.seed for job in jobs}) == 1 and bool(swept)
+    found = []
+    for values, job in zip(every, jobs, strict=True):
+        own = {key: value for key, value in values.items() if key in swept}
+        found.append(own if shared and own else {"seed": job.seed} | own)
+    return found
+
+
+def arm_name(job: Job) -> str:
+    """After what made the allocation; by the configuration alone, which failed jobs have, too."""
+    allocator = job.config["allocator"]
+    which = allocator["_target_"].rpartition(".")[2]
+    if which == "File":
+        name = "allocation from file"
+    elif which == "Shape":  # it looks at no scores
+        shape = allocator["shape"]
+        counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)
+        name = f"shape({'-'.join(map(str, counts))}) {allocator.get('kind', 'experts')}"
+    else:
+        name = f"{estimator_name(job)} {which.lower()}"
+    return name if job.config["method"] else f"{name} (not trained)"
+
+
+def estimator_name(job: Job) -> str:
+    return _estimator_of(job.config["estimator"])
+
+
+def _estimator_of(chosen: Mapping) -> str:
+    name = chosen["_target_"].split(".")[-2]
+    if "of" in chosen:  # reversed
+        return f"{name} {_estimator_of(chosen['of'])}"
+    aggregation = chosen.get("aggregation", "all")
+    return name if aggregation == "all" else f"{name} {aggregation}"
+
+
+def titles(jobs: Sequence[Job], section: str) -> list[str]:
+    """What each job's model or task is called; a model that all share needs no name."""
+    contents = [content(job, section) for job in jobs]
+    distinct = _distinct(contents)
+    if section == "model" and len(distinct) == 1:
+        return [""] * len(jobs)
+    names = [called(one) for one in distinct]
+    given = [{key: value for key, value in flat(one).items() if value is not None} for one in distinct]
+    labels = labelled(names, [{name: one} for name, one in zip(names, given, strict=True)])
+    return [labels[distinct.index(one)] for one in contents]
+
+
+def content(job: Job, section: str) -> dict[str, object]:
+    """What makes it the same model or task: not where it is kept, nor how many samples are learned from."""
+    incidental = ("cache", "num_train", "num_validation", "seed")
+    return {key: value for key, value in job.config[section].items() if key not in incidental}
+
+
+def called(one: Mapping) -> str:
+    return Path(one.get("name") or one.get("path") or one["_target_"].split(".")[-1].lower()).name
+
+
+def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
+    return [item for number, item in enumerate(items) if key(item) not in map(key, items[:number])]
+
+
+def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
+    """The configuration by section (all, or those given), without seeds and what has a name or a column already.
+
+    Methods, estimators, allocators and pruners are compared with their like: what follows from the choice is no news.
+    """
+    config, method = job.config, method_name(job)
+    is_given = config["allocator"]["_target_"].endswith((".File", ".Shape"))
+    told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
+    told += ["pruner."] * (method != "prune")
+    told += ["estimator.aggregation.", "estimator.of.aggregation."]
+    told += [f"score_task.{key}." for key in config.get("score_task") or () if key != "name"]
+    told += [f"task.{key}." for key in content(job, "task")] + ["estimator.", "probe.", "allocator.shape."] * is_given
+    pruner = chosen("pruner", config["pruner"]) if method == "prune" else None
+    choices = {"method": method, "pruner": pruner}
+    found: dict[Hashable, dict[str, object]] = defaultdict(dict)
+    if not sections:
+        found["choice", None] = dict(choices)
+    choices |= {"estimator": estimator_name(job).split()[0], "allocator": config["allocator"]["_target_"]}
+    for key, value in flat(config).items():
+        section = key.split(".")[0]
+        is_told = f"{key}.".startswith(tuple(told)) or key.split(".")[-1] == "seed"
+        if section in (sections or (section,)) and not is_told and (key, value) != ("score_task", None):
+            found[section, choices.get(section)][key] = value
+    return found
+
+
+def method_name(job: Job) -> str | None:
+    return chosen("method", job.config["method"]) if job.config["method"] else None
+
+
+def _factors(job: Job) -> tuple[str, str, str]:
+    """How the allocation was made, its size, and everything else: arms that differ in one of them are compared."""
+    made, rest = [], []
+    for (section, choice), values in settings(job).items():  # type: ignore[misc]
+        kept = {key: value for key, value in values.items() if key not in ("allocator.budget", "allocator.target")}
+        if section == "choice":
+            made.append(kept.pop("method"))
+        (made if section in ("method", "estimator", "probe", "allocator", "score_task") else rest).append(
+            [section, choice, kept]
+        )
+    size = None if isinstance(job, Failure) else [job.allocation.get("kind"), job.allocation.get("budget")]
+    allocation, size, rest = (json.dumps(part, sort_keys=True, default=str) for part in (made, size, rest))
+    return allocation, size, rest
+
+
+def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Keys as on the command line: `a.b.c`."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def labelled(
+    names: Sequence[str], found: Sequence[Mapping[Hashable, Mapping[str, object]]], *, number_alike: bool = True
+) -> list[str]:
+    """Each name with those of its settings that differ from another's; a number for what is alike even so."""
+    labels = []
+    for name, sections in zip(names, found, strict=True):
+        for section, values in sections.items():
+            others = [other[section] for other in found if section in other]
+            differing = [key for key, value in values.items() if any(other.get(key) != value for other in others)]
+            name = " ".join([name, *(_spelt_setting(key, values[key]) for key in differing)])
+        labels.append(name)
+    if not number_alike:
+        return labels
+    numbers = {label: itertools.count(1) for label, times in Counter(labels).items() if times > 1}
+    return [f"{label} ({next(numbers[label])})" if label in numbers else label for label in labels]
+
+
+def _spelt_setting(key: str, value: object) -> str:
+    """As on the command line; of a long one the end, where paths differ."""
+    text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+    return f"{key}={text}" if len(text) <= 40 else f"{key}=…{text[-39:]}"

@@ -1,0 +1,167 @@
+"""Arms compared: paired by question or by seed, corrected for their number, said in words that the figures carry."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerif.report.arms import QUESTIONS, Run, comparable, same_repetition
+from layerif.report.statistics import (
+    LEVEL,
+    Difference,
+    Variance,
+    anova,
+    cohens_h,
+    holm,
+    odds_ratio,
+    paired_by_question,
+    paired_by_seed,
+    smallest_difference,
+    standardised,
+    tukey,
+)
+
+
+def is_logarithmic(metric: str) -> bool:
+    """Perplexities are compared by their logarithms: their ratio is what a change of model changes."""
+    return metric.rpartition("/")[2].startswith("perplexity")
+
+
+def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[str]]:
+    """One row per two comparable arms of a model and task, and a remark on each two that could not be paired.
+
+    Paired by question where the answers were kept, by seed otherwise. p Holm is corrected for all rows.
+    """
+    rows, remarks = [], []
+    for first, second in itertools.combinations(_arms(runs, metric), 2):
+        if not comparable(first[0], second[0]):
+            continue
+        pairs = [(one, other) for one in first for other in second if same_repetition(one, other)]
+        by_question = all(run.answers(metric) for pair in pairs for run in pair) and metric in QUESTIONS
+        if by_question:
+            pairs = [(one, other) for one, other in pairs if one.answers(metric).keys() & other.answers(metric).keys()]
+        if not pairs:
+            shared = "question" if by_question else "seed"
+            remarks.append(f"{_place(first[0])}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
+            continue
+        rows.append(_by_question(pairs, metric) if by_question else _by_seed(pairs, metric))
+    table = pd.DataFrame(rows)
+    if rows:
+        table["p Holm"] = holm(table["p"].to_numpy())
+        errors = table.pop("standard error")
+        table["smallest found"] = [smallest_difference(error, len(table)) for error in errors]
+        table["finding"] = [finding(row, metric, len(table)) for row in table.to_dict("records")]
+    return table, remarks
+
+
+def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
+    """The repetitions of each arm, model and task that measured the metric."""
+    found: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        if metric in run.metrics:
+            found.setdefault((run.model, run.task, run.arm), []).append(run)
+    return list(found.values())
+
+
+def _by_question(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]:
+    answers = [(one.answers(metric), other.answers(metric)) for one, other in pairs]
+    names = sorted(set().union(*(one.keys() & other.keys() for one, other in answers)))
+    right = [
+        [(one[n], other[n]) if n in one and n in other else (np.nan, np.nan) for n in names] for one, other in answers
+    ]
+    first_SQ, second_SQ = np.moveaxis(np.array(right, dtype=float), 2, 0)
+    difference_SQ = second_SQ - first_SQ
+    won, lost = int((difference_SQ == 1).sum()), int((difference_SQ == -1).sum())
+    found = paired_by_question(difference_SQ)
+    counts = {"questions": len(names), "won": won, "lost": lost, "odds ratio": odds_ratio(won, lost)}
+    return _row(pairs, found) | counts | {"effect": cohens_h(float(np.nanmean(first_SQ)), float(np.nanmean(second_SQ)))}
+
+
+def _by_seed(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]:
+    values = np.array([[one.metrics[metric], other.metrics[metric]] for one, other in pairs], dtype=float)
+    difference_S = np.diff(np.log(values) if is_logarithmic(metric) else values, axis=1)[:, 0]
+    return _row(pairs, paired_by_seed(difference_S)) | {"effect": standardised(difference_S)}
+
+
+def _row(pairs: Sequence[tuple[Run, Run]], found: Difference) -> dict[str, object]:
+    first, second = pairs[0]
+    place = ({"model": first.model} if first.model else {}) | {"task": first.task}
+    row = {"from": first.arm, "to": second.arm, "seeds": len(pairs), "difference": found.mean, "low": found.low}
+    return {**place, **row, "high": found.high, "p": found.p, "standard error": found.standard_error}
+
+
+def _place(run: Run) -> str:
+    return f"{run.model} {run.task}".strip()
+
+
+def verdict(low: float, high: float, p: float) -> str:
+    """What may be said of a difference: its interval must exclude zero, and its corrected p must be below 0.05.
+
+    NaN, of what a single seed cannot tell, supports nothing.
+    """
+    if p < LEVEL and low > 0:
+        return "higher than"
+    if p < LEVEL and high < 0:
+        return "lower than"
+    return "not distinguishable from"
+
+
+def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
+    """One sentence about one row of `comparisons`, with what it rests on and how far it reaches."""
+    where = " ".join(str(row[key]) for key in ("model", "task") if key in row)
+    what = f"ln {metric}" if is_logarithmic(metric) else metric
+    if np.isnan(row["p"]):
+        pair = f"{what} of {row['to']} minus that of {row['from']}"
+        return f"{where}: {pair} is {row['difference']:+.3f} at one seed, which decides nothing"
+    said = verdict(row["low"], row["high"], row["p Holm"])
+    corrected = f"after Holm's correction of {num_comparisons}" if num_comparisons > 1 else "of a single comparison"
+    bounds, p = interval(row["low"], row["high"]), p_text(row["p Holm"])
+    sentence = f"{where}: {what} of {row['to']} is {said} that of {row['from']} "
+    sentence += f"({row['difference']:+.3f}, 95 % interval {bounds}, p {p} {corrected})"
+    if said.startswith("not"):
+        least = row["smallest found"]
+        return sentence if np.isnan(least) else f"{sentence}; less than {least:.3f} would mostly have been missed"
+    return f"{sentence}; one seed, which says nothing of others" if row["seeds"] == 1 else sentence
+
+
+def interval(low: float, high: float) -> str:
+    return f"{low:+.3f} to {high:+.3f}"
+
+
+def p_text(p: float) -> str:
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, Variance, pd.DataFrame]]:
+    """ANOVA over allocation × task and Tukey's HSD of every two arms, for each group of arms alike in all else.
+
+    Of fine-tuned or pruned runs, and of those arms that ran on all tasks of the group: others would be compared across
+    tasks. The text says which runs they are. None of a group with a single arm, or without repetitions.
+    """
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run.is_trained and metric in run.metrics:
+            groups.setdefault((run.model, *run.factors[1:]), []).append(run)
+    found = []
+    for group in groups.values():
+        values = [np.log(run.metrics[metric]) if is_logarithmic(metric) else run.metrics[metric] for run in group]
+        frame = pd.DataFrame({"arm": [r.arm for r in group], "task": [r.task for r in group], "value": values})
+        ran_on = {arm: {run.task for run in group if run.arm == arm} for arm in dict.fromkeys(r.arm for r in group)}
+        tasks = list(dict.fromkeys(run.task for run in group))
+        complete = [arm for arm, its_tasks in ran_on.items() if len(its_tasks) == len(tasks)]
+        kept = frame.query("arm in @complete")
+        analysis = anova(kept) if complete else None
+        if analysis is None:
+            continue
+        shared = [word for word in complete[0].split() if "=" in word and all(word in arm.split() for arm in complete)]
+        of = " ".join([group[0].model, *shared]).strip()
+        text = f"{of}: " * bool(of and len(groups) > 1) + f"{len(kept)} runs, {len(complete)} arms on "
+        text += f"{', '.join(tasks)}; fitted: {analysis.model}"
+        left_out = len(ran_on) - len(complete)
+        text += f"; without {left_out} arms that did not run on all tasks" if left_out else ""
+        found.append((text, analysis, tukey(kept, analysis)))
+    return found

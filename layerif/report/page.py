@@ -1,0 +1,56 @@
+"""The report as one page: HTML and CSS without scripts, pictures inside, nothing fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from layerif.report.sections import Section
+from layerif.report.text import WRAPPED, spelt
+
+TEMPLATE = "page.html.jinja"  # beside this file; autoescaped, since names and errors are other people's text
+
+
+def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cells": cells, "kinds": kinds, "breadth": breadth, "breakable": breakable}
+    return environment.get_template(TEMPLATE).render(title=title, summary=summary, sections=sections)
+
+
+def cells(frame: pd.DataFrame) -> list[list[list[str]]]:
+    """Rows of cells of lines."""
+    return [[spelt(value).split("\n") for value in row] for row in frame.itertuples(index=False)]
+
+
+def breadth(section: Section) -> str:
+    """How it prints: many columns small, few rows on one page."""
+    if section.table is None:
+        return "whole"
+    num_rows, num_columns = section.table.shape
+    return " ".join(["wide"] * (num_columns > 7) + ["whole"] * (num_rows <= 6))
+
+
+def breakable(text: str) -> Markup:
+    """With places to break after every = and . and within what is long without either; copied text has none of them."""
+    words = [re.findall(r"[^=./,]{1,24}[=./,]*|[=./,]+", word) for word in text.split(" ")]
+    return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
+
+
+def kinds(frame: pd.DataFrame) -> list[str]:
+    """By column, its class: numbers stand right, long texts wrap."""
+    found = []
+    for name in frame.columns:
+        is_text = any(isinstance(value, str) for value in frame[name])
+        found.append("text" if name in (*WRAPPED, "error") else "short" if is_text else "number")
+    return found

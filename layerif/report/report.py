@@ -1,0 +1,110 @@
+"""The command `layerif-report`, and what a single run prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from layerif.record import RunRecord
+from layerif.report import plots, tables, text
+from layerif.report.arms import runs_of
+from layerif.report.expected import Expected
+from layerif.report.page import page
+from layerif.report.reading import read
+from layerif.report.sections import Section, sections
+
+ON_PAGE_ONLY = ("Versions", "How to reproduce")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="layerif-report", description="The runs below a folder as report.html, report.md and report.csv in it."
+    )
+    parser.add_argument("folder", type=Path, help="a sweep's folder, such as outputs/sweeps/default")
+    parser.add_argument(
+        "--expected", type=Path, metavar="FILE", help="published numbers: experiments/NAME/expected.json"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        write(given.folder, expected=given.expected)
+    except ValueError as error:
+        print(f"layerif-report: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def write(folder: Path, console: Console | None = None, *, expected: Path | None = None) -> None:
+    """Print the tables of `folder`, and leave report.html, report.md, report.csv and the plots of its layers in it.
+
+    expected: the file of the published numbers that the runs are held against. Raises ValueError where nothing in the
+    folder can be read, or `expected` is not what it should be.
+    """
+    console = console or text.console()
+    published = None if expected is None else Expected.read(expected)
+    sweep = read(folder)
+    for reason in sweep.left_out:
+        console.print(f"[yellow]left out:[/] {text.escape(reason)}", highlight=False)
+    summary, found = sections(sweep, published)
+    for line in summary:
+        console.print(line, highlight=False, markup=False)
+    for section in found:
+        if section.title not in ON_PAGE_ONLY:
+            _print(section, console)
+    runs = runs_of([*sweep.records, *sweep.failures], published)
+    files = [folder / name for name in ("report.html", "report.md", "report.csv", "scores.png", "allocations.png")]
+    files[0].write_text(page(sweep.name, summary, found))
+    files[1].write_text(_markdown(sweep.name, summary, found))
+    tables.in_full(runs, every_metric=True).to_csv(files[2], index=False)
+    for plot, file in ((plots.plot_scores(sweep.records), files[3]), (plots.plot_allocations(runs), files[4])):
+        if plot is not None:
+            plot.save(file)
+    for file in filter(Path.exists, files):
+        console.print(f"  {file}", highlight=False, soft_wrap=True)
+
+
+def _print(section: Section, console: Console) -> None:
+    if section.table is not None:
+        shown = section.table.filter(items=section.console or section.table.columns)
+        text.show(shown, section.title, console)
+    for finding in section.findings:
+        console.print(f"  {finding}", highlight=False, markup=False)
+
+
+def _markdown(title: str, summary: Sequence[str], found: Sequence[Section]) -> str:
+    parts = [f"# {title}", *summary]
+    for section in found:
+        if section.table is None and not section.findings:
+            continue
+        parts.append(f"## {section.title}")
+        parts += ["\n".join(f"- {finding}" for finding in section.findings)] if section.findings else []
+        parts += [text.markdown(section.table)] if section.table is not None else []
+        parts += section.said
+    return "\n\n".join(parts) + "\n"
+
+
+def print_run(record: RunRecord, folder: Path, console: Console | None = None) -> None:
+    """One run's summary on the console, and its plots in its folder."""
+    console = console or text.console()
+    scores, values = record.scores, record.allocation["values"]  # no scores with an allocation from a file
+    highest = ", ".join(record.layers[index] for index in np.argsort(scores)[::-1][:3])
+    ranking = f"; highest: {highest}" if len(set(scores)) > 1 else ""
+    console.print(f"\n{record.source}{ranking}", highlight=False, markup=False)
+    console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
+    runs = runs_of([record])
+    if record.metrics and (record.questions or record.parameters):  # a report of method=diagnose has no accuracy
+        text.show(tables.in_full(runs), record.config["task"]["name"], console)
+    for name, value in record.metrics.items():
+        if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
+            console.print(f"  {name}: {text.spelt(value)}", highlight=False)
+    for note in record.notes:
+        console.print(f"  note: {note}", highlight=False)
+    columns = {"layer": record.layers, **({"score": scores} if scores else {}), record.allocation["kind"]: values}
+    pd.DataFrame(columns).to_csv(folder / "layers.csv", index=False)
+    for plot, name in ((plots.plot_scores([record]), "scores.png"), (plots.plot_allocations(runs), "allocation.png")):
+        if plot is not None:
+            plot.save(folder / name)

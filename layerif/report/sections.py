@@ -1,0 +1,230 @@
+"""What the report says, section by section, before anyone asks whether as a page, as Markdown or on the console."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from layerif.report import comparisons as compare
+from layerif.report import plots, tables
+from layerif.report.arms import Run, called, runs_of
+from layerif.report.expected import Expected, chosen, columns_of
+from layerif.report.plots import Plot
+from layerif.report.reading import Sweep
+from layerif.report.statistics import RESAMPLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """title; table with its caption; plot; findings: one sentence each; said: how to read it all."""
+
+    title: str
+    table: pd.DataFrame | None = None
+    caption: str = ""
+    findings: Sequence[str] = ()
+    said: Sequence[str] = ()
+    plot: Plot | None = None
+    console: Sequence[str] | None = None  # the columns that fit there; None: all
+
+
+def summary(sweep: Sweep, runs: Sequence[Run], expected: Expected | None) -> list[str]:
+    """What this is of, and everything wrong with it, in a few lines."""
+    jobs = [*sweep.records, *sweep.failures]
+    models = sorted({_model(job.config) for job in jobs})
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    small = "; small variants, which stand in for runs of full size" * any(job.config.get("small") for job in jobs)
+    lines = [f"{len(sweep.records)} finished runs of {', '.join(models)} on {', '.join(tasks)}, {_seeds(runs)}{small}."]
+    if sweep.failures:
+        lines.append(f"{len(sweep.failures)} runs failed; their errors are below.")
+    if holes := tables.grid(runs, expected):
+        lines.append(f"{len(holes)} runs of the grid of arms, tasks and seeds are missing.")
+    if sweep.left_out:
+        lines.append(f"{len(sweep.left_out)} files could not be read and are left out.")
+    return lines
+
+
+def _model(config) -> str:
+    name = chosen("model", config["model"])
+    return name if name not in ("hub", "local") else called(config["model"])
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    seeds = list(dict.fromkeys(run.seed for run in runs if run.seeds))
+    keys = {key for run in runs for key in run.seeds}
+    what = next(iter(keys)) if len(keys) == 1 else "seed"
+    return f"{what} {', '.join(seeds)}"
+
+
+def fitting(expected: Expected | None, sweep: Sweep, runs: Sequence[Run]) -> tuple[Expected | None, list[str]]:
+    """The published numbers as far as they are of these runs, and what is to be said where they are not."""
+    if expected is None:
+        return None, []
+    configs = [job.config for job in (*sweep.records, *sweep.failures)]
+    lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.model}."]
+    if not columns_of(expected, configs):
+        have = ", ".join(dict.fromkeys(run.task for run in runs))
+        columns = ", ".join(expected.columns)
+        if not any(expected.columns.values()):
+            return None, [*lines, f"They are means ({columns}) and not of single runs, so none is shown here."]
+        return None, [*lines, f"They are for {columns}; these runs are on {have}, so none is shown here."]
+    if not any(expected.metric in run.metrics for run in runs):
+        have = ", ".join(dict.fromkeys(name for run in runs for name in tables.metrics_of([run]))) or "nothing"
+        lines.append(f"These runs did not measure {expected.metric} (they measured {have}), so none is shown here.")
+    elif not any(expected.arm(config) for config in configs):
+        lines.append(f"No run is of one of its arms, {', '.join(expected.arms)}.")
+    elif not all(expected.is_of(config) for config in configs):
+        lines.append("Differences to them are taken only of that model at full size; others are not comparable.")
+    return expected, lines
+
+
+def sections(sweep: Sweep, expected: Expected | None = None) -> tuple[list[str], list[Section]]:
+    """The summary, and every section that has something to show."""
+    runs = runs_of([*sweep.records, *sweep.failures], expected)
+    expected, about_paper = fitting(expected, sweep, runs)
+    if expected is None:
+        runs = runs_of([*sweep.records, *sweep.failures])
+    found, after = [], []
+    metrics = tables.metrics_of(runs, expected)
+    for metric in metrics:
+        found.append(_results(runs, metric, expected))
+        after += _comparisons(runs, metric) + _variance(runs, metric)
+    if not metrics and sweep.failures:
+        found.append(_results(runs, "accuracy", expected))
+    found += [*after, *_layers(sweep, runs), *_runs(sweep, runs)]
+    return [*summary(sweep, runs, expected), *about_paper], found
+
+
+def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Section:
+    results = tables.results(runs, metric, expected)
+    said = ["Intervals are 95 %: Student's t over the seeds of an arm; of a single seed, Wilson's over its questions."]
+    if results.count("failed") or results.count("missing"):
+        said.append("A failed or missing seed is named in its cell and is in no mean.")
+    caption = f"{metric}: mean over seeds"
+    frame = results.frame()
+    return Section(
+        title=f"Results: {metric}", table=frame, caption=caption, said=said, plot=plots.plot_results(results)
+    )
+
+
+def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
+    table, remarks = compare.comparisons(runs, metric)
+    if not len(table):
+        return [Section(title=f"Comparisons: {metric}", said=remarks)] if remarks else []
+    by_question = "questions" in table
+    columns = [name for name in ("model", "task", "from", "to") if name in table]
+    shown = _shared_apart(table.filter(items=columns)).assign(
+        difference=[f"{value:+.3f}" for value in table["difference"]]
+    )
+    shown["95 % interval"] = _intervals(table)
+    shown = shown.assign(**{name: table[name] for name in ("p", "p Holm", "smallest found", "seeds")})
+    log = "differences of logarithms, " * compare.is_logarithmic(metric)
+    if by_question:
+        shown["questions"] = table["questions"]
+        counts = table[["won", "lost"]].to_numpy(float)
+        shown["only one right"] = ["–" if np.isnan(won) else f"{won:.0f} : {lost:.0f}" for won, lost in counts]
+        shown["odds ratio"], shown["effect h"] = table["odds ratio"], table["effect"]
+        how = (
+            f"Interval: {RESAMPLES:,} bootstrap draws of seeds and questions. p: the larger of the exact sign test's "
+            "by question (McNemar's for one seed) and the bootstrap's. Only one right: answers that only the second, "
+            "and only the first, got right; odds ratio: the one over the other. Effect h: Cohen's."
+        )
+    else:
+        shown["effect d"] = table["effect"]
+        how = "Interval and p: Student's t over seeds, paired. Effect d: mean over standard deviation."
+    how += (
+        f" p Holm is corrected for all {len(table)} comparisons of this table. Smallest found: the difference that "
+        f"would be found with 80 % power at 0.05 / {len(table)}. A difference is called one only where its interval "
+        "excludes zero and p Holm is below 0.05."
+    )
+    caption = f"{metric}: {log}second minus first, paired by {'question' if by_question else 'seed'}"
+    real = [text for text in table["finding"] if " is higher than " in text or " is lower than " in text]
+    rest = len(table) - len(real)
+    findings = (
+        [*real, f"{rest} of {len(table)} comparisons found no difference that the data support."] if rest else real
+    )
+    findings = list(table["finding"]) if len(table) <= 12 else findings
+    narrow = [*shown.columns[: list(shown.columns).index("difference")], "difference", "95 % interval", "p Holm"]
+    title = f"Comparisons: {metric}"
+    return [Section(title=title, table=shown, caption=caption, findings=findings, said=[how, *remarks], console=narrow)]
+
+
+def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Settings that both arms of a row have, in a column of their own: what differs is then in sight."""
+    rows = []
+    for row in pairs.to_dict("records"):
+        first, second = str(row.pop("from")).split(), str(row.pop("to")).split()
+        shared = [word for word in first if "=" in word and word in second]
+        apart = [" ".join(word for word in words if word not in shared) for words in (first, second)]
+        rows.append({**row, "from": apart[0], "to": apart[1], "both with": " ".join(shared) or None})
+    found = pd.DataFrame(rows)
+    return found if any(found["both with"]) else found.drop(columns="both with")
+
+
+def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
+    of = f"ln {metric}" if compare.is_logarithmic(metric) else metric
+    how = "One value a run: seeds are the only chance it knows. The comparisons by question know both."
+    found = []
+    for text, variance, pairs in compare.variances(runs, metric):
+        caption = f"{of}: {text}"
+        found.append(
+            Section(title=f"Analysis of variance: {metric}", table=variance.table, caption=caption, said=[how])
+        )
+        shown = pairs[["from", "to"]].assign(
+            **{
+                "difference": [f"{value:+.3f}" for value in pairs["difference"]],
+                "95 % interval": _intervals(pairs),
+                "p": pairs["p"],
+                "said": [compare.verdict(*row) for row in zip(pairs["low"], pairs["high"], pairs["p"], strict=True)],
+            }
+        )
+        how_pairs = f"Means over tasks and seeds, second minus first; p is of the family of all {len(pairs)} pairs."
+        found.append(Section(title=f"Tukey's HSD: {metric}", table=shown, caption=caption, said=[how_pairs]))
+    return found
+
+
+def _intervals(table: pd.DataFrame) -> list[str]:
+    bounds = table[["low", "high"]].to_numpy(float)
+    return ["–" if np.isnan(low) else compare.interval(low, high) for low, high in bounds]
+
+
+def _layers(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
+    drawn = [plots.plot_scores(sweep.records), plots.plot_allocations(runs), plots.plot_routing(runs)]
+    found = [Section(title=plot.title, plot=plot) for plot in drawn if plot is not None]
+    correlations = tables.correlations(sweep.records)
+    if len(correlations):
+        of, title = "Spearman's rank correlation of layer scores", "Rank correlation of layer profiles"
+        plot = plots.plot_correlations(sweep.records) if len(correlations) > 12 else None
+        if plot is not None:  # as numbers, only how well each agrees with itself
+            correlations = correlations.loc[[other == tables.ITSELF for other in correlations["and"]]]
+        found.append(Section(title=title, table=correlations, caption=of, plot=plot))
+    return found
+
+
+def _runs(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
+    table, narrow = tables.in_full(runs), ("run", "model", "task", "seed", *tables.metrics_of(runs), "all s", "state")
+    narrow = [name for name in narrow if name in table]
+    found = [Section(title="Every run", table=table, caption="Measurements and cost by seed", console=narrow)]
+    if sweep.records:
+        found.append(Section(title="Cost", table=tables.cost(sweep.records), caption="Summed over all runs"))
+    if sweep.failures:
+        lines = [
+            {"run": r.arm, "task": r.task, "seed": r.seed, "error": r.job.error}
+            for r in runs
+            if r.job in sweep.failures
+        ]  # type: ignore[union-attr]
+        found.append(Section(title="Failed runs", table=pd.DataFrame(lines), caption="rerun=failed runs them again"))
+    if sweep.left_out:
+        found.append(Section(title="Left out", findings=sweep.left_out))
+    if len(notes := tables.notes(sweep.records)):
+        found.append(Section(title="Notes and warnings", table=notes, caption="What the runs said of themselves"))
+    if sweep.records:
+        table = tables.versions(sweep.records)
+        found.append(Section(title="Versions", table=table, caption="Software of the finished runs"))
+    jobs = [*sweep.records, *sweep.failures]
+    again = pd.DataFrame({"command": [shlex.join(["layerif", *job.overrides]) for job in jobs]})
+    found.append(Section(title="How to reproduce", table=again, caption="Each run as a command, failed ones last"))
+    return found

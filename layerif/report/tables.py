@@ -1,0 +1,282 @@
+"""The report's tables, as frames: results by arm and task, every run in full, cost, correlations, notes, versions."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from layerif.data.answers import wilson
+from layerif.record import Failure, RunRecord
+from layerif.report.arms import Run, called, content, estimator_name, labelled, settings, titles
+from layerif.report.expected import Expected, columns_of
+from layerif.report.statistics import t_interval
+from layerif.report.text import spelt
+
+ITSELF = "itself, on disjoint halves of its samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Of one arm on one task: the mean over seeds and how sure it is, or why there is none.
+
+    basis: what the interval is of. failed, missing: seeds. paper: the published number; to_paper: ours minus it, only
+    where both are of the same model and task.
+    """
+
+    mean: float | None = None
+    low: float = np.nan
+    high: float = np.nan
+    basis: str = ""
+    failed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    paper: float | None = None
+    to_paper: float | None = None
+
+    def lines(self) -> list[str]:
+        """The mean first, then whatever is to be said of it."""
+        found = [spelt(self.mean)]
+        if self.mean is not None:
+            found.append(self.basis if np.isnan(self.low) else f"{spelt(self.low)} to {spelt(self.high)}, {self.basis}")
+        if self.paper is not None:
+            found.append(f"paper {spelt(self.paper)}")
+        if self.to_paper is not None:
+            is_inside = self.low <= self.paper <= self.high  # type: ignore[operator]
+            place = "" if np.isnan(self.low) else f", {'inside' if is_inside else 'outside'} our interval"
+            found.append(f"{self.to_paper:+.3f} to the paper{place}")
+        found += [f"failed: {', '.join(self.failed)}"] * bool(self.failed)
+        found += [f"missing: {', '.join(self.missing)}"] * bool(self.missing)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Arms down, tasks (of each model) across; cells by arm and column."""
+
+    metric: str
+    arms: list[str]
+    columns: list[str]
+    cells: dict[tuple[str, str], Cell]
+
+    def frame(self) -> pd.DataFrame:
+        rows = [[arm, *("\n".join(self.cells[arm, column].lines()) for column in self.columns)] for arm in self.arms]
+        return pd.DataFrame(rows, columns=["arm", *self.columns])
+
+    def count(self, state: str) -> int:
+        return sum(len(getattr(cell, state)) for cell in self.cells.values())
+
+
+def metrics_of(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
+    """The measurements that get a table of their own; variants (accuracy per token, …) are in the full one."""
+    found = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    last = {name: name.rpartition("/")[2] for name in found}
+    shown = [name for name in found if last[name] in ("accuracy", "generation_accuracy") or "perplexity" in last[name]]
+    harness = [name for name in found if name.startswith("lm_eval/")]
+    shown += [name for name in harness if "zero_shot_mean" in name] or harness
+    if expected is not None and expected.metric in found:
+        shown = [expected.metric, *(name for name in shown if name != expected.metric)]
+    return shown
+
+
+def results(runs: Sequence[Run], metric: str, expected: Expected | None = None) -> Results:
+    """Mean over seeds of every arm on every task, and the cells of the grid that failed or were never run."""
+    of_metric = expected if expected is not None and expected.metric == metric else None
+    shown = [run for run in runs if metric in run.metrics or isinstance(run.job, Failure)]
+    places = {(run.arm, _column(run)): [] for run in shown}
+    for run in shown:
+        places[run.arm, _column(run)].append(run)
+    missing = grid(runs, expected)
+    named = [*(arm for arm, _ in places), *(arm for arm, *_ in missing)]
+    arms, columns = list(dict.fromkeys(named)), list(dict.fromkeys([c for _, c in places] + [c for _, c, _ in missing]))
+    if expected is not None:  # in the order of the published table
+        arms.sort(key=lambda arm: _place(arm, list(expected.arms)))
+        columns.sort(key=lambda column: _place(column, list(expected.columns)))
+    cells = {}
+    for arm, column in itertools.product(arms, columns):
+        lacking = tuple(seed for other, of, seed in missing if (other, of) == (arm, column))
+        cells[arm, column] = _cell(places.get((arm, column), []), metric, lacking, arm, column, of_metric)
+    return Results(metric=metric, arms=arms, columns=columns, cells=cells)
+
+
+def _place(name: str, order: list[str]) -> int:
+    return order.index(name) if name in order else -1
+
+
+def _column(run: Run) -> str:
+    return f"{run.model} {run.task}".strip()
+
+
+def _cell(
+    runs: Sequence[Run], metric: str, missing: tuple[str, ...], arm: str, column: str, expected: Expected | None
+) -> Cell:
+    values = [run.metrics[metric] for run in runs if metric in run.metrics]
+    failed = tuple(run.seed for run in runs if isinstance(run.job, Failure))
+    task = runs[0].task if runs else column
+    paper = expected.values.get(arm, {}).get(task) if expected is not None else None
+    if not values:
+        return Cell(failed=failed, missing=missing, paper=paper)
+    mean, (low, high), basis = float(np.mean(values)), t_interval(values), f"t over {len(values)} seeds"
+    if len(values) == 1:
+        (run,) = [run for run in runs if metric in run.metrics]
+        answers = run.answers(metric)
+        low, high = wilson(sum(answers.values()), len(answers)) if answers else (np.nan, np.nan)
+        basis = f"Wilson over {len(answers)} questions, 1 seed" if answers else "1 seed, no interval"
+    same = paper is not None and expected is not None and all(expected.is_of(run.job.config) for run in runs)
+    to_paper = mean - paper if same and paper is not None else None
+    return Cell(
+        mean=mean, low=low, high=high, basis=basis, failed=failed, missing=missing, paper=paper, to_paper=to_paper
+    )
+
+
+def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[str, str, str]]:
+    """Arm, column and seed of what was never run: the holes in arms × tasks × seeds.
+
+    The arms of one grid share all settings but how their allocation was made; a pruner without seeds of its own leaves
+    no holes. `expected` adds its arms and columns, once one of its columns was run.
+    """
+    trained = [run for run in runs if not run.prefix and run.job.config["method"]]
+    grids: dict[tuple[str, str], list[Run]] = {}
+    for run in trained:
+        grids.setdefault((run.model, run.factors[2]), []).append(run)
+    there = {(run.arm, _column(run), run.seed) for run in trained}
+    found: dict[tuple[str, str, str], None] = {}
+    for of_grid in grids.values():
+        arms, columns, seeds = (list(dict.fromkeys(map(key, of_grid))) for key in (_arm, _column, _seed))
+        found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
+    if expected is not None and columns_of(expected, [run.job.config for run in trained]):
+        seeds = list(dict.fromkeys(map(_seed, trained)))
+        whole = {(run.arm, run.task) for run in trained}
+        models = list(dict.fromkeys(run.model for run in trained))
+        for arm, task, model, seed in itertools.product(expected.arms, expected.columns, models, seeds):
+            if (arm, task) not in whole:
+                found[arm, f"{model} {task}".strip(), seed] = None
+    return list(found)
+
+
+def _arm(run: Run) -> str:
+    return run.arm
+
+
+def _seed(run: Run) -> str:
+    return run.seed
+
+
+def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
+    """One row a run: what it measured and what it cost; a failed one with its error."""
+    rows = []
+    places = list(dict.fromkeys((run.model, run.task) for run in runs))
+    for run in sorted(runs, key=lambda run: places.index((run.model, run.task))):
+        row = {
+            "run": run.arm,
+            **({"model": run.model} if run.model else {}),
+            "task": run.task,
+            "seed": run.seed or "any",
+        }
+        if isinstance(run.job, Failure):
+            rows.append(row | {"state": f"failed: {run.job.error}"})
+            continue
+        low, high = (run.metrics.get(f"accuracy_{end}") for end in ("low", "high"))
+        shown = run.metrics if every_metric else {key: run.metrics[key] for key in _shown(run)}
+        seconds = run.job.seconds
+        if low is not None and high is not None and not every_metric:
+            shown = {"accuracy": shown.pop("accuracy"), "95 % interval": f"{low:.3f} to {high:.3f}"} | shown
+        cost = {
+            "questions": len(run.answers("accuracy")) or None,
+            "trainable": run.job.parameters.get("trainable") if run.is_trained else 0,
+            "evidence s": None if run.prefix else seconds.get("evidence"),
+            "fit s": seconds.get("fit") if run.is_trained else None,
+            "prune s": seconds.get("prune") if run.is_trained else None,
+            "all s": None if run.prefix else sum(v for key, v in seconds.items() if not key.startswith("before/")),
+            "memory GB": None if run.prefix else run.job.memory_gb or None,
+        }
+        rows.append(row | shown | cost | {"state": None})
+    frame = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside what is missing
+    return frame if every_metric else frame.drop(columns=[name for name in frame if _is_empty(name, frame)])
+
+
+def _shown(run: Run) -> list[str]:
+    return [name for name in run.metrics if name in metrics_of([run]) or name in ("accuracy_per_token", "sparsity")]
+
+
+def _is_empty(name: str, frame: pd.DataFrame) -> bool:
+    return all(value is None or value != value for value in frame[name]) and name in (
+        "questions",
+        "prune s",
+        "fit s",
+        "trainable",
+        "memory GB",
+        "state",
+    )
+
+
+def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """Seconds of every phase over all runs, and what reusing stored evidence saved."""
+    seconds: Counter[str] = Counter()
+    for record in records:
+        seconds.update(record.seconds)
+    rows = [{"what": f"{phase}, seconds", "value": float(value)} for phase, value in seconds.items() if value >= 0.05]
+    rows.append({"what": f"all {len(records)} runs, seconds", "value": float(sum(seconds.values()))})
+    if (saved := _saved(records)) >= 0.05:
+        rows.append({"what": "saved by reusing stored evidence, seconds", "value": saved})
+    rows.append({"what": "highest peak memory of a run, GB", "value": max(r.memory_gb for r in records)})
+    return pd.DataFrame(rows)
+
+
+def _saved(records: Sequence[RunRecord]) -> float:
+    """Seconds that reused measurements took when they were taken.
+
+    Where the records do not say: runs of one fingerprint look at the same evidence, for which the dearest of them paid.
+    """
+    taken = [one for record in records for one in getattr(record, "measurements", ())]
+    if taken:
+        return sum(one["seconds"] or 0.0 for one in taken if one["reused"])
+    paid: dict[str, float] = {}
+    measured = [record for record in records if record.fingerprint not in ("", "none")]
+    for record in measured:
+        paid[record.fingerprint] = max(paid.get(record.fingerprint, 0.0), record.seconds.get("evidence", 0.0))
+    return sum(paid[record.fingerprint] - record.seconds.get("evidence", 0.0) for record in measured)
+
+
+def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """The distinct measured layer profiles by what they are of; constant ones say nothing and are left out."""
+    found: dict[tuple, RunRecord] = {}
+    for record, model, task in zip(records, titles(records, "model"), titles(records, "task"), strict=True):
+        if len(set(record.scores)) > 1:
+            scored = record.config.get("score_task")
+            name = " ".join(filter(None, [model, called(scored) if scored else task, estimator_name(record)]))
+            found.setdefault((name, *record.scores), record)
+    kept = list(found.values())
+    measured = [{**settings(one, "task", "probe", "estimator"), "seed": {"seed": one.seed}} for one in kept]
+    return dict(zip(labelled([name for name, *_ in found], measured), kept, strict=True))
+
+
+def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """Spearman's rank correlation of the layer profiles of one model, and of each with itself on other samples."""
+    found = profiles(records)
+    rows = []
+    for (first, one), (second, other) in itertools.combinations(found.items(), 2):
+        if one.layers == other.layers and content(one, "model") == content(other, "model"):
+            rows.append({"profile": first, "and": second, "Spearman": stats.spearmanr(one.scores, other.scores)[0]})
+    measured_twice = [(name, one.reliability) for name, one in found.items() if one.reliability is not None]
+    rows += [{"profile": name, "and": ITSELF, "Spearman": reliability} for name, reliability in measured_twice]
+    return pd.DataFrame(rows)
+
+
+def notes(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """Every note and warning of the runs, and how many of them have it."""
+    counted = Counter(note for record in records for note in dict.fromkeys(record.notes))
+    return pd.DataFrame([{"note": note, "runs": number} for note, number in counted.items()])
+
+
+def versions(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """Each package with its version, or its versions; the commit of layerif where it is known."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for package, version in {**record.versions, "commit of layerif": record.git_sha or "unknown"}.items():
+            found.setdefault(package, {})[version] = None
+    return pd.DataFrame([{"package": package, "version": ", ".join(kinds)} for package, kinds in found.items()])

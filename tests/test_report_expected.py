@@ -1,0 +1,144 @@
+"""The paper's numbers: beside the runs they are of, labelled, and never held against another model or task."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from layerif.report import main, write
+from layerif.report.arms import runs_of
+from layerif.report.expected import Expected, chosen, meets
+from layerif.report.tables import grid, results
+from tests.records import config_of, record, written
+
+PAPER: dict[str, Any] = {
+    "source": "A paper, table 1",
+    "metric": "accuracy",
+    "model": "mistralai/Mistral-7B-v0.1",
+    "arms": {
+        "uniform": {"estimator": "uniform"},
+        "layerif": {"estimator": "datainf", "estimator.damping": "0.1"},
+    },
+    "columns": {"countries": {"task": "capital"}, "others": {"task": "region"}},
+    "values": {"layerif": {"countries": 0.9}},
+}
+MISTRAL = {"model": {"_target_": "layerif.models.Hub", "name": "mistralai/Mistral-7B-v0.1"}}
+
+
+def expected(folder: Path, **changes: Any) -> Path:
+    file = folder / "expected.json"
+    file.write_text(json.dumps(PAPER | changes))
+    return file
+
+
+def runs(**options: Any):
+    return [record("uniform", [True, False], **options), record("datainf", [True] * 3 + [False], **options)]
+
+
+def test_conditions_are_those_of_the_command_line():
+    config = config_of("datainf", settings={"allocator.budget": 160})
+    assert meets(config, {"estimator": "datainf", "task": "capital", "model": "smollm2", "method": "lora_moe"})
+    assert meets(config, {"allocator.budget": "160", "estimator.damping": 0.1})
+    for other in ({"estimator": "uniform"}, {"task": "region"}, {"model": "mistral_7b"}, {"allocator.budget": 80}):
+        assert not meets(config, other)
+    assert not meets(config, {"allocator.shape": "2468"})
+    assert meets(config_of("datainf", settings={"method": {}}), {"method": "none"})
+    assert not meets(config, {"method": "none"})
+
+
+def test_a_choice_is_found_by_its_class_and_name():
+    assert chosen("model", MISTRAL["model"]) == "mistral_7b"
+    assert chosen("model", {"_target_": "layerif.models.Hub", "name": "org/other"}) == "hub"
+    assert chosen("method", {"_target_": "elsewhere.Own"}) == "own"
+
+
+def test_the_papers_number_and_the_difference_to_it_are_shown_for_its_model_and_task(tmp_path):
+    paper = Expected.read(expected(tmp_path))
+    cells = results(runs_of(runs(settings=MISTRAL), paper), "accuracy", paper).cells
+    assert cells["layerif", "countries"].paper == 0.9
+    assert cells["layerif", "countries"].to_paper == pytest.approx(0.75 - 0.9)
+    assert cells["uniform", "countries"].paper is None
+    assert any("inside our interval" in line for line in cells["layerif", "countries"].lines())
+
+
+@pytest.mark.parametrize("settings", [{}, MISTRAL | {"small": True}])
+def test_no_difference_is_taken_to_another_model_or_of_a_small_variant(tmp_path, settings):
+    paper = Expected.read(expected(tmp_path))
+    cell = results(runs_of(runs(settings=settings), paper), "accuracy", paper).cells["layerif", "countries"]
+    assert (cell.paper, cell.to_paper) == (0.9, None)
+    write(
+        written(tmp_path / "sweep", runs(settings=settings)), Console(quiet=True), expected=tmp_path / "expected.json"
+    )
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "A paper, table 1, accuracy of mistralai/Mistral-7B-v0.1" in page
+    assert "Differences to them are taken only of that model at full size" in page
+    assert "to the paper" not in page
+
+
+def test_arms_and_columns_never_run_are_missing(tmp_path):
+    paper = Expected.read(expected(tmp_path))
+    found = grid(runs_of(runs(seed=3)[:1], paper), paper)
+    assert set(found) == {("uniform", "others", "3"), ("layerif", "countries", "3"), ("layerif", "others", "3")}
+
+
+def test_numbers_of_other_tasks_are_named_and_not_shown(tmp_path):
+    file = expected(tmp_path, columns={"mrpc": {"task": "mrpc"}}, values={"layerif": {"mrpc": 0.8}})
+    console = Console(record=True, width=200)
+    write(written(tmp_path / "sweep", runs()), console, expected=file)
+    said = console.export_text()
+    assert "They are for mrpc; these runs are on capital, so none is shown here." in said
+    assert "paper 0.8" not in (tmp_path / "sweep" / "report.html").read_text()
+    assert "datainf experts" in said
+
+
+def test_a_metric_that_was_not_measured_is_named(tmp_path):
+    write(
+        written(tmp_path / "sweep", runs()),
+        console := Console(record=True, width=200),
+        expected=expected(tmp_path, metric="f1"),
+    )
+    assert "These runs did not measure f1 (they measured accuracy)" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("source",), None, "has no 'source'"),
+        (("model",), 3, "model is 3; it must be a text"),
+        (("arms",), [], r"arms is \[\]; it must be an object"),
+        (("arms", "layerif"), "datainf", 'arms.layerif is "datainf"; it must be an object'),
+        (("arms", "layerif", "estimator"), "datainv", "arms.layerif: estimator=datainv is no choice.*datainf"),
+        (("values", "layerif", "countries"), 90.1, "values.layerif.countries is 90.1; it must be a fraction"),
+        (("values", "layerif", "countries"), "high", "values.layerif.countries is .high.; it must be a number"),
+        (("values", "layerif", "mrpc"), 0.5, "values.layerif.mrpc is 0.5; it must be of a column: countries, others"),
+        (("values", "owl"), {}, "values.owl is {}; it must be of an arm: uniform, layerif"),
+        (("metrics",), "accuracy", "metrics is not known.*metric"),
+    ],
+)
+def test_a_malformed_file_is_refused_by_its_key(tmp_path, path, value, said):
+    content = deepcopy(PAPER)
+    node = content
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    if value is None:
+        del node[path[-1]]
+    (tmp_path / "expected.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said):
+        Expected.read(tmp_path / "expected.json")
+
+
+def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys):
+    folder = written(tmp_path / "sweep", runs())
+    (tmp_path / "expected.json").write_text("{")
+    with pytest.raises(SystemExit, match="1"):
+        main([str(folder), "--expected", str(tmp_path / "expected.json")])
+    assert "expected.json cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main([str(tmp_path / "nothing")])
+    assert "give the folder of a run or a sweep" in capsys.readouterr().err

@@ -1,0 +1,236 @@
+"""The report's statistics: equal to textbooks', honest in simulations, and silent where nothing is shown."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_effectsize
+
+from layerif.report.comparisons import finding, verdict
+from layerif.report.statistics import (
+    anova,
+    cohens_h,
+    holm,
+    odds_ratio,
+    paired_by_question,
+    paired_by_seed,
+    sign_test,
+    smallest_difference,
+    standardised,
+    t_interval,
+    tukey,
+)
+
+
+def answers(num_seeds: int, num_questions: int, *, gain=0.0, seed_spread=0.0, rng=None) -> np.ndarray:
+    """Differences of two runs whose questions differ in difficulty, and whose second one is `gain` better."""
+    rng = rng or np.random.default_rng(0)
+    hard_Q = rng.uniform(0.2, 0.8, num_questions)
+    shift_S = gain + seed_spread * rng.standard_normal((num_seeds, 1))
+    first = rng.random((num_seeds, num_questions)) < hard_Q
+    second = rng.random((num_seeds, num_questions)) < np.clip(hard_Q + shift_S, 0, 1)
+    return second.astype(float) - first
+
+
+@pytest.mark.parametrize(("won", "lost"), [(5, 0), (12, 5), (3, 3), (1, 0), (40, 20)])
+def test_the_sign_test_of_one_seed_is_mcnemars(won, lost):
+    difference = np.repeat([1.0, -1.0, 0.0], [won, lost, 30])
+    exact: Any = mcnemar([[0, won], [lost, 30]], exact=True)
+    assert sign_test(difference) == pytest.approx(exact.pvalue)
+
+
+def test_the_sign_test_of_several_seeds_counts_all_signs():
+    difference = np.array([3.0, -1, 2, 0, 1, 1])
+    totals = np.array(list(itertools.product([-1, 1], repeat=6))) @ difference
+    assert sign_test(difference) == pytest.approx(np.mean(np.abs(totals) >= abs(difference.sum())))
+    assert sign_test(np.zeros(5)) == 1
+
+
+def test_identical_runs_do_not_differ_and_nothing_calls_them_different():
+    found = paired_by_question(np.zeros((3, 50)))
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert verdict(found.low, found.high, found.p) == "not distinguishable from"
+    assert np.isnan(smallest_difference(found.standard_error))
+    same = paired_by_seed([0.0, 0.0, 0.0])
+    assert (same.mean, same.p) == (0, 1)
+
+
+def test_the_bootstrap_interval_of_one_seed_is_that_of_the_mean():
+    difference = answers(1, 400, gain=0.1)
+    found = paired_by_question(difference)
+    half = 1.96 * difference.std() / 20
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.01)
+    assert found.standard_error == pytest.approx(difference.std() / 20, rel=0.05)
+    assert paired_by_question(difference) == found
+
+
+def test_clustering_by_seed_widens_the_interval_where_seeds_differ():
+    rng = np.random.default_rng(1)
+    apart = answers(5, 100, seed_spread=0.2, rng=rng)
+    pooled = paired_by_question(apart.reshape(1, -1))
+    found = paired_by_question(apart)
+    assert found.mean == pytest.approx(pooled.mean)
+    assert found.high - found.low > 1.5 * (pooled.high - pooled.low)
+
+
+@pytest.mark.parametrize(("num_seeds", "seed_spread"), [(1, 0.0), (3, 0.0), (3, 0.1), (5, 0.1)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(num_seeds, seed_spread):
+    rng, num_trials = np.random.default_rng(2), 80
+    covered = 0
+    for _ in range(num_trials):
+        found = paired_by_question(answers(num_seeds, 60, seed_spread=seed_spread, rng=rng), resamples=500)
+        covered += found.low <= 0 <= found.high
+    assert covered / num_trials >= 0.9  # 95 % less three standard errors is 0.88
+
+
+def test_a_difference_that_is_not_there_is_seldom_found():
+    rng = np.random.default_rng(3)
+    found = [paired_by_question(answers(3, 60, seed_spread=0.05, rng=rng), resamples=500) for _ in range(80)]
+    assert sum(verdict(one.low, one.high, one.p) != "not distinguishable from" for one in found) <= 8
+
+
+def test_questions_that_not_every_seed_asked_are_weighed_by_who_asked():
+    difference = np.array([[1.0, 0.0, np.nan, np.nan], [np.nan, np.nan, 1.0, 1.0]])
+    found = paired_by_question(difference)
+    assert found.mean == pytest.approx(0.75)
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 40])
+def test_holm_is_the_textbooks_and_monotone(number):
+    p = np.random.default_rng(number).beta(0.3, 2, number)
+    corrected, textbook = holm(p), np.asarray(multipletests(p, method="holm")[1], dtype=float)
+    np.testing.assert_allclose(corrected, textbook)
+    assert (corrected >= p).all()
+    order = np.argsort(p)
+    assert (np.diff(corrected[order]) >= -1e-12).all()
+
+
+def test_holm_leaves_out_what_was_not_tested():
+    corrected = holm([0.04, np.nan, 0.01, 0.03])
+    assert corrected[[0, 2, 3]] == pytest.approx([0.06, 0.03, 0.06])
+    assert np.isnan(corrected[1])
+
+
+def test_the_interval_over_seeds_is_students():
+    values = [0.5, 0.53, 0.49, 0.55]
+    expected = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert t_interval(values) == pytest.approx(expected)
+    assert np.isnan(t_interval([0.5])).all()
+    found = paired_by_seed(np.array(values) - 0.5)
+    assert found.p == pytest.approx(float(np.asarray(stats.ttest_1samp(values, 0.5))[1]))
+    assert np.isnan(paired_by_seed([0.1]).p)
+
+
+def test_the_smallest_difference_is_found_with_eighty_per_cent_power():
+    difference = smallest_difference(0.02)
+    assert difference == pytest.approx(2.8 * 0.02, rel=0.01)
+    power = TTestPower().power(difference / 0.02 / np.sqrt(1000), nobs=1000, alpha=0.05)
+    assert power == pytest.approx(0.8, abs=0.005)
+    assert smallest_difference(0.02, 10) > difference
+    # 75 questions, a quarter of them discordant, cannot see nine points
+    assert smallest_difference(np.sqrt(0.25 / 75)) > 0.09
+
+
+def test_effect_sizes_are_the_textbooks():
+    assert cohens_h(0.5, 0.7) == pytest.approx(proportion_effectsize(0.7, 0.5))
+    assert cohens_h(0.4, 0.4) == 0
+    assert (odds_ratio(12, 5), odds_ratio(2, 0)) == (2.4, np.inf)
+    assert np.isnan(odds_ratio(0, 0))
+    assert standardised([0.1, 0.3]) == pytest.approx(0.2 / np.std([0.1, 0.3], ddof=1))
+    assert np.isnan(standardised([0.1]))
+
+
+def runs(num_arms=3, num_tasks=2, num_seeds=4) -> pd.DataFrame:
+    rng = np.random.default_rng(4)
+    cells = itertools.product(range(num_arms), range(num_tasks), range(num_seeds))
+    rows = [{"arm": f"arm {a}", "task": f"task {t}", "value": 0.1 * a + t + rng.normal(0, 0.1)} for a, t, _ in cells]
+    return pd.DataFrame(rows)
+
+
+def test_the_analysis_of_variance_splits_the_squares_of_a_balanced_design():
+    frame = runs()
+    found = anova(frame)
+    assert found is not None
+    assert found.model == "arm + task + arm × task"
+    rows: Any = {row["effect"]: row for row in found.table.to_dict("records")}
+    value, grand = frame["value"].to_numpy(), frame["value"].mean()
+    between = sum(8 * (group["value"].mean() - grand) ** 2 for _, group in frame.groupby("arm"))
+    within = sum(((g["value"] - g["value"].mean()) ** 2).sum() for _, g in frame.groupby(["arm", "task"]))
+    assert rows["arm"]["sum of squares"] == pytest.approx(between)
+    assert rows["residual"]["sum of squares"] == pytest.approx(within)
+    assert float(np.sum(found.table["sum of squares"].to_numpy(float))) == pytest.approx(((value - grand) ** 2).sum())
+    assert rows["arm"]["partial η²"] == pytest.approx(between / (between + within))
+    assert rows["arm"]["F"] == pytest.approx(between / 2 / (within / 18))
+    assert found.table["df"].tolist() == [2, 1, 2, 18]
+
+
+def test_one_task_is_a_one_way_analysis_and_tukey_is_scipys():
+    frame = runs(num_tasks=1)
+    found = anova(frame)
+    assert found is not None
+    groups = [group["value"].to_numpy() for _, group in frame.groupby("arm")]
+    assert float(found.table["p"].to_numpy()[0]) == pytest.approx(np.asarray(stats.f_oneway(*groups))[1])
+    pairs, expected = tukey(frame, found), stats.tukey_hsd(*groups)
+    bounds = expected.confidence_interval(0.95)
+    for row, (first, second) in zip(pairs.to_dict("records"), itertools.combinations(range(3), 2), strict=True):
+        assert row["difference"] == pytest.approx(-expected.statistic[first, second])
+        assert row["p"] == pytest.approx(expected.pvalue[first, second], abs=1e-6)
+        assert row["high"] == pytest.approx(-bounds.low[first, second])
+
+
+def test_without_repetition_the_interaction_is_the_residual_and_one_run_a_task_is_nothing():
+    single = anova(runs(num_seeds=1))
+    assert single is not None
+    assert (single.model, single.df) == ("arm + task", 2)
+    assert anova(runs(num_tasks=1, num_seeds=1)) is None
+    assert anova(runs(num_arms=1)) is None
+
+
+bounds = st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(bounds, st.floats(0, 1))
+def test_no_interval_with_zero_and_no_large_p_is_ever_called_a_difference(interval, p):
+    low, high = interval
+    said = verdict(low, high, p)
+    if low <= 0 <= high or p >= 0.05:
+        assert said == "not distinguishable from"
+    else:
+        assert said == ("higher than" if low > 0 else "lower than")
+
+
+@settings(max_examples=30, deadline=None)
+@given(bounds, st.floats(0, 1), st.integers(1, 5))
+def test_the_sentence_says_no_more_than_the_verdict(interval, p, seeds):
+    low, high = interval
+    row = {"task": "t", "from": "a", "to": "b", "difference": (low + high) / 2, "low": low, "high": high, "p": p}
+    sentence = finding(row | {"p Holm": p, "seeds": seeds, "smallest found": 0.2}, "accuracy", 3)
+    assert verdict(low, high, p) in sentence
+    is_real = "not distinguishable" not in sentence
+    assert ("says nothing of others" in sentence) == (is_real and seeds == 1)
+    assert ("would mostly have been missed" in sentence) == (not is_real)
+
+
+def test_what_a_single_seed_cannot_decide_is_said_so():
+    row = {
+        "task": "t",
+        "from": "a",
+        "to": "b",
+        "difference": -0.3,
+        "seeds": 1,
+        **dict.fromkeys(("low", "high", "p", "p Holm"), np.nan),
+    }
+    assert "one seed, which decides nothing" in finding(row, "perplexity_256", 2)
+    assert verdict(np.nan, np.nan, np.nan) == "not distinguishable from"
