@@ -2,8 +2,7 @@
 
     python experiments/expert_allocation_smollm2/plot.py outputs/sweeps/expert_allocation_smollm2 FOLDER
 
-Intervals: percentile bootstrap that draws seeds and, within them, questions, 95 %. Test: the questions' mean
-differences over seeds under random signs, two-sided, with Holm's correction over all arms of a task.
+The statistics are those of `layerif-report`, on the comparisons this experiment is made for: all arms with uniform.
 """
 
 from __future__ import annotations
@@ -15,11 +14,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from layerif.record import FILE, RunRecord
+from layerif.report.comparisons import verdict
+from layerif.report.statistics import holm, paired_by_question, smallest_difference
 
-RESAMPLES = 10_000
-REFERENCE = "uniform"
+REFERENCE, BEFORE = "uniform", "before"
+COLOURS = {REFERENCE: "#d55e00", BEFORE: "#999999"}
+OTHER = "#0072b2"
 
 
 def draw(sweep: Path, folder: Path) -> None:
@@ -28,8 +31,8 @@ def draw(sweep: Path, folder: Path) -> None:
     if not records:
         raise SystemExit(f"{sweep} holds no runs; run experiments/expert_allocation_smollm2/run.py first")
     table = results(records)
-    table.to_csv(folder / "results.csv", index=False)
-    print(table.to_string(index=False))
+    table.round(4).to_csv(folder / "results.csv", index=False)
+    print(table.round(4).to_string(index=False))
     plot_accuracy(table, folder / "accuracy.png")
     plot_allocations(records, folder / "allocations.png")
 
@@ -37,7 +40,7 @@ def draw(sweep: Path, folder: Path) -> None:
 def arm(record: RunRecord) -> str:
     """What the run is called."""
     if not record.config["method"]:
-        return "before"
+        return BEFORE
     if record.config["method"]["_target_"].endswith("EqualLoRAModule"):
         return "plain LoRA, equal size"
     if not record.scores:
@@ -50,6 +53,11 @@ def arm(record: RunRecord) -> str:
 
 
 def results(records: list[RunRecord]) -> pd.DataFrame:
+    """One row per arm and task, best first; a row's difference is its accuracy minus uniform's, at the seeds of both.
+
+    p Holm is corrected for all arms of the task; smallest found is the difference that 80 of 100 such experiments would
+    have told from none, after that correction.
+    """
     answers: dict[tuple[str, str], dict[int, dict[str, bool]]] = defaultdict(dict)
     sizes: dict[tuple[str, str], int] = {}
     for record in records:
@@ -58,77 +66,88 @@ def results(records: list[RunRecord]) -> pd.DataFrame:
             raise SystemExit(f"{arm(record)} was run twice with seed {record.seed}, with other settings; remove one")
         answers[key][record.seed] = record.questions["options" if record.config["method"] else "before/options"]
         sizes[key] = record.parameters.get("trainable", 0)
-    rows = []
-    for (task, name), by_seed in answers.items():
-        seeds = sorted(by_seed)
-        right_SQ = np.array([[float(by_seed[seed][question]) for question in sorted(by_seed[seed])] for seed in seeds])
-        low, high = interval(right_SQ)
-        row = {"task": task, "arm": name, "seeds": len(seeds), "questions": right_SQ.shape[1]}
-        row |= {"trainable": sizes[task, name], "accuracy": right_SQ.mean(), "low": low, "high": high}
-        reference = answers.get((task, REFERENCE), {})
-        shared = [seed for seed in seeds if seed in reference]
-        if name not in (REFERENCE, "before") and shared:
-            difference_SQ = np.array(
-                [
-                    [float(by_seed[seed][q]) - float(reference[seed][q]) for q in sorted(by_seed[seed])]
-                    for seed in shared
-                ]
-            )
-            low, high = interval(difference_SQ)
-            row |= {"difference": difference_SQ.mean(), "difference low": low, "difference high": high}
-            row["p"] = sign_test(difference_SQ.mean(axis=0))
-        rows.append(row)
-    table = pd.DataFrame(rows).sort_values(["task", "accuracy"], ascending=[True, False])
-    if "p" in table:
-        table["p Holm"] = table.groupby("task")["p"].transform(holm)
-    return table.round(4)
+    tables = []
+    for task in dict.fromkeys(task for task, _ in answers):
+        by_arm = {name: by_seed for (of, name), by_seed in answers.items() if of == task}
+        rows = [
+            {"task": task, "arm": name, "seeds": len(by_seed), "trainable": sizes[task, name], **of_arm(by_seed)}
+            | (against(by_seed, by_arm.get(REFERENCE, {})) if name not in COLOURS else {})
+            for name, by_seed in by_arm.items()
+        ]
+        tables.append(corrected(pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable")))
+    return pd.concat(tables, ignore_index=True)
 
 
-def interval(values_SQ: np.ndarray) -> tuple[float, float]:
-    """Of the mean: seeds drawn with replacement, and questions within the draw."""
-    rng = np.random.default_rng(0)
-    num_seeds, num_questions = values_SQ.shape
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = values_SQ[rng.integers(num_seeds, size=num_seeds)]
-        means.append(drawn[:, rng.integers(num_questions, size=num_questions)].mean())
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+def of_arm(by_seed: dict[int, dict[str, bool]]) -> dict[str, float]:
+    questions = sorted(next(iter(by_seed.values())))
+    found = paired_by_question(matrix(by_seed, sorted(by_seed), questions))  # less an arm that is always wrong
+    return {"questions": len(questions), "accuracy": found.mean, "low": found.low, "high": found.high}
 
 
-def sign_test(difference_Q: np.ndarray) -> float:
-    """Share of random signs of the questions' differences with a mean at least as far from zero."""
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(RESAMPLES, len(difference_Q)))
-    found = np.abs(signs @ difference_Q) >= abs(difference_Q.sum()) - 1e-9
-    return float((1 + found.sum()) / (1 + RESAMPLES))
+def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, bool]]) -> dict[str, float]:
+    shared = sorted(by_seed.keys() & reference.keys())
+    if not shared:
+        return {}
+    questions = sorted(reference[shared[0]])
+    found = paired_by_question(matrix(by_seed, shared, questions) - matrix(reference, shared, questions))
+    row = {"difference": found.mean, "difference low": found.low, "difference high": found.high, "p": found.p}
+    return row | {"standard error": found.standard_error}
 
 
-def holm(p: pd.Series) -> pd.Series:
-    ordered = p.dropna().sort_values()
-    corrected = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
-    return corrected.reindex(p.index)
+def matrix(by_seed: dict[int, dict[str, bool]], seeds: list[int], questions: list[str]) -> np.ndarray:
+    """Right or not, seeds × questions."""
+    if any(by_seed[seed].keys() != set(questions) for seed in seeds):
+        raise SystemExit("the runs did not answer the same questions, so there is nothing to pair; rerun the odd ones")
+    return np.array([[float(by_seed[seed][question]) for question in questions] for seed in seeds])
+
+
+def corrected(table: pd.DataFrame) -> pd.DataFrame:
+    """With what may be said of each difference, given that there are so many."""
+    if "p" not in table:
+        return table
+    table["p Holm"] = holm(table["p"].to_numpy())
+    compared = table["p"].notna()
+    num_compared = int(compared.sum())
+    table["smallest found"] = [smallest_difference(error, num_compared) for error in table.pop("standard error")]
+    bounds = table[["difference low", "difference high", "p Holm"]].itertuples(index=False, name=None)
+    said = [verdict(*bound) for bound in bounds]
+    table["against uniform"] = np.where(
+        compared, [text.removesuffix(" than").removesuffix(" from") for text in said], ""
+    )
+    return table
 
 
 def plot_accuracy(table: pd.DataFrame, file: Path) -> None:
+    """A row a task: the accuracies, and the differences to uniform paired by question."""
     tasks = list(table["task"].unique())
-    heights = table.groupby("task").size().max()
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.6 * len(tasks) + 1, 0.38 * heights + 1.3), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    heights = [len(table[table["task"] == task]) for task in tasks]
+    size = (11, 0.32 * sum(heights) + 1.1 * len(tasks) + 0.3)
+    ratios = {"height_ratios": heights, "width_ratios": (1, 1)}
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=size, squeeze=False, sharey="row", gridspec_kw=ratios, layout="constrained"
+    )
+    for (left, right), task in zip(axes, tasks, strict=True):
         rows = table[table["task"] == task].iloc[::-1].reset_index(drop=True)
-        colours = [
-            "#d55e00" if name == REFERENCE else "#999999" if name == "before" else "#0072b2" for name in rows["arm"]
-        ]
-        for place, row in rows.iterrows():
-            axis.plot([row["low"], row["high"]], [place, place], color=colours[int(str(place))], linewidth=2)
-        axis.scatter(rows["accuracy"], rows.index, color=colours, zorder=3)
-        for value in rows.loc[rows["arm"] == REFERENCE, "accuracy"]:
-            axis.axvline(value, color="#d55e00", linewidth=0.8, linestyle=":")
-        axis.set_yticks(rows.index, rows["arm"])
         questions, seeds = int(rows["questions"].max()), int(rows["seeds"].max())
-        axis.set_xlabel(f"accuracy on {questions} questions, {seeds} seed{'s' * (seeds > 1)}, 95 % interval")
-        axis.set_title(task)
-    figure.tight_layout()
+        num = f"{questions} questions, {seeds} seed{'s' * (seeds > 1)}"
+        intervals(left, rows, "accuracy", "low", "high")
+        left.set_yticks(rows.index, rows["arm"])
+        left.set_xlabel(f"accuracy on {num}, 95 % interval")
+        left.set_title(task, loc="left")
+        if "difference" in rows:
+            intervals(right, rows.dropna(subset="difference"), "difference", "difference low", "difference high")
+        right.axvline(0, color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
+        right.set_xlabel("difference to uniform, paired by question and seed, 95 % interval")
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def intervals(axes: Axes, rows: pd.DataFrame, value: str, low: str, high: str) -> None:
+    colours = [COLOURS.get(name, OTHER) for name in rows["arm"]]
+    axes.hlines(rows.index, rows[low], rows[high], colors=colours, linewidth=2)
+    axes.scatter(rows[value], rows.index, color=colours, zorder=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
 
 
 def plot_allocations(records: list[RunRecord], file: Path) -> None:
@@ -142,7 +161,7 @@ def plot_allocations(records: list[RunRecord], file: Path) -> None:
     image = axis.imshow(list(chosen.values()), aspect="auto", cmap="viridis", interpolation="nearest")
     axis.set_yticks(range(len(chosen)), list(chosen))
     axis.set_xlabel("block")
-    axis.set_title(f"{task}: experts per block")
+    axis.set_title(f"{task}: experts per block, first seed (random ones are others at each)")
     figure.colorbar(image, ax=axis, label="experts", pad=0.01)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
