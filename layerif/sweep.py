@@ -241,7 +241,8 @@ def _in_own_process(config: DictConfig, folder: Path) -> float | None:
     command = [sys.executable, "-m", "layerif", "--config-path", conf, "--config-name", hydra.job.config_name]
     # Without what `__main__` sets for Hydra, which there would ask for the traceback of a user's error.
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    command += [*hydra.overrides.task, f"hydra.run.dir='{folder}'"]
+    # An experiment may say that it is a sweep; this job is one run.
+    command += [*hydra.overrides.task, "hydra.mode=RUN", f"hydra.run.dir='{folder}'"]
     code = subprocess.run(command, env=environment).returncode
     if code == 130:
         raise KeyboardInterrupt
