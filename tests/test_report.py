@@ -307,7 +307,7 @@ def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
     assert "missing: 2" in page
     assert "&lt;b&gt;out of memory&lt;/b&gt;" in page
     assert "<b>" not in page
-    assert "1 runs failed" in page
+    assert "1 run failed" in page
 
 
 def test_a_record_takes_the_place_of_a_failure_in_its_folder(tmp_path):
