@@ -87,13 +87,7 @@ def from_file(path: str, right: Sequence[bool], **options: Any) -> RunRecord:
 
 def written(folder: Path, jobs: Sequence[RunRecord | Failure]) -> Path:
     """Each job in a folder of its own."""
-    import json
-    from dataclasses import asdict
-
     for number, job in enumerate(jobs):
         (folder / str(number)).mkdir(parents=True)
-        if isinstance(job, RunRecord):
-            job.write(folder / str(number))
-        else:
-            (folder / str(number) / "failure.json").write_text(json.dumps(asdict(job)))
+        job.write(folder / str(number))
     return folder

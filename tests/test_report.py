@@ -16,6 +16,7 @@ from layerif.report import comparisons as compare
 from layerif.report import print_run, write
 from layerif.report.arms import UNTOUCHED, runs_of
 from layerif.report.page import breakable
+from layerif.report.plots import plot_routing
 from layerif.report.reading import read
 from layerif.report.tables import correlations, cost, grid, in_full, results
 from tests.records import failure, from_file, record, with_before, written
@@ -306,7 +307,7 @@ def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
     assert "missing: 2" in page
     assert "&lt;b&gt;out of memory&lt;/b&gt;" in page
     assert "<b>" not in page
-    assert "1 runs failed" in page
+    assert "1 run failed" in page
 
 
 def test_a_record_takes_the_place_of_a_failure_in_its_folder(tmp_path):
@@ -372,3 +373,13 @@ def test_places_to_break_change_no_text(text):
     found = str(breakable(text))
     assert found.replace("<wbr>", "") == str(escape(text))
     assert max(map(len, found.replace("<wbr>", " ").split()), default=0) <= 30
+
+
+def test_how_evenly_routers_spread_is_drawn_where_the_record_has_it():
+    one = record("datainf", [True])
+    assert plot_routing(runs_of([one])) is None
+    even, collapsed = {"load": [0.5, 0.5], "entropy": np.log(2)}, {"load": [1.0, 0.0], "entropy": 0.1 * np.log(2)}
+    vars(one)["routing"] = {"block.0": even, "block.2": collapsed}
+    plot = plot_routing(runs_of([one]))
+    assert plot is not None
+    assert plot.alt == "capital datainf experts seed 0: lowest 0.10"

@@ -142,3 +142,20 @@ def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main([str(tmp_path / "nothing")])
     assert "give the folder of a run or a sweep" in capsys.readouterr().err
+
+
+def test_a_published_mean_over_runs_is_not_held_against_single_ones(tmp_path):
+    file = expected(tmp_path, columns={"mean of five": {}}, values={"layerif": {"mean of five": 0.8}})
+    console = Console(record=True, width=200)
+    write(written(tmp_path / "sweep", runs(settings=MISTRAL)), console, expected=file)
+    assert "They are means (mean of five) and not of single runs, so none is shown here." in console.export_text()
+
+
+def test_an_arm_that_ran_in_two_settings_is_two_rows_and_not_missing(tmp_path):
+    paper = Expected.read(expected(tmp_path, columns={"countries": {"task": "capital"}}))
+    both = [one for budget in (80, 160) for one in runs(settings={"allocator.budget": budget})]
+    found = runs_of(both, paper)
+    assert [run.arm for run in found] == [
+        f"{a} allocator.budget={b}" for a in ("uniform", "layerif") for b in (80, 160)
+    ]
+    assert not grid(found, paper)

@@ -189,6 +189,18 @@ def test_one_task_is_a_one_way_analysis_and_tukey_is_scipys():
         assert row["high"] == pytest.approx(-bounds.low[first, second])
 
 
+def test_a_missing_run_does_not_make_a_task_weigh_less():
+    frame = runs(num_arms=2)
+    lacking = frame.drop(index=[13, 14])  # two of the four runs of arm 1 on task 1
+    found = anova(lacking)
+    assert found is not None
+    of_arms = []
+    for _, arm in lacking.groupby("arm"):
+        of_arms.append(np.mean([float(np.mean(cell["value"])) for _, cell in arm.groupby("task")]))
+    expected = of_arms[1] - of_arms[0]
+    assert tukey(lacking, found).to_dict("records")[0]["difference"] == pytest.approx(expected)
+
+
 def test_without_repetition_the_interaction_is_the_residual_and_one_run_a_task_is_nothing():
     single = anova(runs(num_seeds=1))
     assert single is not None

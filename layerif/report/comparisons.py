@@ -49,6 +49,8 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
             remarks.append(f"{_place(first[0])}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
             continue
         rows.append(_by_question(pairs, metric) if by_question else _by_seed(pairs, metric))
+    places = list(dict.fromkeys((run.model, run.task) for run in runs))
+    rows.sort(key=lambda row: places.index((row.get("model", ""), row["task"])))
     table = pd.DataFrame(rows)
     if rows:
         table["p Holm"] = holm(table["p"].to_numpy())

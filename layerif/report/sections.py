@@ -37,19 +37,25 @@ def summary(sweep: Sweep, runs: Sequence[Run], expected: Expected | None) -> lis
     models = sorted({_model(job.config) for job in jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     small = "; small variants, which stand in for runs of full size" * any(job.config.get("small") for job in jobs)
-    lines = [f"{len(sweep.records)} finished runs of {', '.join(models)} on {', '.join(tasks)}, {_seeds(runs)}{small}."]
+    lines = [
+        f"{_count(sweep.records, 'finished run')} of {', '.join(models)} on {', '.join(tasks)}, {_seeds(runs)}{small}."
+    ]
     if sweep.failures:
-        lines.append(f"{len(sweep.failures)} runs failed; their errors are below.")
+        lines.append(f"{_count(sweep.failures, 'run')} failed; the errors are below.")
     if holes := tables.grid(runs, expected):
-        lines.append(f"{len(holes)} runs of the grid of arms, tasks and seeds are missing.")
+        lines.append(f"Missing of the grid of arms, tasks and seeds: {_count(holes, 'run')}.")
     if sweep.left_out:
-        lines.append(f"{len(sweep.left_out)} files could not be read and are left out.")
+        lines.append(f"Left out, since not readable: {_count(sweep.left_out, 'file')}.")
     return lines
 
 
 def _model(config) -> str:
     name = chosen("model", config["model"])
     return name if name not in ("hub", "local") else called(config["model"])
+
+
+def _count(items: Sequence, what: str) -> str:
+    return f"{len(items)} {what}{'s' * (len(items) != 1)}"
 
 
 def _seeds(runs: Sequence[Run]) -> str:

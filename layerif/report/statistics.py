@@ -178,17 +178,21 @@ def anova(runs: pd.DataFrame) -> Variance | None:
 def tukey(runs: pd.DataFrame, variance: Variance) -> pd.DataFrame:
     """Tukey's HSD (Kramer's for unequal numbers) of every two arms, by the residual of `variance`.
 
-    Means over runs, so arms must have run on the same tasks. p is of the family of all pairs: no correction on top.
+    An arm's mean is that of its means on the tasks, so that a run that is missing does not weigh a task less; arms must
+    have run on the same tasks. p is of the family of all pairs: no correction on top.
     """
-    groups = {str(arm): group["value"].to_numpy(float) for arm, group in runs.groupby("arm", sort=False)}
-    names, critical = list(groups), stats.studentized_range.ppf(1 - LEVEL, len(groups), variance.df)
+    means, spreads = {}, {}
+    for arm, group in runs.groupby("arm", sort=False):
+        cells = [cell["value"].to_numpy(float) for _, cell in group.groupby("task")]
+        means[str(arm)] = float(np.mean([cell.mean() for cell in cells]))
+        spreads[str(arm)] = sum(1 / len(cell) for cell in cells) / len(cells) ** 2
+    names, critical = list(means), stats.studentized_range.ppf(1 - LEVEL, len(means), variance.df)
     rows = []
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
-            one, other = groups[first], groups[second]
-            error = np.sqrt(variance.mean_square / 2 * (1 / len(one) + 1 / len(other)))
-            mean = float(other.mean() - one.mean())
-            p = float(stats.studentized_range.sf(abs(mean) / error, len(groups), variance.df)) if error > 0 else np.nan
+            error = np.sqrt(variance.mean_square / 2 * (spreads[first] + spreads[second]))
+            mean = means[second] - means[first]
+            p = float(stats.studentized_range.sf(abs(mean) / error, len(means), variance.df)) if error > 0 else np.nan
             low, high = mean - critical * error, mean + critical * error
             rows.append({"from": first, "to": second, "difference": mean, "low": low, "high": high, "p": p})
     return pd.DataFrame(rows)

@@ -150,10 +150,10 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
         found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
     if expected is not None and columns_of(expected, [run.job.config for run in trained]):
         seeds = list(dict.fromkeys(map(_seed, trained)))
-        whole = {(run.arm, run.task) for run in trained}
+        ran = {(expected.arm(run.job.config), expected.column(run.job.config)) for run in trained}
         models = list(dict.fromkeys(run.model for run in trained))
         for arm, task, model, seed in itertools.product(expected.arms, expected.columns, models, seeds):
-            if (arm, task) not in whole:
+            if (arm, task) not in ran:
                 found[arm, f"{model} {task}".strip(), seed] = None
     return list(found)
 
