@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from layerif.config import conf_folder, register
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.scores import LayerScores
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
@@ -33,7 +35,16 @@ def test_every_command_composes(command):
     arguments = [word for word in shlex.split(command)[1:] if "=" in word and not word.startswith("-")]
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        assert compose("config", [re.sub(r",.*", "", argument) for argument in arguments])
+        assert compose("config", [first_of(argument) for argument in arguments])
+
+
+def first_of(argument: str) -> str:
+    """The override of a sweep's first job."""
+    override = OverridesParser.create().parse_override(argument)
+    if not override.is_sweep_override():
+        return argument
+    value = override.value().start if override.is_interval_sweep() else next(override.sweep_string_iterator())
+    return f"{override.get_key_element()}={value}"
 
 
 def test_the_python_example_runs(model_folder, tmp_path, monkeypatch):
@@ -59,6 +70,19 @@ def test_the_estimator_example_is_a_working_estimator():
     scores = module.Squared(**fields).score(grams)
     assert scores.values == (25.0 + 4 + 4 + 1,)
     assert scores.source.startswith("squared(")
+    single = MatrixGram(gram.train_train.float(), gram.val_train.float(), gram.val_norms.float(), 2)
+    assert module.Squared(**fields).influence(single).dtype == torch.float64
+
+
+def test_the_allocator_example_is_a_working_allocator():
+    module = types.ModuleType("layerif.top")
+    sys.modules[module.__name__] = module
+    exec(block("python", "class Top"), module.__dict__)
+    fields = yaml.safe_load(block("yaml", "top.Top"))
+    assert fields.pop("_target_") == "layerif.top.Top"
+    layers = LayerMap(("a", "b", "c"), (("a.q",), ("b.q",), ("c.q",)), (4, 4, 4))
+    scores = LayerScores(layers.names, (0.1, 3.0, 2.0), "undertrained", "test")
+    assert module.Top(**fields | {"number": 2})(scores, layers).values == (1, 5, 5)
 
 
 def test_every_linked_file_exists():
