@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.data.questions import context_length
-from layerif.data.task import Splits, folded
+from layerif.data.task import Splits
 from layerif.decide import Decider
 from layerif.evaluate import Evaluation
 from layerif.models import hash_file, hash_folder
@@ -113,8 +113,8 @@ def check_unseen(scored: Splits, splits: Splits) -> None:
     """Refuse scores of rows that are evaluated on; within one task its own `load` does."""
     if scored is splits:
         return
-    asked = {folded(example.instruction) for example in splits.test}
-    seen = sum(folded(example.instruction) in asked for example in (*scored.train, *scored.validation))
+    asked = {example.question for example in splits.test}
+    seen = sum(example.question in asked for example in (*scored.train, *scored.validation))
     if seen:
         raise ValueError(
             f"{seen} train or validation rows of score_task ask what test rows of the task ask: scores would see what "

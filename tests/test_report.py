@@ -18,7 +18,7 @@ from layerif.report.arms import UNTOUCHED, runs_of
 from layerif.report.page import breakable
 from layerif.report.plots import plot_routing
 from layerif.report.reading import read
-from layerif.report.tables import correlations, cost, grid, in_full, results
+from layerif.report.tables import correlations, cost, grid, in_full, loads, results
 from tests.records import failure, from_file, record, with_before, written
 
 
@@ -358,14 +358,14 @@ def test_the_same_folder_gives_the_same_page(tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_reused_evidence_is_counted_as_saved():
-    runs = [
-        record(name, [True], fingerprint="f", seconds={"evidence": seconds})
-        for name, seconds in (("a", 30.0), ("b", 0.5))
-    ]
+def test_what_came_from_the_store_is_counted_as_saved():
+    taken = [{"kind": "grams", "key": "f", "reused": reused, "seconds": 29.5} for reused in (False, True, True)]
+    taken[2]["seconds"] = None  # of a store that did not say
+    runs = [record("a", [True], measurements=taken[:1]), record("b", [True], measurements=taken[1:])]
     found = dict(cost(runs).to_numpy().tolist())
-    assert found["saved by reusing stored evidence, seconds"] == pytest.approx(29.5)
-    assert found["all 2 runs, seconds"] == pytest.approx(30.5)
+    assert found["measurements taken from the store"] == 2
+    assert found["seconds that this saved"] == pytest.approx(29.5)
+    assert "seconds that this saved" not in dict(cost(runs[:1]).to_numpy().tolist())
 
 
 @pytest.mark.parametrize("text", ["out of memory", "a=0.5  b=<x>", "a" * 60, "", "x=", "/a/b.json ok."])
@@ -375,11 +375,45 @@ def test_places_to_break_change_no_text(text):
     assert max(map(len, found.replace("<wbr>", " ").split()), default=0) <= 30
 
 
-def test_how_evenly_routers_spread_is_drawn_where_the_record_has_it():
+def test_how_evenly_routers_spread_is_shown_where_the_record_has_it():
     one = record("datainf", [True])
     assert plot_routing(runs_of([one])) is None
+    assert loads(runs_of([one])).empty
     even, collapsed = {"load": [0.5, 0.5], "entropy": np.log(2)}, {"load": [1.0, 0.0], "entropy": 0.1 * np.log(2)}
-    vars(one)["routing"] = {"block.0": even, "block.2": collapsed}
-    plot = plot_routing(runs_of([one]))
+    one.routing = {"block.0": even, "block.2": collapsed}
+    plot = plot_routing(runs_of([with_before(one, [False])]))
     assert plot is not None
     assert plot.alt == "capital datainf experts seed 0: lowest 0.10"
+    (row,) = loads(runs_of([one])).to_dict("records")
+    assert (row["least"], row["in"], row["most"], row["and in"]) == (0.0, "block.2", 2.0, "block.2")
+
+
+def test_arms_by_scores_of_another_task_are_called_after_it():
+    def of(task: str, path: str | None = None) -> dict[str, object]:
+        return {"score_task": {"_target_": "layerif.data.task.Task", "name": task, "path": path, "pattern": task}}
+
+    runs = [record("datainf", [True] * 4, settings=of(task)) for task in ("cola", "region")]
+    runs.append(record("datainf", [True] * 4))
+    names = ["datainf experts by scores of cola", "datainf experts by scores of region", "datainf experts"]
+    assert table(runs)["run"].tolist() == names
+    assert len(comparisons(runs)) == 3
+    folders = [record("datainf", [True] * 4, settings=of("jsonl", path)) for path in ("/a", "/b")]
+    assert table(folders)["run"].tolist() == [
+        f"datainf experts by scores of jsonl score_task.path=/{name}" for name in "ab"
+    ]
+
+
+def test_perplexities_are_averaged_by_their_logarithms():
+    runs = [record("datainf", [True], seed=n, metrics={"perplexity_256": 10.0**n}, questions={}) for n in range(3)]
+    cell = results(runs_of(runs), "perplexity_256").cells["datainf experts", "capital"]
+    assert cell.mean == pytest.approx(10)
+    assert cell.low > 0
+    assert cell.low * cell.high == pytest.approx(100)
+
+
+def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
+    written(tmp_path, [record("datainf", [True])])
+    failure("datainf").write(tmp_path / "0")
+    sweep = read(tmp_path)
+    assert (len(sweep.records), len(sweep.failures)) == (1, 0)
+    assert "failed when it was run again, and the record is of before: out of memory" in sweep.left_out[0]

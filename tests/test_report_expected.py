@@ -80,10 +80,24 @@ def test_no_difference_is_taken_to_another_model_or_of_a_small_variant(tmp_path,
     assert "to the paper" not in page
 
 
-def test_arms_and_columns_never_run_are_missing(tmp_path):
-    paper = Expected.read(expected(tmp_path))
-    found = grid(runs_of(runs(seed=3)[:1], paper), paper)
-    assert set(found) == {("uniform", "others", "3"), ("layerif", "countries", "3"), ("layerif", "others", "3")}
+def test_published_cells_that_were_never_run_are_missing_of_the_papers_model_at_full_size(tmp_path):
+    paper = Expected.read(expected(tmp_path))  # which has a number of one arm and column, and names for more
+    found = grid(runs_of(runs(seed=3, settings=MISTRAL)[:1], paper), paper)
+    assert found == [("layerif", "countries", "3")]
+    for settings in ({}, MISTRAL | {"small": True}):
+        assert grid(runs_of(runs(settings=settings)[:1], paper), paper) == []
+
+
+def test_an_experiment_without_published_numbers_says_so_and_names_its_arms(tmp_path):
+    write(
+        written(tmp_path / "sweep", runs()),
+        console := Console(record=True, width=200),
+        expected=expected(tmp_path, source="a first of its kind", values={}),
+    )
+    said = console.export_text()
+    assert "No published numbers: a first of its kind." in said
+    assert "The paper's" not in said
+    assert "layerif" in said
 
 
 def test_numbers_of_other_tasks_are_named_and_not_shown(tmp_path):

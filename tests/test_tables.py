@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.__main__ import main
-from layerif.config import check, conf_folder, register
+from layerif.config import check, conf_folder, from_conf, register
 from layerif.data.task import Example, Splits
 from layerif.layers import LayerMap
 from layerif.parts import check_unseen
@@ -287,6 +287,21 @@ def test_scores_of_another_task_may_not_see_what_is_evaluated():
     check_unseen(Splits(train=rows("four"), validation=rows("one", "two"), test=rows("three")), splits)
     with pytest.raises(ValueError, match="1 train or validation rows of score_task ask what test rows"):
         check_unseen(Splits(train=rows("five"), validation=rows("  THREE"), test=rows("six")), splits)
+
+
+def test_scores_may_not_see_an_evaluated_question_with_its_options_in_another_order(tmp_path):
+    def task(folder: str, options: list[str], question: str = "Which?") -> Splits:
+        (tmp_path / folder).mkdir()
+        for part, asked in (("train", question), ("validation", "Else?"), ("test", "Which?" if folder == "a" else "?")):
+            row = {"question": asked, "options": options, "answer": 0}
+            (tmp_path / folder / f"{part}.jsonl").write_text(json.dumps(row) + "\n")
+        GlobalHydra.instance().clear()
+        return from_conf("task=jsonl", f"task.path={tmp_path / folder}").load()
+
+    splits = task("a", ["red", "green"], question="Other?")
+    check_unseen(task("b", ["green", "blue"]), splits)
+    with pytest.raises(ValueError, match="1 train or validation rows"):
+        check_unseen(task("c", ["green", "red"]), splits)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ PARTS = ("train", "validation", "test")
 class Example:
     """One question. options: the full outputs ("Answer: The answer is B."), labels: their short names ("B").
 
-    answer: index of the right one in both.
+    answer: index of the right one in both. question: what it asks, equal for rows that ask the same; of an example that
+    no task has rendered, its instruction but for case and blanks.
     """
 
     id: str
@@ -36,6 +37,10 @@ class Example:
     options: tuple[str, ...]
     labels: tuple[str, ...]
     answer: int
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", self.question or folded(self.instruction))
 
     @property
     def output(self) -> str:
@@ -56,8 +61,9 @@ class Splits:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every example."""
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """A hash of every example, less what follows from the rest."""
+        content = asdict(self, dict_factory=lambda items: {key: value for key, value in items if key != "question"})
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +195,8 @@ class Task:
 
     def _apart(self, part: str, rows: list[_Read], other: str, others: list[_Read]) -> tuple[list[_Read], int]:
         """`rows` without those that ask what `others` ask, and how many those were."""
-        asked = {row.question for row in others}
-        kept = [row for row in rows if row.question not in asked]
+        asked = {row.example.question for row in others}
+        kept = [row for row in rows if row.example.question not in asked]
         num_dropped = len(rows) - len(kept)
         if num_dropped and not self.drop_overlap:
             raise ValueError(
@@ -211,10 +217,10 @@ class Task:
                 f"task {self.name}: holding {num} of {len(train)} train rows out for validation "
                 f"leaves none to train on; use task.num_validation<{len(train)}"
             )
-        copies = Counter(row.question for row in train)
+        copies = Counter(row.example.question for row in train)
         chosen: set[str] = set()
         for index in self._shuffled("held out", len(train)):
-            question = train[index].question
+            question = train[index].example.question
             if question not in chosen and copies[question] <= num:
                 chosen.add(question)
                 num -= copies[question]
@@ -225,8 +231,8 @@ class Task:
                 "or name a split of its own in task.splits.validation"
             )
         return (
-            [row for row in train if row.question not in chosen],
-            [row for row in train if row.question in chosen],
+            [row for row in train if row.example.question not in chosen],
+            [row for row in train if row.example.question in chosen],
         )
 
     def _choose(self, part: str, rows: list[_Read]) -> tuple[Example, ...]:
@@ -246,11 +252,10 @@ def _load_once(task: Task, files: tuple[tuple[str, int, int], ...]) -> Splits:
 
 @dataclass(frozen=True)
 class _Read:
-    """An example, where its row stands, and what it asks (equal for rows that ask the same)."""
+    """An example, and where its row stands."""
 
     example: Example
     where: str
-    question: str
 
 
 class _Renderer:
@@ -276,27 +281,29 @@ class _Renderer:
         }
 
     def read(self, row: Row, default_id: str) -> _Read | None:
-        """The example of a row and what it asks, None where `keep` is false."""
+        """The example of a row, None where `keep` is false."""
         names = self._names(row)
         if "keep" in self.expressions and not self._value("keep", names, row):
             return None
         labels = self._labels(names, row)
+        instruction = self._text("instruction", self.instruction, names, row)
         example = Example(
             id=str(names["id"]) if self.task.columns.get("id") else default_id,
-            instruction=self._text("instruction", self.instruction, names, row),
+            instruction=instruction,
             options=tuple(self._text("output", self.output, {**names, "label": label}, row) for label in labels),
             labels=labels,
             answer=self._answer_index(names, labels, row),
+            question=self._question(instruction, names, row),
         )
-        return _Read(example, row.where, self._question(example, names, row))
+        return _Read(example, row.where)
 
-    def _question(self, example: Example, names: Mapping[str, Any], row: Row) -> str:
+    def _question(self, instruction: str, names: Mapping[str, Any], row: Row) -> str:
         """The instruction in lower case, blanks made one, its options sorted."""
-        text = example.instruction
         if self.task.columns.get("options"):
             options, letters = (sorted(map(folded, names[name])) for name in ("options", "letters"))
-            text = self._text("instruction", self.instruction, {**names, "options": options, "letters": letters}, row)
-        return folded(text)
+            names = {**names, "options": options, "letters": letters}
+            instruction = self._text("instruction", self.instruction, names, row)
+        return folded(instruction)
 
     def _names(self, row: Row) -> dict[str, Any]:
         """What templates see: the row's columns, then the task's own names."""

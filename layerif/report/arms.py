@@ -20,6 +20,11 @@ Job = RunRecord | Failure
 QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
 
 
+def is_logarithmic(metric: str) -> bool:
+    """Perplexities are averaged and compared by their logarithms: their ratio is what a change of model changes."""
+    return metric.rpartition("/")[2].startswith("perplexity")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What one job says of one arm.
@@ -194,6 +199,8 @@ def arm_name(job: Job) -> str:
         name = f"shape({'-'.join(map(str, counts))}) {allocator.get('kind', 'experts')}"
     else:
         name = f"{estimator_name(job)} {which.lower()}"
+    if scored := job.config.get("score_task"):
+        name = f"{name} by scores of {called(scored)}"
     return name if job.config["method"] else f"{name} (not trained)"
 
 
@@ -245,7 +252,7 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
     told += ["pruner."] * (method != "prune")
     told += ["estimator.aggregation.", "estimator.of.aggregation."]
-    told += [f"score_task.{key}." for key in config.get("score_task") or () if key != "name"]
+    told += [f"score_task.{key}." for key in config.get("score_task") or () if key != "path"]
     told += [f"task.{key}." for key in content(job, "task")] + ["estimator.", "probe.", "allocator.shape."] * is_given
     pruner = chosen("pruner", config["pruner"]) if method == "prune" else None
     choices = {"method": method, "pruner": pruner}

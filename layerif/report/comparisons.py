@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerif.report.arms import QUESTIONS, Run, comparable, same_repetition
+from layerif.report.arms import QUESTIONS, Run, comparable, is_logarithmic, same_repetition
 from layerif.report.statistics import (
     LEVEL,
     Difference,
@@ -24,11 +24,6 @@ from layerif.report.statistics import (
     standardised,
     tukey,
 )
-
-
-def is_logarithmic(metric: str) -> bool:
-    """Perplexities are compared by their logarithms: their ratio is what a change of model changes."""
-    return metric.rpartition("/")[2].startswith("perplexity")
 
 
 def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[str]]:

@@ -150,12 +150,11 @@ def plot_allocations(runs: Sequence[Run]) -> Plot | None:
 
 
 def plot_routing(runs: Sequence[Run]) -> Plot | None:
-    """How evenly each block's router spreads its tokens: its entropy over ln(experts); 0 where it has collapsed."""
+    """How undecided the routers of each block are: their entropy over ln(experts); 0 where they are certain."""
     values = {}
     for run in runs:
-        routing: Mapping[str, Mapping] = getattr(run.job, "routing", {})
-        if routing and isinstance(run.job, RunRecord):
-            shares = [_evenness(routing.get(layer)) for layer in run.job.layers]
+        if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
+            shares = [_evenness(run.job.routing.get(layer)) for layer in run.job.layers]
             values[f"{run.model} {run.task} {run.arm} seed {run.seed}".strip()] = np.array(shares)
     if not any(np.isfinite(shares).any() for shares in values.values()):
         return None

@@ -42,9 +42,13 @@ def read(folder: Path) -> Sweep:
                 record = RunRecord.read(file.parent)
                 _check(record, file)
                 records.append(record)
-            elif not (file.parent / FILE).exists():
-                failure = Failure.read(file.parent)
-                _check(failure, file)
+                continue
+            failure = Failure.read(file.parent)
+            _check(failure, file)
+            if (file.parent / FILE).exists():
+                again = f"{file}: this run failed when it was run again, and the record is of before: {failure.error}"
+                left_out.append(again)
+            else:
                 failures.append(failure)
         except ValueError as error:
             left_out.append(str(error))

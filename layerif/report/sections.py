@@ -9,13 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from layerif.record import Failure
 from layerif.report import comparisons as compare
 from layerif.report import plots, tables
-from layerif.report.arms import Run, called, runs_of
+from layerif.report.arms import Run, called, is_logarithmic, runs_of
 from layerif.report.expected import Expected, chosen, columns_of
 from layerif.report.plots import Plot
 from layerif.report.reading import Sweep
 from layerif.report.statistics import RESAMPLES
+
+
+_LOADS = (
+    "Shares are means over the routers of a block, of the evaluated tokens: 1 is an even share, 0 an expert that no token "
+    "chose. With as many chosen as there are, every load is even."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,8 @@ def fitting(expected: Expected | None, sweep: Sweep, runs: Sequence[Run]) -> tup
     if expected is None:
         return None, []
     configs = [job.config for job in (*sweep.records, *sweep.failures)]
+    if not expected.values:
+        return expected, [f"No published numbers: {expected.source}."]
     lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.model}."]
     if not columns_of(expected, configs):
         have = ", ".join(dict.fromkeys(run.task for run in runs))
@@ -106,10 +115,13 @@ def sections(sweep: Sweep, expected: Expected | None = None) -> tuple[list[str],
 
 def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Section:
     results = tables.results(runs, metric, expected)
-    said = ["Intervals are 95 %: Student's t over the seeds of an arm; of a single seed, Wilson's over its questions."]
+    of = "logarithms of the seeds" if is_logarithmic(metric) else "seeds"
+    said = [f"Intervals are 95 %: Student's t over the {of} of an arm; of a single seed, Wilson's over its questions."]
+    if any(cell.paper is not None for cell in results.cells.values()):
+        said.append("The paper's numbers are of single runs, whose own noise is in none of the intervals.")
     if results.count("failed") or results.count("missing"):
         said.append("A failed or missing seed is named in its cell and is in no mean.")
-    caption = f"{metric}: mean over seeds"
+    caption = f"{metric}: {'geometric ' * is_logarithmic(metric)}mean over seeds"
     frame = results.frame()
     return Section(
         title=f"Results: {metric}", table=frame, caption=caption, said=said, plot=plots.plot_results(results)
@@ -127,7 +139,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
     )
     shown["95 % interval"] = _intervals(table)
     shown = shown.assign(**{name: table[name] for name in ("p", "p Holm", "smallest found", "seeds")})
-    log = "differences of logarithms, " * compare.is_logarithmic(metric)
+    log = "differences of logarithms, " * is_logarithmic(metric)
     if by_question:
         shown["questions"] = table["questions"]
         counts = table[["won", "lost"]].to_numpy(float)
@@ -171,7 +183,7 @@ def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
-    of = f"ln {metric}" if compare.is_logarithmic(metric) else metric
+    of = f"ln {metric}" if is_logarithmic(metric) else metric
     how = "One value a run: seeds are the only chance it knows. The comparisons by question know both."
     found = []
     for text, variance, pairs in compare.variances(runs, metric):
@@ -200,6 +212,9 @@ def _intervals(table: pd.DataFrame) -> list[str]:
 def _layers(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
     drawn = [plots.plot_scores(sweep.records), plots.plot_allocations(runs), plots.plot_routing(runs)]
     found = [Section(title=plot.title, plot=plot) for plot in drawn if plot is not None]
+    if len(loads := tables.loads(runs)):
+        caption = "Least and most used expert, as a multiple of an even share of the tokens, and where"
+        found.append(Section(title="Expert load", table=loads, caption=caption, said=[_LOADS]))
     correlations = tables.correlations(sweep.records)
     if len(correlations):
         of, title = "Spearman's rank correlation of layer scores", "Rank correlation of layer profiles"
@@ -220,8 +235,8 @@ def _runs(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
         lines = [
             {"run": r.arm, "task": r.task, "seed": r.seed, "error": r.job.error}
             for r in runs
-            if r.job in sweep.failures
-        ]  # type: ignore[union-attr]
+            if isinstance(r.job, Failure)
+        ]
         found.append(Section(title="Failed runs", table=pd.DataFrame(lines), caption="rerun=failed runs them again"))
     if sweep.left_out:
         found.append(Section(title="Left out", findings=sweep.left_out))

@@ -13,7 +13,7 @@ from scipy import stats
 
 from layerif.data.answers import wilson
 from layerif.record import Failure, RunRecord
-from layerif.report.arms import Run, called, content, estimator_name, labelled, settings, titles
+from layerif.report.arms import Run, called, content, estimator_name, is_logarithmic, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
 from layerif.report.statistics import t_interval
 from layerif.report.text import spelt
@@ -120,7 +120,9 @@ def _cell(
     paper = expected.values.get(arm, {}).get(task) if expected is not None else None
     if not values:
         return Cell(failed=failed, missing=missing, paper=paper)
-    mean, (low, high), basis = float(np.mean(values)), t_interval(values), f"t over {len(values)} seeds"
+    on, back = (np.log, np.exp) if is_logarithmic(metric) else (np.asarray, np.asarray)
+    mean, basis = float(back(np.mean(on(values)))), f"t over {len(values)} seeds"
+    low, high = (float(back(bound)) for bound in t_interval(on(values)))
     if len(values) == 1:
         (run,) = [run for run in runs if metric in run.metrics]
         answers = run.answers(metric)
@@ -137,7 +139,7 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     """Arm, column and seed of what was never run: the holes in arms × tasks × seeds.
 
     The arms of one grid share all settings but how their allocation was made; a pruner without seeds of its own leaves
-    no holes. `expected` adds its arms and columns, once one of its columns was run.
+    no holes. `expected` adds the cells it has numbers of, once its model was run at full size on one of its columns.
     """
     trained = [run for run in runs if not run.prefix and run.job.config["method"]]
     grids: dict[tuple[str, str], list[Run]] = {}
@@ -148,13 +150,14 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     for of_grid in grids.values():
         arms, columns, seeds = (list(dict.fromkeys(map(key, of_grid))) for key in (_arm, _column, _seed))
         found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
-    if expected is not None and columns_of(expected, [run.job.config for run in trained]):
-        seeds = list(dict.fromkeys(map(_seed, trained)))
-        ran = {(expected.arm(run.job.config), expected.column(run.job.config)) for run in trained}
-        models = list(dict.fromkeys(run.model for run in trained))
-        for arm, task, model, seed in itertools.product(expected.arms, expected.columns, models, seeds):
-            if (arm, task) not in ran:
-                found[arm, f"{model} {task}".strip(), seed] = None
+    published = [] if expected is None else [run for run in trained if expected.is_of(run.job.config)]
+    if expected is not None and columns_of(expected, [run.job.config for run in published]):
+        seeds = list(dict.fromkeys(map(_seed, published)))
+        ran = {(expected.arm(run.job.config), expected.column(run.job.config)) for run in published}
+        models = list(dict.fromkeys(run.model for run in published))
+        cells = [(arm, task) for arm, row in expected.values.items() for task in row if (arm, task) not in ran]
+        for (arm, task), model, seed in itertools.product(cells, models, seeds):
+            found[arm, f"{model} {task}".strip(), seed] = None
     return list(found)
 
 
@@ -221,25 +224,31 @@ def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
         seconds.update(record.seconds)
     rows = [{"what": f"{phase}, seconds", "value": float(value)} for phase, value in seconds.items() if value >= 0.05]
     rows.append({"what": f"all {len(records)} runs, seconds", "value": float(sum(seconds.values()))})
-    if (saved := _saved(records)) >= 0.05:
-        rows.append({"what": "saved by reusing stored evidence, seconds", "value": saved})
+    num_reused, saved = _saved(records)
+    if num_reused:
+        rows.append({"what": "measurements taken from the store", "value": num_reused})
+        rows.append({"what": "seconds that this saved", "value": saved})
     rows.append({"what": "highest peak memory of a run, GB", "value": max(r.memory_gb for r in records)})
+    return pd.DataFrame(rows, dtype=object)  # whole numbers stay whole
+
+
+def _saved(records: Sequence[RunRecord]) -> tuple[int, float]:
+    """How many measurements came from the store, and the seconds they took when they were taken, as far as known."""
+    taken = [one for record in records for one in record.measurements if one["reused"]]
+    return len(taken), sum(one["seconds"] or 0.0 for one in taken)
+
+
+def loads(runs: Sequence[Run]) -> pd.DataFrame:
+    """By run of a LoRA-MoE, the least and the most used expert of all blocks: multiples of an even share, 1/E."""
+    rows = []
+    for run in runs:
+        if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
+            shares = [(np.array(one["load"]) * len(one["load"]), block) for block, one in run.job.routing.items()]
+            least, where_least = min((float(share.min()), block) for share, block in shares)
+            most, where_most = max((float(share.max()), block) for share, block in shares)
+            place = {"run": run.arm, **({"model": run.model} if run.model else {}), "task": run.task, "seed": run.seed}
+            rows.append({**place, "least": least, "in": where_least, "most": most, "and in": where_most})
     return pd.DataFrame(rows)
-
-
-def _saved(records: Sequence[RunRecord]) -> float:
-    """Seconds that reused measurements took when they were taken.
-
-    Where the records do not say: runs of one fingerprint look at the same evidence, for which the dearest of them paid.
-    """
-    taken = [one for record in records for one in getattr(record, "measurements", ())]
-    if taken:
-        return sum(one["seconds"] or 0.0 for one in taken if one["reused"])
-    paid: dict[str, float] = {}
-    measured = [record for record in records if record.fingerprint not in ("", "none")]
-    for record in measured:
-        paid[record.fingerprint] = max(paid.get(record.fingerprint, 0.0), record.seconds.get("evidence", 0.0))
-    return sum(paid[record.fingerprint] - record.seconds.get("evidence", 0.0) for record in measured)
 
 
 def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
