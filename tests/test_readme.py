@@ -1,4 +1,4 @@
-"""The README's code runs and its commands compose."""
+"""The README's code runs, and its commands and those of `--help` compose."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from layerif.config import conf_folder, register
+from layerif.config import check, conf_folder, register
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.scores import LayerScores
 
@@ -22,6 +23,14 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.split("#")[0] for kind, text in BLOCKS if not kind for line in text.splitlines() if line.startswith("layerif ")
+]
+
+
+HELP = yaml.safe_load((conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
+COMMANDS += [
+    re.split(r"\s{2,}", line.strip())[0]
+    for line in HELP.splitlines()
+    if line.startswith("  layerif") and "…" not in line
 ]
 
 
@@ -83,6 +92,23 @@ def test_the_allocator_example_is_a_working_allocator():
     layers = LayerMap(("a", "b", "c"), (("a.q",), ("b.q",), ("c.q",)), (4, 4, 4))
     scores = LayerScores(layers.names, (0.1, 3.0, 2.0), "undertrained", "test")
     assert module.Top(**fields | {"number": 2})(scores, layers).values == (1, 5, 5)
+
+
+def test_the_task_and_model_examples_are_choices(tmp_path):
+    for group in ("task", "model"):
+        text = block("yaml", f"# conf/{group}/")
+        file = tmp_path / re.findall(r"# conf/(\S+\.yaml)", text)[0]
+        file.parent.mkdir()
+        file.write_text(text)
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        overrides = [f"hydra.searchpath=[file://{tmp_path}]", "task=quiz", "model=smollm2_360m"]
+        config = compose("config", overrides)
+    for group in ("task", "model"):
+        check(OmegaConf.create({group: config[group], "seed": config.seed}))
+    assert config.task.columns.answer == "key"
+    assert config.task.pattern  # of jsonl
+    assert config.model.attention == "sdpa"
 
 
 def test_every_linked_file_exists():

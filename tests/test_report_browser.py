@@ -43,6 +43,8 @@ def difficult(tmp_path) -> Path:
     runs = [record(f"estimator{n}", [True] * (n + seed) + [False] * 9, seed=seed) for n in range(6) for seed in (0, 1)]
     runs.append(record("datainf", [True] * 9, settings=settings, notes=["a_warning_without_a_place_to_break_it" * 5]))
     with_before(runs[0], [False] * 9)
+    for one in runs:
+        one.routing = {"block.1": {"load": [0.9, 0.1, 0.0], "entropy": 0.4}}
     written(tmp_path, [*runs, failure("datainf", seed=1, error="out of memory, " * 20, settings=settings)])
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "record.json").write_text('{"name": "x", "se')

@@ -1,8 +1,9 @@
 """Tables and plots of `experiment=pruning_smollm2`: `python experiments/pruning_smollm2/plot.py [SWEEP [FOLDER]]`.
 
-Leaves results.md, results.png and sparsity.png in FOLDER (beside this file). Intervals are 95 %. Accuracies and their
-differences: a bootstrap that draws calibration seeds and, within them, questions, which are the same for all runs.
-Perplexities and their ratios: Student's t over calibration seeds, for these windows; none for a single run.
+Leaves results.md, results.png and sparsity.png in FOLDER (beside this file). Statistics and intervals (95 %) are those
+of `layerif-report`. Accuracies and their differences: a bootstrap that draws calibration seeds and questions, which are
+the same for all runs. Perplexities and their ratios: Student's t over the logarithms of calibration seeds, for these
+windows; none for a single run.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogFormatter
-from scipy import stats
 
 from layerif.record import FILE, RunRecord
+from layerif.report.statistics import holm, paired_by_question, paired_by_seed, t_interval
+from layerif.report.text import markdown
 
 matplotlib.use("Agg")
 
 ALLOCATIONS = {"uniform": "#000000", "datainf": "#0072b2", "reversed": "#d55e00", "random": "#009e73"}
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-RESAMPLES = 10_000
 
 
 def draw(sweep: Path, folder: Path) -> None:
@@ -35,10 +36,10 @@ def draw(sweep: Path, folder: Path) -> None:
     runs = table(records)
     text = [
         f"{len(records)} runs; `plot.py` says what the intervals (95 %) are of.",
-        _markdown(measured(records, runs)),
+        markdown(measured(records, runs)),
         "Against uniform with the same calibration windows; a perplexity ratio below 1 and a positive difference are "
-        "better than uniform:",
-        _markdown(against_uniform(runs)),
+        "better than uniform, where the interval excludes 1 or 0 and p, corrected for all rows (Holm), is below 0.05:",
+        markdown(against_uniform(runs)),
     ]
     (folder / "results.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
@@ -77,11 +78,11 @@ def measured(records: list[RunRecord], runs: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "pruner": "none (dense)",
-                "sparsity": 0,
+                "sparsity": "0",
                 "allocation": "",
                 "seeds": "",
                 "perplexity": f"{record.metrics['before/perplexity_256']:.1f}",
-                "accuracy": _cell(dense_SQ.mean(), bootstrap(dense_SQ), ".2f"),
+                "accuracy": _accuracy(dense_SQ, ".2f"),
                 "missed by": "",
             }
         )
@@ -90,11 +91,11 @@ def measured(records: list[RunRecord], runs: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "pruner": pruner,
-                "sparsity": target,
+                "sparsity": f"{target:g}",
                 "allocation": allocation,
                 "seeds": len(group),
-                "perplexity": _cell(group["perplexity"].mean(), student(group["perplexity"]), ".1f"),
-                "accuracy": _cell(right_SQ.mean(), bootstrap(right_SQ), ".2f"),
+                "perplexity": _of_logarithms(np.log(group["perplexity"].to_numpy()), ".1f"),
+                "accuracy": _accuracy(right_SQ, ".2f"),
                 "missed by": f"{(group['sparsity'] - target).abs().max():.1g}",
             }
         )
@@ -110,41 +111,24 @@ def against_uniform(runs: pd.DataFrame) -> pd.DataFrame:
         if allocation == "uniform" or group.empty:
             continue
         same = reference.loc[[key for key in keys if key in reference.index]]
-        logs = pd.Series(np.log(group["perplexity"].to_numpy() / same["perplexity"].to_numpy()))
-        bounds = student(logs)
+        logs = np.log(group["perplexity"].to_numpy() / same["perplexity"].to_numpy())
         difference_SQ = np.stack(group["answers"]) - np.stack(same["answers"])
         rows.append(
             {
                 "pruner": pruner,
-                "sparsity": target,
+                "sparsity": f"{target:g}",
                 "allocation": allocation,
                 "seeds": len(group),
-                "perplexity ratio": _cell(
-                    np.exp(logs.mean()), None if bounds is None else (np.exp(bounds[0]), np.exp(bounds[1])), ".2f"
-                ),
-                "accuracy difference": _cell(difference_SQ.mean(), bootstrap(difference_SQ), "+.2f"),
+                "perplexity ratio": _of_logarithms(logs, ".2f"),
+                "p of the ratio": paired_by_seed(logs).p,
+                "accuracy difference": _accuracy(difference_SQ, "+.2f"),
+                "p of the difference": paired_by_question(difference_SQ).p,
             }
         )
-    return pd.DataFrame(rows)
-
-
-def student(values: pd.Series) -> tuple[float, float] | None:
-    """Of the mean over seeds; none for a single one."""
-    if len(values) < 2:
-        return None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return values.mean() - half, values.mean() + half
-
-
-def bootstrap(values_SQ: np.ndarray) -> tuple[float, float]:
-    """Of the mean: seeds drawn with replacement, and questions within the draw."""
-    rng = np.random.default_rng(0)
-    num_seeds, num_questions = values_SQ.shape
-    # How often each seed and each question is drawn says it all.
-    seeds_RS = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=RESAMPLES)
-    questions_RQ = rng.multinomial(num_questions, [1 / num_questions] * num_questions, size=RESAMPLES)
-    means_R = np.einsum("rs,sq,rq->r", seeds_RS, values_SQ, questions_RQ, optimize=True) / values_SQ.size
-    return float(np.quantile(means_R, 0.025)), float(np.quantile(means_R, 0.975))
+    table = pd.DataFrame(rows)
+    for column in [name for name in table if name.startswith("p of ")]:
+        table[column] = holm(table[column].to_numpy())
+    return table
 
 
 def plot_results(records: list[RunRecord], runs: pd.DataFrame, file: Path) -> None:
@@ -219,16 +203,19 @@ def _answers(questions: dict[str, bool]) -> np.ndarray:
     return np.array([questions[name] for name in sorted(questions)], dtype=float)
 
 
-def _cell(value: float, bounds: tuple[float, float] | None, digits: str) -> str:
-    around = "" if bounds is None else f" ({bounds[0]:{digits}} to {bounds[1]:{digits}})"
+def _accuracy(values_SQ: np.ndarray, digits: str) -> str:
+    """Of right or not, or of a difference of two, seeds × questions."""
+    found = paired_by_question(values_SQ)
+    return _cell(found.mean, found.low, found.high, digits)
+
+
+def _of_logarithms(logs_S: np.ndarray, digits: str) -> str:
+    return _cell(*np.exp([logs_S.mean(), *t_interval(logs_S)]), digits)
+
+
+def _cell(value: float, low: float, high: float, digits: str) -> str:
+    around = "" if np.isnan(low) else f" ({low:{digits}} to {high:{digits}})"
     return f"{value:{digits}}{around}"
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    if frame.empty:
-        return "(none yet)"
-    header = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [*header, *frame.to_numpy().tolist()])
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from layerif.report.plots import Plot
 from layerif.report.reading import Sweep
 from layerif.report.statistics import RESAMPLES
 
-
 _LOADS = (
-    "Shares are means over the routers of a block, of the evaluated tokens: 1 is an even share, 0 an expert that no token "
+    "Shares of the evaluated tokens, means over the routers of a block: 1 is an even share, 0 an expert that no token "
     "chose. With as many chosen as there are, every load is even."
 )
 
