@@ -564,4 +564,7 @@ def test_every_allocator_has_a_yaml_that_binds_with_every_field(stem):
 
 
 def test_every_yaml_is_an_allocator():
-    assert sorted(file.stem for file in CONF.glob("*.yaml")) == sorted(ALLOCATORS)
+    files = {file.stem: OmegaConf.load(file) for file in CONF.glob("*.yaml")}
+    assert sorted(stem for stem, config in files.items() if "_target_" in config) == sorted(ALLOCATORS)
+    for config in files.values():  # or a variant of one
+        assert "_target_" in config or set(map(str, config)) - {"defaults"} <= {field.name for field in fields(Experts)}
