@@ -210,7 +210,8 @@ def _accuracy(values_SQ: np.ndarray, digits: str) -> str:
 
 
 def _of_logarithms(logs_S: np.ndarray, digits: str) -> str:
-    return _cell(*np.exp([logs_S.mean(), *t_interval(logs_S)]), digits)
+    mean, low, high = np.exp([logs_S.mean(), *t_interval(logs_S)])
+    return _cell(mean, low, high, digits)
 
 
 def _cell(value: float, low: float, high: float, digits: str) -> str:
