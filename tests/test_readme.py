@@ -7,6 +7,7 @@ import shlex
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,9 @@ def first_of(argument: str) -> str:
     override = OverridesParser.create().parse_override(argument)
     if not override.is_sweep_override():
         return argument
-    value = override.value().start if override.is_interval_sweep() else next(override.sweep_string_iterator())
-    return f"{override.get_key_element()}={value}"
+    value: Any = override.value()
+    first = value.start if override.is_interval_sweep() else next(override.sweep_string_iterator())
+    return f"{override.get_key_element()}={first}"
 
 
 def test_the_python_example_runs(model_folder, tmp_path, monkeypatch):
@@ -90,7 +92,7 @@ def test_the_allocator_example_is_a_working_allocator():
     fields = yaml.safe_load(block("yaml", "top.Top"))
     assert fields.pop("_target_") == "layerif.top.Top"
     layers = LayerMap(("a", "b", "c"), (("a.q",), ("b.q",), ("c.q",)), (4, 4, 4))
-    scores = LayerScores(layers.names, (0.1, 3.0, 2.0), "undertrained", "test")
+    scores = LayerScores(layers.names, (0.1, 3.0, 2.0), "undertrained", "test", "")
     assert module.Top(**fields | {"number": 2})(scores, layers).values == (1, 5, 5)
 
 
