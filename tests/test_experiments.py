@@ -194,14 +194,15 @@ def test_estimators_are_ordered_by_direction_and_then_by_likeness(tmp_path):
 # The loops that DataInf is timed against
 
 
-@pytest.mark.parametrize("loop", ["from_loop", "from_dot_loop"])
+@pytest.mark.parametrize("loop", ["from_pair_loop", "from_loop", "from_dot_loop"])
 def test_the_loops_are_the_definition_of_datainf(loop):
     train_NP, val_MP = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).split((5, 4))
     lam = datainf_loop.DAMPING * train_NP.square().mean()
     inverse_PP = sum(torch.linalg.inv(torch.outer(g_P, g_P) + lam * torch.eye(6)) for g_P in train_NP) / 5
-    shape = (6,) if loop == "from_dot_loop" else (2, 3)
+    shape = (2, 3) if loop == "from_loop" else (6,)
     samples = [[{"q": row_P.view(shape)} for row_P in rows] for rows in (train_NP, val_MP)]
-    found_MN = getattr(datainf_loop, loop)(*samples)["q"]
+    scored = samples[:1] if loop == "from_pair_loop" else []
+    found_MN = getattr(datainf_loop, loop)(*samples, *scored)["q"]
     torch.testing.assert_close(found_MN, -val_MP @ inverse_PP @ train_NP.T, rtol=1e-4, atol=1e-4)
 
 

@@ -8,15 +8,20 @@ matrix and sample by sample, so that ours forms K and C of these at once; it sol
 second figure is the solve alone, which is what a further damping costs. The loops read the same memory as a dictionary
 of gradients for each sample.
 
-The loop is the definition, sample by sample. For every validation row v and every matrix: λ; then the average over the
-train samples l of the product of v with their inverse, by Sherman and Morrison
+The pair loop is the definition to the letter, an average over the train samples l for every pair of a validation row v
+and a train row i,
+
+    I = −(1/N)·Σ_l (v·g_i − (v·g_l)·(g_l·g_i)/(λ + ‖g_l‖²))/λ;
+
+all pairs take minutes, so that a few are timed and multiplied. The loop is as such code is written: for every
+validation row and every matrix λ, then the average over l of the product of v with their inverse, by Sherman and
+Morrison
 
     v·(g_l g_lᵀ + λ)⁻¹ = (v − (v·g_l)/(λ + ‖g_l‖²)·g_l)/λ,
 
-then its product with every train sample, all as elementwise products and sums of gradients in their matrix's shape. It
-takes v's part out of the loop over train samples i, as all such code does; solving anew for every pair (v, i) would
-take n times as long. The dot loop is the best such a loop can do: λ and ‖g_l‖² once per matrix, dot products of flat
-gradients. All take turns in one process; figures are medians.
+then its product with every train sample, all as elementwise products and sums of gradients in their matrix's shape. The
+dot loop takes λ and ‖g_l‖² out of the loop over validation rows, with dot products of flat gradients. All take turns in
+one process; figures are medians.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ from experiments.timing import timed
 from layerif.estimators.datainf import datainf
 
 NUM_TRAIN, NUM_VALIDATION, DAMPING = 64, 32, 0.1
+NUM_SCORED = 2  # train rows whose pairs with one validation row are timed
+LOOPS = ("pair loop", "loop", "dot loop")
 BLOCKS, WIDTH, HIDDEN, RANK = 12, 768, 3072, 8
 LINEARS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (WIDTH, WIDTH)),  # (inputs, outputs)
@@ -61,11 +68,13 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     """
     stacks = _gradients(blocks)
     grams = gram_matrices(stacks)
+    train, validation = _by_sample(stacks)
     contestants: dict[str, Callable[[], dict[str, Tensor]]] = {
         "grams": lambda: solved(stacks, gram_matrices(stacks)),
         "solve": lambda: solved(stacks, grams),
+        "pair loop": partial(from_pair_loop, train, validation[:1], train[:NUM_SCORED]),
         "loop": partial(from_loop, *_by_sample(stacks, _shape)),
-        "dot loop": partial(from_dot_loop, *_by_sample(stacks)),
+        "dot loop": partial(from_dot_loop, train, validation),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # and warm
@@ -74,13 +83,14 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
             influences[name], spent = timed(work)
             seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians["pair loop"] *= NUM_TRAIN * NUM_VALIDATION / NUM_SCORED
     return {
         "threads": torch.get_num_threads(),
         "matrices": sum(len(stack.names) for stack in stacks),
         "seconds": medians,
-        "ratio": {loop: medians[loop] / medians["grams"] for loop in ("loop", "dot loop")},
-        "ratio to solve": {loop: medians[loop] / medians["solve"] for loop in ("loop", "dot loop")},
-        "difference": {loop: difference(influences["grams"], influences[loop]) for loop in ("loop", "dot loop")},
+        "ratio": {loop: medians[loop] / medians["grams"] for loop in LOOPS},
+        "ratio to solve": {loop: medians[loop] / medians["solve"] for loop in LOOPS},
+        "difference": {loop: difference(influences["grams"], influences[loop]) for loop in LOOPS},
     }
 
 
@@ -96,6 +106,21 @@ def solved(stacks: Sequence[Stack], grams: Sequence[Tensor]) -> dict[str, Tensor
         numel = stack.rows_BSP.shape[-1]
         found_BMN = datainf(train_train, val_train, numel=numel, damping=DAMPING)
         influences |= zip(stack.names, found_BMN, strict=True)
+    return influences
+
+
+def from_pair_loop(train: list[Sample], validation: list[Sample], scored: list[Sample]) -> dict[str, Tensor]:
+    """I_ji = −(1/N)Σ_l v_jᵀ·(g_l g_lᵀ + λ)⁻¹·g_i of every validation row and scored train row on its own."""
+    influences = {name: torch.zeros(len(validation), len(scored)) for name in train[0]}
+    for j, val_sample in enumerate(validation):
+        for name, v in val_sample.items():
+            lam = DAMPING * sum(sample[name].square().mean() for sample in train) / len(train)
+            for i, scored_sample in enumerate(scored):
+                total = torch.zeros(())
+                for sample in train:
+                    g = sample[name]
+                    total += v @ scored_sample[name] - (v @ g) * (g @ scored_sample[name]) / (lam + g @ g)
+                influences[name][j, i] = -total / (len(train) * lam)
     return influences
 
 
@@ -130,7 +155,9 @@ def from_dot_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Te
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    return max(float((ours[name] - other).abs().max() / other.abs().max()) for name, other in theirs.items())
+    """Over the pairs that `theirs` has."""
+    both = ((ours[name][: other.shape[0], : other.shape[1]], other) for name, other in theirs.items())
+    return max(float((mine - other).abs().max() / other.abs().max()) for mine, other in both)
 
 
 def _gradients(blocks: int) -> list[Stack]:
@@ -169,7 +196,7 @@ def main() -> None:
     print(f"DataInf, {row['matrices']} LoRA matrices, n = {NUM_TRAIN}, m = {NUM_VALIDATION}, {row['threads']} threads")
     print("               seconds   over Grams   over solve   largest relative difference")
     print(f"Grams + solve{row['seconds']['grams']:9.3f}\nsolve        {row['seconds']['solve']:9.3f}")
-    for loop in ("loop", "dot loop"):
+    for loop in LOOPS:
         print(
             f"{loop:<12}{row['seconds'][loop]:10.2f}{row['ratio'][loop]:13.0f}{row['ratio to solve'][loop]:13.0f}"
             f"{row['difference'][loop]:30.1e}"

@@ -105,7 +105,8 @@ def stored(folder: Path) -> LayerGrams:
     from layerif import store
 
     (file,) = (folder / "store" / "grams").glob("*.safetensors")
-    return store._read(file, store._unpack_grams)
+    grams, _ = store._read(file, store._unpack_grams)
+    return grams
 
 
 def write_rows(folder: Path, counts: dict[str, int]) -> None:
