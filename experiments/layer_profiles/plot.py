@@ -139,7 +139,7 @@ def matrix(correlations: pd.DataFrame, file: Path) -> None:
 
 
 def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
-    """Seconds of each estimator, mean over tasks: the whole of its evidence, even where it shares that, and its scores.
+    """Seconds of each estimator, mean over the tasks where known: all of its evidence, shared or not, and its scores.
 
     evidence: a pass is paid by the run that took it, whose record says so; everyone who shares it is shown all of it,
     and `shared by` says how many estimators that is. Nothing is known (NaN) where the store had it before any run here.
@@ -173,7 +173,8 @@ def adapter(run: RunRecord) -> str | None:
 
 
 def mean(values: Iterable[float | None]) -> float:
-    return float(np.mean([np.nan if value is None else value for value in values]))
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else np.nan
 
 
 if __name__ == "__main__":
