@@ -1,8 +1,9 @@
-"""Where rows come from: a folder of JSONL files or a hub dataset; and the embedded text for perplexity."""
+"""Where rows come from (JSONL files or a hub dataset) and what their columns hold; the embedded text for perplexity."""
 
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -89,6 +90,41 @@ class Hub:
 
     def __str__(self) -> str:
         return self.name if self.config is None else f"{self.name}/{self.config}"
+
+
+def column_of(row: Row, dotted: str, setting: str) -> Any:
+    """The value under a dotted column name."""
+    value: Any = row.fields
+    for key in dotted.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            have = ", ".join(row.fields) or "none"
+            raise ValueError(f"{row.where} has no column {dotted!r} (columns: {have}); set {setting}=<one of them>")
+        value = value[key]
+    return value
+
+
+def options_of(value: Any, row: Row) -> tuple[list[str], list[str]]:
+    """(texts, letters) of an options column in any of the shapes data sets have."""
+    if isinstance(value, Mapping) and {"text", "label"} <= set(value):
+        texts, letters = value["text"], value["label"]
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        texts, letters = ([item.get(key) for item in value] for key in ("text", "label"))
+    elif isinstance(value, list):
+        texts, letters = value, list(string.ascii_uppercase[: len(value)])
+    else:
+        texts, letters = None, None
+    if (
+        not isinstance(texts, list)
+        or not isinstance(letters, list)
+        or len(texts) < 2
+        or len(texts) != len(letters)
+        or not all(isinstance(text, str) for text in (*texts, *letters))
+    ):
+        raise ValueError(
+            f"{row.where}: the options {str(value)[:80]} are not usable; they should be a list of 2 to 26 texts, "
+            'or {"label": [...], "text": [...]} of equal lengths'
+        )
+    return texts, letters
 
 
 def documentation_text(part: Literal["calibration", "test"]) -> str:

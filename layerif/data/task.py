@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from layerif.data.answers import answer_parser
-from layerif.data.source import Jsonl, Row, Source
+from layerif.data.source import Jsonl, Row, Source, column_of, options_of
 
 Template = Literal["plain", "alpaca"]
 
@@ -310,9 +309,9 @@ class _Renderer:
         names = dict(row.fields)
         for name, column in self.task.columns.items():
             if column is not None:
-                names[name] = _column(row, column, f"task.columns.{name}")
+                names[name] = column_of(row, column, f"task.columns.{name}")
         if self.task.columns.get("options"):
-            names["options"], names["letters"] = _options(names["options"], row)
+            names["options"], names["letters"] = options_of(names["options"], row)
         return names
 
     def _labels(self, names: Mapping[str, Any], row: Row) -> tuple[str, ...]:
@@ -368,38 +367,3 @@ class _Renderer:
 def folded(text: str) -> str:
     """What is compared of two texts: case and blanks count for nothing."""
     return " ".join(text.casefold().split())
-
-
-def _column(row: Row, dotted: str, setting: str) -> Any:
-    """The value under a dotted column name."""
-    value: Any = row.fields
-    for key in dotted.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            have = ", ".join(row.fields) or "none"
-            raise ValueError(f"{row.where} has no column {dotted!r} (columns: {have}); set {setting}=<one of them>")
-        value = value[key]
-    return value
-
-
-def _options(value: Any, row: Row) -> tuple[list[str], list[str]]:
-    """(texts, letters) of an options column in any of the shapes data sets have."""
-    if isinstance(value, Mapping) and {"text", "label"} <= set(value):
-        texts, letters = value["text"], value["label"]
-    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        texts, letters = ([item.get(key) for item in value] for key in ("text", "label"))
-    elif isinstance(value, list):
-        texts, letters = value, list(string.ascii_uppercase[: len(value)])
-    else:
-        texts, letters = None, None
-    if (
-        not isinstance(texts, list)
-        or not isinstance(letters, list)
-        or len(texts) < 2
-        or len(texts) != len(letters)
-        or not all(isinstance(text, str) for text in (*texts, *letters))
-    ):
-        raise ValueError(
-            f"{row.where}: the options {str(value)[:80]} are not usable; they should be a list of 2 to 26 texts, "
-            'or {"label": [...], "text": [...]} of equal lengths'
-        )
-    return texts, letters
