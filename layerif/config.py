@@ -59,6 +59,7 @@ _CHOICES = {
 }
 # What may differ between two runs that are the same job; what `small` changes stands in the other keys.
 _INCIDENTAL = ("dry_run", "rerun", "small", "outputs", "store", "name", "logger")
+_KEPT_IN = {"outputs": "outputs", "store": "${outputs}/store"}
 _NEEDS_EXTRA = {
     "hydra/launcher/joblib": ("launcher=joblib", "joblib"),
     "hydra/launcher/submitit_local": ("launcher=submitit_local", "submitit"),
@@ -142,7 +143,10 @@ def job_of(config: DictConfig) -> dict[str, Any]:
 
     Equal ones are the same job.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
+    given = OmegaConf.to_container(config)
+    assert isinstance(given, dict)
+    # What only follows from where results are kept is as incidental: the folder of the converted model, say.
+    plain = OmegaConf.to_container(OmegaConf.create(given | _KEPT_IN), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL and value is not None}
 

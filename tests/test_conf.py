@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from layerif.config import check, conf_folder, folder_name, register
+from layerif.config import check, conf_folder, folder_name, job_of, register
 
 CHOICES = [
     (file.parent.name, file.stem) for file in sorted(conf_folder().glob("*/*.yaml")) if file.parent.name != "hydra"
@@ -123,3 +123,13 @@ def test_folder_names_are_readable_unique_and_valid():
     assert all("/" not in path for path in paths)
     assert folder_name("") == "default"
     assert len(folder_name("x=" + "1" * 500)) < 120
+
+
+def test_a_job_is_the_same_wherever_its_results_are_kept():
+    here, there, elsewhere = (
+        compose("config", ["logger=none", *overrides])
+        for overrides in (["outputs=/here", "name=mine"], ["outputs=/there", "store=/store", "small=true"], ["seed=1"])
+    )
+    assert job_of(here) == job_of(there)
+    assert job_of(here)["model"]["cache"] == "outputs/store/models"
+    assert job_of(elsewhere) != job_of(here)
