@@ -16,7 +16,6 @@ from typing import Any
 import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -30,6 +29,7 @@ from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FILE, RunRecord
 from layerif.report import print_run
+from layerif.sweep import is_swept
 from layerif.tracking import tracked
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> float | None:
         with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
             _execute(parts, record, folder)
     except KeyboardInterrupt:
-        if HydraConfig.get().mode is RunMode.RUN:  # a sweep's jobs are found by the sweep
+        if not is_swept():  # a sweep's jobs are found by the sweep
             print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
             sys.exit(130)
         raise
