@@ -221,25 +221,16 @@ def test_joblib_runs_jobs_side_by_side_on_one_gradient_pass(tiny_overrides, tmp_
     assert not any("launcher" in folder.name for folder in (tmp_path / "sweeps" / "mine").iterdir())
 
 
-def test_submitit_runs_jobs_by_its_local_executor(tiny_overrides, tmp_path):
-    jobs = ["launcher=submitit_local", "method=none", "name=mine", "estimator=datainf,exact"]
-    done = command(["-m", *tiny_overrides, *jobs], tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "jobs: 2 run, 0 already done, 0 failed\n" in done.stdout
-    assert "gradient passes: 1 made in" in done.stdout
-    assert len(records(tmp_path)) == 2
-
-
-@pytest.mark.slow
-def test_ray_runs_jobs_on_this_machine(tiny_overrides, tmp_path):
-    jobs = [
-        "launcher=ray",
-        "method=none",
-        "name=mine",
-        "estimator=datainf,exact",
-        "+hydra.launcher.ray.init.num_cpus=2",
-    ]
-    done = command(["-m", *tiny_overrides, *jobs], tmp_path)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["launcher=submitit_local"],
+        pytest.param(["launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"], marks=pytest.mark.slow),
+    ],
+    ids=["submitit", "ray"],
+)
+def test_a_launcher_runs_jobs_on_this_machine(launcher, tiny_overrides, tmp_path):
+    done = command(["-m", *tiny_overrides, *launcher, "method=none", "name=mine", "estimator=datainf,exact"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "jobs: 2 run, 0 already done, 0 failed\n" in done.stdout
     assert "gradient passes: 1 made in" in done.stdout
