@@ -68,6 +68,7 @@ bench: $(READY)
 	$(BIN)/python experiments/benchmark_scoring/multirun.py
 	$(BIN)/python experiments/benchmark_scoring/growth.py
 	$(BIN)/python experiments/benchmark_scoring/large.py
+	$(BIN)/python experiments/benchmark_pruning/run.py
 
 clean:
 	rm -rf .venv .peers outputs/runs outputs/sweeps outputs/store
