@@ -34,7 +34,8 @@ def main() -> None:
         _leave(error)
     finally:
         balance = sweep.Sweep.running and sweep.Sweep.running.balance()
-        print(balance) if balance else None
+        if balance:
+            print(balance)
     if balance and not balance.is_clean:
         sys.exit(1)
 
