@@ -226,6 +226,18 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
 
 
+def test_jobs_that_began_and_did_not_end_are_named(tmp_path):
+    record("datainf", [True] * 3).write(tmp_path)
+    for name, overrides in ((".", ""), ("killed", "- seed=1"), ("tried", "- dry_run=True")):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(overrides)
+    assert read(tmp_path).unfinished == ["killed"]
+    console = Console(record=True, width=200)
+    write(tmp_path, console)
+    assert "1 run began and did not end: killed, or still at work." in console.export_text()
+    assert "## Unfinished\n\n- killed" in (tmp_path / "report.md").read_text()
+
+
 def test_a_folder_without_records_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match=r"holds no record\.json: give the folder of a run or a sweep"):
         write(tmp_path, Console(quiet=True))

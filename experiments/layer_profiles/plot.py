@@ -165,7 +165,7 @@ def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
 
 
 def reused(run: RunRecord) -> bool:
-    return any(note.startswith("scores from the store") for note in run.notes)
+    return any(measured["reused"] for measured in run.measurements)
 
 
 def adapter(run: RunRecord) -> str | None:

@@ -20,12 +20,15 @@ _SECTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a folder holds. left_out: why each file that is no record or failure of ours was left out."""
+    """What a folder holds. left_out: why each file that is no record or failure of ours was left out. unfinished: the
+    jobs that began and left neither.
+    """
 
     name: str
     records: list[RunRecord]
     failures: list[Failure]
     left_out: list[str]
+    unfinished: list[str]
 
 
 def read(folder: Path) -> Sweep:
@@ -54,8 +57,20 @@ def read(folder: Path) -> Sweep:
             left_out.append(str(error))
     if not records and not failures:
         raise ValueError(f"none of the {len(files)} records below {str(folder)!r} can be read; {left_out[0]}")
-    order = sorted(records, key=_order)
-    return Sweep(name=folder.resolve().name, records=order, failures=sorted(failures, key=_order), left_out=left_out)
+    return Sweep(
+        name=folder.resolve().name,
+        records=sorted(records, key=_order),
+        failures=sorted(failures, key=_order),
+        left_out=left_out,
+        unfinished=_unfinished(folder, {file.parent for file in files}),
+    )
+
+
+def _unfinished(folder: Path, ended: set[Path]) -> list[str]:
+    """Of the folders that Hydra made for a job, a dry run apart, those where none ended."""
+    began = {file: file.parents[1] for file in sorted(folder.rglob(".hydra/overrides.yaml"))}
+    lasting = [job for file, job in began.items() if "dry_run=true" not in file.read_text().lower()]
+    return [str(job.relative_to(folder)) for job in lasting if job not in ended]
 
 
 def _check(job: RunRecord | Failure, file: Path) -> None:

@@ -48,6 +48,8 @@ def summary(sweep: Sweep, runs: Sequence[Run], expected: Expected | None) -> lis
     ]
     if sweep.failures:
         lines.append(f"{_count(sweep.failures, 'run')} failed; the errors are below.")
+    if sweep.unfinished:
+        lines.append(f"{_count(sweep.unfinished, 'run')} began and did not end: killed, or still at work.")
     if holes := tables.grid(runs, expected):
         lines.append(f"Missing of the grid of arms, tasks and seeds: {_count(holes, 'run')}.")
     if sweep.left_out:
@@ -237,6 +239,8 @@ def _runs(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
             if isinstance(r.job, Failure)
         ]
         found.append(Section(title="Failed runs", table=pd.DataFrame(lines), caption="rerun=failed runs them again"))
+    if sweep.unfinished:
+        found.append(Section(title="Unfinished", findings=sweep.unfinished))
     if sweep.left_out:
         found.append(Section(title="Left out", findings=sweep.left_out))
     if len(notes := tables.notes(sweep.records)):
