@@ -14,10 +14,11 @@ from rich.console import Console
 from layerif.record import Failure, RunRecord
 from layerif.report import comparisons as compare
 from layerif.report import print_run, write
-from layerif.report.arms import UNTOUCHED, runs_of
+from layerif.report.arms import UNTOUCHED, distinct, runs_of
 from layerif.report.page import breakable
 from layerif.report.plots import plot_routing
 from layerif.report.reading import read
+from layerif.report.statistics import t_interval
 from layerif.report.tables import correlations, cost, grid, in_full, loads, results
 from tests.records import failure, from_file, record, with_before, written
 
@@ -282,12 +283,34 @@ def test_a_seed_of_one_part_alone_tells_repetitions_apart():
 def test_a_metric_without_questions_is_paired_by_seed_in_logarithms():
     runs = []
     for seed in range(3):
-        for name, perplexity in (("uniform", 20.0 + seed), ("datainf", 2 * (20.0 + seed))):
+        for name, perplexity in (("uniform", 20.0 + seed), ("datainf", (2 + seed) * (20.0 + seed))):
             runs.append(record(name, [True], seed=seed, metrics={"perplexity_256": perplexity}, questions={}))
     (row,) = compare.comparisons(runs_of(runs), "perplexity_256")[0].to_dict("records")
-    assert row["difference"] == pytest.approx(np.log(2))
-    assert row["low"] == pytest.approx(np.log(2))
+    assert row["difference"] == pytest.approx(np.log([2, 3, 4]).mean())
+    assert (row["low"], row["high"]) == pytest.approx(t_interval(np.log([2, 3, 4])))
     assert row["seeds"] == 3
+
+
+def test_a_run_that_no_seed_touches_is_no_evidence_however_often_it_is_repeated():
+    def once(name: str, seed: int) -> RunRecord:
+        perplexity = {"uniform": 505.4, "datainf": 505.1}.get(name, 30.0 + seed)
+        metrics = {"accuracy": 0.4, "perplexity_256": perplexity}
+        return record(name, [True, False] * 5, seed=seed, metrics=metrics)
+
+    runs = runs_of([once(name, seed) for seed in range(3) for name in ("uniform", "datainf", "random")])
+    table, _ = compare.comparisons(runs, "perplexity_256")
+    alike = table.query("to == 'datainf experts'").to_dict("records")[0]
+    assert np.isnan([alike["p"], alike["low"], alike["smallest found"]]).all()
+    assert "each of 3 seeds, which decides nothing" in alike["finding"]
+    assert any("after Holm's correction of 2" in text for text in table["finding"])
+    cells = results(runs, "perplexity_256").cells
+    assert cells["datainf experts", "capital"].basis == "3 seeds alike, no interval"
+    assert np.isnan(cells["datainf experts", "capital"].low)
+    assert results(runs, "accuracy").cells["datainf experts", "capital"].basis.startswith("Wilson over 10 questions, 3")
+    assert len(distinct(runs)) == 1 + 1 + 3
+    ((text, variance, _),) = compare.variances(runs, "perplexity_256")
+    assert text.startswith("5 runs, 3 arms")
+    assert variance.df == 2
 
 
 def test_only_arms_that_differ_in_one_thing_are_compared():

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_effectsize
 
 from layerif.report.comparisons import finding, verdict
@@ -21,6 +20,7 @@ from layerif.report.statistics import (
     anova,
     cohens_h,
     holm,
+    num_resamples,
     odds_ratio,
     paired_by_question,
     paired_by_seed,
@@ -60,9 +60,20 @@ def test_identical_runs_do_not_differ_and_nothing_calls_them_different():
     found = paired_by_question(np.zeros((3, 50)))
     assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
     assert verdict(found.low, found.high, found.p) == "not distinguishable from"
-    assert np.isnan(smallest_difference(found.standard_error))
-    same = paired_by_seed([0.0, 0.0, 0.0])
-    assert (same.mean, same.p) == (0, 1)
+    assert smallest_difference(found) == pytest.approx(7.85 / 150, rel=0.01)  # eight answers, all one way
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_seeds_without_spread_are_one_run_and_decide_nothing(shift):
+    same = paired_by_seed([shift] * 3)
+    assert same.mean == pytest.approx(shift)
+    assert np.isnan([same.low, same.high, same.p, smallest_difference(same)]).all()
+    assert np.isnan(t_interval([shift] * 3)).all()
+    assert verdict(same.low, same.high, same.p) == "not distinguishable from"
+    one = answers(1, 40, gain=0.3)
+    once, thrice = paired_by_question(one), paired_by_question(np.repeat(one, 3, axis=0))
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high), abs=0.02)
+    assert thrice.p >= once.p
 
 
 def test_the_bootstrap_interval_of_one_seed_is_that_of_the_mean():
@@ -70,7 +81,7 @@ def test_the_bootstrap_interval_of_one_seed_is_that_of_the_mean():
     found = paired_by_question(difference)
     half = 1.96 * difference.std() / 20
     assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.01)
-    assert found.standard_error == pytest.approx(difference.std() / 20, rel=0.05)
+    assert found.error == pytest.approx(difference.std() / 20, rel=0.05)
     assert paired_by_question(difference) == found
 
 
@@ -83,14 +94,20 @@ def test_clustering_by_seed_widens_the_interval_where_seeds_differ():
     assert found.high - found.low > 1.5 * (pooled.high - pooled.low)
 
 
-@pytest.mark.parametrize(("num_seeds", "seed_spread"), [(1, 0.0), (3, 0.0), (3, 0.1), (5, 0.1)])
-def test_the_interval_covers_the_truth_as_often_as_it_says(num_seeds, seed_spread):
-    rng, num_trials = np.random.default_rng(2), 80
-    covered = 0
+@pytest.mark.parametrize(
+    ("num_seeds", "num_questions", "seed_spread"),
+    [(1, 60, 0.0), (3, 60, 0.0), (3, 60, 0.1), (5, 60, 0.1), (3, 2000, 0.06), (5, 2000, 0.05)],
+)
+def test_the_interval_covers_the_truth_as_often_as_it_says(num_seeds, num_questions, seed_spread):
+    rng, num_trials = np.random.default_rng(2), 120
+    covered = found_one = 0
     for _ in range(num_trials):
-        found = paired_by_question(answers(num_seeds, 60, seed_spread=seed_spread, rng=rng), resamples=500)
+        difference = answers(num_seeds, num_questions, seed_spread=seed_spread, rng=rng)
+        found = paired_by_question(difference, resamples=500)
         covered += found.low <= 0 <= found.high
-    assert covered / num_trials >= 0.9  # 95 % less three standard errors is 0.88
+        found_one += verdict(found.low, found.high, found.p) != "not distinguishable from"
+    assert covered / num_trials >= 0.91  # 95 % less two standard errors
+    assert found_one / num_trials <= 0.09
 
 
 def test_a_difference_that_is_not_there_is_seldom_found():
@@ -103,7 +120,7 @@ def test_questions_that_not_every_seed_asked_are_weighed_by_who_asked():
     difference = np.array([[1.0, 0.0, np.nan, np.nan], [np.nan, np.nan, 1.0, 1.0]])
     found = paired_by_question(difference)
     assert found.mean == pytest.approx(0.75)
-    assert 0 <= found.low <= found.mean <= found.high <= 1
+    assert -1 <= found.low <= found.mean <= found.high <= 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 40])
@@ -132,14 +149,39 @@ def test_the_interval_over_seeds_is_students():
     assert np.isnan(paired_by_seed([0.1]).p)
 
 
-def test_the_smallest_difference_is_found_with_eighty_per_cent_power():
-    difference = smallest_difference(0.02)
-    assert difference == pytest.approx(2.8 * 0.02, rel=0.01)
-    power = TTestPower().power(difference / 0.02 / np.sqrt(1000), nobs=1000, alpha=0.05)
-    assert power == pytest.approx(0.8, abs=0.005)
-    assert smallest_difference(0.02, 10) > difference
-    # 75 questions, a quarter of them discordant, cannot see nine points
-    assert smallest_difference(np.sqrt(0.25 / 75)) > 0.09
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 20])
+@pytest.mark.parametrize("num_comparisons", [1, 6, 105])
+def test_the_smallest_difference_over_seeds_is_found_with_eighty_per_cent_power(num_seeds, num_comparisons):
+    rng = np.random.default_rng(0)
+    found = paired_by_seed(rng.standard_normal(num_seeds))
+    shift = smallest_difference(found, num_comparisons) / found.seed_error / np.sqrt(num_seeds)
+    trials = stats.ttest_1samp(shift + rng.standard_normal((20_000, num_seeds)), 0, axis=1)
+    assert np.mean(np.asarray(trials[1]) < 0.05 / num_comparisons) == pytest.approx(0.8, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("num_questions", "discordant", "num_comparisons"), [(75, 0.25, 1), (400, 0.1, 1), (78, 0.0, 1), (234, 0.01, 6)]
+)
+def test_the_smallest_difference_of_answers_is_about_what_eighty_of_a_hundred_would_find(
+    num_questions, discordant, num_comparisons
+):
+    difference = np.zeros((1, num_questions))
+    difference[0, : round(discordant * num_questions)] = 1
+    difference[0, : round(discordant * num_questions / 2)] = -1
+    least = smallest_difference(paired_by_question(difference), num_comparisons)
+    rng, changed, num_trials, num_found = np.random.default_rng(5), max(discordant, least), 150, 0
+    for _ in range(num_trials):  # so many answers change, and so much more often for the better
+        change = [(changed - least) / 2, 1 - changed, (changed + least) / 2]
+        found = paired_by_question(rng.choice([-1.0, 0, 1], p=change, size=(1, num_questions)), resamples=2000)
+        num_found += found.p < 0.05 / num_comparisons
+    assert 0.65 < num_found / num_trials < 0.97
+
+
+def test_more_comparisons_need_a_larger_difference_and_finer_draws():
+    found = paired_by_question(answers(3, 100, seed_spread=0.05))
+    assert smallest_difference(found) < smallest_difference(found, 10)
+    for number in (1, 10, 1000):
+        assert 2 / num_resamples(number) * number < 0.01
 
 
 def test_effect_sizes_are_the_textbooks():
@@ -245,4 +287,5 @@ def test_what_a_single_seed_cannot_decide_is_said_so():
         **dict.fromkeys(("low", "high", "p", "p Holm"), np.nan),
     }
     assert "one seed, which decides nothing" in finding(row, "perplexity_256", 2)
+    assert "each of 3 seeds, which decides nothing" in finding(row | {"seeds": 3}, "perplexity_256", 2)
     assert verdict(np.nan, np.nan, np.nan) == "not distinguishable from"

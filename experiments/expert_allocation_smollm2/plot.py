@@ -84,14 +84,14 @@ def of_arm(by_seed: dict[int, dict[str, bool]]) -> dict[str, float]:
     return {"questions": len(questions), "accuracy": found.mean, "low": found.low, "high": found.high}
 
 
-def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, bool]]) -> dict[str, float]:
+def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, bool]]) -> dict[str, object]:
     shared = sorted(by_seed.keys() & reference.keys())
     if not shared:
         return {}
     questions = sorted(reference[shared[0]])
     found = paired_by_question(matrix(by_seed, shared, questions) - matrix(reference, shared, questions))
     row = {"difference": found.mean, "difference low": found.low, "difference high": found.high, "p": found.p}
-    return row | {"standard error": found.standard_error}
+    return row | {"found": found}
 
 
 def matrix(by_seed: dict[int, dict[str, bool]], seeds: list[int], questions: list[str]) -> np.ndarray:
@@ -108,7 +108,8 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
     table["p Holm"] = holm(table["p"].to_numpy())
     compared = table["p"].notna()
     num_compared = int(compared.sum())
-    table["smallest found"] = [smallest_difference(error, num_compared) for error in table.pop("standard error")]
+    founds = zip(table.pop("found"), compared, strict=True)
+    table["smallest found"] = [smallest_difference(one, num_compared) if tested else None for one, tested in founds]
     bounds = table[["difference low", "difference high", "p Holm"]].itertuples(index=False, name=None)
     said = [verdict(*bound) for bound in bounds]
     table["against uniform"] = np.where(

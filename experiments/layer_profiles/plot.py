@@ -165,7 +165,7 @@ def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
 
 
 def reused(run: RunRecord) -> bool:
-    return any(measured["reused"] for measured in run.measurements)
+    return any(note.startswith("scores from the store") for note in run.notes)
 
 
 def adapter(run: RunRecord) -> str | None:

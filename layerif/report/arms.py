@@ -22,7 +22,7 @@ QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
 
 def is_logarithmic(metric: str) -> bool:
     """Perplexities are averaged and compared by their logarithms: their ratio is what a change of model changes."""
-    return metric.rpartition("/")[2].startswith("perplexity")
+    return "perplexity" in metric.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,16 @@ def comparable(first: Run, second: Run) -> bool:
 def same_repetition(first: Run, second: Run) -> bool:
     """No seed that both have differs."""
     return all(second.seeds.get(key, value) == value for key, value in first.seeds.items())
+
+
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """Without the repetitions of an arm that measured the very same in everything: no seed touches them."""
+
+    def measured(run: Run) -> tuple:
+        routing = {} if isinstance(run.job, Failure) else run.job.routing  # seeds may differ and all answers be alike
+        return run.model, run.task, run.arm, run.metrics, *map(run.answers, QUESTIONS), routing
+
+    return _distinct(runs, key=measured)
 
 
 def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerif.report.arms import QUESTIONS, Run, comparable, is_logarithmic, same_repetition
+from layerif.report.arms import QUESTIONS, Run, comparable, distinct, is_logarithmic, same_repetition
 from layerif.report.statistics import (
     LEVEL,
     Difference,
@@ -17,6 +17,7 @@ from layerif.report.statistics import (
     anova,
     cohens_h,
     holm,
+    num_resamples,
     odds_ratio,
     paired_by_question,
     paired_by_seed,
@@ -29,9 +30,10 @@ from layerif.report.statistics import (
 def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[str]]:
     """One row per two comparable arms of a model and task, and a remark on each two that could not be paired.
 
-    Paired by question where the answers were kept, by seed otherwise. p Holm is corrected for all rows.
+    Paired by question where the answers were kept, by seed otherwise. p Holm is corrected for all rows tested.
     """
-    rows, remarks = [], []
+    paired: list[tuple[bool, list[tuple[Run, Run]]]] = []
+    remarks = []
     for first, second in itertools.combinations(_arms(runs, metric), 2):
         if not comparable(first[0], second[0]):
             continue
@@ -43,16 +45,23 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
             shared = "question" if by_question else "seed"
             remarks.append(f"{_place(first[0])}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
             continue
-        rows.append(_by_question(pairs, metric) if by_question else _by_seed(pairs, metric))
+        paired.append((by_question, pairs))
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
-    rows.sort(key=lambda row: places.index((row.get("model", ""), row["task"])))
+    paired.sort(key=lambda kept: places.index((kept[1][0][0].model, kept[1][0][0].task)))
+    resamples = num_resamples(len(paired))
+    rows = [_by_question(pairs, metric, resamples) if kept else _by_seed(pairs, metric) for kept, pairs in paired]
     table = pd.DataFrame(rows)
     if rows:
+        tested = max(1, num_tested(table))
         table["p Holm"] = holm(table["p"].to_numpy())
-        errors = table.pop("standard error")
-        table["smallest found"] = [smallest_difference(error, len(table)) for error in errors]
-        table["finding"] = [finding(row, metric, len(table)) for row in table.to_dict("records")]
+        table["smallest found"] = [smallest_difference(found, tested) for found in table.pop("found")]
+        table["finding"] = [finding(row, metric, tested) for row in table.to_dict("records")]
     return table, remarks
+
+
+def num_tested(table: pd.DataFrame) -> int:
+    """Of the rows of `comparisons`, those whose seeds tell chance from effect: what is corrected for."""
+    return int(np.count_nonzero(~np.isnan(table["p"].to_numpy(dtype=float))))
 
 
 def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
@@ -64,7 +73,7 @@ def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
     return list(found.values())
 
 
-def _by_question(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]:
+def _by_question(pairs: Sequence[tuple[Run, Run]], metric: str, resamples: int) -> dict[str, object]:
     answers = [(one.answers(metric), other.answers(metric)) for one, other in pairs]
     names = sorted(set().union(*(one.keys() & other.keys() for one, other in answers)))
     right = [
@@ -73,22 +82,24 @@ def _by_question(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, obj
     first_SQ, second_SQ = np.moveaxis(np.array(right, dtype=float), 2, 0)
     difference_SQ = second_SQ - first_SQ
     won, lost = int((difference_SQ == 1).sum()), int((difference_SQ == -1).sum())
-    found = paired_by_question(difference_SQ)
+    found = paired_by_question(difference_SQ, resamples=resamples)
     counts = {"questions": len(names), "won": won, "lost": lost, "odds ratio": odds_ratio(won, lost)}
-    return _row(pairs, found) | counts | {"effect": cohens_h(float(np.nanmean(first_SQ)), float(np.nanmean(second_SQ)))}
+    return (
+        _row(pairs, found) | counts | {"effect h": cohens_h(float(np.nanmean(first_SQ)), float(np.nanmean(second_SQ)))}
+    )
 
 
 def _by_seed(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]:
     values = np.array([[one.metrics[metric], other.metrics[metric]] for one, other in pairs], dtype=float)
     difference_S = np.diff(np.log(values) if is_logarithmic(metric) else values, axis=1)[:, 0]
-    return _row(pairs, paired_by_seed(difference_S)) | {"effect": standardised(difference_S)}
+    return _row(pairs, paired_by_seed(difference_S)) | {"effect d": standardised(difference_S)}
 
 
 def _row(pairs: Sequence[tuple[Run, Run]], found: Difference) -> dict[str, object]:
     first, second = pairs[0]
     place = ({"model": first.model} if first.model else {}) | {"task": first.task}
     row = {"from": first.arm, "to": second.arm, "seeds": len(pairs), "difference": found.mean, "low": found.low}
-    return {**place, **row, "high": found.high, "p": found.p, "standard error": found.standard_error}
+    return {**place, **row, "high": found.high, "p": found.p, "found": found}
 
 
 def _place(run: Run) -> str:
@@ -98,7 +109,7 @@ def _place(run: Run) -> str:
 def verdict(low: float, high: float, p: float) -> str:
     """What may be said of a difference: its interval must exclude zero, and its corrected p must be below 0.05.
 
-    NaN, of what a single seed cannot tell, supports nothing.
+    NaN, of what seeds without spread cannot tell, supports nothing.
     """
     if p < LEVEL and low > 0:
         return "higher than"
@@ -113,7 +124,8 @@ def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     what = f"ln {metric}" if is_logarithmic(metric) else metric
     if np.isnan(row["p"]):
         pair = f"{what} of {row['to']} minus that of {row['from']}"
-        return f"{where}: {pair} is {row['difference']:+.3f} at one seed, which decides nothing"
+        seeds = "one seed" if row["seeds"] == 1 else f"each of {row['seeds']} seeds"
+        return f"{where}: {pair} is {row['difference']:+.3f} at {seeds}, which decides nothing"
     said = verdict(row["low"], row["high"], row["p Holm"])
     corrected = f"after Holm's correction of {num_comparisons}" if num_comparisons > 1 else "of a single comparison"
     bounds, p = interval(row["low"], row["high"]), p_text(row["p Holm"])
@@ -137,12 +149,12 @@ def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, Variance, pd.
     """ANOVA over allocation × task and Tukey's HSD of every two arms, for each group of arms alike in all else.
 
     Of fine-tuned or pruned runs, and of those arms that ran on all tasks of the group: others would be compared across
-    tasks. The text says which runs they are. None of a group with a single arm, or without repetitions.
+    tasks. The text says which runs they are. Repetitions that no seed touched are one run. None of a group with a
+    single arm, or without repetitions.
     """
     groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        if run.is_trained and metric in run.metrics:
-            groups.setdefault((run.model, *run.factors[1:]), []).append(run)
+    for run in distinct([run for run in runs if run.is_trained and metric in run.metrics]):
+        groups.setdefault((run.model, *run.factors[1:]), []).append(run)
     found = []
     for group in groups.values():
         values = [np.log(run.metrics[metric]) if is_logarithmic(metric) else run.metrics[metric] for run in group]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from layerif.record import RunRecord
-from layerif.report.arms import Run
+from layerif.report.arms import Run, is_logarithmic
 from layerif.report.tables import Results, profiles
 
 matplotlib.use("Agg")
@@ -77,7 +77,7 @@ def plot_results(results: Results) -> Plot | None:
         axes.set_title(column, loc="left", fontsize=11)
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if "perplexity" in results.metric:
+        if is_logarithmic(results.metric):
             axes.set_xscale("log")
         best = max(arms, key=lambda arm: results.cells[arm, column].mean or 0)
         told.append(f"{column}: {len(arms)} arms, highest {best} at {results.cells[best, column].mean:.3f}")

@@ -16,7 +16,7 @@ from layerif.report.arms import Run, called, is_logarithmic, runs_of
 from layerif.report.expected import Expected, chosen, columns_of
 from layerif.report.plots import Plot
 from layerif.report.reading import Sweep
-from layerif.report.statistics import RESAMPLES
+from layerif.report.statistics import num_resamples
 
 _LOADS = (
     "Shares of the evaluated tokens, means over the routers of a block: 1 is an even share, 0 an expert that no token "
@@ -117,7 +117,10 @@ def sections(sweep: Sweep, expected: Expected | None = None) -> tuple[list[str],
 def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Section:
     results = tables.results(runs, metric, expected)
     of = "logarithms of the seeds" if is_logarithmic(metric) else "seeds"
-    said = [f"Intervals are 95 %: Student's t over the {of} of an arm; of a single seed, Wilson's over its questions."]
+    said = [
+        f"Intervals are 95 %: Student's t over the {of} of an arm; of a single "
+        "seed, or of seeds that are all alike, Wilson's over its questions."
+    ]
     if any(cell.paper is not None for cell in results.cells.values()):
         said.append("The paper's numbers are of single runs, whose own noise is in none of the intervals.")
     if results.count("failed") or results.count("missing"):
@@ -133,7 +136,8 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
     table, remarks = compare.comparisons(runs, metric)
     if not len(table):
         return [Section(title=f"Comparisons: {metric}", said=remarks)] if remarks else []
-    by_question = "questions" in table
+    by_question = table["questions"].notna().to_numpy() if "questions" in table else np.zeros(len(table), dtype=bool)
+    num_tested = compare.num_tested(table)
     columns = [name for name in ("model", "task", "from", "to") if name in table]
     shown = _shared_apart(table.filter(items=columns)).assign(
         difference=[f"{value:+.3f}" for value in table["difference"]]
@@ -141,25 +145,28 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
     shown["95 % interval"] = _intervals(table)
     shown = shown.assign(**{name: table[name] for name in ("p", "p Holm", "smallest found", "seeds")})
     log = "differences of logarithms, " * is_logarithmic(metric)
-    if by_question:
+    how = []
+    if by_question.any():
         shown["questions"] = table["questions"]
         counts = table[["won", "lost"]].to_numpy(float)
         shown["only one right"] = ["–" if np.isnan(won) else f"{won:.0f} : {lost:.0f}" for won, lost in counts]
-        shown["odds ratio"], shown["effect h"] = table["odds ratio"], table["effect"]
-        how = (
-            f"Interval: {RESAMPLES:,} bootstrap draws of seeds and questions. p: the larger of the exact sign test's "
-            "by question (McNemar's for one seed) and the bootstrap's. Only one right: answers that only the second, "
-            "and only the first, got right; odds ratio: the one over the other. Effect h: Cohen's."
+        shown["odds ratio"], shown["effect h"] = table["odds ratio"], table["effect h"]
+        how.append(
+            f"Paired by question: interval of {num_resamples(len(table)):,} bootstrap draws of seeds and questions, "
+            "with Student's t over the seeds' means where that is wider. p: the largest of the exact sign test's by "
+            "question (McNemar's for one seed), the bootstrap's and Student's. Only one right: answers that only the "
+            "second, and only the first, got right; odds ratio: the one over the other. Effect h: Cohen's."
         )
-    else:
-        shown["effect d"] = table["effect"]
-        how = "Interval and p: Student's t over seeds, paired. Effect d: mean over standard deviation."
-    how += (
-        f" p Holm is corrected for all {len(table)} comparisons of this table. Smallest found: the difference that "
-        f"would be found with 80 % power at 0.05 / {len(table)}. A difference is called one only where its interval "
-        "excludes zero and p Holm is below 0.05."
+    if not by_question.all():
+        shown["effect d"] = table["effect d"]
+        how.append("Paired by seed: interval and p by Student's t. Effect d: mean over standard deviation.")
+    how.append(
+        f"p Holm is corrected for the {num_tested} comparisons of this table that were tested. Smallest found: the "
+        f"difference that would be found with 80 % power at 0.05 / {num_tested}. A difference is called one only where "
+        "its interval excludes zero and p Holm is below 0.05."
     )
-    caption = f"{metric}: {log}second minus first, paired by {'question' if by_question else 'seed'}"
+    by = "seed" if not by_question.any() else "question" if by_question.all() else "question where answers were kept"
+    caption = f"{metric}: {log}second minus first, paired by {by}"
     real = [text for text in table["finding"] if " is higher than " in text or " is lower than " in text]
     rest = len(table) - len(real)
     findings = (
@@ -168,7 +175,11 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
     findings = list(table["finding"]) if len(table) <= 12 else findings
     narrow = [*shown.columns[: list(shown.columns).index("difference")], "difference", "95 % interval", "p Holm"]
     title = f"Comparisons: {metric}"
-    return [Section(title=title, table=shown, caption=caption, findings=findings, said=[how, *remarks], console=narrow)]
+    return [
+        Section(
+            title=title, table=shown, caption=caption, findings=findings, said=[" ".join(how), *remarks], console=narrow
+        )
+    ]
 
 
 def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -183,9 +194,16 @@ def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
     return found if any(found["both with"]) else found.drop(columns="both with")
 
 
+def _said(low: float, high: float, p: float, has_questions: bool) -> str:
+    said = compare.verdict(low, high, p)
+    return f"{said}, on these questions" if has_questions and not said.startswith("not") else said
+
+
 def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     of = f"ln {metric}" if is_logarithmic(metric) else metric
-    how = "One value a run: seeds are the only chance it knows. The comparisons by question know both."
+    has_questions = any(run.answers(metric) for run in runs)
+    how = "One value a run: seeds are the only chance it knows."
+    how += " It is of these very questions; the comparisons above ask what others would show, too." * has_questions
     found = []
     for text, variance, pairs in compare.variances(runs, metric):
         caption = f"{of}: {text}"
@@ -197,7 +215,9 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
                 "difference": [f"{value:+.3f}" for value in pairs["difference"]],
                 "95 % interval": _intervals(pairs),
                 "p": pairs["p"],
-                "said": [compare.verdict(*row) for row in zip(pairs["low"], pairs["high"], pairs["p"], strict=True)],
+                "said": [
+                    _said(*row, has_questions) for row in zip(pairs["low"], pairs["high"], pairs["p"], strict=True)
+                ],
             }
         )
         how_pairs = f"Means over tasks and seeds, second minus first; p is of the family of all {len(pairs)} pairs."

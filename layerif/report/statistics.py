@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import signal, stats
+from scipy import optimize, signal, stats
 
 RESAMPLES = 10_000
 LEVEL = 0.05  # of every test; intervals hold 1 − LEVEL
@@ -20,18 +20,28 @@ POWER = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A mean difference, its 95 % interval, two-sided p and standard error; NaN where one run decides nothing."""
+    """A mean difference, its 95 % interval and two-sided p; NaN where nothing tells chance from effect.
+
+    seed_error: standard error by the spread of `num_seeds` seeds, NaN where they have none. error: by the bootstrap of
+    seeds and questions, NaN without questions. num_answers: pairs of answers, 0 without questions.
+    """
 
     mean: float
     low: float
     high: float
     p: float
-    standard_error: float
+    seed_error: float
+    num_seeds: int
+    error: float = np.nan
+    num_answers: int = 0
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean over seeds, mean ± t_{S−1}·s/√S; NaN for a single one, which has no spread."""
-    if len(values) < 2:
+    """95 % interval of the mean over seeds, mean ± t_{S−1}·s/√S; NaN where they have no spread.
+
+    A single seed has none. Nor have seeds that are all alike: a run that no seed touches, repeated, is one run.
+    """
+    if len(values) < 2 or np.ptp(values) == 0:
         return np.nan, np.nan
     half = stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * stats.sem(values)
     return float(np.mean(values) - half), float(np.mean(values) + half)
@@ -40,20 +50,17 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 def paired_by_seed(difference_S: Sequence[float] | np.ndarray) -> Difference:
     """Of a metric without questions, such as perplexity: Student's t over the seeds, paired."""
     difference_S = np.asarray(difference_S, dtype=float)
-    mean = float(difference_S.mean())
-    low, high = t_interval(difference_S)
-    if len(difference_S) < 2:
-        p = error = np.nan
-    elif np.ptp(difference_S) == 0:  # t is 0/0 or x/0
-        p, error = float(mean == 0), 0.0
-    else:
-        p, error = _t_test(difference_S), float(stats.sem(difference_S))
-    return Difference(mean=mean, low=low, high=high, p=p, standard_error=error)
+    mean, (low, high) = float(difference_S.mean()), t_interval(difference_S)
+    if np.isnan(low):
+        return Difference(mean=mean, low=low, high=high, p=np.nan, seed_error=np.nan, num_seeds=len(difference_S))
+    error = float(stats.sem(difference_S))
+    p = float(2 * stats.t.sf(abs(mean / error), len(difference_S) - 1))
+    return Difference(mean=mean, low=low, high=high, p=p, seed_error=error, num_seeds=len(difference_S))
 
 
-def _t_test(difference_S: np.ndarray) -> float:
-    t = difference_S.mean() / stats.sem(difference_S)
-    return float(2 * stats.t.sf(abs(t), len(difference_S) - 1))
+def num_resamples(num_comparisons: int) -> int:
+    """So many draws that the least p there is, 2/B, is below a tenth of 0.05 after a correction for all comparisons."""
+    return max(RESAMPLES, int(20 / LEVEL) * num_comparisons)
 
 
 def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
@@ -63,8 +70,11 @@ def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: i
     same question (Owen 2007, The pigeonhole bootstrap). Of S seeds S − 1 are drawn, which makes the variance of their
     mean unbiased, where S draws would make it (S − 1)/S of that: a third too small with three seeds. A single seed
     stands for itself alone. p: the larger of the bootstrap's and the exact sign test's, since the bootstrap is too sure
-    where few answers differ and the sign test knows nothing of seeds.
+    where few answers differ and the sign test knows nothing of seeds. Draws of few seeds hardly leave the range of
+    those there are, which is too narrow where seeds matter and questions are many: the interval includes Student's t
+    over the seeds' means, and p is no less than that test's.
     """
+    by_seed = paired_by_seed(np.nanmean(difference_SQ, axis=1))
     asked_SQ = ~np.isnan(difference_SQ)
     value_SQ = np.where(asked_SQ, difference_SQ, 0.0)
     mean = float(value_SQ.sum() / asked_SQ.sum())
@@ -79,7 +89,16 @@ def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: i
     low, high = np.quantile(mean_B, [LEVEL / 2, 1 - LEVEL / 2])
     tail = min((mean_B <= 0).sum(), (mean_B >= 0).sum())
     p = max(min(1.0, 2 * (1 + tail) / (1 + len(mean_B))), sign_test(value_SQ.sum(axis=0)))
-    return Difference(mean=mean, low=float(low), high=float(high), p=float(p), standard_error=float(mean_B.std()))
+    return Difference(
+        mean=mean,
+        low=float(np.fmin(low, max(by_seed.low, -1.0))),
+        high=float(np.fmax(high, min(by_seed.high, 1.0))),
+        p=float(np.fmax(p, by_seed.p)),
+        seed_error=by_seed.seed_error,
+        num_seeds=num_seeds,
+        error=float(mean_B.std()),
+        num_answers=int(asked_SQ.sum()),
+    )
 
 
 def sign_test(difference_Q: np.ndarray) -> float:
@@ -104,14 +123,25 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     return corrected
 
 
-def smallest_difference(standard_error: float, num_comparisons: int = 1) -> float:
-    """What would be found with 80 % power: (z(1 − α/2) + z(0.8))·standard error, α = 0.05 / comparisons.
+def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
+    """What such an experiment would find with 80 % power at α = 0.05 / comparisons; NaN where nothing tells.
 
-    The standard error follows from the observed discordance of the answers, so none is found without any.
+    The largest of what its tests need, with z = z(1 − α/2) + z(0.8): z·error by the bootstrap; z² of n answers, all one
+    way, by the sign test, however few differ here (of a sum of n signs the variance is n at least); and by Student's t
+    over seeds the shift at which the noncentral t passes the critical value in 80 %, in units of seed_error.
     """
-    if not standard_error > 0:
-        return np.nan
-    return float((stats.norm.ppf(1 - LEVEL / num_comparisons / 2) + stats.norm.ppf(POWER)) * standard_error)
+    alpha, needed = LEVEL / num_comparisons, [np.nan]
+    if found.num_answers:
+        z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)
+        needed += [z * found.error, z**2 / found.num_answers]
+    if found.seed_error > 0:
+        df = found.num_seeds - 1
+        critical = stats.t.ppf(1 - alpha / 2, df)
+        found_with_power = optimize.root_scalar(
+            lambda shift: stats.nct.sf(critical, df, shift) - POWER, bracket=(0, 2 * critical + 4)
+        )
+        needed.append(found_with_power.root * found.seed_error)
+    return float(np.fmax.reduce(np.array(needed)))
 
 
 def cohens_h(first: float, second: float) -> float:

@@ -75,7 +75,7 @@ def metrics_of(runs: Sequence[Run], expected: Expected | None = None) -> list[st
     """The measurements that get a table of their own; variants (accuracy per token, …) are in the full one."""
     found = list(dict.fromkeys(name for run in runs for name in run.metrics))
     last = {name: name.rpartition("/")[2] for name in found}
-    shown = [name for name in found if last[name] in ("accuracy", "generation_accuracy") or "perplexity" in last[name]]
+    shown = [name for name in found if last[name] in ("accuracy", "generation_accuracy") or is_logarithmic(name)]
     harness = [name for name in found if name.startswith("lm_eval/")]
     shown += [name for name in harness if "zero_shot_mean" in name] or harness
     if expected is not None and expected.metric in found:
@@ -123,11 +123,11 @@ def _cell(
     on, back = (np.log, np.exp) if is_logarithmic(metric) else (np.asarray, np.asarray)
     mean, basis = float(back(np.mean(on(values)))), f"t over {len(values)} seeds"
     low, high = (float(back(bound)) for bound in t_interval(on(values)))
-    if len(values) == 1:
-        (run,) = [run for run in runs if metric in run.metrics]
-        answers = run.answers(metric)
+    if np.isnan(low):
+        answers = next(run for run in runs if metric in run.metrics).answers(metric)
         low, high = wilson(sum(answers.values()), len(answers)) if answers else (np.nan, np.nan)
-        basis = f"Wilson over {len(answers)} questions, 1 seed" if answers else "1 seed, no interval"
+        seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds alike"
+        basis = f"Wilson over {len(answers)} questions, {seeds}" if answers else f"{seeds}, no interval"
     same = paper is not None and expected is not None and all(expected.is_of(run.job.config) for run in runs)
     to_paper = mean - paper if same and paper is not None else None
     return Cell(
