@@ -2,8 +2,8 @@
 
 Leaves results.md, results.png and sparsity.png in FOLDER (beside this file). Statistics and intervals (95 %) are those
 of `layerif-report`. Accuracies and their differences: a bootstrap that draws calibration seeds and questions, which are
-the same for all runs. Perplexities and their ratios: Student's t over the logarithms of calibration seeds, for these
-windows; none for a single run.
+the same for all runs, and Student's t over the seeds where that is wider. Perplexities and their ratios: Student's t
+over the logarithms of calibration seeds, for these windows; none for a single run.
 """
 
 from __future__ import annotations
