@@ -57,8 +57,8 @@ _CHOICES = {
     "rerun": Literal[False, "failed", True],
     "objective": Literal[None, "validation/loss", "reliability"],
 }
-# What may differ between two runs that are the same job; what `small` changes stands in the other keys.
-_INCIDENTAL = ("dry_run", "rerun", "small", "outputs", "store", "name", "logger")
+# What may differ between two runs that are the same job. `small` may not: a record says that it is of a small variant.
+_INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
 _KEPT_IN = {"outputs": "outputs", "store": "${outputs}/store"}
 _NEEDS_EXTRA = {
     "hydra/launcher/joblib": ("launcher=joblib", "joblib"),

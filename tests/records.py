@@ -26,6 +26,7 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
         "probe": {"_target_": "layerif.probe.Probe", "scope": "attention", "num_train": 100},
         "evaluation": {"_target_": "layerif.evaluate.Evaluation", "before": False, "num_questions": None},
         "seed": seed,
+        "small": False,
     }
     if estimator != "uniform":
         config["estimator"]["damping"] = 0.1

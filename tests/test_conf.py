@@ -128,8 +128,14 @@ def test_folder_names_are_readable_unique_and_valid():
 def test_a_job_is_the_same_wherever_its_results_are_kept():
     here, there, elsewhere = (
         compose("config", ["logger=none", *overrides])
-        for overrides in (["outputs=/here", "name=mine"], ["outputs=/there", "store=/store", "small=true"], ["seed=1"])
+        for overrides in (["outputs=/here", "name=mine"], ["outputs=/there", "store=/store"], ["seed=1"])
     )
     assert job_of(here) == job_of(there)
     assert job_of(here)["model"]["cache"] == "outputs/store/models"
     assert job_of(elsewhere) != job_of(here)
+
+
+def test_a_small_variant_is_another_job_and_says_so():
+    ours, small = (job_of(compose("config", ["logger=none", f"small={value}"])) for value in ("false", "true"))
+    assert (ours.pop("small"), small.pop("small")) == (False, True)
+    assert ours == small

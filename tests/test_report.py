@@ -450,5 +450,20 @@ def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
     written(tmp_path, [record("datainf", [True])])
     failure("datainf").write(tmp_path / "0")
     sweep = read(tmp_path)
-    assert (len(sweep.records), len(sweep.failures)) == (1, 0)
-    assert "failed when it was run again, and the record is of before: out of memory" in sweep.left_out[0]
+    assert (len(sweep.records), sweep.failures, sweep.left_out) == (1, [], [])
+    assert sweep.failed_again == ["0: out of memory"]
+    console = Console(record=True, width=200)
+    write(tmp_path, console)
+    said = console.export_text()
+    assert "1 run failed when run again; the numbers are of before, the errors are below." in said
+    assert "Failed when run again:\n  0: out of memory" in said
+    for text in (said, (tmp_path / "report.md").read_text()):
+        assert "readable" not in text
+    assert "## Failed when run again\n\n- 0: out of memory" in (tmp_path / "report.md").read_text()
+
+
+def test_a_run_that_failed_again_beside_an_unreadable_record_is_a_failed_one(tmp_path):
+    written(tmp_path, [failure("datainf")])
+    (tmp_path / "0" / "record.json").write_text("{")
+    sweep = read(tmp_path)
+    assert (len(sweep.failures), sweep.failed_again, len(sweep.left_out)) == (1, [], 1)

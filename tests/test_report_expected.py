@@ -7,19 +7,20 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
 from layerif.report import main, write
-from layerif.report.arms import runs_of
+from layerif.report.arms import UNTOUCHED, runs_of
 from layerif.report.expected import Expected, chosen, meets
 from layerif.report.tables import grid, results
-from tests.records import config_of, record, written
+from tests.records import config_of, record, with_before, written
 
 PAPER: dict[str, Any] = {
     "source": "A paper, table 1",
     "metric": "accuracy",
-    "model": "mistralai/Mistral-7B-v0.1",
+    "of": {"model": "mistral_7b", "allocator.beta": 2.5},
     "arms": {
         "uniform": {"estimator": "uniform"},
         "layerif": {"estimator": "datainf", "estimator.damping": "0.1"},
@@ -49,12 +50,36 @@ def test_conditions_are_those_of_the_command_line():
     assert not meets(config, {"allocator.shape": "2468"})
     assert meets(config_of("datainf", settings={"method": {}}), {"method": "none"})
     assert not meets(config, {"method": "none"})
+    pruned = config | {"method": {"_target_": "layerif.pruning.PruneModule"}}
+    for pruner in ({"pruner": "wanda"}, {"pruner._target_": "layerif.prune.wanda.Wanda"}):  # is in every configuration
+        assert meets(pruned, pruner)
+        assert not meets(config, pruner)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_it"),
+    [
+        (("Hub", {"name": "mistralai/Mistral-7B-v0.1"}), True),
+        (("Hub", {"name": "mistralai/mistral-7b-v0.1"}), True),
+        (("Local", {"path": "/models/Mistral-7B-v0.1"}), True),
+        (("Hub", {"name": "else/Mistral-7B-v0.1"}), False),
+        (("Local", {"path": "/models/Mistral-7B-v0.1/pruned"}), False),
+        (("Embedded", {}), False),
+    ],
+)
+def test_a_model_is_the_same_from_the_hub_and_from_a_folder(tmp_path, model, is_it):
+    target, where = model
+    config = config_of("datainf", settings={"model": {"_target_": f"layerif.models.{target}", **where}})
+    assert meets(config, {"model": "mistral_7b"}) == is_it
+    assert Expected.read(expected(tmp_path)).is_of(config) == is_it
 
 
 def test_a_choice_is_found_by_its_class_and_name():
     assert chosen("model", MISTRAL["model"]) == "mistral_7b"
     assert chosen("model", {"_target_": "layerif.models.Hub", "name": "org/other"}) == "hub"
     assert chosen("method", {"_target_": "elsewhere.Own"}) == "own"
+    other = config_of("datainf", settings={"model": {"_target_": "layerif.models.Hub", "name": "org/other"}})
+    assert meets(other, {"model": "hub", "model.name": "org/other"})
 
 
 def test_the_papers_number_and_the_difference_to_it_are_shown_for_its_model_and_task(tmp_path):
@@ -66,8 +91,8 @@ def test_the_papers_number_and_the_difference_to_it_are_shown_for_its_model_and_
     assert any("inside our interval" in line for line in cells["layerif", "countries"].lines())
 
 
-@pytest.mark.parametrize("settings", [{}, MISTRAL | {"small": True}])
-def test_no_difference_is_taken_to_another_model_or_of_a_small_variant(tmp_path, settings):
+@pytest.mark.parametrize("settings", [{}, MISTRAL | {"small": True}, MISTRAL | {"allocator.beta": 3.0}])
+def test_no_difference_is_taken_to_another_model_of_a_small_variant_or_in_other_settings(tmp_path, settings):
     paper = Expected.read(expected(tmp_path))
     cell = results(runs_of(runs(settings=settings), paper), "accuracy", paper).cells["layerif", "countries"]
     assert (cell.paper, cell.to_paper) == (0.9, None)
@@ -75,16 +100,23 @@ def test_no_difference_is_taken_to_another_model_or_of_a_small_variant(tmp_path,
         written(tmp_path / "sweep", runs(settings=settings)), Console(quiet=True), expected=tmp_path / "expected.json"
     )
     page = (tmp_path / "sweep" / "report.html").read_text()
-    assert "A paper, table 1, accuracy of mistralai/Mistral-7B-v0.1" in page
-    assert "Differences to them are taken only of that model at full size" in page
+    assert "A paper, table 1, accuracy of mistralai/Mistral-7B-v0.1 with allocator.beta=2.5." in page
+    assert "Differences to them are taken only of such runs at full size" in page
     assert "to the paper" not in page
+    assert ("small variants, which stand in for runs of full size" in page) == ("small" in settings)
+
+
+def test_of_a_mixture_the_page_says_how_many_runs_are_small(tmp_path):
+    mixed = [*runs(), *runs(seed=1, settings={"small": True})[:1]]
+    write(written(tmp_path / "sweep", mixed), console := Console(record=True, width=200))
+    assert "; 1 of 3 are small variants, which stand in for runs of full size." in console.export_text()
 
 
 def test_published_cells_that_were_never_run_are_missing_of_the_papers_model_at_full_size(tmp_path):
     paper = Expected.read(expected(tmp_path))  # which has a number of one arm and column, and names for more
     found = grid(runs_of(runs(seed=3, settings=MISTRAL)[:1], paper), paper)
     assert found == [("layerif", "countries", "3")]
-    for settings in ({}, MISTRAL | {"small": True}):
+    for settings in ({}, MISTRAL | {"small": True}, MISTRAL | {"allocator.beta": 3.0}):
         assert grid(runs_of(runs(settings=settings)[:1], paper), paper) == []
 
 
@@ -123,7 +155,25 @@ def test_a_metric_that_was_not_measured_is_named(tmp_path):
     ("path", "value", "said"),
     [
         (("source",), None, "has no 'source'"),
-        (("model",), 3, "model is 3; it must be a text"),
+        (("metric",), 3, "metric is 3; it must be a text"),
+        (("of",), None, "has no 'of'; it needs source, metric, of, .*such as .*mistral_7b"),
+        (
+            ("of",),
+            "mistral_7b",
+            'of is "mistral_7b"; it must be an object of conditions.*such as',
+        ),
+        (
+            ("of",),
+            {"method": "lora_moe"},
+            "of is .*lora_moe.*; it must be an object.* the model's, such as",
+        ),
+        (("of", "model"), "org/x", "of: model=org/x is no choice of the group 'model'; available: .*mistral_7b"),
+        (("of", "model"), 7, "of.model is 7; it must be the name of a choice"),
+        (
+            ("model",),
+            "org/x",
+            r'model \("org/x"\) is no key of its own; name it in .of.,.* such as "of"',
+        ),
         (("arms",), [], r"arms is \[\]; it must be an object"),
         (("arms", "layerif"), "datainf", 'arms.layerif is "datainf"; it must be an object'),
         (("arms", "layerif", "estimator"), "datainv", "arms.layerif: estimator=datainv is no choice.*datainf"),
@@ -158,11 +208,61 @@ def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys):
     assert "give the folder of a run or a sweep" in capsys.readouterr().err
 
 
-def test_a_published_mean_over_runs_is_not_held_against_single_ones(tmp_path):
-    file = expected(tmp_path, columns={"mean of five": {}}, values={"layerif": {"mean of five": 0.8}})
+def test_a_published_mean_over_runs_is_stated_and_held_against_no_single_one(tmp_path):
+    file = expected(tmp_path, columns={"mean of two": {}}, values={"layerif": {"mean of two": 0.8}})
     console = Console(record=True, width=200)
-    write(written(tmp_path / "sweep", runs(settings=MISTRAL)), console, expected=file)
-    assert "They are means (mean of five) and not of single runs, so none is shown here." in console.export_text()
+    budgets = [one for budget in (80, 160) for one in runs(settings=MISTRAL | {"allocator.budget": budget})]
+    write(written(tmp_path / "sweep", budgets), console, expected=file)
+    said = console.export_text()
+    assert "Published as a mean alone, which no single run is held against: mean of two, layerif 0.800." in said
+    assert "layerif allocator.budget=80" in said
+    assert "to the paper" not in said
+    paper = Expected.read(file)
+    found = results(runs_of(budgets, paper), "accuracy", paper)
+    assert found.arms == [f"{arm} allocator.budget={size}" for arm in ("uniform", "layerif") for size in (80, 160)]
+    assert found.columns == ["capital"]
+    assert {cell.paper for cell in found.cells.values()} == {None}
+    assert found.count("missing") == 0
+
+
+def test_an_arm_in_two_settings_has_the_papers_number_in_both_and_no_row_without_runs(tmp_path):
+    paper = Expected.read(expected(tmp_path, values={"layerif": {"countries": 0.9, "others": 0.7}}))
+    both = [one for r in (8, 16) for one in runs(settings=MISTRAL | {"method.r": r})]
+    found = results(runs_of(both, paper), "accuracy", paper)
+    names = [f"layerif method.r={r}" for r in (8, 16)]
+    assert found.arms == [*(f"uniform method.r={r}" for r in (8, 16)), *names]
+    for name in names:
+        here, there = (found.cells[name, column] for column in ("countries", "others"))
+        assert (here.paper, here.to_paper) == (0.9, pytest.approx(0.75 - 0.9))
+        assert (there.mean, there.paper, there.to_paper, there.missing) == (None, 0.7, None, ("0",))
+    untold = results(runs_of([with_before(one, [True]) for one in both], paper), "accuracy", paper)
+    assert untold.cells[UNTOUCHED, "countries"].paper is None
+
+
+def test_a_run_of_another_size_is_beside_the_papers_number_and_not_held_against_it(tmp_path):
+    paper = Expected.read(expected(tmp_path, of={"model": "mistral_7b", "method": "lora_moe", "allocator.budget": 160}))
+    sizes = [one for size in (32, 160) for one in runs(settings=MISTRAL | {"allocator.budget": size})]
+    cells = results(runs_of(sizes, paper), "accuracy", paper).cells
+    found = {size: cells[f"layerif allocator.budget={size}", "countries"].to_paper for size in (32, 160)}
+    assert found == {32: None, 160: pytest.approx(0.75 - 0.9)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["uniform", "layerif"]),
+        (
+            {"columns": {"mrpc": {"task": "mrpc"}}, "values": {"layerif": {"mrpc": 0.8}}},  # of other tasks
+            ["uniform experts", "datainf experts"],
+        ),
+    ],
+)
+def test_the_file_for_spreadsheets_calls_every_run_as_the_page_does(tmp_path, changes, names):
+    folder = written(tmp_path / "sweep", runs())
+    write(folder, Console(quiet=True), expected=expected(tmp_path, **changes))
+    assert pd.read_csv(folder / "report.csv")["run"].tolist() == names
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in (folder / "report.md").read_text().splitlines()]
+    assert [row for row in rows if row.endswith(tuple(names))][:2] == names
 
 
 def test_an_arm_that_ran_in_two_settings_is_two_rows_and_not_missing(tmp_path):

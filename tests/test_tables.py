@@ -24,6 +24,10 @@ from layerif.data.task import Example, Splits
 from layerif.layers import LayerMap
 from layerif.parts import check_unseen
 from layerif.record import FILE, RunRecord
+from layerif.report.arms import runs_of
+from layerif.report.expected import Expected
+from layerif.report.reading import read
+from layerif.report.sections import summary
 from layerif.scores import LayerScores
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -146,7 +150,7 @@ def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment
 @pytest.mark.parametrize("experiment", [name for name in TABLES if expected_of(name)])
 def test_what_is_expected_names_every_job_once(experiment):
     expected = expected_of(experiment)
-    assert list(expected) == ["source", "metric", "model", "arms", "columns", "values"]
+    assert list(expected) == ["source", "metric", "of", "arms", "columns", "values"]
     cells = []
     for job in (*jobs(experiment, "small=false"), *jobs(experiment, "small=true")):
         config = plain(job)
@@ -157,7 +161,7 @@ def test_what_is_expected_names_every_job_once(experiment):
             if meets(config, of_arm | of_column)
         ]
         assert len(found) == 1
-        assert config["small"] or config["model"]["name"] == expected["model"]
+        assert meets(config, expected["of"]) == (not config["small"]) == Expected(**expected).is_of(config)
         cells += found
     assert {arm for arm, _ in cells} == set(expected["arms"])
     assert {column for _, column in cells} == set(expected["columns"])
@@ -173,7 +177,7 @@ def test_both_models_of_table_2_are_expected_in_the_same_cells():
     assert {name: set(row) for name, row in mistral["values"].items()} == {
         name: set(row) for name, row in gemma["values"].items()
     }
-    assert gemma["model"] == choice("model", "gemma_7b")[1]
+    assert gemma["of"] == mistral["of"] | {"model": "gemma_7b"}
 
 
 def test_the_published_numbers_are_fractions_of_the_five_tasks():
@@ -206,6 +210,10 @@ def test_the_released_recipe_is_an_addition(arm, rounding):
     assert mine["allocator"].get("rounding") == (rounding and "largest_remainder")
     assert other["evaluation"]["metrics"] == ["generation"]
     assert other["model"] == mine["model"]
+    paper = Expected(**expected_of("table1_experts_mistral"))
+    assert paper.is_of(mine)
+    assert paper.is_of(other)
+    assert paper.value(mine) == paper.value(other) == paper.values[arm]["mrpc"]
     assert other["estimator"] == mine["estimator"]
 
 
@@ -246,7 +254,7 @@ PRUNING = ["method.calibration.num_windows=2", "method.calibration.window=32", "
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory) -> Path:
     """As deep as the embedded model, so that budgets and shapes are those of the small variants."""
-    folder = tmp_path_factory.mktemp("deep")
+    folder = tmp_path_factory.mktemp("deep") / "Mistral-7B-v0.1"  # only small, and not another model than the paper's
     tiny_model("llama", num_hidden_layers=30, attn_implementation="sdpa").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -272,8 +280,18 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
     for record in records:
         assert len(record.allocation["values"]) == 30
         assert record.metrics or not record.config["method"]
-        assert "small" not in record.config  # what it changes stands in the other keys
+        assert record.config["small"] is True
         assert ("score_task" in record.config) == ("score_task" in record.inputs) == (experiment == "task_specificity")
+    if experiment == "table1_experts_mistral":
+        of: dict[str, Any] = {"of": {"model": "mistral_7b", "method": "lora_moe"}}
+        paper = Expected(**expected_of(experiment) | of)
+        for record in records:
+            assert not paper.is_of(record.config)
+            assert paper.is_of({**record.config, "small": False})
+        sweep = read(folders[0].parent)
+        said = summary(sweep, runs_of(sweep.jobs, paper), paper)
+        assert "; small variants, which stand in for runs of full size." in said[0]
+        assert said[-1].startswith("Differences to them are taken only of such runs at full size")
     if experiment == "task_specificity":
         assert records[0].config["score_task"]["name"] == "capital"
         assert records[0].samples["train"] > 8  # of all capitals, where eight regions are learned from

@@ -9,26 +9,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from layerif.config import conf_folder
 from layerif.names import did_you_mean
 
 _GROUPS = ("model", "task", "estimator", "allocator", "method", "pruner")
+_EXAMPLE = '"of": {"model": "mistral_7b", "method": "lora_moe", "allocator.budget": 160}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """source: where the numbers are printed. metric: as in records, a fraction. model: that they are of.
+    """source: where the numbers are printed. metric: as in records, a fraction.
 
-    arms, columns: by name, conditions as on the command line: a bare group (`estimator`) means the choice, a dotted key
-    a value of the resolved configuration. A column without conditions is a mean over others, and no run is of it.
-    values: arm → column → number; what was not published is left out.
+    of: what was run for all of the numbers: model, method, budget or target, and what else the source fixes. Of a small
+    variant (`small=true`) they never are. arms, columns: by name, what was run for theirs. values: arm → column →
+    number; what was not published is left out. A column without conditions is a mean over others: no run is of it.
+
+    Conditions are as on the command line: a bare group (`estimator`) means the choice, a dotted key a value of the
+    resolved configuration. A model of the hub is also met by a folder called like it, a pruner only by a method that
+    prunes.
     """
 
     source: str
     metric: str
-    model: str
+    of: Mapping[str, Any]
     arms: Mapping[str, Mapping[str, Any]]
     columns: Mapping[str, Mapping[str, Any]]
     values: Mapping[str, Mapping[str, float]]
@@ -52,11 +57,19 @@ class Expected:
         return next((name for name, needed in self.columns.items() if needed and meets(config, needed)), None)
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run is of the very model that the numbers are of, and not of a small variant."""
-        model = config["model"]
-        named = {str(model.get("name")), *(Path(str(model.get(key))).name for key in ("name", "path"))}
-        named.add(chosen("model", model))
-        return not config.get("small", False) and self.model.lower() in {name.lower() for name in named}
+        """Whether a run is of what the numbers are of, and so may be held against them."""
+        return meets(config, {"small": False, **self.of})
+
+    def value(self, config: Mapping[str, Any]) -> float | None:
+        """What was published of the arm and column that a resolved configuration belongs to."""
+        return self.values.get(self.arm(config) or "", {}).get(self.column(config) or "")
+
+    @property
+    def said_of(self) -> str:
+        """The model by its own name, the other conditions as on the command line."""
+        others = [f"{key}={_spelt(value)}" for key, value in self.of.items() if key != "model"]
+        model = [choice("model", name).get("name", name) for key, name in self.of.items() if key == "model"]
+        return " with ".join([*model, *filter(None, [", ".join(others)])])
 
 
 def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
@@ -64,6 +77,8 @@ def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
 
 
 def _meets(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    if key.split(".")[0] == "pruner" and not _meets(config, "method", "prune"):
+        return False  # every configuration has the group, and no other method looks at it
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
@@ -72,12 +87,19 @@ def _meets(config: Mapping[str, Any], key: str, value: Any) -> bool:
     if key not in _GROUPS or not isinstance(value, str):
         return _same(node, value)
     wanted = choice(key, value)
+    if key == "model" and "name" in wanted:  # from the hub or from a folder, it is the same
+        name, folder = str(node.get("name")), Path(str(node.get("path"))).name
+        return name.lower() == wanted["name"].lower() or folder.lower() == Path(wanted["name"]).name.lower()
     return not node if not wanted else all((node or {}).get(name) == content for name, content in wanted.items())
 
 
 def _same(one: Any, other: Any) -> bool:
     """2468 and "2468" are the same on the command line."""
     return one == other or str(one) == str(other)
+
+
+def _spelt(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def chosen(group: str, node: Mapping[str, Any]) -> str:
@@ -97,13 +119,16 @@ def choice(group: str, name: str) -> dict[str, Any]:
     file = folder / f"{name}.yaml"
     if not file.exists():
         available = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise ValueError(f"{group}={name} is no choice of the group {group!r}{did_you_mean(name, available)}")
+        nearest = did_you_mean(name, available)
+        raise ValueError(
+            f"{group}={name} is no choice of the group {group!r}{nearest}; available: {', '.join(available)}"
+        )
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     found: dict[str, Any] = {}
     for default in content.get("defaults", []):
         if isinstance(default, str) and default != "_self_" and "@" not in default:
             found |= choice(group, default)
-    return found | {key: content[key] for key in ("_target_", "name") if content.get(key) is not None}
+    return found | {key: content[key] for key in ("_target_", "name") if content.get(key) not in (None, MISSING)}
 
 
 def _check(content: Any, file: Path) -> None:
@@ -112,30 +137,41 @@ def _check(content: Any, file: Path) -> None:
 
     if not isinstance(content, dict):
         refuse("the whole", content, "an object")
+    if "model" in content:
+        given = json.dumps(content["model"])[:80]
+        raise ValueError(
+            f"{file}: model ({given}) is no key of its own; name it in 'of', with all that the numbers were measured "
+            f"with, as on the command line, such as {_EXAMPLE}"
+        )
     names = [field.name for field in fields(Expected)]
     for key in names:
         if key not in content:
-            raise ValueError(f"{file} has no {key!r}; it needs {', '.join(names)}")
+            example = f", such as {_EXAMPLE}" * (key == "of")
+            raise ValueError(f"{file} has no {key!r}; it needs {', '.join(names)}{example}")
     for key in content:
         if key not in names:
             raise ValueError(f"{file}: {key} is not known{did_you_mean(key, names)}; it needs {', '.join(names)}")
-    for key in ("source", "metric", "model"):
+    for key in ("source", "metric"):
         if not isinstance(content[key], str) or not content[key]:
             refuse(key, content[key], "a text")
+    if not isinstance(content["of"], dict) or not any(key.split(".")[0] == "model" for key in content["of"]):
+        refuse("of", content["of"], f"an object of conditions, one of them the model's, such as {_EXAMPLE}")
     for part in ("arms", "columns", "values"):
         if not isinstance(content[part], dict) or (not content[part] and part != "values"):
             refuse(part, content[part], "an object that is not empty")
         for name, inner in content[part].items():
             if not isinstance(inner, dict):
                 refuse(f"{part}.{name}", inner, "an object")
-    for part in ("arms", "columns"):
-        for name, conditions in content[part].items():
-            for key, value in conditions.items():
-                if key in _GROUPS and isinstance(value, str):
-                    try:
-                        choice(key, value)
-                    except ValueError as error:
-                        raise ValueError(f"{file}: {part}.{name}: {error}") from error
+    named = {f"{part}.{name}": inner for part in ("arms", "columns") for name, inner in content[part].items()}
+    for place, conditions in {"of": content["of"], **named}.items():
+        for key, value in conditions.items():
+            if key in _GROUPS:
+                if not isinstance(value, str):
+                    refuse(f"{place}.{key}", value, "the name of a choice")
+                try:
+                    choice(key, value)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {place}: {error}") from error
     _check_values(content, refuse)
 
 

@@ -20,21 +20,29 @@ _SECTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a folder holds. left_out: why each file that is no record or failure of ours was left out. unfinished: the
-    jobs that began and left neither.
+    """What a folder holds.
+
+    failed_again: jobs that failed when they were run again, with their errors; their records are of before. unfinished:
+    those that began and left neither. left_out: why each file that is no record or failure of ours was left out.
     """
 
     name: str
     records: list[RunRecord]
     failures: list[Failure]
-    left_out: list[str]
+    failed_again: list[str]
     unfinished: list[str]
+    left_out: list[str]
+
+    @property
+    def jobs(self) -> list[RunRecord | Failure]:
+        return [*self.records, *self.failures]
 
 
 def read(folder: Path) -> Sweep:
     """Raises ValueError where nothing below `folder` can be read."""
-    records, failures, left_out = [], [], []
-    files = sorted([*folder.rglob(FILE), *folder.rglob(FAILURE)])
+    records, failures, failed_again, left_out = [], [], [], []
+    files = [*sorted(folder.rglob(FILE)), *sorted(folder.rglob(FAILURE))]
+    finished: set[Path] = set()
     if not files:
         raise ValueError(
             f"{str(folder)!r} holds no {FILE}: give the folder of a run or a sweep, such as outputs/sweeps/default"
@@ -45,12 +53,12 @@ def read(folder: Path) -> Sweep:
                 record = RunRecord.read(file.parent)
                 _check(record, file)
                 records.append(record)
+                finished.add(file.parent)
                 continue
             failure = Failure.read(file.parent)
             _check(failure, file)
-            if (file.parent / FILE).exists():
-                again = f"{file}: this run failed when it was run again, and the record is of before: {failure.error}"
-                left_out.append(again)
+            if file.parent in finished:  # a record written later would have removed the failure
+                failed_again.append(f"{_job(file.parent, folder)}: {failure.error}")
             else:
                 failures.append(failure)
         except ValueError as error:
@@ -61,8 +69,9 @@ def read(folder: Path) -> Sweep:
         name=folder.resolve().name,
         records=sorted(records, key=_order),
         failures=sorted(failures, key=_order),
-        left_out=left_out,
+        failed_again=failed_again,
         unfinished=_unfinished(folder, {file.parent for file in files}),
+        left_out=left_out,
     )
 
 
@@ -70,7 +79,12 @@ def _unfinished(folder: Path, ended: set[Path]) -> list[str]:
     """Of the folders that Hydra made for a job, a dry run apart, those where none ended."""
     began = {file: file.parents[1] for file in sorted(folder.rglob(".hydra/overrides.yaml"))}
     lasting = [job for file, job in began.items() if "dry_run=true" not in file.read_text().lower()]
-    return [str(job.relative_to(folder)) for job in lasting if job not in ended]
+    return [_job(job, folder) for job in lasting if job not in ended]
+
+
+def _job(of: Path, folder: Path) -> str:
+    """What a job is called: its folder below the sweep's, or that one itself."""
+    return of.name if of == folder else str(of.relative_to(folder))
 
 
 def _check(job: RunRecord | Failure, file: Path) -> None:

@@ -17,7 +17,7 @@ from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
 from layerif.report.page import page
 from layerif.report.reading import read
-from layerif.report.sections import Section, sections
+from layerif.report.sections import Section, fitting, sections, summary
 
 ON_PAGE_ONLY = ("Versions", "How to reproduce")
 
@@ -49,16 +49,17 @@ def write(folder: Path, console: Console | None = None, *, expected: Path | None
     sweep = read(folder)
     for reason in sweep.left_out:
         console.print(f"[yellow]left out:[/] {text.escape(reason)}", highlight=False)
-    summary, found = sections(sweep, published)
-    for line in summary:
+    fitted = fitting(published, sweep.jobs)
+    runs = runs_of(sweep.jobs, fitted)  # once: the page, the console and the files call every run the same
+    said, found = summary(sweep, runs, published), sections(sweep, runs, fitted)
+    for line in said:
         console.print(line, highlight=False, markup=False)
     for section in found:
         if section.title not in ON_PAGE_ONLY:
             _print(section, console)
-    runs = runs_of([*sweep.records, *sweep.failures], published)
     files = [folder / name for name in ("report.html", "report.md", "report.csv", "scores.png", "allocations.png")]
-    files[0].write_text(page(sweep.name, summary, found))
-    files[1].write_text(_markdown(sweep.name, summary, found))
+    files[0].write_text(page(sweep.name, said, found))
+    files[1].write_text(_markdown(sweep.name, said, found))
     tables.in_full(runs, every_metric=True).to_csv(files[2], index=False)
     for plot, file in ((plots.plot_scores(sweep.records), files[3]), (plots.plot_allocations(runs), files[4])):
         if plot is not None:
@@ -71,6 +72,8 @@ def _print(section: Section, console: Console) -> None:
     if section.table is not None:
         shown = section.table.filter(items=section.console or section.table.columns)
         text.show(shown, section.title, console)
+    elif section.findings:
+        console.print(f"{section.title}:", highlight=False, markup=False)
     for finding in section.findings:
         console.print(f"  {finding}", highlight=False, markup=False)
 

@@ -12,11 +12,12 @@ import pandas as pd
 from layerif.record import Failure
 from layerif.report import comparisons as compare
 from layerif.report import plots, tables
-from layerif.report.arms import Run, called, is_logarithmic, runs_of
+from layerif.report.arms import Job, Run, called, is_logarithmic
 from layerif.report.expected import Expected, chosen, columns_of
 from layerif.report.plots import Plot
 from layerif.report.reading import Sweep
 from layerif.report.statistics import num_resamples
+from layerif.report.text import spelt
 
 _LOADS = (
     "Shares of the evaluated tokens, means over the routers of a block: 1 is an even share, 0 an expert that no token "
@@ -37,24 +38,39 @@ class Section:
     console: Sequence[str] | None = None  # the columns that fit there; None: all
 
 
+def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
+    """The published numbers, and with them the names of arms and columns; none where all are of columns not run."""
+    if expected is None or not expected.values or not any(expected.columns.values()):
+        return expected
+    return expected if columns_of(expected, [job.config for job in jobs]) else None
+
+
 def summary(sweep: Sweep, runs: Sequence[Run], expected: Expected | None) -> list[str]:
-    """What this is of, and everything wrong with it, in a few lines."""
-    jobs = [*sweep.records, *sweep.failures]
-    models = sorted({_model(job.config) for job in jobs})
+    """What this is of, everything wrong with it, and what it is held against, in a few lines."""
+    models = sorted({_model(job.config) for job in sweep.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
-    small = "; small variants, which stand in for runs of full size" * any(job.config.get("small") for job in jobs)
-    lines = [
-        f"{_count(sweep.records, 'finished run')} of {', '.join(models)} on {', '.join(tasks)}, {_seeds(runs)}{small}."
-    ]
+    of = f"{', '.join(models)} on {', '.join(tasks)}"
+    lines = [f"{_count(sweep.records, 'finished run')} of {of}, {_seeds(runs)}{_small(sweep.jobs)}."]
     if sweep.failures:
         lines.append(f"{_count(sweep.failures, 'run')} failed; the errors are below.")
+    if sweep.failed_again:
+        again = _count(sweep.failed_again, "run")
+        lines.append(f"{again} failed when run again; the numbers are of before, the errors are below.")
     if sweep.unfinished:
         lines.append(f"{_count(sweep.unfinished, 'run')} began and did not end: killed, or still at work.")
     if holes := tables.grid(runs, expected):
         lines.append(f"Missing of the grid of arms, tasks and seeds: {_count(holes, 'run')}.")
     if sweep.left_out:
         lines.append(f"Left out, since not readable: {_count(sweep.left_out, 'file')}.")
-    return lines
+    return lines + ([] if expected is None else _about_paper(expected, sweep.jobs, runs))
+
+
+def _small(jobs: Sequence[Job]) -> str:
+    small = [job for job in jobs if job.config.get("small")]
+    if not small:
+        return ""
+    some = "" if len(small) == len(jobs) else f"{len(small)} of {len(jobs)} are "
+    return f"; {some}small variants, which stand in for runs of full size"
 
 
 def _model(config) -> str:
@@ -73,36 +89,33 @@ def _seeds(runs: Sequence[Run]) -> str:
     return f"{what} {', '.join(seeds)}"
 
 
-def fitting(expected: Expected | None, sweep: Sweep, runs: Sequence[Run]) -> tuple[Expected | None, list[str]]:
-    """The published numbers as far as they are of these runs, and what is to be said where they are not."""
-    if expected is None:
-        return None, []
-    configs = [job.config for job in (*sweep.records, *sweep.failures)]
+def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -> list[str]:
+    """Where the published numbers are from, and what is to be said where they are not of these runs."""
+    configs = [job.config for job in jobs]
     if not expected.values:
-        return expected, [f"No published numbers: {expected.source}."]
-    lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.model}."]
+        return [f"No published numbers: {expected.source}."]
+    lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.said_of}."]
+    for column in [name for name, conditions in expected.columns.items() if not conditions]:
+        means = [f"{arm} {spelt(row[column])}" for arm, row in expected.values.items() if column in row]
+        lines.append(f"Published as a mean alone, which no single run is held against: {column}, {', '.join(means)}.")
+    columns = [name for name, conditions in expected.columns.items() if conditions]
+    if not columns:
+        return lines
     if not columns_of(expected, configs):
         have = ", ".join(dict.fromkeys(run.task for run in runs))
-        columns = ", ".join(expected.columns)
-        if not any(expected.columns.values()):
-            return None, [*lines, f"They are means ({columns}) and not of single runs, so none is shown here."]
-        return None, [*lines, f"They are for {columns}; these runs are on {have}, so none is shown here."]
+        return [*lines, f"They are for {', '.join(columns)}; these runs are on {have}, so none is shown here."]
     if not any(expected.metric in run.metrics for run in runs):
         have = ", ".join(dict.fromkeys(name for run in runs for name in tables.metrics_of([run]))) or "nothing"
         lines.append(f"These runs did not measure {expected.metric} (they measured {have}), so none is shown here.")
     elif not any(expected.arm(config) for config in configs):
         lines.append(f"No run is of one of its arms, {', '.join(expected.arms)}.")
     elif not all(expected.is_of(config) for config in configs):
-        lines.append("Differences to them are taken only of that model at full size; others are not comparable.")
-    return expected, lines
+        lines.append("Differences to them are taken only of such runs at full size; others are not comparable.")
+    return lines
 
 
-def sections(sweep: Sweep, expected: Expected | None = None) -> tuple[list[str], list[Section]]:
-    """The summary, and every section that has something to show."""
-    runs = runs_of([*sweep.records, *sweep.failures], expected)
-    expected, about_paper = fitting(expected, sweep, runs)
-    if expected is None:
-        runs = runs_of([*sweep.records, *sweep.failures])
+def sections(sweep: Sweep, runs: Sequence[Run], expected: Expected | None = None) -> list[Section]:
+    """Every section that has something to show."""
     found, after = [], []
     metrics = tables.metrics_of(runs, expected)
     for metric in metrics:
@@ -110,8 +123,7 @@ def sections(sweep: Sweep, expected: Expected | None = None) -> tuple[list[str],
         after += _comparisons(runs, metric) + _variance(runs, metric)
     if not metrics and sweep.failures:
         found.append(_results(runs, "accuracy", expected))
-    found += [*after, *_layers(sweep, runs), *_runs(sweep, runs)]
-    return [*summary(sweep, runs, expected), *about_paper], found
+    return [*found, *after, *_layers(sweep, runs), *_runs(sweep, runs)]
 
 
 def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Section:
@@ -259,6 +271,9 @@ def _runs(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
             if isinstance(r.job, Failure)
         ]
         found.append(Section(title="Failed runs", table=pd.DataFrame(lines), caption="rerun=failed runs them again"))
+    if sweep.failed_again:
+        said = ["Above stand the numbers of before. rerun=true runs them again."]
+        found.append(Section(title="Failed when run again", findings=sweep.failed_again, said=said))
     if sweep.unfinished:
         found.append(Section(title="Unfinished", findings=sweep.unfinished))
     if sweep.left_out:
@@ -268,7 +283,6 @@ def _runs(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
     if sweep.records:
         table = tables.versions(sweep.records)
         found.append(Section(title="Versions", table=table, caption="Software of the finished runs"))
-    jobs = [*sweep.records, *sweep.failures]
-    again = pd.DataFrame({"command": [shlex.join(["layerif", *job.overrides]) for job in jobs]})
+    again = pd.DataFrame({"command": [shlex.join(["layerif", *job.overrides]) for job in sweep.jobs]})
     found.append(Section(title="How to reproduce", table=again, caption="Each run as a command, failed ones last"))
     return found

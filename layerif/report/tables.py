@@ -26,7 +26,7 @@ class Cell:
     """Of one arm on one task: the mean over seeds and how sure it is, or why there is none.
 
     basis: what the interval is of. failed, missing: seeds. paper: the published number; to_paper: ours minus it, only
-    where both are of the same model and task.
+    where all of its runs are of what the number is of (`Expected.is_of`).
     """
 
     mean: float | None = None
@@ -93,31 +93,59 @@ def results(runs: Sequence[Run], metric: str, expected: Expected | None = None) 
     missing = grid(runs, expected)
     named = [*(arm for arm, _ in places), *(arm for arm, *_ in missing)]
     arms, columns = list(dict.fromkeys(named)), list(dict.fromkeys([c for _, c in places] + [c for _, c, _ in missing]))
+    arm_of, column_of = _published_names(runs, expected)
     if expected is not None:  # in the order of the published table
-        arms.sort(key=lambda arm: _place(arm, list(expected.arms)))
-        columns.sort(key=lambda column: _place(column, list(expected.columns)))
+        arms.sort(key=lambda arm: _place(arm_of.get(arm), list(expected.arms)))
+        columns.sort(key=lambda column: _place(column_of.get(column), list(expected.columns)))
     cells = {}
     for arm, column in itertools.product(arms, columns):
         lacking = tuple(seed for other, of, seed in missing if (other, of) == (arm, column))
-        cells[arm, column] = _cell(places.get((arm, column), []), metric, lacking, arm, column, of_metric)
+        there = places.get((arm, column), [])
+        paper = _paper(there, of_metric, arm_of.get(arm), column_of.get(column))
+        cells[arm, column] = _cell(there, metric, lacking, paper, of_metric)
     return Results(metric=metric, arms=arms, columns=columns, cells=cells)
 
 
-def _place(name: str, order: list[str]) -> int:
+def _place(name: str | None, order: list[str]) -> int:
     return order.index(name) if name in order else -1
 
 
+def _published_names(runs: Sequence[Run], expected: Expected | None) -> tuple[dict[str, str | None], ...]:
+    """Of the report's arms and columns, what `expected` calls them: a row's name also says what sets it apart."""
+    if expected is None:
+        return {}, {}
+    models = dict.fromkeys(run.model for run in runs)
+    arms: dict[str, str | None] = {arm: arm for arm in expected.arms}
+    columns: dict[str, str | None] = {_named(model, column): column for model in models for column in expected.columns}
+    for run in runs:
+        arms[run.arm] = None if run.prefix else expected.arm(run.job.config)
+        columns[_column(run)] = expected.column(run.job.config)
+    return arms, columns
+
+
+def _paper(runs: Sequence[Run], expected: Expected | None, arm: str | None, column: str | None) -> float | None:
+    """The number of a cell, by what its runs are of; without runs, by what those of its row and column are of."""
+    if expected is None:
+        return None
+    if not runs:
+        return expected.values.get(arm or "", {}).get(column or "")
+    found = {None if run.prefix else expected.value(run.job.config) for run in runs}
+    return found.pop() if len(found) == 1 else None
+
+
 def _column(run: Run) -> str:
-    return f"{run.model} {run.task}".strip()
+    return _named(run.model, run.task)
+
+
+def _named(model: str, task: str) -> str:
+    return f"{model} {task}".strip()
 
 
 def _cell(
-    runs: Sequence[Run], metric: str, missing: tuple[str, ...], arm: str, column: str, expected: Expected | None
+    runs: Sequence[Run], metric: str, missing: tuple[str, ...], paper: float | None, expected: Expected | None
 ) -> Cell:
     values = [run.metrics[metric] for run in runs if metric in run.metrics]
     failed = tuple(run.seed for run in runs if isinstance(run.job, Failure))
-    task = runs[0].task if runs else column
-    paper = expected.values.get(arm, {}).get(task) if expected is not None else None
     if not values:
         return Cell(failed=failed, missing=missing, paper=paper)
     on, back = (np.log, np.exp) if is_logarithmic(metric) else (np.asarray, np.asarray)
@@ -139,7 +167,8 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     """Arm, column and seed of what was never run: the holes in arms × tasks × seeds.
 
     The arms of one grid share all settings but how their allocation was made; a pruner without seeds of its own leaves
-    no holes. `expected` adds the cells it has numbers of, once its model was run at full size on one of its columns.
+    no holes. `expected` adds the cells it has numbers of, once what they are of was run on one of its columns; an arm
+    that ran in several settings lacks them in each.
     """
     trained = [run for run in runs if not run.prefix and run.job.config["method"]]
     grids: dict[tuple[str, str], list[Run]] = {}
@@ -154,10 +183,12 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     if expected is not None and columns_of(expected, [run.job.config for run in published]):
         seeds = list(dict.fromkeys(map(_seed, published)))
         ran = {(expected.arm(run.job.config), expected.column(run.job.config)) for run in published}
-        models = list(dict.fromkeys(run.model for run in published))
-        cells = [(arm, task) for arm, row in expected.values.items() for task in row if (arm, task) not in ran]
-        for (arm, task), model, seed in itertools.product(cells, models, seeds):
-            found[arm, f"{model} {task}".strip(), seed] = None
+        rows = {(run.model, expected.arm(run.job.config), run.arm): None for run in published}
+        cells = [(arm, task) for arm, row in expected.values.items() for task in row if expected.columns[task]]
+        models = dict.fromkeys(run.model for run in published)
+        for (arm, task), model in itertools.product([cell for cell in cells if cell not in ran], models):
+            names = [name for of, which, name in rows if (of, which) == (model, arm)] or [arm]
+            found |= dict.fromkeys(itertools.product(names, [_named(model, task)], seeds))
     return list(found)
 
 
