@@ -27,7 +27,7 @@ from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
 from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
-from layerif.record import FILE, RunRecord
+from layerif.record import FAILURE, FILE, RunRecord
 from layerif.report import print_run
 from layerif.sweep import is_swept
 from layerif.tracking import tracked
@@ -151,7 +151,8 @@ def _execute(parts: Parts, record: RunRecord, folder: Path) -> None:
 
 
 def _is_finished(folder: Path, record: RunRecord) -> bool:
-    if not (folder / FILE).exists():
+    """Whether this very job has a record here, and has not failed since."""
+    if not (folder / FILE).exists() or (folder / FAILURE).exists():
         return False
     try:
         done = RunRecord.read(folder)

@@ -273,3 +273,28 @@ def test_an_arm_that_ran_in_two_settings_is_two_rows_and_not_missing(tmp_path):
         f"{a} allocator.budget={b}" for a in ("uniform", "layerif") for b in (80, 160)
     ]
     assert not grid(found, paper)
+
+
+def test_what_a_column_decides_is_no_part_of_an_arms_name_but_its_size_is(tmp_path):
+    paper = Expected.read(expected(tmp_path))
+
+    def run(name: str, task: str, **settings: object):
+        given = {f"allocator.{key}": value for key, value in settings.items()}
+        return record(name, [True, False], task=task, settings=given)
+
+    def arms(*jobs: Any) -> list[str]:
+        return sorted({one.arm for one in runs_of(jobs, paper)})
+
+    uniform = run("uniform", "capital", beta=2.0)
+    assert arms(uniform, run("datainf", "capital", beta=2.5), run("datainf", "region", beta=3.0)) == [
+        "layerif",
+        "uniform",
+    ]
+    assert arms(*(run("datainf", "capital", beta=beta) for beta in (2.5, 3.0))) == [
+        "layerif allocator.beta=2.5",
+        "layerif allocator.beta=3.0",
+    ]
+    assert arms(run("datainf", "capital", budget=80), run("datainf", "region", budget=160)) == [
+        "layerif allocator.budget=160",
+        "layerif allocator.budget=80",
+    ]

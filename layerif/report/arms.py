@@ -16,6 +16,8 @@ from layerif.report.expected import Expected, chosen
 UNTOUCHED = "untouched model"
 Job = RunRecord | Failure
 
+_SIZE = ("allocator.budget", "allocator.target")  # of an allocation
+
 # Metrics that are means over questions whose answers are kept, and where.
 QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
 
@@ -104,7 +106,7 @@ def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
     models, columns = titles(jobs, "model"), _columns(jobs, expected)
     seeds = _seeds(jobs)
     trained = [number for number, job in enumerate(jobs) if job.config["method"] or not job_metrics(job)]
-    names = dict(zip(trained, _arm_names([jobs[number] for number in trained], expected), strict=True))
+    names = dict(zip(trained, _arm_names(*([of[n] for n in trained] for of in (jobs, columns)), expected), strict=True))
     found = []
     for number, name in names.items():
         place = {"model": models[number], "task": columns[number], "seeds": seeds[number]}
@@ -151,29 +153,32 @@ def job_metrics(job: Job) -> Mapping[str, Any]:
     return {} if isinstance(job, Failure) else job.metrics
 
 
-def _arm_names(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
+def _arm_names(jobs: Sequence[Job], columns: Sequence[str], expected: Expected | None) -> list[str]:
     given = [None if expected is None else expected.arm(job.config) for job in jobs]
     names = [name or arm_name(job) for name, job in zip(given, jobs, strict=True)]
     own = [number for number, name in enumerate(given) if name is None]
     groups = [own] if own else []
     groups += [[number for number, other in enumerate(given) if other == name] for name in dict.fromkeys(given) if name]
     for group in groups:  # what differs between the arms of a table is known from its names; what differs within is not
-        told = "" if group is own else "task."
-        found = [_without(settings(jobs[number]), told, expected) for number in group]
+        found = [settings(jobs[number]) for number in group]
+        found = found if group is own else _apart(found, [columns[number] for number in group])
         for number, label in zip(group, labelled([names[n] for n in group], found, number_alike=False), strict=True):
             names[number] = label
     return names
 
 
-def _without(sections: Mapping[Hashable, dict[str, object]], told: str, expected: Expected | None):
-    """Less what an experiment's columns set."""
-    if not told or expected is None:
-        return sections
-    keys = tuple(f"{key}." for conditions in expected.columns.values() for key in conditions)
-    return {
-        section: {key: value for key, value in values.items() if not f"{key}.".startswith(keys)}
-        for section, values in sections.items()
-    }
+def _apart(found: Sequence[Mapping[Hashable, dict[str, object]]], columns: Sequence[str]):
+    """Of one arm, less what its column decides: a pruner, and what an experiment gives it. A size is always told."""
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for sections, column in zip(found, columns, strict=True):
+        for key, value in itertools.chain.from_iterable(section.items() for section in sections.values()):
+            place = "" if key in _SIZE else column
+            values[key, place].add(json.dumps(value, sort_keys=True, default=str))
+    differing = {key for (key, _), those in values.items() if len(those) > 1}
+    return [
+        {section: {key: value for key, value in of.items() if key in differing} for section, of in sections.items()}
+        for sections in found
+    ]
 
 
 def _columns(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
@@ -286,7 +291,7 @@ def _factors(job: Job) -> tuple[str, str, str]:
     """How the allocation was made, its size, and everything else: arms that differ in one of them are compared."""
     made, rest = [], []
     for (section, choice), values in settings(job).items():  # type: ignore[misc]
-        kept = {key: value for key, value in values.items() if key not in ("allocator.budget", "allocator.target")}
+        kept = {key: value for key, value in values.items() if key not in _SIZE}
         if section == "choice":
             made.append(kept.pop("method"))
         (made if section in ("method", "estimator", "probe", "allocator", "score_task") else rest).append(

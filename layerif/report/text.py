@@ -20,9 +20,11 @@ def console() -> Console:
 def show(frame: pd.DataFrame, title: str, on: Console) -> None:
     shown = Table(title=title, title_justify="left")
     for column in frame.columns:
-        is_text = any(isinstance(value, str) for value in frame[column])
+        texts = [value for value in frame[column] if isinstance(value, str)]
+        is_long = column in WRAPPED or any(len(line) > 30 for text in texts for line in text.split("\n"))
+        width = min(12, max(map(len, [str(column), *texts])))  # beside columns that do not wrap, some must be left
         shown.add_column(
-            str(column), justify="left" if is_text else "right", no_wrap=column not in WRAPPED, overflow="fold"
+            str(column), justify="left" if texts else "right", no_wrap=not is_long, min_width=width, overflow="fold"
         )
     for row in frame.itertuples(index=False):
         shown.add_row(*(escape(spelt(value)) for value in row))
