@@ -47,6 +47,7 @@ class Config:
     dry_run: bool = False
     rerun: bool | str = False
     objective: str | None = None
+    recipe: str | None = None
     small: bool = False
     outputs: str = MISSING
     store: str = MISSING
@@ -56,6 +57,7 @@ class Config:
 _CHOICES = {
     "rerun": Literal[False, "failed", True],
     "objective": Literal[None, "validation/loss", "reliability"],
+    "recipe": Literal[None, "upstream"],
 }
 # What may differ between two runs that are the same job. `small` may not: a record says that it is of a small variant.
 _INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
@@ -134,6 +136,12 @@ def check(config: DictConfig) -> None:
     for key, hint in _CHOICES.items():
         if key in plain:
             _check_value(key, plain[key], hint)
+    method = plain.get("method") or {}
+    if plain.get("recipe") and "warmup_steps" not in method:
+        raise ValueError(
+            f"recipe={plain['recipe']} is a way to fine-tune, and method {method.get('_target_', 'none')} does not; "
+            "leave it out (experiment=NAME in place of [NAME,upstream]), or use method=lora_moe"
+        )
     for path, node in _targets(plain):
         _check_node(path, node)
 
@@ -183,6 +191,18 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     return str(error) or type(error).__name__
 
 
+def first_of(override: str) -> str:
+    """The override of a sweep's first job: of several values the first, of an interval its start."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    value: Any = parsed.value()
+    first = value.start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())
+    return f"{parsed.get_key_element()}={first}"
+
+
 def _named_by(group: str, choice: str, overrides: list[str]) -> str:
     """Which experiment names a choice that the command line does not."""
     given = {key: value for key, _, value in (override.lstrip("+").partition("=") for override in overrides)}
@@ -195,12 +215,11 @@ def _explain_key(key: str, message: str, overrides: list[str]) -> str:
     """A key that Hydra could not override: unknown, or of the wrong type."""
     from hydra import compose, initialize_config_dir
 
-    # Of a sweep's comma list the first value tells the keys as well as any.
-    kept = [override.split(",")[0] for override in overrides if override.split("=")[0].lstrip("+~") != key]
+    kept = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
     parent, _, name = key.rpartition(".")
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            config = compose("config", kept)
+            config = compose("config", list(map(first_of, kept)))  # its keys are those of every job
         node = OmegaConf.select(config, parent) if parent else config
         keys = [str(entry) for entry in node if entry != "_target_"] if OmegaConf.is_dict(node) else []
     except HydraException:

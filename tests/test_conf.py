@@ -84,6 +84,14 @@ def test_values_are_checked_against_the_signature(override, message):
             ["estimator.dampng=1"],
             "'estimator.dampng' is no key of the configuration (did you mean 'damping'?); allowed in 'estimator'",
         ),
+        (
+            ["logger=[csv,wandb]", "estimator.dampng=1"],
+            "'estimator.dampng' is no key of the configuration (did you mean",
+        ),
+        (
+            ["-m", "experiment=[table1_experts_mistral,upstream]", "seed=0,1", "method.rr=4"],
+            "'method.rr' is no key of the configuration (did you mean 'r'?); allowed in 'method': ",
+        ),
         (["task=capitol"], "did you mean 'capital'"),
         (["sed=1"], "did you mean 'seed'"),
         (["seed=one"], "seed"),

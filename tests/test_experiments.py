@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from experiments.benchmark_scoring import datainf_loop
 from layerif.config import check, conf_folder, register
 from layerif.record import RunRecord
+from tests.records import record, written
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 LAYERS = [f"model.layers.{number}" for number in range(6)]
@@ -246,3 +247,68 @@ def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_
     assert np.isnan(alone["p of the ratio"])  # a single seed decides nothing
     assert three["p of the ratio"] < 0.05
     assert max(alone["p of the difference"], three["p of the difference"]) < 0.05
+
+
+# Whose scores place the experts
+
+
+def specific(task: str, scores: str, seed: int, right: int) -> RunRecord:
+    """`right` of 20 questions answered under the experts that a task's scores ask for."""
+    settings = {"score_task": {"name": scores}} if scores != "uniform" else {}
+    options: dict[str, Any] = {"task": task, "seed": seed, "settings": settings}
+    return record("datainf" if settings else "uniform", [number < right for number in range(20)], **options)
+
+
+# Right answers at seeds 0, 1 and 2, of 20.
+RIGHT = {
+    ("a", "a"): (16, 17, 18),
+    ("a", "b"): (14, 15, 14),
+    ("a", "c"): (16, 15, 14),
+    ("a", "uniform"): (15, 15, 15),
+    ("b", "a"): (8, 9, 10),
+    ("b", "b"): (10, 10, 10),
+    ("b", "c"): (10, 9, 8),
+    ("b", "uniform"): (11, 11, 12),
+    ("c", "a"): (12, 12, 12),
+    ("c", "b"): (14, 14, 14),
+    ("c", "c"): (13, 13, 15),
+    ("c", "uniform"): (10, 10, 10),
+}
+
+
+def test_own_scores_are_held_against_the_mean_of_the_others_at_each_seed(tmp_path):
+    plot = plot_of("task_specificity")
+    jobs = [specific(*key, seed, right) for key, counts in RIGHT.items() for seed, right in enumerate(counts)]
+    plot.draw(written(tmp_path / "sweep_small", jobs), tmp_path)
+    assert (tmp_path / "matrix.png").stat().st_size > 10_000
+    text = (tmp_path / "results.md").read_text()
+    assert "| a | 20 | **0.850 (0.726 to 0.974)** | 0.717 (0.645 to 0.788) |" in text
+    assert "small variant" in text
+    grid = plot.read(tmp_path / "sweep_small")
+    others, uniform = plot.differences(grid.accuracy_TCS).values()
+    np.testing.assert_allclose(others * 20, [[1, 2, 4], [1, 1, 1], [0, 0, 2]], atol=1e-9)
+    np.testing.assert_allclose(uniform * 20, [[1, 2, 3], [-1, -1, -2], [3, 3, 5]], atol=1e-9)
+    rows = {(row["difference"], row["trained for"]): row for row in plot.contrasts(grid).to_dict("records")}
+    own, column = "own − mean of the others'", "mean and 95 % interval"
+    # (2/3, 1, 7/3) of 20: mean 4/3, standard error √(7/9)/√3; t of two degrees of freedom 4.303
+    half = 4.303 * np.sqrt(7 / 9 / 3) / 20
+    mean = 4 / 3 / 20
+    assert rows[own, "mean of tasks"][column] == f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+    assert [rows[own, "a"][f"seed {seed}"] for seed in range(3)] == ["+0.050", "+0.100", "+0.200"]
+    assert rows[own, "b"][column] == "+0.050 (at every seed)"
+    assert rows["own − uniform", "mean of tasks"][column].startswith(f"{13 / 9 / 20:+.3f} (")
+
+
+def test_an_incomplete_grid_is_refused_or_cut_to_its_whole_seeds(tmp_path):
+    plot = plot_of("task_specificity")
+    jobs = [specific(*key, seed, right) for key, counts in RIGHT.items() for seed, right in enumerate(counts)]
+    without = [job for job in jobs if (job.seed, plot.scores_of(job), job.config["task"]["name"]) != (2, "b", "a")]
+    cut = plot.read(written(tmp_path / "cut", without))
+    assert (cut.seeds, cut.accuracy_TCS.shape, cut.is_small) == ([0, 1], (3, 4, 2), False)
+    assert "Other seeds are left out, for they lack a by scores of b, seed 2." in plot.said(cut)
+    with pytest.raises(SystemExit, match=r"no seed has all 3 × 4 cells.*missing: a by uniform, seed 0; b by uniform"):
+        plot.read(written(tmp_path / "none", [job for job in jobs if plot.scores_of(job) != "uniform"]))
+    with pytest.raises(SystemExit, match="a by scores of a, seed 0 was run twice"):
+        plot.read(written(tmp_path / "twice", [*jobs, jobs[0]]))
+    with pytest.raises(SystemExit, match="holds 0 tasks"):
+        plot.read(tmp_path / "empty")

@@ -7,16 +7,14 @@ import shlex
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from layerif.config import check, conf_folder, register
+from layerif.config import check, conf_folder, first_of, register
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.scores import LayerScores
 
@@ -46,16 +44,6 @@ def test_every_command_composes(command):
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         assert compose("config", [first_of(argument) for argument in arguments])
-
-
-def first_of(argument: str) -> str:
-    """The override of a sweep's first job."""
-    override = OverridesParser.create().parse_override(argument)
-    if not override.is_sweep_override():
-        return argument
-    value: Any = override.value()
-    first = value.start if override.is_interval_sweep() else next(override.sweep_string_iterator())
-    return f"{override.get_key_element()}={first}"
 
 
 def test_the_python_example_runs(model_folder, tmp_path, monkeypatch):
