@@ -120,7 +120,7 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
     assert set(rows) == {"before", "uniform", "random", "shape(2-4-6-8)", "plain LoRA, equal size"}
     assert rows["random"]["difference"] == pytest.approx(np.mean(expected))
     assert rows["random"]["difference low"] > 0
-    assert rows["random"]["p Holm"] < 0.01
+    assert rows["random"]["p Holm"] < 0.05
     assert rows["shape(2-4-6-8)"]["p Holm"] > 0.05
     assert rows["shape(2-4-6-8)"]["difference low"] < 0 < rows["shape(2-4-6-8)"]["difference high"]
     assert (rows["plain LoRA, equal size"]["difference"], rows["plain LoRA, equal size"]["p"]) == (0, 1)
