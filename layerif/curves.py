@@ -1,16 +1,20 @@
-"""Training curves besides the losses: learning rate, seconds of a step, and how a LoRA-MoE routes."""
+"""Training curves: losses, learning rate, seconds of a step, how a LoRA-MoE routes; and their past in a resumed run."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from layerif.moe import measure_usage
 from layerif.moe.usage import UsageMeter, by_block
-from layerif.tracking import log_routing
+from layerif.tracking import log_again, log_routing
 
 
 class Curves(L.Callback):
@@ -18,20 +22,46 @@ class Curves(L.Callback):
 
     Of a LoRA-MoE also, every `trainer.log_every_n_steps` steps, the load of each expert and the entropy of the routers
     by block, over all training tokens since the last time.
+
+    Loggers begin anew with every process. So that they also show what a resumed run's checkpoint stands on, everything
+    logged is written to `file`, a row before the checkpoint of its step (Lightning logs a step after it), and the
+    checkpoint says how many rows and seconds of fitting are behind it, and what the routers did since the last row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
+        self.seconds_before = 0.0  # of fitting, up to the checkpoint this process began with
+        self._file, self._num_rows = file, 0
         self._step = 0
-        self._seconds = self._begun = 0.0
+        self._seconds = self._begun = self._fit_begun = 0.0
         self._measuring = ExitStack()
         self._meter: UsageMeter | None = None
+        self._usage: dict[tuple[str, ...], Tensor] = {}  # of the meter, from the checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._fit_begun = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds = self.seconds_before + time.perf_counter() - self._fit_begun
+        usage = self._meter.state() if self._meter else {}
+        return {"seconds": seconds, "num_rows": self._num_rows, "usage": usage}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds_before, self._num_rows = state_dict["seconds"], state_dict["num_rows"]
+        self._usage = state_dict["usage"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
-        if trainer.loggers:
-            self._meter = self._measuring.enter_context(measure_usage(pl_module.model, with_grad=True))
+        if not trainer.loggers:
+            return
+        self._meter = self._measuring.enter_context(measure_usage(pl_module.model, with_grad=True))
+        if trainer.is_global_zero:
+            log_again(trainer.loggers, self._kept())
+            self._meter.restore(self._usage)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning's steps of curves, which are one too many in a run resumed from the end of an epoch.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
         self._begun = time.perf_counter()
 
@@ -42,8 +72,14 @@ class Curves(L.Callback):
         self._step = trainer.global_step
         pl_module.log("train/seconds", self._seconds)
         self._seconds = 0.0
-        if self._meter is not None and self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_routing(trainer, pl_module, self._meter)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.loggers and every and self._step % every == 0:
+            self._log_routing(trainer, pl_module)
+            self._keep_logged(trainer, "train/")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.loggers and trainer.state.fn == "fit":
+            self._keep_logged(trainer, "validation/")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._measuring.close()
@@ -51,8 +87,35 @@ class Curves(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._measuring.close()
 
-    def _log_routing(self, trainer: L.Trainer, pl_module: Any, meter: UsageMeter) -> None:
-        usage = meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
+    def _log_routing(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert self._meter is not None
+        usage = self._meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
         if usage and trainer.is_global_zero:
-            # Lightning counts the steps of its own curves from 0.
-            log_routing(trainer.loggers, by_block(usage, list(pl_module.allocation)), self._step - 1)
+            routing = by_block(usage, list(pl_module.allocation))
+            log_routing(trainer.loggers, routing, _step(trainer))
+            self._keep({"step": _step(trainer), "routing": routing})
+
+    def _keep_logged(self, trainer: L.Trainer, prefix: str) -> None:
+        """What Lightning has of these values for the loggers, or has given them."""
+        values = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(prefix)}
+        if values and trainer.is_global_zero:
+            self._keep({"step": _step(trainer), "metrics": {**values, "epoch": trainer.current_epoch}})
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        with self._file.open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
+        self._num_rows += 1
+
+    def _kept(self) -> list[dict[str, Any]]:
+        """The rows behind the checkpoint; what was logged after it is made again, and here forgotten."""
+        lines = self._file.read_text().splitlines()[: self._num_rows] if self._file.exists() else []
+        unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+        unfinished.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(unfinished, self._file)
+        self._num_rows = len(lines)
+        return [json.loads(line) for line in lines]
+
+
+def _step(trainer: L.Trainer) -> int:
+    """As Lightning counts the steps of its own curves: from 0, the step at work or just done."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -76,11 +76,12 @@ def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, rec
     kept: Fit = instantiate(parts.config.fit)
     data = parts.datamodule()
     checkpoints = folder / "checkpoints"
-    trainer = parts.trainer([influence, *callbacks(kept, checkpoints)], folder)
+    curves = Curves(checkpoints / "curves.jsonl")
+    trainer = parts.trainer([influence, curves, *callbacks(kept, checkpoints)], folder)
     start = time.perf_counter()
     trainer.ckpt_path = _unfinished(checkpoints, record)
     run_trainer(trainer, module, data)
-    record.seconds["fit"] = time.perf_counter() - start - influence.seconds
+    record.seconds["fit"] = curves.seconds_before + time.perf_counter() - start - influence.seconds
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
             record.notes.append(f"{encodings.num_truncated} of {len(encodings)} {part} samples cut at data.max_length")
@@ -177,13 +178,32 @@ def evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> 
 
 
 def callbacks(kept: Fit, checkpoints: Path) -> list[Callback]:
-    saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
-    found: list[Callback] = [Curves(), saved(filename="last", every_n_train_steps=kept.checkpoint_steps)]
-    if kept.keep == "best":
-        found.append(saved(filename="best", monitor="validation/loss"))
+    """`last` is saved after all that a validation changes: a run resumed from it knows of the best so far."""
+    found: list[Callback] = []
     if kept.patience is not None:
-        found.append(EarlyStopping("validation/loss", patience=kept.patience))
-    return found
+        found.append(EarlyStopping("validation/loss", patience=kept.patience, check_on_train_epoch_end=False))
+    saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
+    if kept.keep == "best":
+        found.append(saved(filename="best", monitor="validation/loss", save_on_train_epoch_end=False))
+    if kept.checkpoint_steps is None:
+        return [*found, saved(filename="last")]
+    last = StepCheckpoint(checkpoints, "last", every_n_train_steps=kept.checkpoint_steps, enable_version_counter=False)
+    return [*found, last]
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves every so many steps; where a validation follows the step, after it.
+
+    From a checkpoint of the end of a batch Lightning carries on behind the validation that was due then.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        loop = trainer.fit_loop
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            super().on_train_batch_end(trainer, *rest)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
 def carries_on(checkpoints: Path, record: RunRecord) -> bool:
@@ -203,6 +223,8 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     last = checkpoints / "last.ckpt"
     if carries_on(checkpoints, record) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
+        if "wandb" in record.tracking:
+            record.notes.append("wandb has this run anew, with the steps before; beside it stays the one not finished")
         log.info("resuming from %s", last)
         return str(last)
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -182,11 +182,15 @@ class TaskDataModule(L.LightningDataModule):
                     f"data.drop_partial=true leaves nothing of {len(self.train)} samples at data.batch_size="
                     f"{self.batch_size} × {accumulated} accumulated; use a smaller batch or drop_partial=false"
                 )
-        self._sampler = EpochShuffle(len(self.train), count, self.seed, self._start)
+        self._sampler = EpochShuffle(len(self.train), count, self.seed, self._start, lambda: self._epoch)
         return DataLoader(self.train, self.batch_size, sampler=self._sampler, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.validation, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    @property
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer else 0
 
     # Lightning's own restart in the middle of an epoch keeps its counters but begins the data anew.
     def state_dict(self) -> dict[str, int]:
@@ -203,21 +207,18 @@ class EpochShuffle(Sampler[int]):
     """`count` of `size` positions in an order that is a function of (seed, epoch).
 
     drawn: how many of the epoch were taken; the first epoch begins at `start`, for a run resumed in its middle.
+    epoch: asked when one begins. Lightning's `set_epoch` is one ahead in a run resumed from the end of an epoch.
     """
 
-    def __init__(self, size: int, count: int, seed: int, start: int = 0) -> None:
-        self.size, self.count, self.seed = size, count, seed
+    def __init__(self, size: int, count: int, seed: int, start: int = 0, epoch: Callable[[], int] = lambda: 0) -> None:
+        self.size, self.count, self.seed, self.epoch = size, count, seed, epoch
         self.start = self.drawn = start
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         order = torch.randperm(self.size, generator=generator)[: self.count]
         self.drawn, self.start = self.start, 0
         for position in order[self.drawn :].tolist():

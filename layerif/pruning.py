@@ -175,7 +175,7 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
     assert module.walk is not None
     if influence.decision is None:
         _keep_given(module, record)
-    record.seconds["prune"] = time.perf_counter() - start - influence.seconds
+    record.seconds["prune"] = module.walk.seconds_before + time.perf_counter() - start - influence.seconds
     if module.walk.num_replayed:
         record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
     model = module.base_model()

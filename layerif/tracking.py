@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
 
 from layerif.record import RunRecord
+from layerif.report.frames import frames, numbers, routing_rows
+from layerif.report.plots import plots_of_run
+from layerif.report.text import markdown
 from layerif.store import Store
 
 ROUTING = "routing.csv"
@@ -123,26 +124,16 @@ def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, An
             logger.log_metrics({**loads, **entropies}, step)
 
 
-def tables(record: RunRecord) -> dict[str, pd.DataFrame]:
-    """What a record says, by name; what it does not hold is left out."""
-    found: dict[str, pd.DataFrame] = {}
-    if record.allocation:
-        scores = {"score": record.scores} if record.scores else {}
-        values = {record.allocation["kind"]: record.allocation["values"]}
-        found["layers"] = pd.DataFrame({"depth": range(len(record.layers)), "layer": record.layers, **scores, **values})
-    if metrics := numbers(record.metrics):
-        found["metrics"] = pd.DataFrame({"metric": list(metrics), "value": list(metrics.values())})
-    if record.questions:
-        found["questions"] = pd.DataFrame(record.questions).rename_axis("question").reset_index()
-    if record.routing:
-        found["routing"] = pd.DataFrame(_routing_rows(record.routing))
-    if record.sparsity:
-        found["sparsity"] = pd.DataFrame({"matrix": record.sparsity.keys(), "sparsity": record.sparsity.values()})
-    return found
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+def log_again(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of `layerif.curves.Curves` that loggers had in an earlier process."""
+    for row in rows:
+        if "routing" in row:
+            log_routing(loggers, row["routing"], row["step"])
+        else:
+            for logger in loggers:
+                logger.log_metrics(dict(row["metrics"]), row["step"])
+    for logger in loggers:
+        logger.save()
 
 
 def _start(logger: Logger, record: RunRecord) -> None:
@@ -168,10 +159,10 @@ def _finish(logger: Logger, exit_code: int) -> None:
 
 def _to_tensorboard(logger: TensorBoardLogger, record: RunRecord) -> None:
     writer = logger.experiment
-    for name, frame in tables(record).items():
-        writer.add_text(name, _markdown(frame))
-    if record.allocation:
-        writer.add_figure("layers", _figure(record))
+    for name, frame in frames(record).items():
+        writer.add_text(name, markdown(frame, spell=str))
+    for name, plot in plots_of_run(record).items():
+        writer.add_figure(name, plot.figure)
     logger.log_hyperparams(dict(record.config), numbers(record.metrics))
 
 
@@ -179,7 +170,7 @@ def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, store: Store) -> N
     import wandb
 
     run: Any = logger.experiment
-    found = tables(record)
+    found = frames(record)
     shown: dict[str, Any] = {name: wandb.Table(dataframe=frame) for name, frame in found.items()}
     if "layers" in found:
         for column in found["layers"].columns[2:]:
@@ -207,39 +198,10 @@ def _files(record: RunRecord, folder: Path, store: Store) -> Iterator[tuple[str,
 
 
 def _append_routing(file: Path, routing: Mapping[str, Mapping[str, Any]], step: int) -> None:
-    rows = _routing_rows(routing)
+    rows = routing_rows(routing)
     is_new = not file.exists()
     with file.open("a", newline="") as opened:
         writer = csv.DictWriter(opened, ["step", *rows[0]])
         if is_new:
             writer.writeheader()
         writer.writerows({"step": step, **row} for row in rows)
-
-
-def _routing_rows(routing: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": block,
-            "entropy": usage["entropy"],
-            "lowest load": min(usage["load"]),
-            "highest load": max(usage["load"]),
-            "load": " ".join(f"{load:.3f}" for load in usage["load"]),
-        }
-        for block, usage in routing.items()
-    ]
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    rows = [frame.columns, ["---"] * len(frame.columns), *frame.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
-def _figure(record: RunRecord) -> Figure:
-    """Scores over the allocation, layer by layer."""
-    frame = tables(record)["layers"]
-    columns = frame.columns[2:]
-    figure = Figure(figsize=(8, 2.6 * len(columns)), layout="constrained")
-    for axes, column in zip(figure.subplots(len(columns), squeeze=False)[:, 0], columns, strict=True):
-        axes.bar(frame["depth"], frame[column])
-        axes.set(xlabel="layer (decoder block)", ylabel=column)
-    return figure

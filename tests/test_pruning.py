@@ -118,7 +118,9 @@ def test_a_killed_run_carries_on_to_the_same_bits(parts, tmp_path, monkeypatch):
         pruned(parts(*overrides), tmp_path / "killed")
     assert len(list((tmp_path / "killed" / "blocks").glob("block-*"))) == 2
     monkeypatch.setattr(walk.Walk, "_prune", real)
+    monkeypatch.setattr(walk, "_header", lambda file: {"seconds": "1000"})
     resumed = pruned(parts(*overrides), tmp_path / "killed")
+    assert 2000 < resumed.seconds["prune"] < 2900  # of the two blocks before, and of this process
     assert "2 blocks were pruned by a run that did not finish" in resumed.notes
     assert resumed.metrics == whole.metrics
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))

@@ -20,9 +20,10 @@ import layerif.fit
 import layerif.moe.usage
 from layerif.config import conf_folder, register
 from layerif.record import RunRecord
+from layerif.report.frames import frames
 from layerif.run import run
 from layerif.store import Store
-from layerif.tracking import Wandb, log_routing, tables, tracked
+from layerif.tracking import Wandb, log_routing, tracked
 from tests.wandb_file import WandbFile
 
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
@@ -49,7 +50,7 @@ def own_wandb(tmp_path_factory):
 
 def job(overrides: list[str], folder: Path) -> None:
     """One job in this process and `folder`, as the command line runs it."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -164,7 +165,7 @@ def test_tensorboard_reads_curves_tables_and_a_chart(whole):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 3]
     assert {"validation/loss", "train/learning_rate", f"entropy/{next(iter(record.routing))}"} <= set(tags["scalars"])
     assert events.Scalars("accuracy")[-1].value == pytest.approx(record.metrics["accuracy"])
-    assert tags["images"] == ["layers"]
+    assert sorted(tags["images"]) == ["allocation", "scores"]
     layers, questions = (
         events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
         for name in ("layers", "questions")
@@ -197,6 +198,45 @@ def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_
     assert {artifact.type for artifact in following.all("artifact")} == {"run_table"}
 
 
+def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, tmp_path, monkeypatch):
+    def killed(self, trainer, *_) -> None:
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+    every = [*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2", "fit.checkpoint_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(layerif.fit.Curves, "on_train_batch_start", killed)
+        with pytest.raises(SystemExit):
+            job(every, tmp_path)
+    (before,) = tmp_path.glob("wandb/offline-run-*")
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Curves"]
+    job(every, tmp_path)
+    record = RunRecord.read(tmp_path)
+    assert record.seconds["fit"] > saved["seconds"] > 0
+    assert any(note.startswith("resumed from") for note in record.notes)
+    assert any(note.startswith("wandb has this run anew") for note in record.notes)
+    curves, expected = (pd.read_csv(folder / "metrics.csv") for folder in (tmp_path, whole))
+    pd.testing.assert_frame_equal(curves.drop(columns="train/seconds"), expected.drop(columns="train/seconds"))
+    assert (tmp_path / "routing.csv").read_text() == (whole / "routing.csv").read_text()
+    for name in ("train/loss", "validation/loss", f"entropy/{ROUTED}"):
+        shown, undisturbed = (EventAccumulator(str(folder)).Reload().Scalars(name) for folder in (tmp_path, whole))
+        assert [(one.step, one.value) for one in shown] == [(one.step, one.value) for one in undisturbed]
+    assert before.name != record.tracking["wandb"]
+    histories = [WandbFile(tmp_path, record.tracking["wandb"]).history, WandbFile(whole).history]
+    shown, undisturbed = (
+        pd.DataFrame(rows)[["trainer/global_step", "epoch", "train/loss", "validation/loss", f"entropy/{ROUTED}"]]
+        for rows in histories
+    )
+    pd.testing.assert_frame_equal(shown, undisturbed)
+
+
+def test_a_run_done_again_in_its_folder_hides_what_it_logged_before(settings, tmp_path):
+    for _ in range(2):
+        job([*settings, "logger=[csv,tensorboard]", "rerun=true"], tmp_path)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [0, 1, 2, 3]
+    assert pd.read_csv(tmp_path / "metrics.csv")["train/loss"].count() == 4
+
+
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SystemExit, 1), (ValueError, 1)])
 def test_whatever_ends_a_run_reaches_wandb(tmp_path, error, code):
     logger = Wandb(save_dir=str(tmp_path))
@@ -216,13 +256,13 @@ def test_pruning_is_tracked_too(settings, tmp_path):
     assert "sparsity/text_summary" in events.Tags()["tensors"]
 
 
-def test_tables_hold_what_the_record_holds():
+def test_frames_hold_what_the_record_holds():
     record = RunRecord(name="mine", seed=0, config={}, overrides=[])
-    assert tables(record) == {}
+    assert frames(record) == {}
     record.questions = {"before/options": {"a": True, "b": False}, "options": {"b": True, "a": True}}
     record.metrics = {"accuracy": 1.0, "found": {"not": "a number"}}
     record.sparsity = {"model.layers.0.q": 0.5}
-    found = tables(record)
+    found = frames(record)
     assert found.keys() == {"metrics", "questions", "sparsity"}
     assert found["questions"].to_dict("list") == {
         "question": ["a", "b"],

@@ -96,9 +96,15 @@ class UsageMeter:
             alike[shape][name] = record
         with torch.no_grad():
             for records in alike.values():
-                sums = _sums(list(records.values()), routing.attention_mask)
-                names = tuple(records)
-                self._sums[names] = self._sums[names] + sums if names in self._sums else sums
+                self._add(tuple(records), _sums(list(records.values()), routing.attention_mask))
+
+    def state(self) -> dict[tuple[str, ...], Tensor]:
+        """What this process has summed since the last `take`, for another meter to `restore`."""
+        return dict(self._sums)
+
+    def restore(self, state: Mapping[tuple[str, ...], Tensor]) -> None:
+        for names, sums in state.items():
+            self._add(names, sums)
 
     def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, ExpertUsage]:
         """Usage by router since the last `take`. reduce: sums the sums of all processes."""
@@ -113,6 +119,9 @@ class UsageMeter:
             for name, row in zip(names, part.view(sums.shape), strict=True):
                 rows[name] = rows[name] + row if name in rows else row
         return {name: _usage(row / row[-1]) for name, row in rows.items()}
+
+    def _add(self, names: tuple[str, ...], sums: Tensor) -> None:
+        self._sums[names] = self._sums[names].to(sums.device) + sums if names in self._sums else sums
 
 
 def by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inpu
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -61,6 +62,7 @@ class Walk:
         Raises ValueError naming block or matrix for activations that are not finite, for a block whose inputs cannot
         be captured and for whatever the pruner refuses; OSError where the disk is full.
         """
+        begun = time.perf_counter()
         name = list(self.blocks)[index]
         block = self.blocks[name]
         home = next(block.parameters()).device
@@ -73,11 +75,17 @@ class Walk:
                 _set_weights(block, load_file(self._file(index)))
             else:
                 self._prune(name, block)
-                _save({name: module.weight for name, module in linears(block)}, self._file(index))
+                pruned = {name: module.weight for name, module in linears(block)}
+                _save(pruned, self._file(index), {"seconds": str(time.perf_counter() - begun)})
                 self.num_finished = index + 1
             if is_needed and index + 1 < len(self.blocks):
                 self._forward(name, block)
             block.to(home)
+
+    @property
+    def seconds_before(self) -> float:
+        """What it took to prune the blocks that are replayed."""
+        return sum(float(_header(self._file(index)).get("seconds", 0)) for index in range(self.num_replayed))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
@@ -243,11 +251,16 @@ def _set_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
         module.weight.copy_(weights[name])
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _header(file: Path) -> Mapping[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
     """Whole or not at all."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
         os.replace(unfinished, file)
     except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
         raise OSError(

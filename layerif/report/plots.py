@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from layerif.record import RunRecord
-from layerif.report.arms import Run, is_logarithmic
+from layerif.report.arms import Run, is_logarithmic, runs_of
 from layerif.report.tables import Results, profiles
 
 matplotlib.use("Agg")
@@ -44,6 +44,12 @@ class Plot:
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plots_of_run(record: RunRecord) -> dict[str, Plot]:
+    """Scores and allocation, by name; those the record does not hold are left out."""
+    found = {"scores": plot_scores([record]), "allocation": plot_allocations(runs_of([record]))}
+    return {name: plot for name, plot in found.items() if plot is not None}
 
 
 def plot_results(results: Results) -> Plot | None:

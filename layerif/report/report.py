@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from rich.console import Console
 
 from layerif.record import RunRecord
 from layerif.report import plots, tables, text
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
+from layerif.report.frames import frames
 from layerif.report.page import page
 from layerif.report.reading import read
 from layerif.report.sections import Section, fitting, sections, summary
@@ -98,16 +98,13 @@ def print_run(record: RunRecord, folder: Path, console: Console | None = None) -
     ranking = f"; highest: {highest}" if len(set(scores)) > 1 else ""
     console.print(f"\n{record.source}{ranking}", highlight=False, markup=False)
     console.print(f"{record.allocation['kind']} {values} (budget {record.allocation['budget']})", highlight=False)
-    runs = runs_of([record])
     if record.metrics and (record.questions or record.parameters):  # a report of method=diagnose has no accuracy
-        text.show(tables.in_full(runs), record.config["task"]["name"], console)
+        text.show(tables.in_full(runs_of([record])), record.config["task"]["name"], console)
     for name, value in record.metrics.items():
         if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
             console.print(f"  {name}: {text.spelt(value)}", highlight=False)
     for note in record.notes:
         console.print(f"  note: {note}", highlight=False)
-    columns = {"layer": record.layers, **({"score": scores} if scores else {}), record.allocation["kind"]: values}
-    pd.DataFrame(columns).to_csv(folder / "layers.csv", index=False)
-    for plot, name in ((plots.plot_scores([record]), "scores.png"), (plots.plot_allocations(runs), "allocation.png")):
-        if plot is not None:
-            plot.save(folder / name)
+    frames(record)["layers"].to_csv(folder / "layers.csv", index=False)
+    for name, plot in plots.plots_of_run(record).items():
+        plot.save(folder / f"{name}.png")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -43,8 +45,8 @@ def spelt(value: object) -> str:
     return f"{value:,}" if isinstance(value, int | np.integer) and abs(value) > 9999 else str(value)
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
-    rows += [[spelt(value).replace("|", "\\|") for value in row] for row in frame.itertuples(index=False)]
-    lines = ("| " + " | ".join(row) + " |" for row in rows)
+def markdown(frame: pd.DataFrame, spell: Callable[[object], str] = spelt) -> str:
+    header, rule = list(map(str, frame.columns)), ["---"] * len(frame.columns)
+    rows = [header, rule, *([spell(value) for value in row] for row in frame.itertuples(index=False))]
+    lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join(line.replace("\n", "; ") for line in lines)

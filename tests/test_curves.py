@@ -1,0 +1,133 @@
+"""A run killed at any point and resumed shows the curves of an undisturbed one, and counts what it took before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from layerif.curves import Curves
+from layerif.fit import Fit, callbacks
+from layerif.models import Local
+from layerif.modules import LoRAMoEModule, TaskDataModule
+from tests.tiny import shipped_task
+
+ALLOCATION = {"model.layers.0": 1, "model.layers.1": 4, "model.layers.2": 2}
+STEPS = 13  # of 5 an epoch
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def splits(task_folder):
+    return shipped_task("jsonl", f"task.path={task_folder}").load()
+
+
+@pytest.fixture
+def train(model_folder, splits, tmp_path):
+    """A run of one folder; called again it carries on from its checkpoint."""
+
+    def run(name: str, kept: Fit, **options: Any) -> tuple[LoRAMoEModule, Curves]:
+        folder = tmp_path / name
+        checkpoints = folder / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        curves = Curves(checkpoints / "curves.jsonl")
+        trainer = L.Trainer(
+            **{"max_steps": STEPS, "max_epochs": -1, "log_every_n_steps": 1, **options},
+            accelerator="cpu",
+            default_root_dir=folder,
+            logger=CSVLogger(folder, name=None, version=""),
+            callbacks=[curves, *callbacks(kept, checkpoints)],
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            num_sanity_val_steps=0,
+        )
+        (folder / "routing.csv").unlink(missing_ok=True)  # as `tracked` does
+        model = {"_target_": "layerif.models.Local", "path": str(model_folder)}
+        module = LoRAMoEModule(model, allocation=ALLOCATION, learning_rate=0.02, seed=1)
+        data = TaskDataModule(splits, Local(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
+        last = checkpoints / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        return module, curves
+
+    return run
+
+
+def after(number: int, done: Any) -> Any:
+    """A method that is killed when it has run so many times."""
+    calls = 0
+
+    def until_killed(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        result = done(*given, **named)
+        calls += 1
+        if calls == number:
+            raise Killed
+        return result
+
+    return until_killed
+
+
+def shown(folder: Path) -> tuple[pd.DataFrame, str]:
+    curves: Any = pd.read_csv(folder / "metrics.csv")
+    return curves.drop(columns="train/seconds"), (folder / "routing.csv").read_text()
+
+
+KILLS = [  # whose method, how often it runs before
+    (L.Trainer, "save_checkpoint", 2),  # saved, and the step not logged yet where steps are saved
+    (LoRAMoEModule, "validation_step", 3),  # in the middle of a validation
+    (Curves, "on_validation_end", 2),
+    (Curves, "on_train_batch_end", 11),  # a step whose curves are kept and whose checkpoint is not saved
+]
+SETTINGS: list[tuple[Fit, dict[str, Any]]] = [
+    (Fit(), {}),
+    (Fit(keep="best", patience=5), {"val_check_interval": 2}),
+    (Fit(checkpoint_steps=1), {}),
+    (Fit(checkpoint_steps=2, keep="best", patience=5), {"val_check_interval": 2}),
+    (Fit(checkpoint_steps=5, keep="best", patience=5), {}),
+    (Fit(checkpoint_steps=3), {"log_every_n_steps": 2, "val_check_interval": 3}),
+    (Fit(checkpoint_steps=1), {"limit_val_batches": 0}),
+    (Fit(checkpoint_steps=2), {"accumulate_grad_batches": 2, "max_steps": 7}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kept", "options"), SETTINGS)
+def test_killed_anywhere_and_resumed_shows_the_same_curves(train, tmp_path, monkeypatch, kept, options):
+    whole, undisturbed = train("whole", kept, **options)
+    assert undisturbed.seconds_before == 0
+    expected, routing = shown(tmp_path / "whole")
+    steps = expected.dropna(subset="train/loss")["step"]
+    assert steps.is_unique
+    assert len(steps) == options.get("max_steps", STEPS) // options.get("log_every_n_steps", 1)
+    for where, method, number in KILLS:
+        if where is not Curves and method == "validation_step" and "limit_val_batches" in options:
+            continue
+        name = f"{method}-{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(where, method, after(number, getattr(where, method)))
+            try:
+                train(name, kept, **options)
+            except Killed:
+                pass
+            else:
+                continue  # it does not run as often with these settings
+        resumed, carried = train(name, kept, **options)
+        found, routed = shown(tmp_path / name)
+        pd.testing.assert_frame_equal(found, expected)
+        assert routed == routing, name
+        assert (carried.seconds_before > 0) == (tmp_path / name / "checkpoints" / "last.ckpt").exists()
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), (name, key)
+        if kept.keep == "best":
+            first, second = (
+                torch.load(tmp_path / run / "checkpoints" / "best.ckpt", weights_only=True) for run in ("whole", name)
+            )
+            assert first["global_step"] == second["global_step"], name
