@@ -224,7 +224,7 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     if carries_on(checkpoints, record) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
-            record.notes.append("wandb has this run anew, with the steps before; beside it stays the one not finished")
+            record.notes.append("wandb has this run anew, from its first step, beside the one that did not finish")
         log.info("resuming from %s", last)
         return str(last)
     return None

@@ -108,8 +108,6 @@ def test_killed_anywhere_and_resumed_shows_the_same_curves(train, tmp_path, monk
     assert steps.is_unique
     assert len(steps) == options.get("max_steps", STEPS) // options.get("log_every_n_steps", 1)
     for where, method, number in KILLS:
-        if where is not Curves and method == "validation_step" and "limit_val_batches" in options:
-            continue
         name = f"{method}-{number}"
         with monkeypatch.context() as patch:
             patch.setattr(where, method, after(number, getattr(where, method)))

@@ -270,7 +270,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
     written = done.stat().st_mtime_ns
     assert not (killed / "run" / "checkpoints" / "losses-1-without-11.json").exists()
     resumed = run_layerif(apart, killed)
-    assert "carried on from a run that did not finish" in resumed.notes
+    assert "carried on from a run that did not finish; seconds are of the rest" in resumed.notes
     assert written < (killed / "run" / "record.json").stat().st_mtime_ns
     assert json.loads((killed / "run" / "diagnose.json").read_text()) == report
     assert isinstance(resumed, RunRecord)

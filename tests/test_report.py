@@ -153,7 +153,7 @@ def test_an_allocation_from_a_file_is_called_so_and_needs_no_scores(tmp_path):
     said = console.export_text()
     assert "file(/a.json)" in said
     assert "datainf" not in said
-    assert pd.read_csv(tmp_path / "layers.csv").columns.tolist() == ["layer", "experts"]
+    assert pd.read_csv(tmp_path / "layers.csv").columns.tolist() == ["depth", "layer", "experts"]
     assert (tmp_path / "allocation.png").exists()
     assert not (tmp_path / "scores.png").exists()
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -159,6 +160,11 @@ def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_
     assert resumed.allocation == whole.allocation
     assert resumed.scores == whole.scores
     assert resumed.questions == whole.questions
+    shown, undisturbed = (
+        pd.read_csv(of / "run" / "metrics.csv").drop(columns="train/seconds") for of in (folder, tmp_path)
+    )
+    pd.testing.assert_frame_equal(shown, undisturbed)
+    assert (folder / "run" / "routing.csv").read_text() == (tmp_path / "run" / "routing.csv").read_text()
     from safetensors.torch import load_file
 
     file = Path("run", "adapter", "adapter_model.safetensors")

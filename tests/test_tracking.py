@@ -21,6 +21,7 @@ import layerif.moe.usage
 from layerif.config import conf_folder, register
 from layerif.record import RunRecord
 from layerif.report.frames import frames
+from layerif.report.text import markdown
 from layerif.run import run
 from layerif.store import Store
 from layerif.tracking import Wandb, log_routing, tracked
@@ -199,13 +200,16 @@ def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_
 
 
 def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, tmp_path, monkeypatch):
-    def killed(self, trainer, *_) -> None:
+    real = layerif.fit.Curves.on_train_batch_end
+
+    def killed(self, trainer, *rest) -> None:
         if trainer.global_step == 3:
             raise KeyboardInterrupt
+        real(self, trainer, *rest)
 
     every = [*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2", "fit.checkpoint_steps=2"]
     with monkeypatch.context() as patch:
-        patch.setattr(layerif.fit.Curves, "on_train_batch_start", killed)
+        patch.setattr(layerif.fit.Curves, "on_train_batch_end", killed)
         with pytest.raises(SystemExit):
             job(every, tmp_path)
     (before,) = tmp_path.glob("wandb/offline-run-*")
@@ -215,8 +219,10 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
     assert record.seconds["fit"] > saved["seconds"] > 0
     assert any(note.startswith("resumed from") for note in record.notes)
     assert any(note.startswith("wandb has this run anew") for note in record.notes)
-    curves, expected = (pd.read_csv(folder / "metrics.csv") for folder in (tmp_path, whole))
-    pd.testing.assert_frame_equal(curves.drop(columns="train/seconds"), expected.drop(columns="train/seconds"))
+    curves, expected = (
+        pd.read_csv(folder / "metrics.csv").drop(columns="train/seconds") for folder in (tmp_path, whole)
+    )
+    pd.testing.assert_frame_equal(curves, expected)
     assert (tmp_path / "routing.csv").read_text() == (whole / "routing.csv").read_text()
     for name in ("train/loss", "validation/loss", f"entropy/{ROUTED}"):
         shown, undisturbed = (EventAccumulator(str(folder)).Reload().Scalars(name) for folder in (tmp_path, whole))
@@ -234,7 +240,8 @@ def test_a_run_done_again_in_its_folder_hides_what_it_logged_before(settings, tm
     for _ in range(2):
         job([*settings, "logger=[csv,tensorboard]", "rerun=true"], tmp_path)
     assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [0, 1, 2, 3]
-    assert pd.read_csv(tmp_path / "metrics.csv")["train/loss"].count() == 4
+    curves: Any = pd.read_csv(tmp_path / "metrics.csv")
+    assert curves["train/loss"].count() == 4
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SystemExit, 1), (ValueError, 1)])
@@ -270,6 +277,11 @@ def test_frames_hold_what_the_record_holds():
         "options": [True, True],
     }
     assert found["metrics"].to_dict("list") == {"metric": ["accuracy"], "value": [1.0]}
+
+
+def test_a_text_of_a_logger_cannot_break_its_table():
+    frame = pd.DataFrame({"a|b": ["x|y\nz"], "score": [1.25e-7]})
+    assert markdown(frame, spell=str) == "| a\\|b | score |\n| --- | --- |\n| x\\|y; z | 1.25e-07 |"
 
 
 @pytest.mark.parametrize(("key", "message"), [(None, "No API key configured"), ("a" * 40, "connection refused")])

@@ -78,7 +78,7 @@ class Diagnose:
             raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
         work = folder / "checkpoints"  # the run removes it once its record stands
         if carries_on(work, record):
-            record.notes.append("carried on from a run that did not finish")
+            record.notes.append("carried on from a run that did not finish; seconds are of the rest")
         report = self._report(decider, record, work)
         write(folder / FILE, json.dumps(report, indent=1, allow_nan=False) + "\n")
         write(folder / "diagnose.md", text.markdown(report))
