@@ -180,7 +180,7 @@ def test_blocks_that_cannot_be_captured_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
 def test_a_full_disk_says_what_to_do_and_leaves_no_half_file(tmp_path, monkeypatch, error):
-    def full(tensors, file):
+    def full(tensors, file, header):
         file.write_bytes(b"half")
         raise error
 
