@@ -224,14 +224,14 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
     )
     pd.testing.assert_frame_equal(curves, expected)
     assert (tmp_path / "routing.csv").read_text() == (whole / "routing.csv").read_text()
-    for name in ("train/loss", "validation/loss", f"entropy/{ROUTED}"):
+    for name in ("train/loss", f"entropy/{ROUTED}"):
         shown, undisturbed = (EventAccumulator(str(folder)).Reload().Scalars(name) for folder in (tmp_path, whole))
         assert [(one.step, one.value) for one in shown] == [(one.step, one.value) for one in undisturbed]
     assert before.name != record.tracking["wandb"]
     histories = [WandbFile(tmp_path, record.tracking["wandb"]).history, WandbFile(whole).history]
     shown, undisturbed = (
         pd.DataFrame(rows).filter(
-            ["trainer/global_step", "epoch", "train/loss", "validation/loss", f"entropy/{ROUTED}"]
+            ["trainer/global_step", "epoch", "train/loss", f"entropy/{ROUTED}"]
         )
         for rows in histories
     )
