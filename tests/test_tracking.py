@@ -230,9 +230,7 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
     assert before.name != record.tracking["wandb"]
     histories = [WandbFile(tmp_path, record.tracking["wandb"]).history, WandbFile(whole).history]
     shown, undisturbed = (
-        pd.DataFrame(rows).filter(
-            ["trainer/global_step", "epoch", "train/loss", f"entropy/{ROUTED}"]
-        )
+        pd.DataFrame(rows).filter(["trainer/global_step", "epoch", "train/loss", f"entropy/{ROUTED}"])
         for rows in histories
     )
     pd.testing.assert_frame_equal(shown, undisturbed)
