@@ -106,7 +106,8 @@ def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
     models, columns = titles(jobs, "model"), _columns(jobs, expected)
     seeds = _seeds(jobs)
     trained = [number for number, job in enumerate(jobs) if job.config["method"] or not job_metrics(job)]
-    names = dict(zip(trained, _arm_names(*([of[n] for n in trained] for of in (jobs, columns)), expected), strict=True))
+    arms = _arm_names([jobs[number] for number in trained], [columns[number] for number in trained], expected)
+    names = dict(zip(trained, arms, strict=True))
     found = []
     for number, name in names.items():
         place = {"model": models[number], "task": columns[number], "seeds": seeds[number]}
