@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from layerif.files import whole
 from layerif.moe import measure_usage
 from layerif.moe.usage import UsageMeter, by_block
 from layerif.tracking import log_again, log_routing
@@ -109,9 +109,8 @@ class Curves(L.Callback):
     def _kept(self) -> list[dict[str, Any]]:
         """The rows behind the checkpoint; what was logged after it is made again, and here forgotten."""
         lines = self._file.read_text().splitlines()[: self._num_rows] if self._file.exists() else []
-        unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-        unfinished.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(unfinished, self._file)
+        with whole(self._file) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in lines))
         self._num_rows = len(lines)
         return [json.loads(line) for line in lines]
 

@@ -112,17 +112,12 @@ class Decider(Measurements):
     def fidelity(self, grams: LayerGrams) -> dict[str, float] | None:
         """How well scores and influences rank like exact ones in float32, on some of the samples measured that way too.
 
-        None where these Grams are exact themselves, or where `probe.fidelity_samples` is 0.
+        None where these Grams are exact themselves, where `probe.fidelity_samples` is 0, and where a second model does
+        not fit the device.
         """
         try:
             compared = self.with_exact(grams)
         except torch.cuda.OutOfMemoryError:
-            warnings.warn(
-                "how well these scores rank like exact ones is not known: a second model in float32 does not fit "
-                "the device (probe.fidelity_samples=0 does not try)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
             return None
         if compared is None:
             return None
@@ -158,7 +153,7 @@ class Decider(Measurements):
         train, validation = self.samples()
         if not hasattr(evidence, "halves"):  # a look at train samples that cannot be taken apart again
             num_samples = len(train), 0
-            notes = self._notes(num_samples, None)
+            notes = self._notes(num_samples, self._not_compared(evidence))
             return {"num_samples": num_samples, "num_truncated": train.num_truncated, "notes": notes}
         num_samples = len(train), len(validation)
         fidelity = self.fidelity(evidence) if isinstance(evidence, LayerGrams) else None
@@ -167,17 +162,24 @@ class Decider(Measurements):
             "num_truncated": train.num_truncated + validation.num_truncated,
             "reliability": split_half(self.estimator, evidence) if min(num_samples) > 1 else None,
             "fidelity": fidelity,
-            "notes": self._notes(num_samples, fidelity),
+            "notes": self._notes(num_samples, self._not_compared(evidence) if fidelity is None else ""),
         }
 
-    def _notes(self, num_samples: tuple[int, int], fidelity: dict[str, float] | None) -> tuple[str, ...]:
+    def _not_compared(self, evidence: Any) -> str:
+        """Why evidence that is not exact has no fidelity."""
+        if self.probe.fidelity_samples == 0:
+            return "probe.fidelity_samples=0"
+        if not isinstance(evidence, LayerGrams):
+            return "only Grams of one model are"
+        return "a second model, in float32, does not fit the device; probe.fidelity_samples=0 does not try"
+
+    def _notes(self, num_samples: tuple[int, int], not_compared: str) -> tuple[str, ...]:
         notes = []
         inexact = [self.model.dtype] if self.model.dtype in ("bfloat16", "float16") else []
         if self.probe.projection is not None and self.estimator.needs in ("grams", "checkpoints"):
             inexact.append(f"a projection to {self.probe.projection} dimensions")
-        if inexact and fidelity is None:
-            why = "probe.fidelity_samples=0" if self.probe.fidelity_samples == 0 else "only Grams of one model are"
-            notes.append(f"probed in {' and '.join(inexact)}; not compared with exact float32 ({why})")
+        if inexact and not_compared:
+            notes.append(f"probed in {' and '.join(inexact)}; not compared with exact float32 ({not_compared})")
         for part, num in zip(("train", "validation"), num_samples, strict=True):
             asked = getattr(self.probe, f"num_{part}")
             if 0 < num < asked:
@@ -207,13 +209,15 @@ def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) ->
     where its fixed step diverges on these Grams.
     """
     try:
-        found = {"scores": rank_correlation(estimator.score(grams).values, estimator.score(reference).values)}
-        if hasattr(estimator, "influences"):
-            first, second = (estimator.solvable(each) for each in (grams, reference))  # type: ignore[attr-defined]
-            ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
-            each = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
-            ranked = [value for value in each if value is not None]
-            found["influences"] = sum(ranked) / len(ranked) if ranked else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # they would be of fewer samples than the scores are
+            found = {"scores": rank_correlation(estimator.score(grams).values, estimator.score(reference).values)}
+            if hasattr(estimator, "influences"):
+                first, second = (estimator.solvable(each) for each in (grams, reference))  # type: ignore[attr-defined]
+                ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
+                each = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
+                ranked = [value for value in each if value is not None]
+                found["influences"] = sum(ranked) / len(ranked) if ranked else None
     except Diverges as error:
         warnings.warn(f"no fidelity: on the samples of the comparison {error}", RuntimeWarning, stacklevel=2)
         return {}

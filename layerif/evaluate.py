@@ -74,11 +74,19 @@ class Evaluation:
             raise ValueError(f"evaluation.num_windows={self.num_windows}; use 1 or more, or null for all")
 
     def check(
-        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task, max_positions: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        task: Task,
+        max_positions: int | None,
+        *,
+        score_task: Task | None = None,
     ) -> None:
-        """Raise ValueError for whatever `run` would refuse on any model of this tokenizer. Takes no model.
+        """Raise ValueError for whatever `run` would refuse on any model of this tokenizer, and for tasks of lm-eval on
+        rows that are learned or scored from, see `layerif.lm_eval.check_tasks`. Takes no model.
 
         max_positions: the most tokens the model reads (`config.max_position_embeddings`), None where it has no limit.
+        score_task: whose rows are scored, where they are not the task's own.
         """
         require_some(examples)
         if "options" in self.metrics or "lm_eval" in self.metrics:
@@ -96,7 +104,7 @@ class Evaluation:
                     f"{num_tokens // self.window} of {self.window} tokens; use at most these, or null for all"
                 )
         if "lm_eval" in self.metrics:
-            check_tasks(self.lm_eval_tasks)
+            check_tasks(self.lm_eval_tasks, [task, score_task] if score_task else [task])
 
     def run(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task

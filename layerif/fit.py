@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from layerif.adapters import AdapterModule
 from layerif.callback import InfluenceCallback
 from layerif.curves import Curves
 from layerif.decide import Decision
+from layerif.files import carried_on
 from layerif.moe import measure_usage
 from layerif.moe.usage import by_block, describe_unused
 from layerif.parts import Parts
@@ -105,7 +104,8 @@ def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, rec
         "trainable": sum(numel for numel, is_trained in sizes if is_trained),
         **module.compared,
     }
-    model.save_pretrained(folder / "adapter")
+    if trainer.is_global_zero:
+        model.save_pretrained(folder / "adapter")
     return model.to(trainer.strategy.root_device)
 
 
@@ -166,7 +166,7 @@ def evaluate(model: nn.Module, parts: Parts, record: RunRecord, prefix: str) -> 
     with measure_usage(model) as meter:
         result = parts.evaluation.run(model, parts.tokenizer, parts.splits.test, parts.task)  # type: ignore[arg-type]
     usage = meter.take()
-    record.routing = by_block(usage, record.layers)
+    record.routing = by_block(usage, parts.decider.layers().names)
     if unused := describe_unused(usage):
         warnings.warn(unused, RuntimeWarning, stacklevel=2)
     record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
@@ -206,22 +206,13 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
-def carries_on(checkpoints: Path, record: RunRecord) -> bool:
-    """Whether `checkpoints` is what a killed run of the same job left; else it is emptied, and marked as this job's."""
-    job = checkpoints / "job.json"
-    wanted = json.dumps([record.config, record.inputs], sort_keys=True)
-    if job.exists() and job.read_text() == wanted:
-        return True
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    checkpoints.mkdir(parents=True)
-    job.write_text(wanted)
-    return False
-
-
 def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
-    """The checkpoint of a killed run of the same job in this folder."""
+    """The checkpoint of a killed run of the same job in this folder.
+
+    The same for all processes of a run: none trains before all have found out.
+    """
     last = checkpoints / "last.ckpt"
-    if carries_on(checkpoints, record) and last.exists():
+    if carried_on(checkpoints, [record.config, record.inputs]) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
             record.notes.append("wandb has this run anew, from its first step, beside the one that did not finish")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.questions import context_length, questions_of, require_some
-from layerif.data.task import Example, Template
+from layerif.data.source import Hub
+from layerif.data.task import Example, Task, Template
 from layerif.modes import evaluating
 from layerif.names import did_you_mean
 
@@ -84,10 +85,21 @@ def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises ValueError without lm-eval, and for tasks it does not know."""
+def check_tasks(tasks: Sequence[str], learned: Sequence[Task] = ()) -> None:
+    """Raises ValueError without lm-eval, for tasks it does not know, and for tasks that it evaluates on a split from
+    which one of `learned` takes train or validation rows.
+
+    Splits are compared as lm-eval's YAML and `source` name them, and nothing is fetched: rows that two datasets share
+    are not found, nor are those of a task that is written in Python.
+    """
     _, _, task_manager = _package()
-    _refuse_unknown(_spelt_out(tasks), task_manager().all_tasks if tasks else ())
+    if not tasks:
+        return
+    index = task_manager().task_index
+    for name in _spelt_out(tasks):
+        _refuse_unknown([name], list(index))
+        for config in _configs(name, index):
+            _refuse_learned(name, config, learned)
 
 
 def _spelt_out(tasks: Sequence[str]) -> list[str]:
@@ -114,6 +126,47 @@ def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
                 f"evaluation.lm_eval_tasks holds {task!r}, which lm-eval does not know{did_you_mean(task, known)}; "
                 "`lm-eval ls tasks` lists them"
             )
+
+
+def _configs(wanted: str | Mapping[str, Any], index: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The YAML of every task that a task, tag or group of lm-eval, or a member of a group, stands for."""
+    given = {"task": wanted} if isinstance(wanted, str) else {"task": "", **wanted}
+    entry = index.get(given.get("group") or given["task"])
+    config = {**given, **(entry.cfg or {"task": sorted(entry.tags)} if entry else {})}
+    if isinstance(config["task"], str):
+        yield config
+    else:
+        for member in config["task"]:
+            yield from _configs(member, index)
+
+
+def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[Task]) -> None:
+    evaluated = config.get("test_split") or config.get("validation_split")
+    for task in learned:
+        if not (evaluated and isinstance(task.source, Hub) and _is_from(task.source, config)):
+            continue
+        for part in ("train", "validation"):
+            split = task.splits[part]
+            if split and _whole(split) & _whole(evaluated):
+                raise ValueError(
+                    f"evaluation.lm_eval_tasks holds {name!r}: lm-eval evaluates {config['task']!r} on split "
+                    f"{evaluated!r} of {task.source}, and the {part} rows of task {task.name} are from there (split "
+                    f"{split!r}): scores and weights would see what they are judged by; leave {name!r} out, or name "
+                    f"another split in task.splits.{part}"
+                    + (" (null holds part of train out)" if part == "validation" else "")
+                )
+
+
+def _is_from(source: Hub, config: Mapping[str, Any]) -> bool:
+    """Whether both name one dataset, whoever hosts it; one with a single configuration need not name that."""
+    ours, theirs = (str(path).rpartition("/")[2].casefold() for path in (source.name, config.get("dataset_path")))
+    configs = {source.config, config.get("dataset_name")} - {None}
+    return ours == theirs and len(configs) < 2
+
+
+def _whole(splits: str) -> set[str]:
+    """The splits in `datasets`' notation: `train[:10%]+validation` is of both."""
+    return {split.partition("[")[0].strip() for split in splits.split("+")}
 
 
 def _write_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:

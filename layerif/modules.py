@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from layerif.adapters import AdapterModule, equal_ranks, plain_lora
 from layerif.data.batches import Encodings, collate, encode, padding_id
@@ -143,7 +143,7 @@ _PLAIN = ("scaling", "lora_dropout", "target_modules")
 class TaskDataModule(L.LightningDataModule):
     """A task's train and validation splits as batches for fine-tuning.
 
-    batch_size: samples a device sees at once; with `trainer.accumulate_grad_batches` it makes the real batch.
+    batch_size: samples a device sees at once; times devices and `trainer.accumulate_grad_batches` it is the real batch.
     drop_partial: leave out the samples that would make the last batch of an epoch smaller (upstream does).
     Shuffled by (seed, epoch). Samples cut at `max_length` tokens are counted in `train.num_truncated` and
     `validation.num_truncated`.
@@ -174,15 +174,19 @@ class TaskDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         count = len(self.train)
+        rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.drop_partial:
             accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-            count -= count % (self.batch_size * accumulated)
+            count -= count % (self.batch_size * accumulated * size)
             if count == 0:
                 raise ValueError(
                     f"data.drop_partial=true leaves nothing of {len(self.train)} samples at data.batch_size="
-                    f"{self.batch_size} × {accumulated} accumulated; use a smaller batch or drop_partial=false"
+                    f"{self.batch_size} × {accumulated} accumulated × {size} processes; use a smaller batch or "
+                    "drop_partial=false"
                 )
-        self._sampler = EpochShuffle(len(self.train), count, self.seed, self._start, lambda: self._epoch)
+        self._sampler = EpochShuffle(
+            len(self.train), count, self.seed, self._start, lambda: self._epoch, rank=rank, num_processes=size
+        )
         return DataLoader(self.train, self.batch_size, sampler=self._sampler, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
@@ -203,24 +207,39 @@ class TaskDataModule(L.LightningDataModule):
         return collate(samples, padding_id(self.tokenizer), side="left")
 
 
-class EpochShuffle(Sampler[int]):
-    """`count` of `size` positions in an order that is a function of (seed, epoch).
+class EpochShuffle(DistributedSampler):
+    """The share of one process in `count` of `size` positions, in an order that is a function of (seed, epoch).
 
-    drawn: how many of the epoch were taken; the first epoch begins at `start`, for a run resumed in its middle.
+    Positions are dealt out in turn: what all processes draw at a step is what one would draw in a batch as large. All
+    draw equally many, so that the first of an order come twice where `count` cannot be dealt out evenly.
+
+    drawn: how many of the epoch were taken here; the first epoch begins at `start`, for a run resumed in its middle.
     epoch: asked when one begins. Lightning's `set_epoch` is one ahead in a run resumed from the end of an epoch.
+
+    A DistributedSampler, because Lightning wraps any other in one that draws a whole epoch when it begins: `drawn`
+    would then tell nothing.
     """
 
-    def __init__(self, size: int, count: int, seed: int, start: int = 0, epoch: Callable[[], int] = lambda: 0) -> None:
-        self.size, self.count, self.seed, self.epoch = size, count, seed, epoch
+    def __init__(
+        self,
+        size: int,
+        count: int,
+        seed: int,
+        start: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        super().__init__(range(count), num_processes, rank, seed=seed)  # type: ignore[arg-type]
+        self.size, self.count, self.current_epoch = size, count, epoch
         self.start = self.drawn = start
 
-    def __len__(self) -> int:
-        return self.count
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.current_epoch())
         order = torch.randperm(self.size, generator=generator)[: self.count]
+        mine = order[torch.arange(self.rank, self.total_size, self.num_replicas) % self.count]
         self.drawn, self.start = self.start, 0
-        for position in order[self.drawn :].tolist():
+        for position in mine[self.drawn :].tolist():
             self.drawn += 1
             yield position

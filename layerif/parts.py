@@ -36,7 +36,8 @@ class Parts:
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
-        self.scored = instantiate(config.score_task).load() if config.score_task else self.splits
+        score_task = instantiate(config.score_task) if config.score_task else None
+        self.scored = score_task.load() if score_task else self.splits
         check_unseen(self.scored, self.splits)
         trainer = self.trainer([], Path())
         self.decider = Decider(
@@ -61,7 +62,7 @@ class Parts:
             )
         if config.method or self.evaluation.before:
             longest = context_length(self.model.skeleton())
-            self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest)
+            self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest, score_task=score_task)
 
     def inputs(self) -> dict[str, str]:
         """What the configuration only names: a job is the same if the content is, too."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,8 +19,10 @@ from torch.utils.data import DataLoader
 from layerif.allocate import Allocation, spent_budget
 from layerif.blocks import blocks
 from layerif.callback import InfluenceCallback
+from layerif.data.questions import context_length
 from layerif.data.text import Calibration, check_disjoint
 from layerif.decide import Allocator, Decider
+from layerif.files import carried_on
 from layerif.fit import evaluate, keeping, run_trainer, train
 from layerif.models import Local, Pretrained
 from layerif.modules import LoRAMoEModule
@@ -101,7 +101,7 @@ class PruneModule(L.LightningModule):
         self.allocation: Mapping[str, float] | None = (
             _read_allocation(allocation) if isinstance(allocation, str) else allocation
         )
-        self.job = ""  # what the saved blocks of a killed run must agree with
+        self.job: Any = None  # what the saved blocks of a killed run must agree with
         self.walk: Walk | None = None
         self.num_walked = 0
         self._loaded: list[nn.Module] = []  # in a list, or Lightning would move all of it to the device
@@ -119,12 +119,14 @@ class PruneModule(L.LightningModule):
                 "or add an InfluenceCallback to the trainer"
             )
         model = self.base_model().cpu()
+        folder = Path(self.trainer.default_root_dir) / "blocks"
+        carried_on(folder, [self.job, dict(self.allocation)])
         self.walk = Walk(
             model,
             self.pruner,
             targets(model, self.allocation, self.pruner),
             self.windows() if self.pruner.needs_inputs else [],
-            _job_folder(Path(self.trainer.default_root_dir) / "blocks", [self.job, dict(self.allocation)]),
+            folder,
             self.trainer.strategy.root_device,
             self.offload,
         )
@@ -132,8 +134,7 @@ class PruneModule(L.LightningModule):
             log.info("%d of %d blocks are pruned already", self.walk.num_finished, len(self.walk.blocks))
 
     def windows(self) -> list[Any]:
-        positions = getattr(self.source.skeleton().config, "max_position_embeddings", None)
-        return self.calibration.batches(self.source.tokenizer(), positions)
+        return self.calibration.batches(self.source.tokenizer(), context_length(self.source.skeleton()))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(range(len(blocks(self.base_model()))), batch_size=None)  # type: ignore[arg-type]
@@ -169,7 +170,7 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
     if parts.evaluation.before:
         evaluate(module.base_model().to(device), parts, record, "before/")
     start = time.perf_counter()
-    module.job = json.dumps([record.config, record.inputs], sort_keys=True)
+    module.job = [record.config, record.inputs]
     with keeping(influence, record):
         run_trainer(trainer, module)
     assert module.walk is not None
@@ -289,14 +290,19 @@ def _measure_two_four(model: nn.Module, module: PruneModule, record: RunRecord) 
 def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) -> None:
     """Fine-tune the pruned model in `folder`/model on the task."""
     pruned = Local(path=str(folder / "model"), dtype=module.source.dtype, attention=module.source.attention)
-    adapted = _adapted(module, pruned, dict.fromkeys(record.layers, 1) if module.recover == "lora" else None)
+    one_each = dict.fromkeys(parts.decider.layers().names, 1)
+    adapted = _adapted(module, pruned, one_each if module.recover == "lora" else None)
     influence = InfluenceCallback(
         parts.decider if module.experts is None else replace(parts.decider, model=pruned, allocator=module.experts)
     )
     sizes = record.parameters
     model = train(parts, adapted, influence, record, folder)
     record.parameters = sizes | record.parameters
-    record.recovery = {"method": module.recover, "experts": dict(adapted.allocation or {})}
+    record.recovery = {
+        "method": module.recover,
+        "experts": dict(adapted.allocation or {}),
+        "decision": influence.state_dict(),
+    }
     if module.recover == "lora":
         zeros = {name: linear.weight == 0 for name, linear in matrices(Local(path=pruned.path).load()).items()}
         model = model.cpu().merge_and_unload()
@@ -311,7 +317,13 @@ def _adapted(module: PruneModule, pruned: Local, allocation: Mapping[str, int] |
     assert module.adapter is not None
     kept = {key: getattr(pruned, key) for key in ("path", "dtype", "attention")}
     config = {"_target_": "layerif.models.Local", **kept}
-    return module.adapter(model=config, keep_zeros=True, allocation=allocation)
+    adapted = module.adapter(model=config, allocation=allocation)
+    if not adapted.hparams["keep_zeros"]:
+        raise ValueError(
+            "method.adapter.keep_zeros=false would fill the zeros that pruning made; leave it true, or use "
+            "method.recover=none and fine-tune the pruned folder by itself (model=local model.path=FOLDER/model)"
+        )
+    return adapted
 
 
 def _read_allocation(file: str) -> Mapping[str, float]:
@@ -322,13 +334,3 @@ def _read_allocation(file: str) -> Mapping[str, float]:
             "a list per block or a record goes by allocator=file allocator.kind=sparsity"
         )
     return found
-
-
-def _job_folder(folder: Path, job: Any) -> Path:
-    """`folder` with the finished blocks of this very job; those of another job are removed."""
-    wanted, file = json.dumps(job, sort_keys=True), folder / "job.json"
-    if not file.exists() or file.read_text() != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        file.write_text(wanted)
-    return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from layerif.files import whole
 
 FILE = "record.json"
 FAILURE = "failure.json"
@@ -28,11 +29,12 @@ class RunRecord:
     that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
     evaluated question was answered right, by its id, for paired tests. parameters: total and trainable, and of what a
     baseline of equal size is compared with. sparsity: the fraction of zeros in each pruned matrix, by name; recovery:
-    how the pruned model was fine-tuned, and the experts it got. routing: of an evaluated LoRA-MoE, by block with
-    routers, `load` (share of the tokens' assignments each expert got) and `entropy` (of the routers, in nats), means
-    over the routers of the block and the tokens that evaluation ran. tracking: where wandb has this run (the address of
-    its page, or the name of its folder below `wandb/`). measurements: what was asked of the store, see
-    `layerif.store.Store`. memory_gb: peak of the process in main memory. notes: every departure and warning.
+    how the pruned model was fine-tuned, the experts it got, and the `layerif.decide.Decision` behind them. routing: of
+    an evaluated LoRA-MoE, by block with routers, `load` (share of the tokens' assignments each expert got) and
+    `entropy` (of the routers, in nats), means over the routers of the block and the tokens that evaluation ran.
+    tracking: where wandb has this run (the address of its page, or the name of its folder below `wandb/`).
+    measurements: what was asked of the store, see `layerif.store.Store`. memory_gb: peak of the process in main memory.
+    notes: every departure and warning.
     """
 
     name: str
@@ -121,12 +123,8 @@ class Failure:
 
 
 def _write(content: RunRecord | Failure, file: Path) -> Path:
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with whole(file) as unfinished:
         unfinished.write_text(json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return file
 
 

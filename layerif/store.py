@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -29,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layerif.files import whole
 from layerif.layers import LayerGrams, LayerInfluences, LayerMap, MatrixGram
 
 log = logging.getLogger(__name__)
@@ -162,14 +162,11 @@ def _acquired(lock: FileLock, seconds: float) -> bool:
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
     header["checksum"] = _checksum(tensors, header)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata=header)
-        os.replace(unfinished, file)
+        with whole(file) as unfinished:
+            save_file(tensors, unfinished, metadata=header)
     except SafetensorError as error:  # what a full disk becomes in there
         raise OSError(f"cannot write {file}: {error}; free some space, or set store=/another/folder") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _read(

@@ -242,10 +242,33 @@ def test_half_precision_states_how_well_it_ranks_like_float32(decider):
     blind = replace(half, probe=replace(half.probe, fidelity_samples=0))()
     assert blind.fidelity is None
     assert blind.notes == ("probed in bfloat16; not compared with exact float32 (probe.fidelity_samples=0)",)
-    assert replace(half, model=decider.model)().fidelity is None
+    assert replace(half, model=decider.model)().notes == ()
     sizes = replace(half, estimator=GradNorm())().fidelity
     assert sizes is not None
     assert set(sizes) == {"train", "validation", "scores"}  # it takes no influence of the Grams
+
+
+def test_a_comparison_that_does_not_fit_says_so_and_no_other_reason(decider, monkeypatch):
+    def full(self, grams):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(decide.Decider, "with_exact", full)
+    found = replace(decider, probe=replace(decider.probe, projection=4))()
+    assert found.fidelity is None
+    assert found.notes == (
+        "probed in a projection to 4 dimensions; not compared with exact float32 (a second model, in float32, does not "
+        "fit the device; probe.fidelity_samples=0 does not try)",
+    )
+
+
+def test_what_is_unconverged_of_the_comparison_is_not_said_of_the_scores(decider):
+    grams, _ = decider.grams(decider.model.load)
+    estimator = Lissa(num_steps=1)
+    with pytest.warns(RuntimeWarning, match="unconverged"):
+        estimator.score(grams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decide.agreement(estimator, grams, grams)["scores"] == pytest.approx(1)
 
 
 def test_a_projection_as_wide_as_the_model_is_faithful_and_a_narrow_one_says_what_it_loses(decider):

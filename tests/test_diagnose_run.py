@@ -162,6 +162,7 @@ SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_
         ({}, {"flipped": 0.99}, "method.flipped=0.99"),
         ({"estimator": Uniform()}, {}, "examines influence taken from Grams, and Uniform takes it from nothing"),
         ({"estimator": Lissa(step_size=1e-9)}, {}, "estimator.step_size=1e-09 need not converge on all of them"),
+        ({"num_processes": 2}, {}, "method=diagnose works in one process, got 2; use trainer.devices=1"),
         ({"probe": Probe(num_train=3)}, {}, "probe.num_train must be at least 4"),
     ],
 )

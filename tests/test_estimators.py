@@ -26,11 +26,11 @@ from layerif.estimators import gram as gram_module
 from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
-from layerif.estimators.exact import Exact, exact, exact_path
+from layerif.estimators.exact import Exact, exact
 from layerif.estimators.file import File
 from layerif.estimators.grad_dot import GradDot, grad_dot
 from layerif.estimators.gram import DampedEstimator, GramEstimator, eigenbasis
-from layerif.estimators.lissa import Lissa, lissa, lissa_residual, step_bound
+from layerif.estimators.lissa import Lissa, lissa, step_bound
 from layerif.estimators.random import Random
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
@@ -170,19 +170,16 @@ def test_large_damping_makes_all_proportional_to_grad_dot(cls):
     torch.testing.assert_close(influence_MN * lam, grad_dot(gram.val_train), rtol=1e-6, atol=1e-6)
 
 
-def test_a_path_of_dampings_is_exact_at_each_from_one_eigendecomposition(monkeypatch):
+def test_a_list_of_dampings_is_exact_at_each_from_one_eigendecomposition(monkeypatch):
     gram = gram_of(*random_gradients(20, seed=6))
     dampings = [10.0, 1e-4, 0.1]
-    expected = [exact(gram.train_train, gram.val_train, numel=20, damping=damping) for damping in dampings]
+    expected = [exact(gram.train_train.clone(), gram.val_train, numel=20, damping=damping) for damping in dampings]
     decompose, calls = torch.linalg.eigh, []
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or decompose(matrix))
-    path = exact_path(gram.train_train.clone(), gram.val_train, numel=20, dampings=dampings)
+    for damping, alone_MN in zip(dampings, expected, strict=True):
+        assert torch.equal(exact(gram.train_train, gram.val_train, numel=20, damping=damping), alone_MN)
     assert len(calls) == 1
-    for influence_MN, at_damping_MN in zip(path, expected, strict=True):
-        assert torch.equal(influence_MN, at_damping_MN)
-    zero_NN, zero_MN = 0 * gram.train_train, 0 * gram.val_train
-    assert not torch.stack(exact_path(zero_NN, zero_MN, numel=20, dampings=dampings)).any()
-    assert exact_path(gram.train_train, gram.val_train, numel=20, dampings=[]) == []
+    assert not exact(0 * gram.train_train, 0 * gram.val_train, numel=20, damping=0.1).any()
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "block"])
@@ -273,9 +270,8 @@ def test_lissa_converges_to_exact_and_its_residual_is_the_distance(share_of_boun
     step = share_of_bound * step_bound(gram.train_train, numel=20, damping=0.1)
     residuals = []
     for num_steps in (1, 10, 100, 1000, 100_000):
-        settings: dict[str, Any] = {"numel": 20, "damping": 0.1, "num_steps": num_steps, "step_size": step}
-        influence_MN = lissa(gram.train_train, gram.val_train, **settings)
-        residuals.append(lissa_residual(gram.train_train, gram.val_train, **settings))
+        influence_MN, residual = Lissa(damping=0.1, num_steps=num_steps, step_size=step).solve(gram)
+        residuals.append(residual)
         distance = float((influence_MN - exact_MN).norm() / exact_MN.norm())
         assert residuals[-1] == pytest.approx(distance, rel=1e-6, abs=1e-12)
     assert residuals == sorted(residuals, reverse=True)
@@ -338,8 +334,8 @@ def test_unconverged_lissa_warns_of_the_worst_matrix_and_converged_lissa_does_no
 def test_lissa_without_gradients_is_zero_and_has_nothing_left():
     gram_NN, gram_MN = torch.zeros(3, 3), torch.zeros(2, 3)
     assert not lissa(gram_NN, gram_MN, numel=5, damping=0.1, num_steps=10, step_size=1.0).any()
-    assert lissa_residual(gram_NN, gram_MN, numel=5, damping=0.1, num_steps=10) == 0
-    assert lissa_residual(torch.eye(3), gram_MN, numel=5, damping=0.1, num_steps=10) == 0
+    for train_train in (gram_NN, torch.eye(3)):
+        assert Lissa(num_steps=10).solve(MatrixGram(train_train, gram_MN, torch.zeros(2), 5))[1] == 0
 
 
 def test_tracin_is_grad_dot_weighted_by_the_learning_rates():
@@ -426,7 +422,6 @@ def test_damping_must_be_positive(damping):
         *(lambda cls=cls: cls(damping=damping) for cls in DAMPED_ESTIMATORS),
         lambda: datainf(gram_NN, gram_MN, numel=3, damping=damping),
         lambda: exact(gram_NN, gram_MN, numel=3, damping=damping),
-        lambda: exact_path(gram_NN, gram_MN, numel=3, dampings=[0.1, damping]),
         lambda: lissa(gram_NN, gram_MN, numel=3, damping=damping, num_steps=10),
     ):
         with pytest.raises(ValueError, match=r"damping.*> 0"):

@@ -2,6 +2,7 @@ import math
 import random
 import re
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from layerif.data.answers import (
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.task import Example, Template
 from layerif.evaluate import Evaluation, generation_accuracy, option_accuracy, perplexity
-from layerif.lm_eval import lm_eval
+from layerif.lm_eval import _configs, lm_eval
 from tests.tiny import FAMILIES, shipped_task, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -304,6 +305,56 @@ def test_what_an_evaluation_would_refuse_is_known_without_a_model(fields, exampl
     task = shipped_task("capital", "task.template=plain")
     with pytest.raises(ValueError, match=message):
         Evaluation(**fields).check(TOKENIZER, examples, task, max_positions)
+
+
+@pytest.fixture(scope="module")
+def known_tasks() -> Any:
+    """lm-eval's own index, read once: it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "overrides", "score_task", "message"),
+    [
+        # lm-eval's mrpc has no test split, and evaluates where ours takes validation rows.
+        (["mrpc"], ["task=mrpc"], None, r"'mrpc' on split 'validation' of nyu-mll/glue/mrpc, .* \(null holds part of"),
+        (["mrpc"], ["task=mrpc", "task.path=/a/copy"], None, "the validation rows of task mrpc are from there"),
+        (["mrpc"], ["task=mrpc", 'task.splits.validation="validation[:50%]"'], None, "are from there"),
+        (["arc_easy", "glue"], ["task=mrpc"], None, r"holds 'glue': lm-eval evaluates 'mrpc'.*leave 'glue' out"),
+        (["mrpc"], ["task=capital"], "mrpc", "the validation rows of task mrpc are from there"),
+        (
+            ["openbookqa"],
+            ["task=openbookqa", "task.splits.train=test", "task.splits.test=train"],
+            None,
+            "the train rows",
+        ),
+        (
+            ["zero_shot"],
+            ["task=openbookqa", "task.splits.validation=test", "task.splits.test=validation"],
+            None,
+            "from",
+        ),
+        (["mrpc"], ["task=mrpc", "task.splits.validation=null"], None, None),
+        (["zero_shot", "commonsense_qa", "cola"], ["task=mrpc"], None, None),
+        (["commonsense_qa"], ["task=commonsense_qa"], "openbookqa", None),  # it evaluates what is our test split, too
+    ],
+)
+def test_tasks_of_lm_eval_on_rows_that_are_learned_are_refused(
+    known_tasks, monkeypatch, tasks, overrides, score_task, message
+):
+    monkeypatch.setattr("layerif.lm_eval._package", lambda: (None, None, lambda: known_tasks))
+    chosen, *changed = overrides
+    task = shipped_task(chosen.removeprefix("task="), *changed)
+    scored = shipped_task(score_task) if score_task else None
+    evaluation = Evaluation(metrics=["lm_eval"], lm_eval_tasks=tasks)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        evaluation.check(TOKENIZER, EXAMPLES, task, None, score_task=scored)
+
+
+def test_every_task_of_lm_eval_stands_for_some(known_tasks):
+    assert all(any(True for _ in _configs(name, known_tasks.task_index)) for name in known_tasks.all_tasks)
 
 
 def test_a_missing_lm_eval_is_known_without_a_model_and_only_where_asked_for(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -354,6 +355,33 @@ def test_a_sampler_carries_on_where_it_was():
     rest = EpochShuffle(10, 10, seed=0, start=first.drawn)
     assert list(rest) == whole[3:]
     assert list(rest) == whole  # the next epoch is whole again
+
+
+@pytest.mark.parametrize(("count", "num_processes"), [(10, 1), (10, 2), (10, 4), (9, 4), (1, 4)])
+def test_processes_share_an_epoch_and_each_carries_on_where_it_was(count, num_processes):
+    one = list(EpochShuffle(12, count, seed=0))
+    samplers = [
+        EpochShuffle(12, count, seed=0, rank=rank, num_processes=num_processes) for rank in range(num_processes)
+    ]
+    shares = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in shares} == {len(sampler) for sampler in samplers} == {-(-count // num_processes)}
+    dealt = [position for turn in zip(*shares, strict=True) for position in turn]
+    assert dealt[:count] == one  # disjoint, whole, and step by step what one process draws
+    assert set(dealt[count:]) <= set(one)
+    assert len(dealt) - count < num_processes
+    for rank, share in enumerate(shares):
+        rest = EpochShuffle(12, count, seed=0, start=1, rank=rank, num_processes=num_processes)
+        assert list(rest) == share[1:]
+        assert list(rest) == share
+
+
+def test_drop_partial_counts_what_all_processes_take(data):
+    found = data(batch_size=2, drop_partial=True)
+    found.trainer = SimpleNamespace(global_rank=1, world_size=4, accumulate_grad_batches=2, current_epoch=0)
+    assert len(found.train_dataloader()) == 2  # of 20 samples one step of 16: two batches of two in each process
+    found.batch_size = 3
+    with pytest.raises(ValueError, match=r"batch_size=3 × 2 accumulated × 4 processes"):
+        found.train_dataloader()
 
 
 def test_drop_partial_leaves_whole_batches(data):

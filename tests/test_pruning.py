@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -180,12 +181,34 @@ def test_recovery_by_lora_keeps_every_zero_and_merges_to_what_was_trained(parts,
 
 
 def test_recovery_by_lora_moe_allocates_by_scores_of_the_pruned_model(parts, tmp_path):
-    record = pruned(parts("method.recover=lora_moe", "method.experts.budget=9"), tmp_path / "run")
+    found = parts("method.recover=lora_moe", "method.experts.budget=9")
+    record = pruned(found, tmp_path / "run")
     assert record.recovery["method"] == "lora_moe"
     assert sum(record.recovery["experts"].values()) == 9
+    of_pruned = replace(found.decider, model=Local(path=str(tmp_path / "run" / "model")))()
+    assert of_pruned.reused
+    decision = record.recovery["decision"]
+    assert decision["scores"] == of_pruned.scores.to_dict()
+    assert decision["scores"]["fingerprint"] != record.fingerprint
+    assert decision["reliability"] == of_pruned.reliability
+    assert set(decision["notes"]) == set(of_pruned.notes)
+    assert decision["seconds"].keys() == {"evidence", "score", "allocate"}
+    assert record.write(tmp_path / "run").exists()
     assert {"pruned/accuracy", "accuracy"} <= record.metrics.keys()
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
     assert not (tmp_path / "run" / "recovered").exists()
+
+
+def test_the_recovery_of_sparsities_from_a_file_goes_by_blocks(parts, tmp_path):
+    file = tmp_path / "sparsity.json"
+    file.write_text(json.dumps({f"model.layers.{index}": 0.5 for index in range(3)}))
+    given, names = f"method.allocation={file}", [f"model.layers.{index}" for index in range(3)]
+    experts = pruned(parts(given, "method.recover=lora_moe", "method.experts.budget=9"), tmp_path / "experts")
+    assert set(experts.layers).isdisjoint(names)  # matrices
+    assert experts.routing.keys() == {name for name, number in experts.recovery["experts"].items() if number > 1}
+    assert experts.routing
+    plain = pruned(parts(given, "method.recover=lora"), tmp_path / "plain")
+    assert plain.recovery == {"method": "lora", "experts": dict.fromkeys(names, 1), "decision": {}}
 
 
 def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
@@ -240,6 +263,7 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         (["method.allocation=/nowhere.json"], r"method\.allocation file '/nowhere\.json' cannot be read"),
         (["method.recover=lora", "method.save=false"], r"use method\.save=true"),
         (["method.recover=lora_moe", "method.experts.budget=2"], "budget=2 cannot give 3 layers 1 expert each"),
+        (["method.recover=lora", "method.adapter.keep_zeros=false"], r"keep_zeros=false would fill the zeros"),
         (["model.adapter=/nowhere"], r"cannot prune through model\.adapter"),
         (["allocator.smoothing=true"], "smoothing with window=7 needs at least 7 layers, got 3"),
         (["method.offload=gpu"], r"allowed: device, cpu, disk"),

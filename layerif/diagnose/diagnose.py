@@ -26,7 +26,8 @@ from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import Retrainings, write
 from layerif.estimators.gram import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.fit import carries_on, keep
+from layerif.files import carried_on
+from layerif.fit import keep
 from layerif.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Diagnose:
         if record.config["evaluation"]["before"]:
             raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
         work = folder / "checkpoints"  # the run removes it once its record stands
-        if carries_on(work, record):
+        if carried_on(work, [record.config, record.inputs]):
             record.notes.append("carried on from a run that did not finish; seconds are of the rest")
         report = self._report(decider, record, work)
         write(folder / FILE, json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -111,6 +112,10 @@ class Diagnose:
             raise ValueError(
                 f"method=diagnose solves many subsamples, and estimator.step_size={estimator.step_size} need not "
                 "converge on all of them; leave it null, and every matrix gets a step of its own"
+            )
+        if decider.num_processes > 1:
+            raise ValueError(
+                f"method=diagnose works in one process, got {decider.num_processes}; use trainer.devices=1"
             )
         if decider.model.adapter is not None:
             raise ValueError(

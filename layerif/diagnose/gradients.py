@@ -1,4 +1,6 @@
-"""The health of the gradients: their size, dead and non-finite matrices, and how far the model is from an optimum.
+"""The health of the gradients: their size, dead matrices, and how far the model is from an optimum.
+
+All are finite: a measurement that is not has been refused before, by the name of its matrix and sample.
 
 Influence theory starts where the mean training gradient is zero. With K = G Gᵀ (N×N) summed over the matrices,
 
@@ -23,42 +25,35 @@ from layerif.layers import LayerGrams
 
 @dataclass(frozen=True)
 class Gradients:
-    """train_norms, val_norms: root mean square over samples of ‖g‖, by matrix (NaN where not finite).
+    """train_norms, val_norms: root mean square over samples of ‖g‖, by matrix.
 
-    dead: matrices whose gradient is zero for every train or for every validation sample. non_finite: matrices with an
-    infinite or NaN entry in a Gram. common: see above, over all other matrices; length: ‖mean g‖ over the root mean
-    square of ‖g‖, and chance: what 1/√N of it sampling alone would leave at an optimum.
+    dead: matrices whose gradient is zero for every train or for every validation sample. common: see above; length:
+    ‖mean g‖ over the root mean square of ‖g‖, and chance: what 1/√N of it sampling alone would leave at an optimum.
     """
 
     train_norms: dict[str, float]
     val_norms: dict[str, float]
     dead: list[str]
-    non_finite: list[str]
     common: Estimate
     length: float
     chance: float
 
 
 def gradient_health(grams: LayerGrams) -> Gradients:
-    train_norms, val_norms, dead, non_finite = {}, {}, [], []
+    train_norms, val_norms, dead = {}, {}, []
     num_train = len(next(iter(grams.grams.values())).train_train)
     total_NN = torch.zeros(num_train, num_train, dtype=torch.float64)
     for name, gram in grams.grams.items():
-        tensors = gram.train_train, gram.val_train, gram.val_norms
         train_norms[name] = math.sqrt(max(0.0, float(gram.train_train.double().diagonal().mean())))
         val_norms[name] = math.sqrt(float(gram.val_norms.double().square().mean()))
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            non_finite.append(name)
-            train_norms[name] = val_norms[name] = math.nan
-            continue
         if not (gram.train_train.any() and gram.val_norms.any()):
             dead.append(name)
         total_NN += gram.train_train
     if not total_NN.any():
         unknown = Estimate(math.nan, math.nan, math.nan)
-        return Gradients(train_norms, val_norms, dead, non_finite, unknown, math.nan, 1 / math.sqrt(num_train))
+        return Gradients(train_norms, val_norms, dead, unknown, math.nan, 1 / math.sqrt(num_train))
     length = math.sqrt(max(0.0, float(total_NN.mean())) / float(total_NN.diagonal().mean()))
-    return Gradients(train_norms, val_norms, dead, non_finite, common_share(total_NN), length, 1 / math.sqrt(num_train))
+    return Gradients(train_norms, val_norms, dead, common_share(total_NN), length, 1 / math.sqrt(num_train))
 
 
 def common_share(gram_NN: Tensor) -> Estimate:

@@ -133,22 +133,21 @@ def _by_layer(axes: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
-    """Norms as a map of matrices over layers; what is dead or not finite stays white, with a cross."""
+    """Norms as a map of matrices over layers; what is dead stays white, with a cross."""
     layers, norms = report["layers"], report["gradients"]["train_norms"]
     owner = {name: max((layer for layer in layers if name.startswith(f"{layer}.")), key=len) for name in norms}
     kinds = list(dict.fromkeys(name.removeprefix(f"{owner[name]}.").removesuffix(".weight") for name in norms))
     grid = np.full((len(kinds), len(layers)), np.nan)
-    ill = {*report["gradients"]["dead"], *report["gradients"]["non_finite"]}
     for name, value in norms.items():
         kind = name.removeprefix(f"{owner[name]}.").removesuffix(".weight")
         place = kinds.index(kind), layers.index(owner[name])
         grid[place] = np.log10(value) if value else np.nan
-        if name in ill:
+        if name in report["gradients"]["dead"]:
             axes.plot(place[1], place[0], "x", color=COLOURS[1])
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.grid(False)
-    axes.set_title("log10 of the gradients' norm (root mean square); × dead or not finite", loc="left", fontsize=11)
+    axes.set_title("log10 of the gradients' norm (root mean square); × dead", loc="left", fontsize=11)
     axes.set_xlabel("layer (decoder block)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.colorbar(image, ax=axes)

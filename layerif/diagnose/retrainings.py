@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from layerif.blocks import layer_map
 from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
+from layerif.files import whole
 from layerif.layers import LayerGrams
 
 log = logging.getLogger(__name__)
@@ -114,9 +114,5 @@ class Retrainings:
 
 def write(file: Path, text: str) -> None:
     """Whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with whole(file) as unfinished:
         unfinished.write_text(text)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

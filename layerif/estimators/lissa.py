@@ -44,22 +44,6 @@ def lissa(
     return _solve(train_train, val_train, numel, damping, num_steps, step_size)[0]
 
 
-def lissa_residual(
-    train_train: Tensor,
-    val_train: Tensor,
-    *,
-    numel: int,
-    damping: float,
-    num_steps: int,
-    step_size: float | None = None,
-) -> float:
-    """‖I − I_exact‖/‖I_exact‖ (Frobenius): the share of the series that the steps after T would still add.
-
-    0 is converged, 1 is as far from exact as zero influence is. Zero influence has residual 0.
-    """
-    return _solve(train_train, val_train, numel, damping, num_steps, step_size)[1]
-
-
 def step_bound(train_train: Tensor, *, numel: int, damping: float) -> float:
     """2/(σmax/N + λ), which every converging step size is below; infinite for zero gradients."""
     lam = damping_lambda(train_train, numel=numel, damping=damping)
@@ -97,7 +81,10 @@ class Lissa(DampedEstimator):
         return {name: influence_MN for name, (influence_MN, _) in solved.items()}
 
     def solve(self, gram: MatrixGram) -> tuple[Tensor, float]:
-        """`lissa` and its `lissa_residual`, from one eigendecomposition."""
+        """`lissa` and its residual ‖I − I_exact‖/‖I_exact‖ (Frobenius), what the steps after T would still add.
+
+        0 is converged, 1 is as far from exact as zero influence is. Zero influence has residual 0.
+        """
         damping = self.relative_damping(gram)
         return _solve(gram.train_train, gram.val_train, gram.numel, damping, self.num_steps, self.step_size)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerif.blocks import bare, blocks
+from layerif.files import whole
 from layerif.loss import per_sample_loss
 
 log = logging.getLogger(__name__)
@@ -200,17 +200,14 @@ class OnDisk:
             tensors[inputs_of[param]] = inputs.cpu().contiguous()
             tensors[f"{param}/delta"] = delta.cpu().contiguous()
         file = self._files[number]
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            save_file(tensors, unfinished, metadata={"inputs_of": json.dumps(inputs_of)})
-            os.replace(unfinished, file)
+            with whole(file) as unfinished:
+                save_file(tensors, unfinished, metadata={"inputs_of": json.dumps(inputs_of)})
         except (SafetensorError, OSError) as error:  # what a full disk becomes in there
             raise OSError(
                 f"cannot write {file}: {error}; free some space, set store=/another/folder, "
                 "or probe.offload=none (several passes)"
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
         for number in sorted(self._files):

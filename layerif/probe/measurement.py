@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerif.blocks import bare
+from layerif.files import whole
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.modes import frozen
 from layerif.probe import products
@@ -272,9 +272,8 @@ def _keep(grams: Mapping[str, MatrixGram], folder: Path) -> None:
     tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in _FIELDS}
     name = hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".grams-{name}.{os.getpid()}"
-    save_file(tensors, unfinished)
-    os.replace(unfinished, folder / f"grams-{name}.safetensors")
+    with whole(folder / f"grams-{name}.safetensors") as unfinished:
+        save_file(tensors, unfinished)
 
 
 def _as_it_is(values: Tensor, side: str) -> Tensor:

@@ -9,7 +9,6 @@ Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inpu
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from layerif.blocks import bare, blocks, linears
+from layerif.files import whole
 from layerif.modes import evaluating, full_precision
 from layerif.prune import Pruner
 from layerif.prune.targets import Target
@@ -258,17 +258,16 @@ def _header(file: Path) -> Mapping[str, str]:
 
 def _save(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
     """Whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
-        os.replace(unfinished, file)
+        with whole(file) as unfinished:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header
+            )
     except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
         raise OSError(
             f"cannot write {file}: {error}; free some space, use method.offload=cpu, or set outputs=/another/folder; "
             "the same command carries on from the last finished block"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _not_finite(what: str) -> str:
