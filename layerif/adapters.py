@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 import lightning as L
@@ -20,6 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layerif.allocate import to_rank
 from layerif.blocks import blocks
@@ -27,6 +30,19 @@ from layerif.loss import per_sample_loss
 from layerif.moe.model import linears_of_blocks
 from layerif.names import did_you_mean
 from layerif.probe import first_non_finite_block
+
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda r: r >= 1, "be at least 1"),
+    "top_k": (lambda top_k: top_k >= 1, "be at least 1: so many experts a token takes"),
+    "lora_alpha": (lambda alpha: 0 < alpha < math.inf, "be above 0"),
+    "scaling": (lambda scaling: 0 < scaling < math.inf, "be above 0; it is α/r, the paper's 16/8"),
+    "lora_dropout": (lambda rate: 0 <= rate < 1, "lie in [0, 1)"),
+    "balance_coefficient": (lambda weight: 0 <= weight < math.inf, "be 0 or more"),
+    "learning_rate": (lambda rate: 0 < rate < math.inf, "be above 0"),
+    "weight_decay": (lambda decay: 0 <= decay < math.inf, "be 0 or more"),
+    "warmup_ratio": (lambda ratio: 0 <= ratio < 1, "lie in [0, 1); for steps use method.warmup_steps"),
+    "warmup_steps": (lambda steps: steps >= 0, "be 0 or more, or null for method.warmup_ratio"),
+}
 
 
 class AdapterModule(L.LightningModule):
@@ -58,20 +74,33 @@ class AdapterModule(L.LightningModule):
         return 0.0
 
     def check(self) -> None:
-        """Of the settings all kinds share, once they are saved."""
-        warmup_ratio, adapter = self.hparams["warmup_ratio"], self.hparams["model"].get("adapter")
-        if not 0 <= warmup_ratio < 1:
-            raise ValueError(
-                f"method.warmup_ratio={warmup_ratio} must lie in [0, 1); for steps use method.warmup_steps"
-            )
-        scaling = self.hparams.get("scaling", 1.0)
-        if not scaling > 0:
-            raise ValueError(f"method.scaling={scaling} must be above 0; it is α/r, the paper's 16/8")
-        if adapter:
+        """Of the settings, whichever a kind has, once they are saved."""
+        for name, (holds, allowed) in _ALLOWED.items():
+            value = self.hparams.get(name)
+            if value is not None and not holds(value):
+                raise ValueError(f"method.{name}={value} must {allowed}")
+        if adapter := self.hparams["model"].get("adapter"):
             raise ValueError(
                 f"an adapter to train cannot build on model.adapter={adapter!r}; merge the adapter into a folder "
                 "of its own (PEFT's merge_and_unload) and use model=local, or score it with method=none"
             )
+
+    def rehearse(self, skeleton: nn.Module, allocation: Mapping[str, int]) -> None:
+        """Put the adapter on the model without weights: what is impossible fails here, before any pass over the data.
+
+        Raises ValueError, among the rest, for a target that names nothing, which PEFT itself leaves out in silence.
+        """
+        known = [name for name, _ in skeleton.named_modules()]
+        for target in self.hparams.get("target_modules") or ():
+            if not any(name == target or name.endswith(f".{target}") for name in known):
+                linears = linears_of_blocks(skeleton)
+                near = did_you_mean(target, [*linears, *(name.rpartition(".")[2] for name in linears)])
+                raise ValueError(
+                    f"method.target_modules holds {target!r}, which names nothing in this model{near}; its blocks have "
+                    f"{', '.join(linears)} (null: all of them)"
+                )
+        with torch.device("meta"):
+            get_peft_model(skeleton, self.adapter(skeleton, allocation))  # type: ignore[arg-type]
 
     @property
     def allocation(self) -> dict[str, int] | None:
@@ -99,7 +128,7 @@ class AdapterModule(L.LightningModule):
         base, hparams = self.base_model(), self.hparams
         config = self.adapter(base, self.allocation)
         if hparams["gradient_checkpointing"]:
-            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            _checkpoint_blocks(base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hparams["seed"])
             self.model = get_peft_model(base, config)  # type: ignore[arg-type]
@@ -121,6 +150,8 @@ class AdapterModule(L.LightningModule):
         return loss + self.extra_loss(len(batch["labels"]))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # of trainer.precision=16-mixed: it skips such a step and lowers its scale, by design
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
         # One look at the device for all of them together.
         finite = torch.stack([gradient.sum() for gradient in gradients.values()]).isfinite()
@@ -211,6 +242,16 @@ def equal_ranks(
     budget = max(len(per_rank), round(wanted * len(per_rank) / sum(per_rank.values())))
     ranks = to_rank([1.0] * len(per_rank), budget)
     return dict(zip(per_rank, ranks, strict=True)), {"lora_moe": wanted}
+
+
+def _checkpoint_blocks(base: nn.Module) -> None:
+    """Keep of every block its input alone and run it again in backward.
+
+    Transformers itself does so in training mode only, which would also switch on whatever dropout the base has.
+    """
+    for block in blocks(base).values():
+        forward = MethodType(type(block).forward, block)
+        block.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
 def _linear(step: int, *, warmup: int, total: int) -> float:

@@ -17,14 +17,13 @@ from typing import Any, Literal, get_args
 
 from layerif.layers import LayerMap, in_layer_order
 from layerif.names import check_choice
-from layerif.scores import Kind, LayerScores, check_unique, is_number, smooth
+from layerif.scores import SPREAD_NOISE, Kind, LayerScores, check_unique, is_number, smooth
 
 Shift = Literal["min", "none"]
 Rounding = Literal["largest_remainder", "upstream"]
 Rule = Literal["scaled", "shifted"]
 
 BUDGET_TOLERANCE = 1e-6  # of a sparsity, as a fraction of all parameters
-_SPREAD_NOISE = 1e-12  # of the largest value: a smaller spread is the rounding of equal scores
 _TIE_NOISE = 1e-9  # of one expert: nearer fractions are the rounding of equal ones
 
 
@@ -153,7 +152,7 @@ def to_sparsity(
     if rule == "shifted":
         return _shifted([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
     relative = [(1 - epsilon) + 2 * epsilon * x for x in _min_max(values)]
-    relative = [r if r > _SPREAD_NOISE else 0.0 for r in relative]  # ε = 1: rounding must not be scaled up to a share
+    relative = [r if r > SPREAD_NOISE else 0.0 for r in relative]  # ε = 1: rounding must not be scaled up to a share
     wanted = target * sum(weights)
     clipped: set[int] = set()
     while True:
@@ -251,7 +250,7 @@ def _shares(values: list[float], beta: float, shift: Shift) -> list[Fraction]:
     """w^β/Σw^β, summing to one exactly: no budget, however large, is missed by rounding."""
     _check_beta_and_shift(beta, shift)
     low, high = min(values), max(values)
-    if high - low <= _SPREAD_NOISE * high:
+    if high - low <= SPREAD_NOISE * high:
         return [Fraction(1, len(values))] * len(values)
     base = low if shift == "min" else 0.0
     powers = [Fraction(((value - base) / (high - base)) ** beta) for value in values]
@@ -311,7 +310,7 @@ def _shifted(steps: list[float], weights: list[int], target: float, max_sparsity
 
 def _min_max(values: list[float]) -> list[float]:
     low, high = min(values), max(values)
-    if high - low <= _SPREAD_NOISE * high:
+    if high - low <= SPREAD_NOISE * high:
         return [0.5] * len(values)
     return [(value - low) / (high - low) for value in values]
 

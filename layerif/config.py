@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import json
 import re
 import traceback
 import typing
@@ -101,7 +102,11 @@ def from_conf(choice: str, *overrides: str) -> Any:
 
 
 def folder_name(overrides: str) -> str:
-    """A sweep job's folder from its overrides; hashed where they hold what a folder name cannot."""
+    """A sweep job's folder from its overrides; hashed where they hold what a folder name cannot.
+
+    Whatever is said of `logger` makes no other job, and so no other folder.
+    """
+    overrides = re.sub(r"(^|,)\+*logger(\.[^=,]*)?=(\[[^]]*\]|[^,])*", "", overrides).lstrip(",")
     if not overrides:
         return "default"
     if len(overrides) <= 120 and re.fullmatch(r"[\w.,=+-]+", overrides):
@@ -141,6 +146,13 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"recipe={plain['recipe']} is a way to fine-tune, and method {method.get('_target_', 'none')} does not; "
             "leave it out (experiment=NAME in place of [NAME,upstream]), or use method=lora_moe"
+        )
+    if not 0 <= plain.get("seed", 0) < 2**32:
+        raise ValueError(f"seed={plain['seed']} is not allowed; allowed: a whole number from 0 to {2**32 - 1}")
+    if isinstance(named := plain.get("score_task"), str):
+        raise ValueError(
+            f"score_task={named!r} is a name where a whole task belongs; say +task@score_task={named}, which puts that "
+            "task there, or score_task=null for scores on the task's own rows"
         )
     for path, node in _targets(plain):
         _check_node(path, node)
@@ -266,21 +278,36 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
 
 
 def _check_value(path: str, value: Any, hint: Any) -> None:
+    """As JSON, strictly: what is checked is what is used, and "no" is no truth value; an int is also a float."""
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     if value == MISSING:
         raise ValueError(f"{path} has no value: give one with {path}=…")
+    if value != value:
+        raise ValueError(f"{path}=nan is not allowed; allowed: a number")
     try:
-        TypeAdapter(hint).validate_python(value)
+        TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticUserError:  # a type of another library
         return
     except ValidationError as error:
         choices = [str(choice) for choice in _literals(hint)]
-        if choices:
-            allowed = f"allowed: {', '.join(choices)}{did_you_mean(str(value), choices)}"
-        else:
-            allowed = error.errors()[0]["msg"].lower()
-        raise ValueError(f"{path}={value!r} is not allowed; {allowed}") from error
+        others = [_KINDS.get(each["type"], each["msg"].lower()) for each in error.errors()]
+        kinds = [kind for kind in dict.fromkeys(others) if kind] + ["null"] * (type(None) in typing.get_args(hint))
+        allowed = f"{', '.join([*choices, *kinds])}{did_you_mean(str(value), choices)}"
+        raise ValueError(f"{path}={value!r} is not allowed; allowed: {allowed}") from error
+
+
+# What pydantic calls it -> how a user would write it; of choices and null is said elsewhere.
+_KINDS = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text (in quotes, where it looks like a number)",
+    "list_type": "a list",
+    "literal_error": "",
+    "none_required": "",
+}
 
 
 def _literals(hint: Any) -> Iterator[Any]:

@@ -45,6 +45,12 @@ class Fit:
     patience: int | None = None
     checkpoint_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("patience", "checkpoint_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"fit.{name}={value} must be at least 1, or null")
+
 
 def score(parts: Parts, record: RunRecord) -> None:
     """Scores and allocation, and if asked the accuracy of the untouched model."""

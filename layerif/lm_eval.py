@@ -36,7 +36,7 @@ def lm_eval(
     """lm-eval on the model in memory: our examples as a local multiple-choice task, then `tasks` by lm-eval's names,
     `zero_shot` for all of ZERO_SHOT and their means.
 
-    Keys are `lm_eval/<task>/<metric>`. lm-eval moves blanks at the end of a prompt into the options, so its
+    Keys are those of `metrics_of`. lm-eval moves blanks at the end of a prompt into the options, so its
     log-likelihoods may differ from ours by a constant per question; the choices are the same. Raises ValueError as
     `option_accuracy` does (lm-eval itself would cut long questions), without lm-eval, and for tasks it does not know.
     """
@@ -66,13 +66,20 @@ def lm_eval(
                 f"lm-eval cannot read the data of {others} ({error}); it fetches them from the hub: "
                 "connect, fill its cache beforehand, or set evaluation.lm_eval_tasks=[]"
             ) from error
-    metrics = {
-        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
-        for task, values in found["results"].items()
-        for metric, value in values.items()
-        if metric.endswith(",none") and "stderr" not in metric and isinstance(value, int | float)
-    }
+    metrics = metrics_of(found["results"])
     return metrics | zero_shot_means(metrics) if "zero_shot" in tasks else metrics
+
+
+def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`lm_eval/<task>/<metric>`, with the filter of the answers behind it where there is one
+    (`lm_eval/gsm8k/exact_match,strict-match`); standard errors are left out.
+    """
+    return {
+        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
+        for task, values in results.items()
+        for metric, value in values.items()
+        if "," in metric and "stderr" not in metric and isinstance(value, int | float)
+    }
 
 
 def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import nn
 
 from layerif.blocks import layer_map
@@ -55,6 +56,10 @@ class Pretrained:
         adapter = hash_folder(Path(self.adapter)) if self.adapter else "none"
         return {"weights": self.weights_hash(), "adapter": adapter, "dtype": self.dtype}
 
+    def inputs(self) -> dict[str, str]:
+        """What makes a job another one: the fingerprint, and the tokenizer where nothing in it covers that."""
+        return self.fingerprint()
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """One object for all callers, see `_remembered`: not to be changed."""
         return _remembered(_tokenizer, self)
@@ -70,7 +75,11 @@ class Pretrained:
         where, revision = self.location()
         with _readable(where):
             model = AutoModelForCausalLM.from_pretrained(
-                where, revision=revision, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
+                where,
+                revision=revision,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attention,
+                trust_remote_code=False,
             )
         if self.adapter:
             from peft import PeftModel
@@ -84,15 +93,20 @@ class Pretrained:
         with_adapter: as `load` gives it; otherwise the bare model.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         where, revision = self.location()
         with _readable(where), torch.device("meta"):
-            config = AutoConfig.from_pretrained(where, revision=revision)
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
-            if not with_adapter or self.adapter is None:
-                return model
-            from peft import PeftConfig, get_peft_model
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+            is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # transformers would take it silently
+            if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
+                raise ValueError(f"the architecture {config.model_type} has an encoder")
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype), trust_remote_code=False)
+        if not with_adapter or self.adapter is None:
+            return model
+        from peft import PeftConfig, get_peft_model
 
+        with torch.device("meta"):
             return get_peft_model(model, PeftConfig.from_pretrained(self.adapter))  # type: ignore[return-value]
 
     def at(self, checkpoint: str) -> Pretrained:
@@ -129,7 +143,7 @@ class Hub(Pretrained):
         from transformers import AutoConfig
 
         with _readable(self.name):
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
         commit = getattr(config, "_commit_hash", None)
         # Without a commit (an old offline cache) the name alone would outlive an update of the weights.
         if commit is None:
@@ -157,6 +171,12 @@ class Local(Pretrained):
 
     def weights_hash(self) -> str:
         return hash_folder(Path(self.location()[0]))
+
+    def inputs(self) -> dict[str, str]:
+        folder = Path(self.location()[0])
+        names = {*self.tokenizer().vocab_files_names.values(), *_TOKENIZER}
+        files = sorted(file for file in folder.iterdir() if file.name in names)
+        return {**super().inputs(), "tokenizer": _hash_files(files)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +261,7 @@ def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
 
     where, revision = model.location()
     with _readable(where):
-        return AutoTokenizer.from_pretrained(where, revision=revision)
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
 def _layers(model: Pretrained) -> LayerMap:
@@ -269,10 +289,15 @@ def hash_folder(folder: Path) -> str:
         raise ValueError(
             f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors"
         )
-    return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
+    return _hash_files(files)
 
 
 _CONFIGS = {"config.json", "adapter_config.json"}
+_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -329,6 +354,15 @@ class _readable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             raise ValueError(
-                f"cannot load {self.where!r}: {str(error).splitlines()[0]} "
+                f"cannot load {self.where!r}: {_first_line(error)} "
                 "(a folder: model=local model.path=/folder; a hub model: model=hub model.name=org/name, online)"
             ) from error
+        if isinstance(error, ValueError | KeyError | ImportError | SafetensorError):
+            raise ValueError(
+                f"cannot load {self.where!r}: {_first_line(error)}; supported are decoder-only language models whose "
+                "architecture this version of transformers holds itself (no trust_remote_code), in files that are whole"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -127,8 +127,6 @@ class EqualLoRAModule(AdapterModule):
         super().__init__()
         self.save_hyperparameters(logger=False)  # the run logs its whole configuration
         self.check()
-        if r < 1:
-            raise ValueError(f"method.r={r} must be at least 1: it is the rank of an expert that is compared with")
 
     def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
         ranks, self.compared = equal_ranks(
@@ -162,6 +160,8 @@ class TaskDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.splits, self.tokenizer = splits, tokenizer
         self.batch_size, self.drop_partial, self.seed = batch_size, drop_partial, seed
         self._start = 0

@@ -34,6 +34,7 @@ class Parts:
         self.model = instantiate(config.model)
         self.task = instantiate(config.task)
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
+        instantiate(config.fit)  # checked by making it
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
         score_task = instantiate(config.score_task) if config.score_task else None
@@ -66,7 +67,7 @@ class Parts:
 
     def inputs(self) -> dict[str, str]:
         """What the configuration only names: a job is the same if the content is, too."""
-        hashes = {"rows": self.splits.fingerprint, **self.model.fingerprint()}
+        hashes = {"rows": self.splits.fingerprint, **self.model.inputs()}
         if self.scored is not self.splits:
             hashes["score_task"] = self.scored.fingerprint
         for part in ("estimator", "allocator"):

@@ -211,12 +211,14 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
         said += f", {sum(map(len, windows))} calibration windows of {module.calibration.window} tokens"
     if module.recover != "none":  # settings of the fine-tuning that only its making checks
         parts.datamodule()
-        _adapted(module, Local(path=""), None)
-    if module.recover == "lora_moe":
-        assert module.experts is not None
-        given = replace(decider, allocator=module.experts).rehearse(decider.layers())
-        if given.kind != "experts":
-            raise ValueError(f"method.experts must allocate experts, got {given.kind}")
+        experts = dict.fromkeys(blocks(skeleton), 1)
+        if module.recover == "lora_moe":
+            assert module.experts is not None
+            given = replace(decider, allocator=module.experts).rehearse(decider.layers())
+            if given.kind != "experts":
+                raise ValueError(f"method.experts must allocate experts, got {given.kind}")
+            experts = given.by_name()
+        _adapted(module, Local(path=""), None).rehearse(skeleton, experts)
     return said
 
 

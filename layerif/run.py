@@ -49,7 +49,6 @@ def run(config: DictConfig) -> float | None:
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
     parts = Parts(config)
-    _check_objective(parts)
     if config.dry_run:
         _preview(parts, folder)
         return None
@@ -63,6 +62,7 @@ def run(config: DictConfig) -> float | None:
     if config.rerun is not True and _is_finished(folder, record):
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
         return RunRecord.read(folder).objective
+    _check_method(parts)
     try:
         with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
             _execute(parts, record, folder)
@@ -84,19 +84,22 @@ def run(config: DictConfig) -> float | None:
     return record.objective
 
 
-def _check_objective(parts: Parts) -> None:
-    """Before anything is measured: can what a search asks for be had?"""
-    if parts.config.get("objective") == "validation/loss":
-        method = parts.method()
-        if not isinstance(method, AdapterModule) and getattr(method, "recover", "none") == "none":
-            raise ValueError(
-                "objective=validation/loss is of a fine-tuned model, and this method fits none; use method=lora_moe "
-                "(or lora, lora_equal, or prune with method.recover), or objective=reliability for scores alone"
-            )
+def _check_method(parts: Parts) -> None:
+    """Before anything is measured: can this model be fitted like that, and what a search asks for be had?"""
+    method = parts.method()
+    if isinstance(method, AdapterModule):
+        method.rehearse(parts.model.skeleton(), parts.decider.rehearse(parts.decider.layers()).by_name())
+    fits = isinstance(method, AdapterModule) or getattr(method, "recover", "none") != "none"
+    if parts.config.get("objective") == "validation/loss" and not fits:
+        raise ValueError(
+            "objective=validation/loss is of a fine-tuned model, and this method fits none; use method=lora_moe "
+            "(or lora, lora_equal, or prune with method.recover), or objective=reliability for scores alone"
+        )
 
 
 def _preview(parts: Parts, folder: Path) -> None:
     """Everything that can be said without weights: the sizes, one sample, and whether the budget can be met."""
+    _check_method(parts)
     config, splits, template = parts.config, parts.splits, parts.task.template
     probe, everything = parts.decider.probe, parts.decider.layers()
     skeleton = parts.model.skeleton(with_adapter=probe.parameters == "lora")

@@ -20,6 +20,8 @@ Aggregation = Literal["all", "positive", "top25"]
 Direction = Literal["undertrained", "important"]
 Kind = Literal["experts", "rank", "sparsity"]
 
+SPREAD_NOISE = 1e-12  # of the largest value: a smaller spread is the rounding of equal scores
+
 
 @dataclass(frozen=True)
 class LayerScores:
@@ -49,11 +51,14 @@ class LayerScores:
     def oriented(self, kind: Kind) -> tuple[float, ...]:
         """The values as `to_experts`, `to_rank`, `to_sparsity` take them: higher = give more of `kind`.
 
-        Only important layers under sparsity are turned round, to max − s; all other values stay as they are.
+        Only important layers under sparsity are turned round, to max − s (all 0 where the values are equal but for
+        rounding, which would be all that is left); all other values stay as they are.
         """
         check_choice("kind", kind, get_args(Kind))
         if kind == "sparsity" and self.higher_means == "important":
             highest = max(self.values)
+            if highest - min(self.values) <= SPREAD_NOISE * highest:
+                return (0.0,) * len(self.values)
             return tuple(highest - value for value in self.values)
         return self.values
 

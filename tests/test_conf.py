@@ -63,6 +63,15 @@ def test_every_choice_composes_and_binds(group, choice):
         ("estimator.damping_rule=relativ", r"allowed: relative, absolute \(did you mean 'relative'"),
         ("model=local", "model.path has no value"),
         ("fit.keep=worst", "allowed: last, best"),
+        ("allocator.smoothing=no", "allocator.smoothing='no' is not allowed; allowed: true or false"),
+        ("task.drop_overlap=no", "task.drop_overlap='no' is not allowed; allowed: true or false"),
+        ("probe.num_train=1e2", r"probe.num_train=100\.0 is not allowed; allowed: a whole number"),
+        ("method.top_k=true", "method.top_k=True is not allowed; allowed: a whole number"),
+        ("method.learning_rate=nan", "method.learning_rate=nan is not allowed; allowed: a number"),
+        ("fit.patience=2.5", r"fit.patience=2\.5 is not allowed; allowed: a whole number, null"),
+        ("method.target_modules=q_proj", "method.target_modules='q_proj' is not allowed; allowed: a list, null"),
+        ("seed=-1", "seed=-1 is not allowed; allowed: a whole number from 0 to 4294967295"),
+        ("score_task=currency", r"score_task='currency' is a name .* say \+task@score_task=currency"),
         ("+estimator.dampin=1", r"estimator.dampin is not known to .* \(did you mean 'damping'"),
         ("data.batch_size=many", "data.batch_size='many'"),
         ("method.learning_rate=fast", "method.learning_rate='fast'"),
@@ -72,6 +81,13 @@ def test_every_choice_composes_and_binds(group, choice):
 def test_values_are_checked_against_the_signature(override, message):
     with pytest.raises(ValueError, match=message):
         check(composed(override))
+
+
+@pytest.mark.parametrize(
+    "override", ["estimator.damping=1", "method.lora_alpha=16", "method.target_modules=[q_proj]", "fit.patience=2"]
+)
+def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
+    check(composed(override))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +149,15 @@ def test_folder_names_are_readable_unique_and_valid():
     assert all("/" not in path for path in paths)
     assert folder_name("") == "default"
     assert len(folder_name("x=" + "1" * 500)) < 120
+
+
+@pytest.mark.parametrize(
+    "logged", ["logger=wandb", "logger=[csv,wandb]", "logger.wandb.project=mine", "+logger.wandb.tags=[a,b]"]
+)
+def test_how_a_job_is_tracked_is_in_no_folder_name(logged):
+    """As it is in no job (`job_of`): tracked otherwise the same sweep finds what is done."""
+    for others in ([], ["seed=1"], ["method=none", "task.columns=[c,d]"]):
+        assert folder_name(",".join(sorted([*others, logged]))) == folder_name(",".join(sorted(others)))
 
 
 def test_a_job_is_the_same_wherever_its_results_are_kept():

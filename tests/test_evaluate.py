@@ -19,7 +19,7 @@ from layerif.data.answers import (
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.task import Example, Template
 from layerif.evaluate import Evaluation, generation_accuracy, option_accuracy, perplexity
-from layerif.lm_eval import _configs, lm_eval
+from layerif.lm_eval import _configs, lm_eval, metrics_of
 from tests.tiny import FAMILIES, shipped_task, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -110,6 +110,16 @@ def test_lm_eval_on_the_same_questions_gives_the_same_accuracy_and_the_same_choi
         ]
         chosen.shuffle(agreed)
         assert lm_eval(model, TOKENIZER, agreed, name="tiny", template=template)["lm_eval/layerif_tiny/acc"] == 1.0
+
+
+def test_lm_eval_metrics_are_kept_whatever_their_filter():
+    gsm8k = {"alias": "gsm8k", "sample_len": 9, "exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
+    errors = {"exact_match_stderr,strict-match": 0.1, "acc_stderr,none": "N/A"}
+    assert metrics_of({"gsm8k": {**gsm8k, **errors}, "rte": {"alias": "rte", "acc,none": 0.25}}) == {
+        "lm_eval/gsm8k/exact_match,strict-match": 0.5,
+        "lm_eval/gsm8k/exact_match,flexible-extract": 0.75,
+        "lm_eval/rte/acc": 0.25,
+    }
 
 
 def test_lm_eval_names_what_is_missing(monkeypatch):

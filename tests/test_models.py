@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from layerif.blocks import blocks, layer_map
+from layerif.config import of_the_user
 from layerif.models import Embedded, Hub, Local, hash_folder
 from tests.tiny import FAMILIES, tiny_model
 
@@ -105,6 +106,44 @@ def test_a_broken_model_folder_says_how_to_name_one(tmp_path, model_folder):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"cannot load .* model=local"):
         Local(path=str(tmp_path)).load()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2}, "the architecture bert has an encoder"),
+        ({"model_type": "bart", "d_model": 32, "encoder_layers": 1}, "the architecture bart has an encoder"),
+        ({"model_type": "t5", "d_model": 32, "num_layers": 1}, "the architecture t5 has an encoder"),
+        ({"model_type": "vit"}, "Unrecognized configuration class"),
+        ({"model_type": "of_tomorrow"}, "does not recognize this architecture"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "contains custom code"),
+    ],
+)
+def test_what_is_no_known_decoder_is_refused_in_a_sentence(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"cannot load .*{message}.*; supported are decoder-only") as raised:
+        Local(path=str(tmp_path)).layers()
+    assert of_the_user(raised.value) is raised.value
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_that_are_not_whole_are_refused_in_a_sentence(tmp_path, model_folder):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot load .* in files that are whole"):
+        Local(path=str(folder)).load()
+
+
+def test_another_tokenizer_makes_another_job_and_the_same_one_elsewhere_does_not(tmp_path, model_folder):
+    here, there = Local(path=str(model_folder)), Local(path=shutil.copytree(model_folder, tmp_path / "model"))
+    assert here.inputs() == there.inputs()
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
+    file.write_text(json.dumps(content))
+    assert here.inputs() != there.inputs()
+    assert here.fingerprint() == there.fingerprint()  # of a measurement, whose key holds the token ids
 
 
 def test_an_unreachable_hub_model_says_what_to_do():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
@@ -24,13 +27,14 @@ from layerif.data.source import Jsonl
 from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
+from layerif.fit import Fit
 from layerif.loss import per_sample_loss
 from layerif.models import Local
 from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store
 from tests.command import run_layerif
-from tests.tiny import shipped_task
+from tests.tiny import shipped_task, tiny_model
 
 ALLOCATION = {"model.layers.0": 1, "model.layers.1": 3, "model.layers.2": 2}
 
@@ -185,6 +189,50 @@ def test_ranks_of_another_model_are_refused(model_config, ranks, message):
 
 
 @pytest.mark.parametrize("cls", [LoRAMoEModule, LoRAModule, EqualLoRAModule])
+def test_an_adapter_is_rehearsed_without_weights(model_config, cls):
+    def rehearse(**settings):
+        cls(model_config, **settings).rehearse(Local(path=model_config["path"]).skeleton(), ALLOCATION)
+
+    rehearse()
+    rehearse(target_modules=["q_proj", "mlp.up_proj"])
+    with pytest.raises(ValueError, match=r"target_modules holds 'q_porj', which names nothing .* mean 'q_proj'"):
+        rehearse(target_modules=["v_proj", "q_porj"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "setting", "value"),
+    [
+        (LoRAMoEModule, "learning_rate", -1.0),
+        (LoRAMoEModule, "learning_rate", float("nan")),
+        (LoRAMoEModule, "learning_rate", float("inf")),
+        (LoRAMoEModule, "weight_decay", -0.1),
+        (LoRAMoEModule, "warmup_steps", -5),
+        (LoRAMoEModule, "r", 0),
+        (LoRAMoEModule, "top_k", 0),
+        (LoRAMoEModule, "lora_alpha", 0),
+        (LoRAMoEModule, "lora_dropout", 2),
+        (LoRAModule, "lora_dropout", 1),
+        (LoRAMoEModule, "balance_coefficient", -1),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_when_it_is_made(model_config, cls, setting, value):
+    with pytest.raises(ValueError, match=rf"method\.{setting}={value} must "):
+        cls(model_config, **{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["patience", "checkpoint_steps"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_what_is_kept_of_a_fit_is_checked(setting, value):
+    with pytest.raises(ValueError, match=rf"fit\.{setting}={value} must be at least 1"):
+        Fit(**{setting: value})
+
+
+def test_a_batch_holds_a_sample(data):
+    with pytest.raises(ValueError, match=r"data\.batch_size=0 must be at least 1"):
+        data(batch_size=0)
+
+
+@pytest.mark.parametrize("cls", [LoRAMoEModule, LoRAModule, EqualLoRAModule])
 def test_settings_all_adapters_share_are_checked(cls, model_config):
     with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/adapter'; merge"):
         cls({**model_config, "adapter": "/adapter"})
@@ -296,6 +344,26 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_p
         trainer(tmp_path, Spoil(), max_steps=2).fit(module, data())
 
 
+def test_under_a_gradient_scaler_such_a_step_is_left_to_it(tmp_path, model_config, data):
+    """Dynamic loss scaling starts too high on purpose: the scaler skips the steps that overflow."""
+    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    spoiled = []
+
+    class Overflow(L.Callback):
+        def on_after_backward(self, trainer, pl_module) -> None:
+            if not spoiled:
+                parameter = next(value for name, value in pl_module.named_parameters() if "lora_moe_B" in name)
+                parameter.grad.fill_(float("inf"))
+                spoiled.append(adapter(module))
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer(tmp_path, Overflow(), max_steps=3, plugins=[plugin]).fit(module, data())
+    assert spoiled
+    assert scaler.get_scale() == 2.0
+    assert all(bool(value.isfinite().all()) for value in adapter(module).values())
+
+
 def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):
     module = LoRAMoEModule(model_config, allocation=ALLOCATION, balance_coefficient=0.001)
     run = trainer(tmp_path, max_steps=2)
@@ -303,16 +371,34 @@ def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):
     assert run.callback_metrics["train/balance"] >= 1 - 1e-4
 
 
-def test_gradient_checkpointing_gives_the_same_adapter(tmp_path, model_config, data):
-    modules = [
-        LoRAMoEModule(model_config, allocation=ALLOCATION, gradient_checkpointing=on, balance_coefficient=0.001)
-        for on in (False, True)
-    ]
-    for number, module in enumerate(modules):
-        trainer(tmp_path / str(number), max_steps=3).fit(module, data())
-    plain, checkpointed = map(adapter, modules)
-    for name, value in plain.items():
-        torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp_path, model_folder, data, family):
+    """Opt's blocks drop out by their own mode, which must stay as it is; validations and loading keep the knob on."""
+    path = tmp_path / family
+    shutil.copytree(model_folder, path)
+    tiny_model(family, **({"dropout": 0.5} if family == "opt" else {})).save_pretrained(path)
+    config = {"_target_": "layerif.models.Local", "path": str(path)}
+    experts = dict.fromkeys(Local(path=str(path)).layers().names, 2)
+    adapters, counts = [], []
+    for on in (False, True):
+        module = LoRAMoEModule(config, allocation=experts, gradient_checkpointing=on, balance_coefficient=0.001)
+        module.configure_model()
+        ran = Counter()
+
+        def count(block, args, ran=ran, module=module) -> None:
+            ran["training" if torch.is_grad_enabled() else "validation"] += 1
+
+        for block in blocks(module.model).values():
+            next(block.children()).register_forward_pre_hook(count)
+        trainer(tmp_path / str(on), max_steps=7).fit(module, data())  # a validation after 5
+        adapters.append(adapter(module))
+        counts.append(ran)
+    plain, checkpointed = counts
+    assert plain["training"] == 7 * 3
+    assert checkpointed["training"] == 2 * plain["training"]
+    assert checkpointed["validation"] == plain["validation"] > 0
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_small_batches_equal_one_large_batch(tmp_path, model_config, data):

@@ -205,6 +205,8 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         (["trainer.accelerator=tpu"], "trainer: "),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
         (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
+        (["method.target_modules=[q_porj]"], "'q_porj', which names nothing in this model (did you mean 'q_proj'?)"),
+        (["method.warmup_steps=-5"], "method.warmup_steps=-5 must be 0 or more"),
         (["allocator=rank"], "the allocator gives rank, the method layerif.modules.LoRAMoEModule spends experts"),
     ],
 )

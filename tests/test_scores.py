@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerif.allocate import Sparsity
+from layerif.layers import LayerMap
 from layerif.scores import LayerScores, aggregate, read_json, smooth
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "pruning_scores.json").read_text())
@@ -104,6 +106,18 @@ def test_only_important_layers_under_sparsity_are_turned_round(kind):
     assert SCORES.oriented(kind) == SCORES.values
     expected = (3.0, 4.0, 0.0) if kind == "sparsity" else SCORES.values
     assert replace(SCORES, higher_means="important").oriented(kind) == expected
+
+
+@pytest.mark.parametrize("direction", ["important", "undertrained"])
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_scores_equal_but_for_rounding_give_equal_sparsity_in_either_direction(direction, smoothing):
+    names = tuple(f"layer.{index}" for index in range(8))
+    noisy = tuple(0.3 * (1 + index % 3 * 2.3e-16) for index in range(8))
+    assert len(set(noisy)) > 1
+    layers = LayerMap(names, tuple((name,) for name in names), (10,) * 8)
+    scores = LayerScores(names, noisy, direction, "any", "none")
+    found = Sparsity(target=0.5, epsilon=0.3, smoothing=smoothing)(scores, layers)
+    assert found.values == pytest.approx((0.5,) * 8, abs=1e-9)
 
 
 def test_a_missing_or_truncated_file_is_one_clear_error(tmp_path):

@@ -87,6 +87,28 @@ def test_answers_and_options_in_every_shape(tmp_path, options, answer, expected)
     assert task(path).load().test[0].answer == expected
 
 
+NUMERALS = {"text": ["w", "x", "y", "z"], "label": ["1", "2", "3", "4"]}
+
+
+@pytest.mark.parametrize("answer", [1, 3, 4])
+def test_a_number_that_is_an_index_and_another_label_is_no_answer_until_said_which(tmp_path, answer):
+    row = {"q": "?", "o": NUMERALS, "a": answer}
+    path = write(tmp_path, train=[{**row, "q": "1"}], validation=[{**row, "q": "2"}], test=[row])
+    with pytest.raises(ValueError, match=r"jsonl:1: the answer . is a whole number .*'\(answer\)\|string', or"):
+        task(path).load()
+    assert replace(task(path), answer="(answer)|string").load().test[0].answer == answer - 1
+    if answer < 4:
+        assert replace(task(path), answer="(letters)[answer]").load().test[0].answer == answer
+
+
+def test_a_number_is_an_index_where_the_options_are_numbers_too(tmp_path):
+    """As hub datasets have it (MMLU, ScienceQA): an answer that is an option's text is a text."""
+    for answer, expected in ((1, 1), ("1", 3)):
+        row = {"q": "?", "o": ["3", "5", "7", "1"], "a": answer}
+        path = write(tmp_path, train=[{**row, "q": "1"}], validation=[{**row, "q": "2"}], test=[row])
+        assert task(path).load().test[0].answer == expected
+
+
 @pytest.mark.parametrize("answer", ["D", "", 3, -1, True, None, "twice"])
 def test_an_answer_outside_the_options_names_file_and_line(tmp_path, answer):
     bad = {"q": "?", "o": ["one", "twice", "twice"], "a": answer}

@@ -75,8 +75,9 @@ class Task:
         {label, text}, or the hub's {label: [...], text: [...]}) becomes the list of texts, with `letters` beside it
         (the dataset's labels, or A, B, C …).
     instruction: Jinja template of the instruction; output: of the output, over `label`.
-    labels, answer, keep: Jinja expressions: the list of labels, the right one (its index, its label, or, where it is
-        none of the labels, the text of its option), and which rows stay (null: all).
+    labels, answer, keep: Jinja expressions: the list of labels, the right one (a whole number: its index from 0, as hub
+        datasets mean it, refused where it is also another one's label; a text: its label, or, where it is none of the
+        labels, the text of its option), and which rows stay (null: all).
     pattern: regular expression whose first group is the answer in a generated text.
     splits: part (train, validation, test) -> the dataset's split. Null for validation holds part of train out: a tenth,
         or `num_validation`, copies of a question all on one side. One split for two parts is refused.
@@ -329,6 +330,13 @@ class _Renderer:
         answer = self._value("answer", names, row)
         if isinstance(answer, int) and not isinstance(answer, bool):
             found = {answer} if 0 <= answer < len(labels) else set()
+            if str(answer) in labels and found != {labels.index(str(answer))}:
+                raise ValueError(
+                    f"{row.where}: the answer {answer} is a whole number and so an index from 0, and it is the label "
+                    f"'{answer}' of {list(labels)}, which is not the same one; say what it is: the label, by "
+                    f"task.answer='({self.task.answer})|string', or the index, by "
+                    f"task.answer='({self.task.labels})[{self.task.answer}]'"
+                )
         else:
             texts = names["options"] if self.task.columns.get("options") else ()
             # Letters come first: an option may well read "A".
