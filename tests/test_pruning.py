@@ -271,6 +271,9 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         (["evaluation.num_windows=100000"], r"num_windows=100000 are asked for, .* holds \d+ of 40 tokens"),
         (["allocator.max_sparsity=1"], r"max_sparsity=1 must be in \(0, 1\)"),
         (["method.recover=lora", "method.adapter.warmup_ratio=2"], r"warmup_ratio=2"),
+        (["method.recover=lora", "method.adapter.target_modules=[q_porj]"], r"'q_porj', which names nothing"),
+        (["method.recover=lora", "fit.patience=-1"], r"fit\.patience=-1 must be at least 1"),
+        (["method.recover=lora_moe", "data.batch_size=0"], r"data\.batch_size=0 must be at least 1"),
         (["method.recover=lora_moe", "data.max_length=1"], "max_length=1 leaves no token"),
     ],
 )
