@@ -30,6 +30,7 @@ from layerif.estimators.datainf import DataInf
 from layerif.fit import Fit
 from layerif.loss import per_sample_loss
 from layerif.models import Local
+from layerif.modes import evaluating
 from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store
@@ -353,6 +354,7 @@ def test_under_a_gradient_scaler_such_a_step_is_left_to_it(tmp_path, model_confi
         def on_after_backward(self, trainer, pl_module) -> None:
             if not spoiled:
                 parameter = next(value for name, value in pl_module.named_parameters() if "lora_moe_B" in name)
+                assert parameter.grad is not None
                 parameter.grad.fill_(float("inf"))
                 spoiled.append(adapter(module))
 
@@ -376,10 +378,11 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
     """Opt's blocks drop out by their own mode, which must stay as it is; validations and loading keep the knob on."""
     path = tmp_path / family
     shutil.copytree(model_folder, path)
-    tiny_model(family, **({"dropout": 0.5} if family == "opt" else {})).save_pretrained(path)
+    settings: dict[str, Any] = {"dropout": 0.5} if family == "opt" else {}
+    tiny_model(family, **settings).save_pretrained(path)
     config = {"_target_": "layerif.models.Local", "path": str(path)}
     experts = dict.fromkeys(Local(path=str(path)).layers().names, 2)
-    adapters, counts = [], []
+    adapters, counts, written = [], [], []
     for on in (False, True):
         module = LoRAMoEModule(config, allocation=experts, gradient_checkpointing=on, balance_coefficient=0.001)
         module.configure_model()
@@ -388,11 +391,15 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
         def count(block, args, ran=ran, module=module) -> None:
             ran["training" if torch.is_grad_enabled() else "validation"] += 1
 
+        assert module.model is not None
         for block in blocks(module.model).values():
             next(block.children()).register_forward_pre_hook(count)
         trainer(tmp_path / str(on), max_steps=7).fit(module, data())  # a validation after 5
         adapters.append(adapter(module))
         counts.append(ran)
+        with evaluating(module.model), torch.inference_mode():
+            written.append(module.model.generate(input_ids=torch.arange(3, 9)[None], max_new_tokens=4).tolist())  # type: ignore[operator]
+    assert written[0] == written[1]
     plain, checkpointed = counts
     assert plain["training"] == 7 * 3
     assert checkpointed["training"] == 2 * plain["training"]
