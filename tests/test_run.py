@@ -173,7 +173,12 @@ def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
-    overrides = [*tiny_overrides, "trainer.max_steps=100000", f"hydra.run.dir={tmp_path / 'run'}"]
+    overrides = [
+        *tiny_overrides,
+        "trainer.max_steps=100000",
+        "trainer.max_epochs=100000",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "layerif", *overrides], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
