@@ -308,8 +308,8 @@ def test_a_run_that_no_seed_touches_is_no_evidence_however_often_it_is_repeated(
     assert np.isnan(cells["datainf experts", "capital"].low)
     assert results(runs, "accuracy").cells["datainf experts", "capital"].basis.startswith("Wilson over 10 questions, 3")
     assert len(distinct(runs)) == 1 + 1 + 3
-    ((text, variance, _),) = compare.variances(runs, "perplexity_256")
-    assert text.startswith("5 runs, 3 arms")
+    ((where, text, variance, _),) = compare.variances(runs, "perplexity_256")
+    assert (where, text.split(";")[0]) == ("capital", "capital: 5 runs, 3 arms")
     assert variance.df == 2
 
 

@@ -180,6 +180,8 @@ def test_the_smallest_difference_of_answers_is_about_what_eighty_of_a_hundred_wo
 def test_more_comparisons_need_a_larger_difference_and_finer_draws():
     found = paired_by_question(answers(3, 100, seed_spread=0.05))
     assert smallest_difference(found) < smallest_difference(found, 10)
+    apart = paired_by_question(np.stack([np.ones(40), -np.ones(40), np.ones(40)]))
+    assert np.isinf(smallest_difference(apart))
     for number in (1, 10, 1000):
         assert 2 / num_resamples(number) * number < 0.01
 

@@ -133,6 +133,8 @@ def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     sentence += f"({row['difference']:+.3f}, 95 % interval {bounds}, p {p} {corrected})"
     if said.startswith("not"):
         least = row["smallest found"]
+        if np.isinf(least):
+            return f"{sentence}; whatever there is would mostly have been missed"
         return sentence if np.isnan(least) else f"{sentence}; less than {least:.3f} would mostly have been missed"
     return f"{sentence}; one seed, which says nothing of others" if row["seeds"] == 1 else sentence
 
@@ -145,12 +147,12 @@ def p_text(p: float) -> str:
     return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, Variance, pd.DataFrame]]:
+def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, str, Variance, pd.DataFrame]]:
     """ANOVA over allocation × task and Tukey's HSD of every two arms, for each group of arms alike in all else.
 
     Of fine-tuned or pruned runs, and of those arms that ran on all tasks of the group: others would be compared across
-    tasks. The text says which runs they are. Repetitions that no seed touched are one run. None of a group with a
-    single arm, or without repetitions.
+    tasks. The texts say where that is, and which runs they are. Repetitions that no seed touched are one run. None of a
+    group with a single arm, or without repetitions.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in distinct([run for run in runs if run.is_trained and metric in run.metrics]):
@@ -168,9 +170,9 @@ def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, Variance, pd.
             continue
         shared = [word for word in complete[0].split() if "=" in word and all(word in arm.split() for arm in complete)]
         of = " ".join([group[0].model, *shared]).strip()
-        text = f"{of}: " * bool(of and len(groups) > 1) + f"{len(kept)} runs, {len(complete)} arms on "
-        text += f"{', '.join(tasks)}; fitted: {analysis.model}"
+        where = (f"{of} on " if of else "") + ", ".join(tasks)
+        text = f"{where}: {len(kept)} runs, {len(complete)} arms; fitted: {analysis.model}"
         left_out = len(ran_on) - len(complete)
         text += f"; without {left_out} arms that did not run on all tasks" if left_out else ""
-        found.append((text, analysis, tukey(kept, analysis)))
+        found.append((where, text, analysis, tukey(kept, analysis)))
     return found

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
 from layerif.record import RunRecord
@@ -85,6 +86,10 @@ def plot_results(results: Results) -> Plot | None:
         axes.spines[["top", "right"]].set_visible(False)
         if is_logarithmic(results.metric):
             axes.set_xscale("log")
+            low, high = axes.get_xlim()  # plain numbers, as close as they can be told apart
+            axes.xaxis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.xaxis.set_minor_locator(NullLocator())
         best = max(arms, key=lambda arm: results.cells[arm, column].mean or 0)
         told.append(f"{column}: {len(arms)} arms, highest {best} at {results.cells[best, column].mean:.3f}")
     has_paper = any(cell.paper is not None for cell in results.cells.values())

@@ -217,11 +217,10 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     how = "One value a run: seeds are the only chance it knows."
     how += " It is of these very questions; the comparisons above ask what others would show, too." * has_questions
     found = []
-    for text, variance, pairs in compare.variances(runs, metric):
-        caption = f"{of}: {text}"
-        found.append(
-            Section(title=f"Analysis of variance: {metric}", table=variance.table, caption=caption, said=[how])
-        )
+    analyses = compare.variances(runs, metric)
+    for where, text, variance, pairs in analyses:
+        title, caption = f"{metric}{f', {where}' * (len(analyses) > 1)}", f"{of}: {text}"
+        found.append(Section(title=f"Analysis of variance: {title}", table=variance.table, caption=caption, said=[how]))
         shown = pairs[["from", "to"]].assign(
             **{
                 "difference": [f"{value:+.3f}" for value in pairs["difference"]],
@@ -233,7 +232,7 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
             }
         )
         how_pairs = f"Means over tasks and seeds, second minus first; p is of the family of all {len(pairs)} pairs."
-        found.append(Section(title=f"Tukey's HSD: {metric}", table=shown, caption=caption, said=[how_pairs]))
+        found.append(Section(title=f"Tukey's HSD: {title}", table=shown, caption=caption, said=[how_pairs]))
     return found
 
 

@@ -126,6 +126,8 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
 def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
     """What such an experiment would find with 80 % power at α = 0.05 / comparisons; NaN where nothing tells.
 
+    Infinite where it would be more than a fraction can differ by.
+
     The largest of what its tests need, with z = z(1 − α/2) + z(0.8): z·error by the bootstrap; z² of n answers, all one
     way, by the sign test, however few differ here (of a sum of n signs the variance is n at least); and by Student's t
     over seeds the shift at which the noncentral t passes the critical value in 80 %, in units of seed_error.
@@ -141,7 +143,8 @@ def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
             lambda shift: stats.nct.sf(critical, df, shift) - POWER, bracket=(0, 2 * critical + 4)
         )
         needed.append(found_with_power.root * found.seed_error)
-    return float(np.fmax.reduce(np.array(needed)))
+    least = float(np.fmax.reduce(np.array(needed)))
+    return np.inf if found.num_answers and least > 1 else least
 
 
 def cohens_h(first: float, second: float) -> float:
