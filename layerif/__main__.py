@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from layerif import sweep
-from layerif.config import conf_folder, explain, of_the_user, register
+from layerif.config import conf_folder, register
+from layerif.explain import explain, of_the_user
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def main() -> None:
     register()
+    _check_options()
     # Fresh pages are a fifth of a probe's time on a CPU: large ones, unless the user says otherwise.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Threads that wait are to sleep: spinning, two jobs on the same cores stop each other.
@@ -63,6 +66,17 @@ def _leave(error: Exception) -> NoReturn:
         raise error
     print(f"layerif: {explain(cause, _overrides())}", file=sys.stderr)
     sys.exit(1)
+
+
+def _check_options() -> None:
+    """A setting written as an option: argparse would only call it unrecognized."""
+    options = [option for option in get_args_parser()._option_string_actions if option.startswith("--")]
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and not any(option.startswith(name) for option in options):
+            setting = f"{name[2:].replace('-', '_')}={value if equals else 'true'}"
+            print(f"layerif: {name} is no option; settings are key=value: {setting}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _overrides() -> list[str]:

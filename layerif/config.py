@@ -1,4 +1,4 @@
-"""The schema of the root configuration, the check of every group against its class, and readable errors.
+"""The schema of the root configuration, and the check of every group against its class.
 
 Nothing heavy is imported here: `layerif --help` must answer at once.
 """
@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import re
-import traceback
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +18,9 @@ from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from layerif.names import did_you_mean
+from layerif.names import did_you_mean, unknown_key
 
 
 @dataclass
@@ -63,13 +60,6 @@ _CHOICES = {
 # What may differ between two runs that are the same job. `small` may not: a record says that it is of a small variant.
 _INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
 _KEPT_IN = {"outputs": "outputs", "store": "${outputs}/store"}
-_NEEDS_EXTRA = {
-    "hydra/launcher/joblib": ("launcher=joblib", "joblib"),
-    "hydra/launcher/submitit_local": ("launcher=submitit_local", "submitit"),
-    "hydra/launcher/submitit_slurm": ("launcher=submitit", "submitit"),
-    "hydra/launcher/ray": ("launcher=ray", "ray"),
-    "hydra/sweeper/optuna": ("sweeper=optuna", "optuna"),
-}
 
 
 def register() -> None:
@@ -136,19 +126,21 @@ def check(config: DictConfig) -> None:
 
     Raises ValueError naming the key, what was given, what is allowed and the nearest valid name.
     """
+    check_root(config)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    for key, hint in _CHOICES.items():
-        if key in plain:
-            _check_value(key, plain[key], hint)
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if plain.get("small") and choices.get("experiment") == choices.get("arm") == "none":
+        raise ValueError(
+            "small=true is the small variant of an experiment, and none is chosen: it would change nothing; "
+            "name one (experiment=table1_experts_mistral, say), or leave it out"
+        )
     method = plain.get("method") or {}
     if plain.get("recipe") and "warmup_steps" not in method:
         raise ValueError(
             f"recipe={plain['recipe']} is a way to fine-tune, and method {method.get('_target_', 'none')} does not; "
             "leave it out (experiment=NAME in place of [NAME,upstream]), or use method=lora_moe"
         )
-    if not 0 <= plain.get("seed", 0) < 2**32:
-        raise ValueError(f"seed={plain['seed']} is not allowed; allowed: a whole number from 0 to {2**32 - 1}")
     if isinstance(named := plain.get("score_task"), str):
         raise ValueError(
             f"score_task={named!r} is a name where a whole task belongs; say +task@score_task={named}, which puts that "
@@ -156,6 +148,22 @@ def check(config: DictConfig) -> None:
         )
     for path, node in _targets(plain):
         _check_node(path, node)
+
+
+def check_root(config: DictConfig) -> None:
+    """What can be said of a sweep before its first job: root keys by themselves. Raises ValueError as `check` does."""
+    allowed = [field.name for field in dataclasses.fields(Config)]
+    for key in map(str, config):
+        if key not in (*allowed, "hydra"):
+            raise ValueError(unknown_key(key, allowed))
+    for key, hint in _CHOICES.items():
+        if key in config:
+            _check_value(key, config[key], hint)
+    if not 0 <= config.get("seed", 0) < 2**32:
+        raise ValueError(f"seed={config.seed} is not allowed; allowed: a whole number from 0 to {2**32 - 1}")
+    folder = Path(config.get("name", "default"))
+    if not folder.name or folder.is_absolute() or ".." in folder.parts:
+        raise ValueError(f"name={config.name!r} is not allowed; allowed: the name of a folder below outputs/sweeps")
 
 
 def job_of(config: DictConfig) -> dict[str, Any]:
@@ -169,82 +177,6 @@ def job_of(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.create(given | _KEPT_IN), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL and value is not None}
-
-
-def of_the_user(error: BaseException) -> BaseException | None:
-    """What a user can act on in an error; None for a defect of ours or of a library."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return of_the_user(error.__cause__)
-    if isinstance(error, HydraException | OmegaConfBaseException | OSError):
-        return error
-    # A ValueError raised by our own code is written for the user; one of torch or numpy is a defect of ours.
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return error if isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents else None
-
-
-def explain(error: BaseException, overrides: list[str]) -> str:
-    """One message for what went wrong, with the nearest valid name where something was mistyped."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        missing = str(error.missing_cfg_file)
-        if missing in _NEEDS_EXTRA:
-            choice, extra = _NEEDS_EXTRA[missing]
-            plugin = " and pip install --no-deps hydra-ray-launcher==1.2.2" if extra == "ray" else ""
-            return f"{choice} needs a plugin of Hydra that is not installed: pip install 'layerif[{extra}]'{plugin}"
-        group, _, choice = missing.rpartition("/")
-        options = error.options or sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
-        wrong = f"{group}={choice} is no choice of the group {group!r}{did_you_mean(choice, options)}"
-        return f"{_named_by(group, choice, overrides)}{wrong}; available: {', '.join(options)}"
-    if isinstance(error, ConfigCompositionException):
-        found = re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"[Kk]ey '([^']+)'", str(error))
-        if found:
-            return _explain_key(found[1], str(error), overrides)
-    if isinstance(error, HydraException):
-        return " ".join(str(error).split("\n\n")[0].split())
-    return str(error) or type(error).__name__
-
-
-def first_of(override: str) -> str:
-    """The override of a sweep's first job: of several values the first, of an interval its start."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_override(override)
-    if not parsed.is_sweep_override():
-        return override
-    value: Any = parsed.value()
-    first = value.start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())
-    return f"{parsed.get_key_element()}={first}"
-
-
-def _named_by(group: str, choice: str, overrides: list[str]) -> str:
-    """Which experiment names a choice that the command line does not."""
-    given = {key: value for key, _, value in (override.lstrip("+").partition("=") for override in overrides)}
-    if "experiment" not in given or choice in re.split(r"[\[\],]", given.get(group, "")):
-        return ""
-    return f"experiment={given['experiment']} names what there is not: "
-
-
-def _explain_key(key: str, message: str, overrides: list[str]) -> str:
-    """A key that Hydra could not override: unknown, or of the wrong type."""
-    from hydra import compose, initialize_config_dir
-
-    kept = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
-    parent, _, name = key.rpartition(".")
-    try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            config = compose("config", list(map(first_of, kept)))  # its keys are those of every job
-        node = OmegaConf.select(config, parent) if parent else config
-        keys = [str(entry) for entry in node if entry != "_target_"] if OmegaConf.is_dict(node) else []
-    except HydraException:
-        keys = []
-    if "defaults list" in message:  # an experiment overrides a group that is none
-        groups = sorted(file.name for file in conf_folder().iterdir() if file.is_dir())
-        return (
-            f"{' '.join(message.split())} {key!r} is no group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
-        )
-    if name in keys or not keys:
-        return " ".join(message.split("\n\n")[0].split())
-    where = f"in {parent!r}" if parent else "at the top"
-    return f"{key!r} is no key of the configuration{did_you_mean(name, keys)}; allowed {where}: {', '.join(keys)}"
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -267,7 +199,10 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in given:
         if key not in parameters and not open_ended:
-            raise ValueError(f"{path}.{key} is not known to {node['_target_']}{did_you_mean(key, parameters)}")
+            raise ValueError(
+                f"{path}.{key} is not known to {node['_target_']}{did_you_mean(key, parameters)}; "
+                f"allowed: {', '.join(name for name in parameters if name != 'self')}"
+            )
     try:
         hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
     except NameError:  # annotations of another library that only a type checker can resolve
@@ -294,7 +229,8 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
         others = [_KINDS.get(each["type"], each["msg"].lower()) for each in error.errors()]
         kinds = [kind for kind in dict.fromkeys(others) if kind] + ["null"] * (type(None) in typing.get_args(hint))
         allowed = f"{', '.join([*choices, *kinds])}{did_you_mean(str(value), choices)}"
-        raise ValueError(f"{path}={value!r} is not allowed; allowed: {allowed}") from error
+        in_list = f", as in '{path}=[{value}]'" if "a list" in kinds and isinstance(value, str) else ""
+        raise ValueError(f"{path}={value!r} is not allowed; allowed: {allowed}{in_list}") from error
 
 
 # What pydantic calls it -> how a user would write it; of choices and null is said elsewhere.

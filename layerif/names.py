@@ -17,3 +17,11 @@ def did_you_mean(got: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest allowed word, or nothing if none is near."""
     nearest = difflib.get_close_matches(got, list(allowed), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def unknown_key(key: str, allowed: Iterable[str]) -> str:
+    """Of a key that is not there, by its whole path: what was probably meant, and what its parent has."""
+    parent, _, name = key.rpartition(".")
+    allowed = list(allowed)
+    where = f"in {parent!r}" if parent else "at the top"
+    return f"{key!r} is no key of the configuration{did_you_mean(name, allowed)}; allowed {where}: {', '.join(allowed)}"

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.config import conf_folder
 from layerif.data.questions import context_length
 from layerif.data.task import Splits
 from layerif.decide import Decider
@@ -54,13 +55,7 @@ class Parts:
             spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
             num_processes=trainer.world_size,
         )
-        given = self.decider.rehearse(self.decider.layers()).kind
-        wanted = get_class(config.method["_target_"]).allocates if config.method else None  # type: ignore[attr-defined]
-        if wanted not in (None, given):
-            raise ValueError(
-                f"the allocator gives {given}, the method {config.method['_target_']} spends {wanted}; "
-                f"use allocator={wanted}, or method=none for scores and allocation only"
-            )
+        check_spent(config.method, self.decider.rehearse(self.decider.layers()).kind)
         if config.method or self.evaluation.before:
             longest = context_length(self.model.skeleton())
             self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest, score_task=score_task)
@@ -108,7 +103,23 @@ class Parts:
                 **overrides,
             )
         except InstantiationException as error:
-            raise ValueError(f"trainer: {error.__cause__ or error}") from error
+            cpu = "; without a GPU use trainer=default" if self.config.trainer.get("accelerator") == "gpu" else ""
+            raise ValueError(f"trainer: {error.__cause__ or error}{cpu}") from error
+
+
+def check_spent(method: DictConfig | None, given: str) -> None:
+    """Refuse a method that cannot spend what the allocator gives (experts, rank, sparsity)."""
+    files = {file.stem: OmegaConf.load(file).get("_target_") for file in (conf_folder() / "method").glob("*.yaml")}
+    spends = {name: get_class(target).allocates for name, target in files.items() if target}  # type: ignore[attr-defined]
+    wanted = get_class(method["_target_"]).allocates if method else None  # type: ignore[attr-defined]
+    if wanted in (None, given):
+        return
+    name = next((name for name, target in files.items() if target == method["_target_"]), method["_target_"])
+    able = " or ".join(f"method={name}" for name, what in sorted(spends.items()) if what == given)
+    raise ValueError(
+        f"the allocator gives {given}, method={name} spends {wanted}; use allocator={wanted}, "
+        f"{able or 'another method'}, or method=none for scores and allocation only"
+    )
 
 
 def check_unseen(scored: Splits, splits: Splits) -> None:

@@ -11,6 +11,8 @@ import gc
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,8 +27,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from layerif.config import explain, job_of, of_the_user
+from layerif.config import check_root, job_of
+from layerif.explain import explain, of_the_user
 from layerif.record import FAILURE, FILE, Failure, RunRecord
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,12 @@ class Sweep(Callback):
         self.since = 0
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            check_root(config)
+            check_launcher(config.hydra.launcher)
+        except ValueError as error:  # which Hydra would make a warning
+            print(f"layerif: {error}", file=sys.stderr)
+            sys.exit(1)
         if config.dry_run:
             return
         self.folder = Path(config.hydra.sweep.dir).absolute()
@@ -68,6 +78,19 @@ class Sweep(Callback):
         return balance(self.folder, self.since)
 
 
+def check_launcher(launcher: DictConfig) -> None:
+    """What a launcher's own error would not say. Raises ValueError."""
+    if launcher.get("n_jobs") == 0:
+        raise ValueError(
+            "hydra.launcher.n_jobs=0 is not allowed; allowed: 1 or more at once, or -1 for as many as there are cores"
+        )
+    if launcher._target_.endswith(".SlurmLauncher") and not shutil.which("srun"):
+        raise ValueError(
+            "launcher=submitit finds no Slurm (srun) here; call it on a login node of a cluster, or use "
+            "launcher=submitit_local or joblib"
+        )
+
+
 def is_swept() -> bool:
     """Whether the job at hand is one of a sweep."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
@@ -76,8 +99,9 @@ def is_swept() -> bool:
 def attempt(run: Callable[[DictConfig], float | None], config: DictConfig) -> float | None:
     """One job of a sweep: what goes wrong becomes its `failure.json`, and memory is free again when it ends.
 
-    A job that failed before as it is now is not tried again unless `rerun` asks for it. Raises ValueError where
-    somebody waits for an answer that the job cannot give: a sweeper that searches, or the user of a dry run.
+    A job that failed before as it is now, tracked as it is now, is not tried again unless `rerun` asks for it. Raises
+    ValueError where somebody waits for an answer that the job cannot give: a sweeper that searches, or the user of a
+    dry run.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     said = _failed_before(config, folder)
@@ -104,15 +128,18 @@ def note(error: Exception, config: DictConfig, folder: Path) -> str:
     said = " ".join(said.split())
     if isinstance(error, _Reported) or config.dry_run or not folder.is_dir() or not _is_first_process():
         return said
-    failure = Failure(
-        name=config.name,
-        seed=config.seed,
-        config=job_of(config),
-        overrides=overrides,
-        error=said,
-        traceback="".join(traceback.format_exception(error)),
-    )
-    failure.write(folder)
+    try:
+        failure = Failure(
+            name=config.name,
+            seed=config.seed,
+            config=_written_down(config),
+            overrides=overrides,
+            error=said,
+            traceback="".join(traceback.format_exception(error)),
+        )
+        failure.write(folder)
+    except (OSError, ValueError, OmegaConfBaseException) as unwritten:
+        log.error("no %s can be written: %s", FAILURE, unwritten)
     return said
 
 
@@ -136,6 +163,10 @@ class Balance:
     failed_before: dict[str, str] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
     measurements: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether there is any job to speak of."""
+        return any((self.run, self.already_done, self.failed, self.failed_before, self.unfinished))
 
     @property
     def is_clean(self) -> bool:
@@ -216,7 +247,19 @@ def _failed_before(config: DictConfig, folder: Path) -> str:
     except ValueError as error:
         log.warning("%s; the job runs again", error)
         return ""
-    return failure.error if failure.config == json.loads(json.dumps(job_of(config))) else ""
+    now = HydraConfig.get().overrides.task
+    is_same = failure.config == _written_down(config) and _of_logger(failure.overrides) == _of_logger(now)
+    return failure.error if is_same else ""
+
+
+def _written_down(config: DictConfig) -> dict[str, Any]:
+    """The job as a failure has it: a number that JSON does not know, which may be what is wrong, as a word."""
+    return json.loads(json.dumps(job_of(config)), parse_constant=str)
+
+
+def _of_logger(overrides: Iterable[str]) -> list[str]:
+    """How a job is tracked makes no other job, yet it may be what made it fail."""
+    return sorted(override for override in overrides if re.match(r"[+~]*logger\b", override))
 
 
 class _Reported(Exception):

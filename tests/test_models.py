@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from layerif.blocks import blocks, layer_map
-from layerif.config import of_the_user
+from layerif.explain import of_the_user
 from layerif.models import Embedded, Hub, Local, hash_folder
 from tests.tiny import FAMILIES, tiny_model
 

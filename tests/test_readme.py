@@ -14,7 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from layerif.config import check, conf_folder, first_of, register
+from layerif.config import check, conf_folder, register
+from layerif.explain import first_of
 from layerif.layers import LayerGrams, LayerMap, MatrixGram
 from layerif.scores import LayerScores
 

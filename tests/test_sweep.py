@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import layerif.run
 from layerif import __main__, models
-from layerif.config import explain
+from layerif.explain import explain
 from layerif.record import Failure, RunRecord
 from layerif.sweep import Balance, Sweep, balance
 from tests.command import layerif as command
