@@ -67,12 +67,12 @@ def explain(error: BaseException, overrides: list[str]) -> str:
             return f"{where}{wrong[3]}={wrong[1]!r} is not allowed; allowed: {_KINDS[wrong[2]]}"
         if several := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", said):
             key, value = several.groups()
-            return f"{key} has several values: -m sweeps over them, {key}=[{value}] is a list, {_quoted(key, value)}"
+            return f"{key} has several values: -m sweeps over them, {key}=[{value}] is a list; {_quoted(key, value)}"
         if found := re.search(r"Could not override '([^']+)'", said) or re.search(r"[Kk]ey '([^']+)'", said):
             return where + _explain_key(found[1], said, overrides)
     if isinstance(error, HydraException | yaml.YAMLError):
         return _plain(str(error))
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_of(override: str) -> str:

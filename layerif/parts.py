@@ -109,16 +109,17 @@ class Parts:
 
 def check_spent(method: DictConfig | None, given: str) -> None:
     """Refuse a method that cannot spend what the allocator gives (experts, rank, sparsity)."""
-    files = {file.stem: OmegaConf.load(file).get("_target_") for file in (conf_folder() / "method").glob("*.yaml")}
-    spends = {name: get_class(target).allocates for name, target in files.items() if target}  # type: ignore[attr-defined]
-    wanted = get_class(method["_target_"]).allocates if method else None  # type: ignore[attr-defined]
+    target = method["_target_"] if method else ""
+    wanted = get_class(target).allocates if target else None  # type: ignore[attr-defined]
     if wanted in (None, given):
         return
-    name = next((name for name, target in files.items() if target == method["_target_"]), method["_target_"])
-    able = " or ".join(f"method={name}" for name, what in sorted(spends.items()) if what == given)
+    files = {file.stem: file for file in sorted((conf_folder() / "method").glob("*.yaml"))}
+    targets = {name: str(OmegaConf.select(OmegaConf.load(file), "_target_") or "") for name, file in files.items()}
+    name = next((name for name, each in targets.items() if each == target), target)
+    able = [name for name, each in targets.items() if each and get_class(each).allocates == given]  # type: ignore[attr-defined]
     raise ValueError(
-        f"the allocator gives {given}, method={name} spends {wanted}; use allocator={wanted}, "
-        f"{able or 'another method'}, or method=none for scores and allocation only"
+        f"the allocator gives {given}, method={name} spends {wanted}; use allocator={wanted}, or "
+        f"{''.join(f'method={name}, ' for name in able)}or method=none for scores and allocation only"
     )
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from layerif.parts import Parts
 from layerif.record import RunRecord
 from tests.command import layerif, run_layerif
 
@@ -208,11 +210,18 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         (["trainer.max_steps=abc"], "trainer.max_steps='abc' is not allowed"),
         (["trainer.precision=float"], "trainer.precision='float' is not allowed"),
         (["trainer.accelerator=tpu"], "trainer: "),
+        (
+            ["method=prune"],
+            "method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
+        ),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
         (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
         (["method.target_modules=[q_porj]"], "'q_porj', which names nothing in this model (did you mean 'q_proj'?)"),
         (["method.warmup_steps=-5"], "method.warmup_steps=-5 must be 0 or more"),
-        (["allocator=rank"], "the allocator gives rank, the method layerif.modules.LoRAMoEModule spends experts"),
+        (
+            ["allocator=rank"],
+            "the allocator gives rank, method=lora_moe spends experts; use allocator=experts, or method=lora, or method",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_nothing_half_written(tiny_overrides, tmp_path, overrides, message):
@@ -264,3 +273,12 @@ def test_two_processes_score_and_train_like_one(tiny_overrides, tmp_path):
     record = run_layerif([*small, *two, f"outputs={trained}"], trained)
     assert record.scores == pytest.approx(alone.scores, rel=1e-5)
     assert 0 <= record.metrics["accuracy"] <= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_trainer_for_a_gpu_says_what_to_do_without_one():
+    config = OmegaConf.create({"trainer": {"_target_": "lightning.Trainer", "accelerator": "gpu"}})
+    parts = Parts.__new__(Parts)
+    parts.config = config
+    with pytest.raises(ValueError, match="without a GPU use trainer=default"):
+        parts.trainer([], Path())

@@ -119,6 +119,32 @@ def test_what_failed_by_a_defect_keeps_its_traceback_and_runs_again_on_request(s
     assert (failures(tmp_path), len(records(tmp_path))) == ([], 2)  # the record replaces the failure
 
 
+def test_what_cannot_be_written_as_json_and_what_a_logger_stopped_are_failures_like_others(
+    sweep, tmp_path, monkeypatch
+):
+    code, told = sweep("method=none", "estimator.damping=nan,0.1")
+    assert (code, "jobs: 1 run, 0 already done, 1 failed\n" in told, "Traceback" in told) == (1, True, False), told
+    (failure,) = failures(tmp_path)
+    assert failure.config["estimator"]["damping"] == "NaN"
+    code, told = sweep("method=none", "estimator.damping=nan,0.1")
+    assert "1 already done, 0 failed, 1 failed before" in told
+
+    def no_key(parts, record):
+        raise ValueError("wandb cannot start")
+
+    score = layerif.run.score
+    monkeypatch.setattr(layerif.run, "score", no_key)
+    assert "1 failed\n" in sweep("method=none", "logger=none", "seed=1")[1]
+    monkeypatch.setattr(layerif.run, "score", score)
+    assert "1 failed before" in sweep("method=none", "logger=none", "seed=1")[1]
+    assert "jobs: 1 run, 0 already done, 0 failed\n" in sweep("method=none", "seed=1")[1]
+
+
+def test_small_is_of_an_experiment(sweep):
+    code, told = sweep("method=none", "small=true", "dry_run=true")
+    assert (code, "small=true is the small variant of an experiment, and none is chosen" in told) == (1, True)
+
+
 def test_ctrl_c_stops_a_sweep_at_once_and_the_same_command_carries_on(sweep, tmp_path, monkeypatch):
     score, seen = layerif.run.score, []
 
