@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         (["method.warmup_steps=-5"], "method.warmup_steps=-5 must be 0 or more"),
         (
             ["allocator=rank"],
-            "the allocator gives rank, method=lora_moe spends experts; use allocator=experts, or method=lora, or method",
+            "the allocator gives rank, method=lora_moe spends experts; use allocator=experts, or method=lora, or",
         ),
     ],
 )
