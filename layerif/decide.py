@@ -184,6 +184,8 @@ class Decider(Measurements):
             asked = getattr(self.probe, f"num_{part}")
             if 0 < num < asked:
                 notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
+            if num == 1:
+                notes.append(f"one {part} sample ranks nothing reliably: give the task more {part} rows")
         return tuple(notes)
 
 

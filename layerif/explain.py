@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerif.config import conf_folder
+from layerif.files import explained
 from layerif.names import did_you_mean, unknown_key
 
 _NEEDS_EXTRA = {
@@ -33,6 +34,8 @@ _NEEDS_EXTRA = {
     "hydra/launcher/ray": ("launcher=ray", "ray"),
     "hydra/sweeper/optuna": ("sweeper=optuna", "optuna"),
 }
+# Settings that are folders to write in.
+_FOLDERS = ("outputs", "store", "hydra.run.dir", "hydra.sweep.dir")
 # What OmegaConf calls it -> how a user would write it.
 _KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
@@ -72,6 +75,10 @@ def explain(error: BaseException, overrides: list[str]) -> str:
             return where + _explain_key(found[1], said, overrides)
     if isinstance(error, HydraException | yaml.YAMLError):
         return _plain(str(error))
+    if isinstance(error, OSError):
+        given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+        folders = {"outputs": "outputs"} | {key: given[key].strip("'\"") for key in _FOLDERS if key in given}
+        return " ".join(explained(error, folders).split())
     return " ".join(str(error).split()) or type(error).__name__
 
 

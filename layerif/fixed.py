@@ -107,11 +107,14 @@ class File:
         if kind not in (None, self.kind):
             raise ValueError(f"{what} allocates {kind}, not {self.kind}; use allocator.kind={kind}")
         check_unique(names, values, what=what)
+        ordered = in_layer_order(dict(zip(names, values, strict=True)), layers.names, source=what)
         if not all(is_number(value) for value in values):
             raise ValueError(f"{what} must hold numbers, got {next(v for v in values if not is_number(v))!r}")
-        ordered = in_layer_order(dict(zip(names, values, strict=True)), layers.names, source=what)
         numel = layers.numel if self.kind == "sparsity" else None
-        return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, numel), numel)
+        try:
+            return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, numel), numel)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
 
 
 def _symmetric_groups(depth: int, number: int) -> tuple[int, ...]:

@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=160)  # a file has no width
     try:
         found, other = entries(given.store)
+        if other and not found:
+            raise ValueError(_no_store(given.store, other))
         if given.command == "clear":
             _clear(given, found, console)
         else:
@@ -145,6 +147,17 @@ def entries(store: Path) -> tuple[list[Entry], int]:
             _describe(entry)
     listed = [entry for entry in found.values() if entry.files or entry.in_use or entry.lock.exists()]
     return sorted(listed, key=lambda entry: (entry.kind, entry.age)), other
+
+
+def _no_store(folder: Path, other: int) -> str:
+    """Of a folder that holds files, and none of a store: perhaps one beside or below it was meant."""
+    near = [path for path in (*sorted(folder.iterdir()), folder.absolute().parent) if _is_store(path)]
+    meant = f" (did you mean --store={near[0]}?)" if near else "; give the folder that runs had as store=…"
+    return f"{folder} holds no measurements, but {_bytes(other)} of other files; it is no store{meant}"
+
+
+def _is_store(folder: Path) -> bool:
+    return any(_ENTRY.fullmatch(path.name) for path in folder.glob("*/*"))
 
 
 def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> None:
@@ -197,6 +210,8 @@ def clear(chosen: Iterable[Entry], *, only_leftovers: bool = False) -> Iterator[
 def _clear(given: argparse.Namespace, found: Sequence[Entry], console: Console) -> None:
     chosen = _chosen(given, found)
     if given.dry_run:
+        if not chosen:
+            console.print("nothing to remove", highlight=False)
         for entry in chosen:
             console.print(f"would remove {entry.kind} {entry.name} ({_bytes(entry.size)})", highlight=False)
         return
@@ -304,9 +319,11 @@ def _duration(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="layerif-store", description="List and clear the store of measurements.")
     parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="its folder (outputs/store)")
+    after = argparse.ArgumentParser(add_help=False)  # the same, where it is given after the command
+    after.add_argument("--store", type=Path, default=argparse.SUPPRESS, help="its folder (outputs/store)")
     commands = parser.add_subparsers(dest="command", title="commands")
-    commands.add_parser("list", help="entries and sizes; what is done without a command")
-    clearing = commands.add_parser("clear", help="remove entries that no running job uses")
+    commands.add_parser("list", parents=[after], help="entries and sizes; what is done without a command")
+    clearing = commands.add_parser("clear", parents=[after], help="remove entries that no running job uses")
     clearing.add_argument("keys", nargs="*", metavar="KEY", help="entries whose key starts so")
     clearing.add_argument("--all", action="store_true", help="everything, converted models included")
     clearing.add_argument("--older-than", type=_duration, metavar="AGE", help="written longer ago, such as 30d or 12h")

@@ -355,7 +355,8 @@ class _readable:
         if isinstance(error, OSError):
             raise ValueError(
                 f"cannot load {self.where!r}: {_first_line(error)} "
-                "(a folder: model=local model.path=/folder; a hub model: model=hub model.name=org/name, online)"
+                "(a folder: model=local model.path=/folder; a hub model: model=hub model.name=org/name, online, or "
+                "downloaded before and with HF_HUB_OFFLINE=1, which waits for no network)"
             ) from error
         if isinstance(error, ValueError | KeyError | ImportError | SafetensorError):
             raise ValueError(

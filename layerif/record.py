@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from layerif.files import whole
 
@@ -86,12 +86,8 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
-        """Raises ValueError for a file that is no record of ours."""
-        file = folder / FILE
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is not a readable record of layerif: {error}") from error
+        """Raises ValueError for a file that is no record of ours, saying what is wrong with it."""
+        return _read(cls, folder / FILE, "record")
 
 
 @dataclass(kw_only=True)
@@ -114,12 +110,94 @@ class Failure:
 
     @classmethod
     def read(cls, folder: Path) -> Failure:
-        """Raises ValueError for a file that is no failure of ours."""
-        file = folder / FAILURE
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is not a readable failure of layerif: {error}") from error
+        """Raises ValueError for a file that is no failure of ours, saying what is wrong with it."""
+        return _read(cls, folder / FAILURE, "failure")
+
+
+Job = TypeVar("Job", RunRecord, Failure)
+
+
+@dataclass
+class _Allocation:
+    kind: str
+    values: list[float]
+    budget: float
+
+
+@dataclass
+class _Usage:
+    load: list[float]
+    entropy: float
+
+
+@dataclass
+class _Measured:
+    kind: str
+    reused: bool
+    seconds: float | None
+
+
+@dataclass
+class _Within:
+    """What readers take for granted within a record's fields, where these are not empty."""
+
+    allocation: _Allocation | None = None
+    routing: dict[str, _Usage] | None = None
+    measurements: list[_Measured] | None = None
+
+
+def _read(kind: type[Job], file: Path, what: str) -> Job:
+    try:
+        text = file.read_text()
+        content = json.loads(text)
+        _check_keys(kind, content)
+        job = _checker(kind).validate_json(text, strict=True)
+        _checker(_Within).validate_json(
+            json.dumps({key: value for key, value in content.items() if value}), strict=True
+        )
+        _check_lengths(job)
+    except json.JSONDecodeError as error:
+        why = f"{error}; if its job was killed while writing, run that again, or delete the file"
+    except OSError as error:
+        why = f"{error.strerror}; check the path and its permissions"
+    except ValueError as error:
+        why = f"{_first_problem(error)}; is it another program's file? Move it elsewhere, or run its job again"
+    else:
+        return job
+    raise ValueError(f"{file} is not a readable {what} of layerif: {why}")
+
+
+def _check_keys(kind: type, content: object) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    if unknown := sorted(content.keys() - {known.name for known in fields(kind)}):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+
+
+def _check_lengths(job: RunRecord | Failure) -> None:
+    if isinstance(job, Failure):
+        return
+    for key, values in (("scores", job.scores), ("allocation.values", job.allocation.get("values", ()))):
+        if len(values) not in (0, len(job.layers)):
+            raise ValueError(f"{key} has {len(values)} numbers for {len(job.layers)} layers")
+
+
+@cache
+def _checker(kind: type) -> Any:
+    from pydantic import TypeAdapter  # a moment that `layerif --help` does not pay
+
+    return TypeAdapter(kind)
+
+
+def _first_problem(error: ValueError) -> str:
+    """Of pydantic's: where, what, and what stands there."""
+    if not hasattr(error, "errors"):
+        return str(error)
+    first: Any = error.errors()[0]  # type: ignore[attr-defined]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"it lacks {where}"
+    return f"{where}={str(first['input'])[:40]!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _write(content: RunRecord | Failure, file: Path) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,16 @@ from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FAILURE, FILE, RunRecord
 from layerif.report import print_run
+from layerif.report.arms import flat
 from layerif.sweep import is_swept
 from layerif.tracking import tracked
 
 log = logging.getLogger(__name__)
+
+# The files that jobs leave in their folders besides the record.
+_LEFT = (FAILURE, "layers.csv", "metrics.csv", "routing.csv", "sparsity.csv", "hparams.yaml", "plan.json")
+_LEFT += ("diagnose.json", "diagnose.md", "scores.png", "allocation.png")
+_LEFT += tuple(f"{name}.png" for name in ("leave_out", "ranks", "agreement", "mislabel", "gradients"))
 
 
 def run(config: DictConfig) -> float | None:
@@ -44,6 +52,7 @@ def run(config: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _quieten_hub()
     if rank_zero_only.rank > 0:
         logging.getLogger("layerif").setLevel(logging.WARNING)
     if not sys.stderr.isatty():  # a log file wants no bars
@@ -59,10 +68,16 @@ def run(config: DictConfig) -> float | None:
         overrides=list(HydraConfig.get().overrides.task),
         inputs=parts.inputs(),
     )
-    if config.rerun is not True and _is_finished(folder, record):
+    before = _record_in(folder)
+    is_same = before is not None and _job(before) == _job(record)
+    if before is not None and is_same and config.rerun is not True and not (folder / FAILURE).exists():
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
-        return RunRecord.read(folder).objective
+        return before.objective
     _check_method(parts)
+    if before is not None and not is_same and rank_zero_only.rank == 0:
+        record.notes.append("this folder held another job's record; it is replaced, and what it left is removed")
+        log.warning("%s: %s", folder, record.notes[-1])
+        _remove(before, folder, record.config)
     try:
         with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
             _execute(parts, record, folder)
@@ -82,6 +97,29 @@ def run(config: DictConfig) -> float | None:
         print_run(record, folder)
     log.info("record: %s", file)
     return record.objective
+
+
+class _FirstTime(logging.Filter):
+    """Each message once; an attempt's, but not that it is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_first = message not in self.said and not message.startswith("Retrying in")
+        self.said.add(message)
+        return is_first
+
+
+_FIRST_TIME = _FirstTime()  # of the process: a sweep has many runs
+
+
+def _quieten_hub() -> None:
+    """Its client says everything twice, by a handler of its own beside the root's, and that again at each attempt."""
+    logging.getLogger("huggingface_hub").propagate = False
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_FIRST_TIME)
 
 
 def _check_method(parts: Parts) -> None:
@@ -153,16 +191,34 @@ def _execute(parts: Parts, record: RunRecord, folder: Path) -> None:
         method(parts.decider, record, folder)
 
 
-def _is_finished(folder: Path, record: RunRecord) -> bool:
-    """Whether this very job has a record here, and has not failed since."""
-    if not (folder / FILE).exists() or (folder / FAILURE).exists():
-        return False
+def _record_in(folder: Path) -> RunRecord | None:
+    if not (folder / FILE).exists():
+        return None
     try:
-        done = RunRecord.read(folder)
+        return RunRecord.read(folder)
     except ValueError as error:
         log.warning("%s; the job runs again", error)
-        return False
-    return (done.config, done.inputs) == (json.loads(json.dumps(record.config)), record.inputs)
+        return None
+
+
+def _job(record: RunRecord) -> Any:
+    """What makes it this very job, as JSON holds it."""
+    return json.loads(json.dumps([record.config, record.inputs]))
+
+
+def _remove(other: RunRecord, folder: Path, config: Mapping[str, Any]) -> None:
+    """The record of another job and what it left in the folder, less what the configuration of this job names."""
+    method = (other.config.get("method") or {}).get("_target_", "")
+    folders = ("adapter",) * method.endswith("Module") + ("model", "recovered") * method.endswith("PruneModule")
+    texts = itertools.chain.from_iterable(each if isinstance(each, list) else [each] for each in flat(config).values())
+    named = [Path(os.path.abspath(text)) for text in texts if isinstance(text, str)]
+    for path in (folder / name for name in (FILE, *_LEFT, *folders)):
+        if any(each.is_relative_to(path) for each in named):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -142,10 +142,12 @@ def read_json(path: str | Path, *, what: str) -> Any:
 def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:
     """Raises ValueError unless there is one value for each layer, at least one, and no name twice."""
     if not layers or len(layers) != len(values):
-        raise ValueError(f"{what} need one value per layer, at least one; got {len(values)} for {len(layers)} layers")
+        raise ValueError(
+            f"there must be one value per layer, at least one, in {what}; got {len(values)} for {len(layers)} layers"
+        )
     if len(set(layers)) != len(layers):
         twice = next(layer for index, layer in enumerate(layers) if layer in layers[:index])
-        raise ValueError(f"{what} name the layer {twice!r} twice; give every layer one value")
+        raise ValueError(f"{what} must not name the layer {twice!r} twice; give every layer one value")
 
 
 def is_number(value: object) -> bool:

@@ -166,7 +166,9 @@ def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> No
         with whole(file) as unfinished:
             save_file(tensors, unfinished, metadata=header)
     except SafetensorError as error:  # what a full disk becomes in there
-        raise OSError(f"cannot write {file}: {error}; free some space, or set store=/another/folder") from error
+        raise OSError(
+            f"cannot write {file}: {error}; free some space and give the command again, or set store=/another/folder"
+        ) from error
 
 
 def _read(

@@ -439,6 +439,9 @@ def test_file_reads_sparsities(tmp_path):
         ([1, 2, 3, 4, 5, 6, 7, 0], r"'layers\.7' must be a whole number >= 1, got 0"),
         ({"allocation": {"kind": "rank", "values": [1] * 8}, "layers": list(NAMES)}, r"use allocator\.kind=rank"),
         ({"allocation": {}}, "holds no allocation"),
+        ([1, 2], "there must be one value per layer, at least one, in allocation file"),
+        ([1, 2, 3, 4, 5, 6, 7, 2.5], r"saved\.json': experts of layer 'layers\.7'.*got 2\.5"),
+        ({"hello": "world"}, "names the layer 'hello', which this model does not have"),
         ("uniform", "a value per layer"),
     ],
 )

@@ -805,7 +805,7 @@ def test_file_reads_the_record_of_a_run(tmp_path):
         ({"layers": ["block.0"], "values": [1], "higher_means": "important"}, r"lacks 1 of the model's 2 layers"),
         ({"layers": ["block.0", "block.1"], "values": [1], "higher_means": "important"}, "1 for 2 layers"),
         ({"layers": ["block.0", "block.1"], "values": [1, -2], "higher_means": "important"}, r">= 0.*block\.1"),
-        ({"layers": ["block.0", "block.1"], "values": [1, 2], "higher_means": "better"}, "undertrained, important"),
+        ({"layers": ["block.0", "block.1"], "values": [1, 2], "higher_means": "better"}, r"higher_means in .*saved"),
         ({"layers": ["block.0", "block.1"], "values": [1, 2]}, "lacks higher_means"),
         ({"layers": "block.0", "values": [1], "higher_means": "important"}, "lists"),
         ([1, 2], "lacks layers, values, higher_means"),

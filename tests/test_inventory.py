@@ -160,6 +160,29 @@ def test_what_cannot_be_done_is_said_in_one_line(store, capsys, arguments, messa
     assert left(store) == before
 
 
+def test_the_folder_above_or_below_a_store_is_no_store(store, capsys):
+    (store.parent / "note.txt").write_text("mine")
+    for given in (store.parent, store / "grams"):
+        with pytest.raises(SystemExit) as left_with:
+            main(["--store", str(given), "clear", "--all", "--dry-run"])
+        assert left_with.value.code == 1
+        said = capsys.readouterr().err
+        assert f"{given} holds no measurements, but " in said
+        assert f"it is no store (did you mean --store={store}?)" in said
+
+
+def test_the_store_may_be_named_after_the_command_too(store, capsys):
+    main(["list", f"--store={store}"])
+    assert "org/first" in capsys.readouterr().out
+    main(["clear", "--older-than=30d", "--dry-run", "--store", str(store)])
+    assert capsys.readouterr().out == "nothing to remove\n"
+
+
+def test_an_empty_store_is_said_to_be_so(tmp_path, capsys):
+    main(["--store", str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path} holds nothing\n"
+
+
 def test_a_missing_folder_is_said_as_such_before_anything_heavy_is_loaded(tmp_path):
     code = "import sys, layerif.inventory as i\ntry: i.main(['--store', 'nowhere'])\n"
     code += "finally: print('torch' in sys.modules, 'pandas' in sys.modules)"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +18,7 @@ from rich.console import Console
 
 from layerif.record import Failure, RunRecord
 from layerif.report import comparisons as compare
-from layerif.report import print_run, write
+from layerif.report import print_run, report, write
 from layerif.report.arms import UNTOUCHED, distinct, runs_of
 from layerif.report.page import breakable
 from layerif.report.plots import plot_routing
@@ -225,6 +230,115 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
     said = console.export_text()
     assert said.count("left out:") == 2
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hello": 1}, "unknown key 'hello'; is it another program's file?"),
+        ({"scores": "none"}, "scores='none': input should be a valid array"),
+        ({"scores": [1.0]}, "scores has 1 numbers for 4 layers"),
+        ({"allocation": {"kind": "experts"}}, "it lacks allocation.values"),
+        ({"allocation": {"kind": "experts", "values": [1], "budget": 1}}, "allocation.values has 1 numbers for 4"),
+        ({"seed": "zero"}, "seed='zero': input should be a valid integer"),
+        ({"questions": {"accuracy": [1, 2]}}, "questions.accuracy='[1, 2]'"),
+        ({"routing": {"block.0": {"entropy": 1.0}}}, "it lacks routing.block.0.load"),
+        ({"measurements": [{"kind": "grams"}]}, "it lacks measurements.0.reused"),
+        ({"notes": None}, "notes='None'"),
+    ],
+)
+def test_a_record_with_another_type_within_is_named_and_left_out(tmp_path, changed, said):
+    written(tmp_path, [record("datainf", [True] * 3), record("uniform", [True] * 3)])
+    file = tmp_path / "1" / "record.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    console = Console(record=True, width=300)
+    write(tmp_path, console)
+    (reason,) = read(tmp_path).left_out
+    assert reason.startswith(f"{file} is not a readable record of layerif: {said}")
+    assert "left out:" in console.export_text()
+    assert len(pd.read_csv(tmp_path / "report.csv")) == 1
+
+
+def test_what_is_wrong_with_a_file_says_what_to_do(tmp_path):
+    for content, said in (('{"name"', "if its job was killed"), ("[]", "it holds a list"), ("{}", "it lacks name")):
+        (tmp_path / "record.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            RunRecord.read(tmp_path)
+    (tmp_path / "failure.json").write_text('{"name": 1}')
+    with pytest.raises(ValueError, match=r"readable failure of layerif: name='1': input should be a valid string"):
+        Failure.read(tmp_path)
+
+
+def test_what_is_no_folder_names_the_nearest(tmp_path):
+    (tmp_path / "sweeps" / "table1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"tabel1' is no folder \(did you mean 'table1'\?\); .*sweeps' holds table1"):
+        read(tmp_path / "sweeps" / "tabel1")
+    with pytest.raises(ValueError, match=r"is no folder \(did you mean 'sweeps'\?\)"):
+        read(tmp_path / "sweep" / "table1")
+    (tmp_path / "report.md").touch()
+    with pytest.raises(ValueError, match=rf"is a file: give the folder that holds it, '{tmp_path}'"):
+        read(tmp_path / "report.md")
+
+
+def test_the_report_is_written_before_it_is_printed(tmp_path, monkeypatch):
+    written(tmp_path, [record("datainf", [True] * 3)])
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "print", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, console)
+    assert all((tmp_path / f"report.{kind}").stat().st_size for kind in ("html", "md", "csv"))
+
+
+def test_who_reads_only_the_first_line_gets_no_error(tmp_path):
+    written(tmp_path, [record("datainf", [True] * 3)])
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "layerif.report", str(tmp_path)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "no space is left on the disk; free some and give the"),
+    ],
+)
+def test_an_end_before_the_end_has_no_traceback(tmp_path, monkeypatch, capsys, raised, code, said):
+    def ended(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(report, "write", ended)
+    with pytest.raises(SystemExit) as left_with:
+        report.main([str(tmp_path)])
+    assert left_with.value.code == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_in_the_reports_place_is_said_so(tmp_path, capsys):
+    written(tmp_path, [record("datainf", [True] * 3)])
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert f"the report cannot be written there: [Errno 21] Is a directory: '{tmp_path / 'report.html'}'" in said
+
+
+def test_a_model_that_was_never_given_has_no_name_of_question_marks(tmp_path):
+    local = {"model._target_": "layerif.models.Local", "model.path": "???"}
+    jobs = [failure("datainf", settings=local), failure("datainf", seed=1, settings={**local, "model.path": "/m/tiny"})]
+    console = Console(record=True, width=200)
+    write(written(tmp_path, jobs), console)
+    said = console.export_text()
+    assert "???" not in said.replace("model.path=???", "")
+    assert "local, tiny on capital" in said
 
 
 def test_jobs_that_began_and_did_not_end_are_named(tmp_path):

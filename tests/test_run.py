@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from omegaconf import OmegaConf
 
 from layerif.parts import Parts
 from layerif.record import RunRecord
+from layerif.run import _quieten_hub, _remove
 from tests.command import layerif, run_layerif
+from tests.records import record, written
 
 
 def test_the_whole_road(tiny_overrides, tmp_path):
@@ -98,8 +101,9 @@ def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(t
     changed = run_layerif(moved, tmp_path)
     (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text().replace("Which of", "What of"))
     assert run_layerif(moved, tmp_path).scores != changed.scores  # the same words name other rows now
-    run_layerif([*tiny_overrides, "method=none", "estimator.damping=1"], tmp_path)
-    assert RunRecord.read(tmp_path / "run").scores != first.scores
+    assert any("held another job's record" in note for note in changed.notes)
+    other = run_layerif([*tiny_overrides, "method=none", "estimator.damping=1"], tmp_path)
+    assert other.scores != first.scores
 
 
 def test_a_sweep_gives_one_folder_a_job_and_a_report(tiny_overrides, tmp_path):
@@ -282,3 +286,30 @@ def test_a_trainer_for_a_gpu_says_what_to_do_without_one():
     parts.config = config
     with pytest.raises(ValueError, match="without a GPU use trainer=default"):
         parts.trainer([], Path())
+
+
+def test_another_jobs_record_is_replaced_with_all_it_left_and_nothing_else(tmp_path):
+    folder = tmp_path / "run"
+    written(tmp_path, [record("datainf", [True])])
+    (tmp_path / "0").rename(folder)
+    for name in ("layers.csv", "scores.png", "notes.txt", "failure.json"):
+        (folder / name).touch()
+    for name in ("adapter", "model"):
+        (folder / name).mkdir()
+    other = RunRecord.read(folder)
+    _remove(
+        other, folder, {"estimator": {"path": str(folder / "record.json"), "checkpoints": [str(folder / "adapter")]}}
+    )
+    assert {path.name for path in folder.iterdir()} == {"record.json", "adapter", "model", "notes.txt"}
+    _remove(other, folder, {"model": {"path": None}})
+    assert {path.name for path in folder.iterdir()} == {"model", "notes.txt"}  # it pruned nothing: that is not its own
+
+
+def test_the_hub_says_each_refusal_once():
+    for _ in range(2):  # a sweep's runs are of one process
+        _quieten_hub()
+    client = logging.getLogger("huggingface_hub.utils._http")
+    said = ["refused", "Retrying in 1s", "refused", "Rate limited. Waiting 9s"]
+    kept = [client.filter(client.makeRecord("", 30, "", 0, message, (), None)) for message in said]
+    assert [bool(one) for one in kept] == [True, False, False, True]
+    assert not logging.getLogger("huggingface_hub").propagate

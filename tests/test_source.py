@@ -38,6 +38,8 @@ def test_a_missing_split_file_names_the_files_there_are(tmp_path):
         list(source.rows("validation"))
     with pytest.raises(ValueError, match="is not a folder"):
         list(Jsonl(path=str(tmp_path / "none")).rows("train"))
+    with pytest.raises(ValueError, match=r"task\.path is empty; give the folder"):
+        list(Jsonl(path="").rows("train"))
 
 
 def test_hub_rows_are_the_datasets_rows_in_order(monkeypatch):

@@ -322,3 +322,21 @@ def test_the_fingerprint_of_rows_follows_every_field_of_an_example(folder):
     changed = [replace(splits, train=(replace(example, **change), *splits.train[1:])) for change in changes]
     assert len({each.fingerprint for each in (splits, *changed)}) == len(changed) + 1
     assert replace(splits).fingerprint == splits.fingerprint
+
+
+def test_a_null_that_a_template_would_write_is_refused_with_its_line_and_column(tmp_path):
+    rows = rows_of(*range(3))
+    rows[1]["q"] = None
+    path = write(tmp_path, train=rows_of(*range(5, 8)), validation=rows_of(9), test=rows)
+    with pytest.raises(ValueError, match=r"test\.jsonl:2: task\.instruction cannot be filled in: q, question is null"):
+        task(path).load()
+    assert len(task(path, keep="question is not none").load().test) == 2
+    shown = "Question: {% if question %}{{ question }}{% else %}nothing{% endif %}"
+    assert task(path, instruction=shown).load().test[1].instruction == "Question: nothing"
+
+
+@pytest.mark.parametrize("options", [None, ["one", None, "three"]])
+def test_null_options_are_refused_with_their_line(tmp_path, options):
+    path = write(tmp_path, train=rows_of(5), validation=rows_of(9), test=[*rows_of(0), {**rows_of(1)[0], "o": options}])
+    with pytest.raises(ValueError, match=r"test\.jsonl:2: the options .*None.* are not usable"):
+        task(path).load()

@@ -38,6 +38,8 @@ class Jsonl:
     def rows(self, split: str) -> Iterator[Row]:
         """Raises ValueError, with file and line, for a missing, empty or broken file."""
         folder = Path(self.path).expanduser()
+        if not self.path:
+            raise ValueError(f"task.path is empty; give the folder that holds files such as {split}.jsonl")
         if not folder.is_dir():
             raise ValueError(f"task.path={self.path} is not a folder; it should hold files such as {split}.jsonl")
         file = folder / f"{split}.jsonl"

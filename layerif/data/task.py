@@ -264,7 +264,9 @@ class _Renderer:
     def __init__(self, task: Task) -> None:
         self.task = task
         # Task files are shared: they may format rows, never reach into Python.
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
+        )
 
         def compiled(field: str, compile: Any, **options: Any) -> Any:
             try:
@@ -367,9 +369,22 @@ class _Renderer:
             raise self._error(field, error, names, row) from error
 
     def _error(self, field: str, reason: object, names: Mapping[str, Any], row: Row) -> ValueError:
+        empty = ", ".join(sorted(name for name, value in names.items() if value is None))
+        if isinstance(reason, _Null):
+            reason = f"{empty or 'a value'} is null in this row; fill it in, or leave such rows out with task.keep"
         return ValueError(
             f"{row.where}: task.{field} cannot be filled in: {reason}. Known names: {', '.join(sorted(names))}"
         )
+
+
+class _Null(TemplateError):
+    """A template would write `None`."""
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise _Null()
+    return value
 
 
 def folded(text: str) -> str:

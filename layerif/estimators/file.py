@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from layerif.layers import LayerMap, in_layer_order
-from layerif.scores import LayerScores, check_unique, read_json
+from layerif.names import check_choice
+from layerif.scores import Direction, LayerScores, check_unique, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class File:
     def score(self, evidence: LayerMap, /) -> LayerScores:
         what = f"scores file {self.path!r}"
         saved = _saved_scores(read_json(self.path, what="scores file"), what)
+        check_choice(f"higher_means in {what}", saved["higher_means"], get_args(Direction))
         check_unique(saved["layers"], saved["values"], what=what)
         values = in_layer_order(dict(zip(saved["layers"], saved["values"], strict=True)), evidence.names, source=what)
         source = f"file({self.path}: {saved['source']})" if saved.get("source") else f"file({self.path})"

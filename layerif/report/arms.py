@@ -251,7 +251,9 @@ def content(job: Job, section: str) -> dict[str, object]:
 
 
 def called(one: Mapping) -> str:
-    return Path(one.get("name") or one.get("path") or one["_target_"].split(".")[-1].lower()).name
+    given = [one.get(key) for key in ("name", "path")]  # "???" where a failed job was given none
+    named = next((value for value in given if value not in (None, "", "???")), one["_target_"].split(".")[-1].lower())
+    return Path(named).name
 
 
 def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerif.names import did_you_mean
 from layerif.record import FAILURE, FILE, Failure, RunRecord
 
 _SECTIONS = {
@@ -40,6 +41,8 @@ class Sweep:
 
 def read(folder: Path) -> Sweep:
     """Raises ValueError where nothing below `folder` can be read."""
+    if not folder.is_dir():
+        raise ValueError(_no_folder(folder))
     records, failures, failed_again, left_out = [], [], [], []
     files = [*sorted(folder.rglob(FILE)), *sorted(folder.rglob(FAILURE))]
     finished: set[Path] = set()
@@ -73,6 +76,17 @@ def read(folder: Path) -> Sweep:
         unfinished=_unfinished(folder, {file.parent for file in files}),
         left_out=left_out,
     )
+
+
+def _no_folder(given: Path) -> str:
+    """What to give instead: the nearest of the folders beside it."""
+    if given.is_file():
+        return f"{str(given)!r} is a file: give the folder that holds it, {str(given.parent)!r}"
+    above = next(parent for parent in given.parents if parent.is_dir())
+    names = sorted(path.name for path in above.iterdir() if path.is_dir() and not path.name.startswith("."))
+    nearest = did_you_mean(given.relative_to(above).parts[0], names)
+    there = f"; {str(above)!r} holds {', '.join(names[:8]) + ', …' * (len(names) > 8) or 'no folder'}"
+    return f"{str(given)!r} is no folder{nearest}{there}: give the folder of a run or a sweep"
 
 
 def _unfinished(folder: Path, ended: set[Path]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from layerif.files import explained
 from layerif.record import RunRecord
 from layerif.report import plots, tables, text
 from layerif.report.arms import runs_of
@@ -36,10 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"layerif-report: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        why = f"the report cannot be written there: {explained(error, {})}"
+        print(f"layerif-report: {why}; or give a copy of the folder that can be written", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def write(folder: Path, console: Console | None = None, *, expected: Path | None = None) -> None:
-    """Print the tables of `folder`, and leave report.html, report.md, report.csv and the plots of its layers in it.
+    """Leave report.html, report.md, report.csv and the plots of its layers in `folder`, then print its tables.
 
     expected: the file of the published numbers that the runs are held against. Raises ValueError where nothing in the
     folder can be read, or `expected` is not what it should be.
@@ -47,16 +55,9 @@ def write(folder: Path, console: Console | None = None, *, expected: Path | None
     console = console or text.console()
     published = None if expected is None else Expected.read(expected)
     sweep = read(folder)
-    for reason in sweep.left_out:
-        console.print(f"[yellow]left out:[/] {text.escape(reason)}", highlight=False)
     fitted = fitting(published, sweep.jobs)
     runs = runs_of(sweep.jobs, fitted)  # once: the page, the console and the files call every run the same
     said, found = summary(sweep, runs, published), sections(sweep, runs, fitted)
-    for line in said:
-        console.print(line, highlight=False, markup=False)
-    for section in found:
-        if section.title not in ON_PAGE_ONLY:
-            _print(section, console)
     files = [folder / name for name in ("report.html", "report.md", "report.csv", "scores.png", "allocations.png")]
     files[0].write_text(page(sweep.name, said, found))
     files[1].write_text(_markdown(sweep.name, said, found))
@@ -64,6 +65,13 @@ def write(folder: Path, console: Console | None = None, *, expected: Path | None
     for plot, file in ((plots.plot_scores(sweep.records), files[3]), (plots.plot_allocations(runs), files[4])):
         if plot is not None:
             plot.save(file)
+    for reason in sweep.left_out:
+        console.print(f"[yellow]left out:[/] {text.escape(reason)}", highlight=False)
+    for line in said:
+        console.print(line, highlight=False, markup=False)
+    for section in found:
+        if section.title not in ON_PAGE_ONLY:
+            _print(section, console)
     for file in filter(Path.exists, files):
         console.print(f"  {file}", highlight=False, soft_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,8 @@ WRAPPED = ("run", "model", "arm", "from", "to", "both with", "profile", "and", "
 
 def console() -> Console:
     """As wide as the terminal; a log file has no width, and a table cut to 80 columns cannot be read."""
-    found = Console()
-    return found if found.is_terminal else Console(width=140)
+    found = _Console()
+    return found if found.is_terminal else _Console(width=140)
 
 
 def show(frame: pd.DataFrame, title: str, on: Console) -> None:
@@ -50,3 +51,10 @@ def markdown(frame: pd.DataFrame, spell: Callable[[object], str] = spelt) -> str
     rows = [header, rule, *([spell(value) for value in row] for row in frame.itertuples(index=False))]
     lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join(line.replace("\n", "; ") for line in lines)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """`| head` reads no further: rich turns quiet, and what is left to do is done."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
