@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import os
 import resource
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,16 +29,10 @@ from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FAILURE, FILE, RunRecord
 from layerif.report import print_run
-from layerif.report.arms import flat
 from layerif.sweep import is_swept
 from layerif.tracking import tracked
 
 log = logging.getLogger(__name__)
-
-# The files that jobs leave in their folders besides the record.
-_LEFT = (FAILURE, "layers.csv", "metrics.csv", "routing.csv", "sparsity.csv", "hparams.yaml", "plan.json")
-_LEFT += ("diagnose.json", "diagnose.md", "scores.png", "allocation.png")
-_LEFT += tuple(f"{name}.png" for name in ("leave_out", "ranks", "agreement", "mislabel", "gradients"))
 
 
 def run(config: DictConfig) -> float | None:
@@ -75,9 +67,8 @@ def run(config: DictConfig) -> float | None:
         return before.objective
     _check_method(parts)
     if before is not None and not is_same and rank_zero_only.rank == 0:
-        record.notes.append("this folder held another job's record; it is replaced, and what it left is removed")
+        record.notes.append("this folder held another job's record; other files of it may be left")
         log.warning("%s: %s", folder, record.notes[-1])
-        _remove(before, folder, record.config)
     try:
         with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
             _execute(parts, record, folder)
@@ -204,21 +195,6 @@ def _record_in(folder: Path) -> RunRecord | None:
 def _job(record: RunRecord) -> Any:
     """What makes it this very job, as JSON holds it."""
     return json.loads(json.dumps([record.config, record.inputs]))
-
-
-def _remove(other: RunRecord, folder: Path, config: Mapping[str, Any]) -> None:
-    """The record of another job and what it left in the folder, less what the configuration of this job names."""
-    method = (other.config.get("method") or {}).get("_target_", "")
-    folders = ("adapter",) * method.endswith("Module") + ("model", "recovered") * method.endswith("PruneModule")
-    texts = itertools.chain.from_iterable(each if isinstance(each, list) else [each] for each in flat(config).values())
-    named = [Path(os.path.abspath(text)) for text in texts if isinstance(text, str)]
-    for path in (folder / name for name in (FILE, *_LEFT, *folders)):
-        if any(each.is_relative_to(path) for each in named):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 @contextmanager

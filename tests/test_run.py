@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from layerif.parts import Parts
 from layerif.record import RunRecord
-from layerif.run import _quieten_hub, _remove
+from layerif.run import _quieten_hub
 from tests.command import layerif, run_layerif
 from tests.records import record, written
 
@@ -286,23 +286,6 @@ def test_a_trainer_for_a_gpu_says_what_to_do_without_one():
     parts.config = config
     with pytest.raises(ValueError, match="without a GPU use trainer=default"):
         parts.trainer([], Path())
-
-
-def test_another_jobs_record_is_replaced_with_all_it_left_and_nothing_else(tmp_path):
-    folder = tmp_path / "run"
-    written(tmp_path, [record("datainf", [True])])
-    (tmp_path / "0").rename(folder)
-    for name in ("layers.csv", "scores.png", "notes.txt", "failure.json"):
-        (folder / name).touch()
-    for name in ("adapter", "model"):
-        (folder / name).mkdir()
-    other = RunRecord.read(folder)
-    _remove(
-        other, folder, {"estimator": {"path": str(folder / "record.json"), "checkpoints": [str(folder / "adapter")]}}
-    )
-    assert {path.name for path in folder.iterdir()} == {"record.json", "adapter", "model", "notes.txt"}
-    _remove(other, folder, {"model": {"path": None}})
-    assert {path.name for path in folder.iterdir()} == {"model", "notes.txt"}  # it pruned nothing: that is not its own
 
 
 def test_the_hub_says_each_refusal_once():
