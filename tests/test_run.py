@@ -20,7 +20,6 @@ from layerif.parts import Parts
 from layerif.record import RunRecord
 from layerif.run import _quieten_hub
 from tests.command import layerif, run_layerif
-from tests.records import record, written
 
 
 def test_the_whole_road(tiny_overrides, tmp_path):
