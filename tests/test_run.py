@@ -15,8 +15,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from layerif.__main__ import main
 from layerif.parts import Parts
 from layerif.record import RunRecord
 from layerif.run import _quieten_hub
@@ -231,13 +234,22 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         ),
     ],
 )
-def test_bad_input_is_one_message_and_nothing_half_written(tiny_overrides, tmp_path, overrides, message):
+def test_bad_input_is_one_message_and_nothing_half_written(
+    tiny_overrides, tmp_path, overrides, message, monkeypatch, capsys
+):
     """Said by a dry run already, and so before anything is measured."""
-    done = layerif([*tiny_overrides, *overrides, "dry_run=true"], tmp_path)
-    assert done.returncode == 1
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("layerif: ")]
+    GlobalHydra.instance().clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["layerif", *tiny_overrides, *overrides, "dry_run=true"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    told = capsys.readouterr().err
+    (said,) = [line for line in told.splitlines() if line.startswith("layerif: ")]
     assert message in said
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in told
     assert not list(tmp_path.rglob("record.json"))
     assert not list(tmp_path.rglob("*.safetensors"))
 
