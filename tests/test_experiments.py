@@ -229,6 +229,7 @@ def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_
                         "estimator": {"_target_": f"layerif.estimators.{estimator}"},
                         "method": {"calibration": {"seed": seed}},
                     },
+                    layers=["0", "1", "2"],
                     allocation={"kind": "sparsity", "values": [0.4, 0.5, 0.6], "budget": 0.5},
                     metrics={"sparsity": 0.5, "perplexity_256": loss + seed},
                     questions=answers(right),
