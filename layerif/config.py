@@ -6,7 +6,6 @@ Nothing heavy is imported here: `layerif --help` must answer at once.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import re
@@ -20,6 +19,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from layerif import PACKAGE
+from layerif.job import folder_name
 from layerif.names import did_you_mean, unknown_key
 
 
@@ -57,9 +58,6 @@ _CHOICES = {
     "objective": Literal[None, "validation/loss", "reliability"],
     "recipe": Literal[None, "upstream"],
 }
-# What may differ between two runs that are the same job. `small` may not: a record says that it is of a small variant.
-_INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger")
-_KEPT_IN = {"outputs": "outputs", "store": "${outputs}/store"}
 
 
 def register() -> None:
@@ -73,8 +71,7 @@ def register() -> None:
 
 def conf_folder() -> Path:
     """The YAML files: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+    return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 def from_conf(choice: str, *overrides: str) -> Any:
@@ -91,20 +88,6 @@ def from_conf(choice: str, *overrides: str) -> Any:
     return instantiate(node[group])
 
 
-def folder_name(overrides: str) -> str:
-    """A sweep job's folder from its overrides; hashed where they hold what a folder name cannot.
-
-    Whatever is said of `logger` makes no other job, and so no other folder.
-    """
-    overrides = re.sub(r"(^|,)\+*logger(\.[^=,]*)?=(\[[^]]*\]|[^,])*", "", overrides).lstrip(",")
-    if not overrides:
-        return "default"
-    if len(overrides) <= 120 and re.fullmatch(r"[\w.,=+-]+", overrides):
-        return overrides
-    readable = re.sub(r"[^\w.,=-]+", "-", overrides)[:60].strip("-")
-    return f"{readable}-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
-
-
 def small(if_small: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
     """`${small:a,b}` in a YAML: a where the root key `small` is true, else b. A list of arms stands in quotes."""
     return if_small if _root_.small else otherwise
@@ -118,7 +101,8 @@ def when(value: Any, equals: Any, then: Any, otherwise: Any) -> Any:
 def folder_of_arm(arm: str) -> str:
     """`${folder_of_arm:x}` in a YAML: the folder of the same sweep's job that has the arm x and all else alike."""
     hydra = HydraConfig.get()
-    return str(Path(hydra.sweep.dir) / folder_name(re.sub(r"\barm=[^,]+", f"arm={arm}", hydra.job.override_dirname)))
+    overrides = [f"arm={arm}" if override.startswith("arm=") else override for override in hydra.overrides.task]
+    return str(Path(hydra.sweep.dir) / folder_name(overrides))
 
 
 def check(config: DictConfig) -> None:
@@ -164,19 +148,6 @@ def check_root(config: DictConfig) -> None:
     folder = Path(config.get("name", "default"))
     if not folder.name or folder.is_absolute() or ".." in folder.parts:
         raise ValueError(f"name={config.name!r} is not allowed; allowed: the name of a folder below outputs/sweeps")
-
-
-def job_of(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration less what does not change the result, and root keys that ask for nothing.
-
-    Equal ones are the same job.
-    """
-    given = OmegaConf.to_container(config)
-    assert isinstance(given, dict)
-    # What only follows from where results are kept is as incidental: the folder of the converted model, say.
-    plain = OmegaConf.to_container(OmegaConf.create(given | _KEPT_IN), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in _INCIDENTAL and value is not None}
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -23,6 +23,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerif import PACKAGE
 from layerif.config import conf_folder
 from layerif.files import explained
 from layerif.names import did_you_mean, unknown_key
@@ -48,7 +49,7 @@ def of_the_user(error: BaseException) -> BaseException | None:
         return error
     # A ValueError raised by our own code or Hydra's is written for the user; one of torch or numpy is a defect of ours.
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = {Path(__file__).parent, Path(str(hydra.__file__)).parent}
+    ours = {PACKAGE, Path(str(hydra.__file__)).parent}
     return error if isinstance(error, ValueError) and ours.intersection(raised_in.parents) else None
 
 

@@ -218,7 +218,7 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     The same for all processes of a run: none trains before all have found out.
     """
     last = checkpoints / "last.ckpt"
-    if carried_on(checkpoints, [record.config, record.inputs]) and last.exists():
+    if carried_on(checkpoints, record.identity) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
             record.notes.append("wandb has this run anew, from its first step, beside the one that did not finish")

@@ -170,7 +170,7 @@ def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) ->
     if parts.evaluation.before:
         evaluate(module.base_model().to(device), parts, record, "before/")
     start = time.perf_counter()
-    module.job = [record.config, record.inputs]
+    module.job = record.identity
     with keeping(influence, record):
         run_trainer(trainer, module)
     assert module.walk is not None

@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from layerif import PACKAGE
 from layerif.files import whole
+from layerif.job import identity
 
 FILE = "record.json"
 FAILURE = "failure.json"
@@ -22,7 +24,8 @@ _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-cor
 class RunRecord:
     """One finished run. Metrics are fractions (0–1), seconds are wall clock, layers are block names in order.
 
-    inputs: hashes of what the configuration only names (model, rows, files). samples: (train, validation) behind the
+    choices: by group, the YAML of `conf/` it was composed from. inputs: hashes of what the configuration only names
+    (model, rows, files). samples: (train, validation) behind the
     scores. scores: one non-negative number per layer, none where the allocation needs none; higher_means, source: what
     a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
     (Spearman); fidelity: where the measurement was not exact (projection, half precision), how well it ranks like one
@@ -41,6 +44,7 @@ class RunRecord:
     seed: int
     config: Mapping[str, Any]
     overrides: list[str]
+    choices: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)
     samples: dict[str, int] = field(default_factory=dict)
@@ -64,6 +68,11 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     git_sha: str | None = field(default_factory=lambda: _git_sha())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the record of the same job has equal."""
+        return identity(self.choices, self.config, self.inputs)
 
     @property
     def objective(self) -> float | None:
@@ -92,7 +101,7 @@ class RunRecord:
 
 @dataclass(kw_only=True)
 class Failure:
-    """A job that ended in an error; name, seed, config and overrides as in `RunRecord`.
+    """A job that ended in an error; name, seed, choices, config and overrides as in `RunRecord`.
 
     error: what there is to say of it, in one line. traceback: where it was raised.
     """
@@ -103,6 +112,12 @@ class Failure:
     overrides: list[str]
     error: str
     traceback: str
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a failure of the same job has equal."""
+        return identity(self.choices, self.config)
 
     def write(self, folder: Path) -> Path:
         """Write `failure.json` whole or not at all; a record of an earlier run of the folder stays."""
@@ -217,7 +232,7 @@ def _version(package: str) -> str:
 @cache  # of the code as this process loaded it, not as it may have become since
 def _git_sha() -> str | None:
     """The commit of the code that runs, with `-dirty` where it was changed; None for an installed package."""
-    folder = Path(__file__).parent
+    folder = PACKAGE
     if "site-packages" in folder.parts:  # a commit found from there would be of some other project
         return None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import shutil
@@ -20,11 +19,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from layerif import PACKAGE
 from layerif.adapters import AdapterModule
 from layerif.blocks import layer_map
-from layerif.config import check, job_of
+from layerif.config import check
 from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
+from layerif.job import choices_of_run, settings_of
 from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FAILURE, FILE, RunRecord
@@ -56,12 +57,13 @@ def run(config: DictConfig) -> float | None:
     record = RunRecord(
         name=config.name,
         seed=config.seed,
-        config=job_of(config),
+        config=settings_of(config),
         overrides=list(HydraConfig.get().overrides.task),
+        choices=choices_of_run(),
         inputs=parts.inputs(),
     )
     before = _record_in(folder)
-    is_same = before is not None and _job(before) == _job(record)
+    is_same = before is not None and before.identity == record.identity
     if before is not None and is_same and config.rerun is not True and not (folder / FAILURE).exists():
         log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
         return before.objective
@@ -192,18 +194,13 @@ def _record_in(folder: Path) -> RunRecord | None:
         return None
 
 
-def _job(record: RunRecord) -> Any:
-    """What makes it this very job, as JSON holds it."""
-    return json.loads(json.dumps([record.config, record.inputs]))
-
-
 @contextmanager
 def _noting_warnings(notes: list[str]) -> Iterator[None]:
     """Warnings are shown as ever; those of layerif are also kept for the record."""
     show = warnings.showwarning
 
     def note_and_show(message: Any, category: Any, filename: str, *rest: Any) -> None:
-        if Path(__file__).parent in Path(filename).parents and str(message) not in notes:
+        if PACKAGE in Path(filename).parents and str(message) not in notes:
             notes.append(str(message))
         show(message, category, filename, *rest)
 

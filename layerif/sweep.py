@@ -11,7 +11,6 @@ import gc
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +28,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layerif.config import check_root, job_of
+from layerif.config import check_root
 from layerif.explain import explain, of_the_user
+from layerif.job import choices_of_run, identity, settings_of, tracking_of
 from layerif.record import FAILURE, FILE, Failure, RunRecord
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,9 @@ def note(error: Exception, config: DictConfig, folder: Path) -> str:
         failure = Failure(
             name=config.name,
             seed=config.seed,
-            config=_written_down(config),
+            config=json.loads(json.dumps(settings_of(config)), parse_constant=str),
             overrides=overrides,
+            choices=choices_of_run(),
             error=said,
             traceback="".join(traceback.format_exception(error)),
         )
@@ -248,18 +249,8 @@ def _failed_before(config: DictConfig, folder: Path) -> str:
         log.warning("%s; the job runs again", error)
         return ""
     now = HydraConfig.get().overrides.task
-    is_same = failure.config == _written_down(config) and _of_logger(failure.overrides) == _of_logger(now)
-    return failure.error if is_same else ""
-
-
-def _written_down(config: DictConfig) -> dict[str, Any]:
-    """The job as a failure has it: a number that JSON does not know, which may be what is wrong, as a word."""
-    return json.loads(json.dumps(job_of(config)), parse_constant=str)
-
-
-def _of_logger(overrides: Iterable[str]) -> list[str]:
-    """How a job is tracked makes no other job, yet it may be what made it fail."""
-    return sorted(override for override in overrides if re.match(r"[+~]*logger\b", override))
+    is_same = failure.identity == identity(choices_of_run(), settings_of(config))
+    return failure.error if is_same and tracking_of(failure.overrides) == tracking_of(now) else ""
 
 
 class _Reported(Exception):

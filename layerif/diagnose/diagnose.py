@@ -78,7 +78,7 @@ class Diagnose:
         if record.config["evaluation"]["before"]:
             raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
         work = folder / "checkpoints"  # the run removes it once its record stands
-        if carried_on(work, [record.config, record.inputs]):
+        if carried_on(work, record.identity):
             record.notes.append("carried on from a run that did not finish; seconds are of the rest")
         report = self._report(decider, record, work)
         write(folder / FILE, json.dumps(report, indent=1, allow_nan=False) + "\n")
