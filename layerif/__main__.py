@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from layerif import sweep
-from layerif.config import conf_folder, register
+from layerif.app.resolvers import register
 from layerif.explain import explain, of_the_user
+from layerif.files import conf_folder
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 

@@ -15,9 +15,9 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any, Literal, get_args
 
+from layerif.checks import check_choice, check_unique, is_number
 from layerif.layers import LayerMap, in_layer_order
-from layerif.names import check_choice
-from layerif.scores import SPREAD_NOISE, Kind, LayerScores, check_unique, is_number, smooth
+from layerif.scores import SPREAD_NOISE, Kind, LayerScores, smooth
 
 Shift = Literal["min", "none"]
 Rounding = Literal["largest_remainder", "upstream"]

@@ -18,7 +18,8 @@ from layerif.allocate import Allocation
 from layerif.estimators import Estimator
 from layerif.estimators.avss import Avss
 from layerif.estimators.lissa import Diverges
-from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap
+from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
+from layerif.layers import LayerMap
 from layerif.measurements import Load, Measurements
 from layerif.scores import LayerScores
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from layerif.blocks import bare
 from layerif.data.batches import Encodings, collate
-from layerif.layers import LayerInfluences, LayerMap
+from layerif.evidence import LayerInfluences
+from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
 from layerif.modes import frozen
 

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from layerif.checks import did_you_mean
 from layerif.data.answers import (
     GeneratedAnswer,
     GenerationAccuracy,
@@ -32,7 +33,6 @@ from layerif.data.task import Example, Task, Template
 from layerif.data.text import text
 from layerif.lm_eval import check_tasks, lm_eval
 from layerif.modes import evaluating
-from layerif.names import did_you_mean
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
 

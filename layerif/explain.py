@@ -24,9 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerif import PACKAGE
-from layerif.config import conf_folder
-from layerif.files import explained
-from layerif.names import did_you_mean, unknown_key
+from layerif.checks import did_you_mean, unknown_key
+from layerif.files import conf_folder, explained
 
 _NEEDS_EXTRA = {
     "hydra/launcher/joblib": ("launcher=joblib", "joblib"),

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    pass
+from layerif import PACKAGE
 
 
 @contextmanager
@@ -66,3 +72,34 @@ def explained(error: OSError, folders: Mapping[str, str]) -> str:
 
 
 _REFUSED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def read_json(path: str | Path, *, what: str) -> Any:
+    """The content of a JSON file a user wrote or an earlier run left; ValueError if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}; check the path") from error
+    except ValueError as error:  # of JSON or of the encoding
+        raise ValueError(f"{what} {str(path)!r} is not valid JSON: {error}; is it complete?") from error
+
+
+@lru_cache
+def _sha256(path: str, size: int, modified_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file, remembered in this process as long as its size and time stay."""
+    stat = file.stat()
+    return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
+
+
+def conf_folder() -> Path:
+    """The YAML files: inside the package in a wheel, beside it in a checkout."""
+    return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from layerif.allocate import Allocation, check_whole, spent_budget
+from layerif.checks import check_choice, check_unique, is_number
+from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
-from layerif.names import check_choice
-from layerif.scores import Kind, LayerScores, check_unique, is_number, read_json
+from layerif.scores import Kind, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)

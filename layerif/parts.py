@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
-from layerif.config import conf_folder
 from layerif.data.questions import context_length
 from layerif.data.task import Splits
 from layerif.decide import Decider
 from layerif.evaluate import Evaluation
-from layerif.models import hash_file, hash_folder
+from layerif.files import conf_folder, hash_file
+from layerif.models.pretrained import hash_folder
 from layerif.modules import TaskDataModule
 from layerif.store import Store
 

@@ -19,21 +19,20 @@ from torch.utils.data import DataLoader
 from layerif.allocate import Allocation, spent_budget
 from layerif.blocks import blocks
 from layerif.callback import InfluenceCallback
+from layerif.checks import check_choice
 from layerif.data.questions import context_length
 from layerif.data.text import Calibration, check_disjoint
 from layerif.decide import Allocator, Decider
-from layerif.files import carried_on
+from layerif.files import carried_on, read_json
 from layerif.fit import evaluate, keeping, run_trainer, train
-from layerif.models import Local, Pretrained
+from layerif.models.pretrained import Local, Pretrained
 from layerif.modules import LoRAMoEModule
-from layerif.names import check_choice
 from layerif.parts import Parts
 from layerif.prune import Pruner
 from layerif.prune.semi_structured import speed_of_two_four
 from layerif.prune.targets import matrices, sparsities, targets
 from layerif.prune.walk import Offload, Walk
 from layerif.record import RunRecord
-from layerif.scores import read_json
 
 log = logging.getLogger(__name__)
 
@@ -318,7 +317,7 @@ def _adapted(module: PruneModule, pruned: Local, allocation: Mapping[str, int] |
     """What fine-tunes the pruned model."""
     assert module.adapter is not None
     kept = {key: getattr(pruned, key) for key in ("path", "dtype", "attention")}
-    config = {"_target_": "layerif.models.Local", **kept}
+    config = {"_target_": "layerif.models.pretrained.Local", **kept}
     adapted = module.adapter(model=config, allocation=allocation)
     if not adapted.hparams["keep_zeros"]:
         raise ValueError(

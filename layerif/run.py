@@ -21,14 +21,14 @@ from omegaconf import DictConfig
 
 from layerif import PACKAGE
 from layerif.adapters import AdapterModule
+from layerif.app.schema import check
 from layerif.blocks import layer_map
-from layerif.config import check
 from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
-from layerif.job import choices_of_run, settings_of
 from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FAILURE, FILE, RunRecord
+from layerif.record_new.job import choices_of_run, settings_of
 from layerif.report import print_run
 from layerif.sweep import is_swept
 from layerif.tracking import tracked

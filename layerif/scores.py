@@ -5,20 +5,23 @@ Letters in shape suffixes: N train samples, M validation samples, L layers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from layerif.names import check_choice
+from layerif.checks import check_choice, check_unique, is_number
 
 Aggregation = Literal["all", "positive", "top25"]
+
+
 Direction = Literal["undertrained", "important"]
+
+
 Kind = Literal["experts", "rank", "sparsity"]
+
 
 SPREAD_NOISE = 1e-12  # of the largest value: a smaller spread is the rounding of equal scores
 
@@ -127,28 +130,3 @@ def smooth(values: Sequence[float], window: int = 7, polyorder: int = 3) -> list
     base = levels[0]
     smoothed = savgol_filter([level - base for level in levels], window, polyorder, mode="interp")
     return [base + float(level) for level in smoothed]
-
-
-def read_json(path: str | Path, *, what: str) -> Any:
-    """The content of a JSON file a user wrote or an earlier run left; ValueError if it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}; check the path") from error
-    except ValueError as error:  # of JSON or of the encoding
-        raise ValueError(f"{what} {str(path)!r} is not valid JSON: {error}; is it complete?") from error
-
-
-def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:
-    """Raises ValueError unless there is one value for each layer, at least one, and no name twice."""
-    if not layers or len(layers) != len(values):
-        raise ValueError(
-            f"there must be one value per layer, at least one, in {what}; got {len(values)} for {len(layers)} layers"
-        )
-    if len(set(layers)) != len(layers):
-        twice = next(layer for index, layer in enumerate(layers) if layer in layers[:index])
-        raise ValueError(f"{what} must not name the layer {twice!r} twice; give every layer one value")
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
 from layerif.files import whole
-from layerif.layers import LayerGrams, LayerInfluences, LayerMap, MatrixGram
+from layerif.layers import LayerMap
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layerif.config import check_root
+from layerif.app.schema import check_root
 from layerif.explain import explain, of_the_user
-from layerif.job import choices_of_run, identity, settings_of, tracking_of
 from layerif.record import FAILURE, FILE, Failure, RunRecord
+from layerif.record_new.job import choices_of_run, identity, settings_of, tracking_of
 
 log = logging.getLogger(__name__)
 

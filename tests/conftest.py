@@ -54,7 +54,7 @@ def decider(model_folder, task_folder, tmp_path):
     from layerif.allocate import Experts
     from layerif.decide import Decider
     from layerif.estimators.grad_dot import GradDot
-    from layerif.models import Local
+    from layerif.models.pretrained import Local
     from layerif.probe import Probe
     from layerif.store import Store
     from tests.tiny import shipped_task

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from layerif.allocate import Allocation, Experts, Rank, Sparsity, to_experts, to_rank, to_sparsity
-from layerif.config import from_conf
+from layerif.app.schema import from_conf
 from layerif.fixed import File, Shape
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth

@@ -8,10 +8,13 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from layerif.config import folder_name, job_of
 from omegaconf import OmegaConf
 
 from layerif.__main__ import main
-from layerif.config import check, conf_folder, folder_name, job_of, register
+from layerif.app.resolvers import register
+from layerif.app.schema import check
+from layerif.files import conf_folder
 
 CHOICES = [
     (file.parent.name, file.stem) for file in sorted(conf_folder().glob("*/*.yaml")) if file.parent.name != "hydra"

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from layerif.curves import Curves
 from layerif.fit import Fit, callbacks
-from layerif.models import Local
+from layerif.models.pretrained import Local
 from layerif.modules import LoRAMoEModule, TaskDataModule
 from tests.tiny import shipped_task
 
@@ -50,7 +50,7 @@ def train(model_folder, splits, tmp_path):
             num_sanity_val_steps=0,
         )
         (folder / "routing.csv").unlink(missing_ok=True)  # as `tracked` does
-        model = {"_target_": "layerif.models.Local", "path": str(model_folder)}
+        model = {"_target_": "layerif.models.pretrained.Local", "path": str(model_folder)}
         module = LoRAMoEModule(model, allocation=ALLOCATION, learning_rate=0.02, seed=1)
         data = TaskDataModule(splits, Local(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
         last = checkpoints / "last.ckpt"

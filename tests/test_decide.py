@@ -27,8 +27,8 @@ from layerif.estimators.lissa import Lissa, step_bound
 from layerif.estimators.outlier import Outlier
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn
-from layerif.layers import LayerGrams
-from layerif.models import Local
+from layerif.evidence import LayerGrams
+from layerif.models.pretrained import Local
 from layerif.moe import LoraMoeConfig
 from layerif.scores import LayerScores
 from layerif.store import Store

@@ -43,7 +43,8 @@ from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.evidence import LayerGrams, MatrixGram
+from layerif.layers import LayerMap
 from tests.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
 from tests.tiny import shipped_task
 

@@ -21,7 +21,8 @@ from layerif.decide import Decider
 from layerif.estimators.ekfac import Ekfac
 from layerif.estimators.exact import Exact
 from layerif.estimators.uniform import Uniform
-from layerif.layers import LayerInfluences, LayerMap
+from layerif.evidence import LayerInfluences
+from layerif.layers import LayerMap
 from layerif.loss import per_sample_loss
 from layerif.probe import measure
 from tests.tiny import VOCAB_SIZE, tiny_model

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 
 import layerif.estimators
 from layerif.allocate import Experts, Rank, Sparsity
-from layerif.config import register
+from layerif.app.resolvers import register
 from layerif.estimators import gram as gram_module
 from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
@@ -35,8 +35,16 @@ from layerif.estimators.random import Random
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
-from layerif.evidence import LayerActivations, LayerGates, LayerSpectra
-from layerif.layers import CheckpointGrams, LayerGrams, LayerInfluences, LayerMap, MatrixGram
+from layerif.evidence import (
+    CheckpointGrams,
+    LayerActivations,
+    LayerGates,
+    LayerGrams,
+    LayerInfluences,
+    LayerSpectra,
+    MatrixGram,
+)
+from layerif.layers import LayerMap
 from layerif.scores import LayerScores, aggregate
 
 FILES = sorted(

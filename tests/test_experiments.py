@@ -14,7 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.benchmark_scoring import datainf_loop
-from layerif.config import check, conf_folder, register
+from layerif.app.resolvers import register
+from layerif.app.schema import check
+from layerif.files import conf_folder
 from layerif.record import RunRecord
 from tests.records import record, written
 

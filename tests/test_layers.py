@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.layers import LayerMap, MatrixGram, in_layer_order
+from layerif.evidence import MatrixGram
+from layerif.layers import LayerMap, in_layer_order
 
 
 def gram_of(train_NP: torch.Tensor, val_MP: torch.Tensor) -> MatrixGram:

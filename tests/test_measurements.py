@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from layerif import activations, store
 from layerif.measurements import Measurements
-from layerif.models import Local
+from layerif.models.pretrained import Local
 from layerif.probe import Probe
 from layerif.probe.shards import Shards
 from layerif.store import Store

@@ -12,7 +12,8 @@ import torch
 
 from layerif.blocks import blocks, layer_map
 from layerif.explain import of_the_user
-from layerif.models import Embedded, Hub, Local, hash_folder
+from layerif.models.embedded import Embedded
+from layerif.models.pretrained import Hub, Local, hash_folder
 from tests.tiny import FAMILIES, tiny_model
 
 

@@ -29,7 +29,7 @@ from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
 from layerif.fit import Fit
 from layerif.loss import per_sample_loss
-from layerif.models import Local
+from layerif.models.pretrained import Local
 from layerif.modes import evaluating
 from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
@@ -42,7 +42,7 @@ ALLOCATION = {"model.layers.0": 1, "model.layers.1": 3, "model.layers.2": 2}
 
 @pytest.fixture
 def model_config(model_folder):
-    return {"_target_": "layerif.models.Local", "path": str(model_folder)}
+    return {"_target_": "layerif.models.pretrained.Local", "path": str(model_folder)}
 
 
 @pytest.fixture(scope="session")
@@ -380,7 +380,7 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
     shutil.copytree(model_folder, path)
     settings: dict[str, Any] = {"dropout": 0.5} if family == "opt" else {}
     tiny_model(family, **settings).save_pretrained(path)
-    config = {"_target_": "layerif.models.Local", "path": str(path)}
+    config = {"_target_": "layerif.models.pretrained.Local", "path": str(path)}
     experts = dict.fromkeys(Local(path=str(path)).layers().names, 2)
     adapters, counts, written = [], [], []
     for on in (False, True):

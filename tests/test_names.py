@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from layerif.names import check_choice, did_you_mean
+from layerif.checks import check_choice, did_you_mean
 
 
 def test_an_unknown_choice_is_refused_with_the_allowed_and_the_nearest():
@@ -23,5 +23,5 @@ def test_only_a_near_name_is_suggested():
 
 
 def test_names_import_nothing_heavy():
-    code = "import sys, layerif.names; sys.exit(bool({'torch', 'numpy', 'hydra'} & set(sys.modules)))"
+    code = "import sys, layerif.checks; sys.exit(bool({'torch', 'numpy', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ import torch
 
 from layerif.blocks import Scope, blocks, layer_map
 from layerif.estimators.datainf import DataInf
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 from layerif.loss import per_sample_loss
 from layerif.probe import Projection, measure, measurement, products
 from layerif.probe.products import FORMS

@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from layerif.config import check, conf_folder, register
+from layerif.app.resolvers import register
+from layerif.app.schema import check
 from layerif.data.text import Calibration, text
 from layerif.evaluate import perplexity
+from layerif.files import conf_folder
 from layerif.lm_eval import zero_shot_means
-from layerif.models import Local
+from layerif.models.pretrained import Local
 from layerif.parts import Parts
 from layerif.prune import walk
 from layerif.prune.magnitude import Magnitude

@@ -14,9 +14,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from layerif.config import check, conf_folder, register
+from layerif.app.resolvers import register
+from layerif.app.schema import check
+from layerif.evidence import LayerGrams, MatrixGram
 from layerif.explain import first_of
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.files import conf_folder
+from layerif.layers import LayerMap
 from layerif.scores import LayerScores
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -20,8 +20,8 @@ from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila, gated
 from layerif.estimators.linear_probe import LinearProbe, probe_accuracy
 from layerif.estimators.outlier import Outlier
-from layerif.evidence import LayerActivations, LayerGates, LayerSpectra
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
+from layerif.layers import LayerMap
 
 LAYERS = LayerMap(("b.0", "b.1"), (("b.0.q", "b.0.o"), ("b.1.q",)), (18, 12))
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerif.allocate import Sparsity
+from layerif.files import read_json
 from layerif.layers import LayerMap
-from layerif.scores import LayerScores, aggregate, read_json, smooth
+from layerif.scores import LayerScores, aggregate, smooth
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "pruning_scores.json").read_text())
 SCORES = LayerScores(("a", "b", "c"), (1.0, 0.0, 4.0), "undertrained", "datainf", "abc")

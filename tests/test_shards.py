@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from layerif.blocks import layer_map
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 from layerif.probe import Projection, measure, measurement
 from layerif.probe.shards import Shards, spread
 from tests.test_probe import NUM_TRAIN, assert_equal, batched, samples

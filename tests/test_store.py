@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from layerif import store as store_module
-from layerif.layers import LayerGrams, LayerInfluences, LayerMap, MatrixGram
+from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
+from layerif.layers import LayerMap
 from layerif.store import Store, fingerprint
 
 ROOT = Path(__file__).parents[1]

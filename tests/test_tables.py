@@ -22,9 +22,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.__main__ import main
-from layerif.config import check, conf_folder, from_conf, register
+from layerif.app.resolvers import register
+from layerif.app.schema import check, from_conf
 from layerif.data.task import Example, Splits
 from layerif.explain import first_of
+from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.parts import check_unseen
 from layerif.record import FILE, RunRecord

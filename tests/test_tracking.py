@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import layerif.fit
 import layerif.moe.usage
-from layerif.config import conf_folder, register
+from layerif.app.resolvers import register
+from layerif.files import conf_folder
 from layerif.record import RunRecord
 from layerif.report.frames import frames
 from layerif.report.text import markdown

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from layerif.config import conf_folder
+from layerif.files import conf_folder
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ from layerif.estimators.cosine import Cosine
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 from layerif.loss import per_sample_loss
-from layerif.models import Embedded
+from layerif.models.embedded import Embedded
 from layerif.probe import IndexedBatch, measure
 
 NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from layerif.blocks import blocks, linears
 from layerif.data.text import Calibration
-from layerif.models import Embedded
+from layerif.models.embedded import Embedded
 from layerif.prune import Pruner
 from layerif.prune.magnitude import Magnitude
 from layerif.prune.sparsegpt import SparseGPT

@@ -37,7 +37,7 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.gram import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 from layerif.record import RunRecord
 
 SWEEP = ("estimator=datainf,exact,lissa", "estimator.damping=0.01,0.1,1", "method=none")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from layerif.config import conf_folder
+from layerif.files import conf_folder
 
 TASKS = ("capital", "currency", "demonym", "region")
 # `uniform` is flat, `reversed` another one turned round, `ekfac` needs a package that does not come with this one, and

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerif.checks import did_you_mean
 from layerif.data.batches import token_ids
 from layerif.data.source import documentation_text
-from layerif.names import did_you_mean
 
 NAMED = ("documentation", "wikitext2", "c4")
 _NUM_C4_DOCUMENTS = 1100  # of its validation files: what perplexities on C4 are usually taken on

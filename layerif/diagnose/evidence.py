@@ -30,7 +30,7 @@ from layerif.diagnose.stability import (
     stepped_up,
 )
 from layerif.estimators.gram import DampedEstimator, GramEstimator
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 
 Panel = Mapping[str, GramEstimator]  # the user's own comes first
 

@@ -20,7 +20,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from layerif.diagnose.estimate import LEVEL, Estimate
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from layerif.blocks import layer_map
 from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
+from layerif.evidence import LayerGrams
 from layerif.files import whole
-from layerif.layers import LayerGrams
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from layerif.estimators.exact import exact
 from layerif.estimators.gram import DampedEstimator, damping_lambda, eigenbasis
 from layerif.estimators.lissa import Lissa, step_bound
-from layerif.layers import LayerGrams, MatrixGram
+from layerif.evidence import LayerGrams, MatrixGram
 
 
 @dataclass(frozen=True)

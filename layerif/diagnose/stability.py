@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from layerif.diagnose.estimate import LEVEL, Estimate, mean, percentile, spearman
 from layerif.estimators.gram import DampedEstimator, GramEstimator
-from layerif.layers import LayerGrams
+from layerif.evidence import LayerGrams
 
 _GROUPS = 10  # of samples left out in turn
 

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from layerif.checks import check_choice
 from layerif.evidence import LayerSpectra
-from layerif.names import check_choice
 from layerif.scores import LayerScores
 
 Fit = Literal["mid", "peak", "peak_upstream"]

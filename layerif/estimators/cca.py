@@ -13,8 +13,8 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
+from layerif.checks import check_choice, did_you_mean
 from layerif.evidence import Classes, LayerActivations
-from layerif.names import check_choice, did_you_mean
 from layerif.scores import LayerScores
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerif.estimators.gram import GramEstimator
-from layerif.layers import MatrixGram
+from layerif.evidence import MatrixGram
 
 
 def cosine(train_train: Tensor, val_train: Tensor, val_norms: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layerif.estimators.gram import DampedEstimator, damping_lambdas
-from layerif.layers import MatrixGram
+from layerif.evidence import MatrixGram
 
 
 def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from layerif.checks import check_choice
 from layerif.evidence import LayerActivations
-from layerif.names import check_choice
 from layerif.scores import LayerScores
 
 Centre = Literal["mean", "median"]

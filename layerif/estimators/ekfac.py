@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
+from layerif.checks import check_choice
 from layerif.estimators.gram import DampingRule, InfluenceEstimator, Normalisation, by_block, check_damping
-from layerif.layers import LayerInfluences
-from layerif.names import check_choice
+from layerif.evidence import LayerInfluences
 from layerif.scores import Aggregation, LayerScores
 
 

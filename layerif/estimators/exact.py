@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerif.estimators.gram import DampedEstimator, damping_lambda, eigenbasis
-from layerif.layers import MatrixGram
+from layerif.evidence import MatrixGram
 
 
 def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:

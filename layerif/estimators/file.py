@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
+from layerif.checks import check_choice, check_unique
+from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
-from layerif.names import check_choice
-from layerif.scores import Direction, LayerScores, check_unique, read_json
+from layerif.scores import Direction, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)

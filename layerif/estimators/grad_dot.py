@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layerif.estimators.gram import GramEstimator
-from layerif.layers import MatrixGram
+from layerif.evidence import MatrixGram
 
 
 def grad_dot(val_train: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
-from layerif.names import check_choice
+from layerif.checks import check_choice
+from layerif.evidence import LayerGrams, MatrixGram
+from layerif.layers import LayerMap
 from layerif.scores import Aggregation, LayerScores, aggregate
 
 Granularity = Literal["matrix", "block"]

@@ -9,8 +9,8 @@ from typing import ClassVar, get_args
 
 from torch import Tensor
 
+from layerif.checks import check_choice
 from layerif.evidence import Classes, LayerActivations
-from layerif.names import check_choice
 from layerif.scores import LayerScores
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from layerif.estimators.gram import DampedEstimator, damping_lambda, eigenbasis
-from layerif.layers import MatrixGram
+from layerif.evidence import MatrixGram
 
 _TOLERATED = 0.1  # residual above which an influence is called unconverged
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerif.estimators.gram import GramEstimator, by_block, warn_of_zero_gradients
-from layerif.layers import CheckpointGrams, MatrixGram
+from layerif.evidence import CheckpointGrams, MatrixGram
 from layerif.scores import LayerScores
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from layerif.blocks import blocks
+from layerif.checks import did_you_mean
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.routing import Routing
-from layerif.names import did_you_mean
 
 NO_MATCH = (0, 0)
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerif.blocks import bare
+from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import whole
-from layerif.layers import LayerGrams, LayerMap, MatrixGram
+from layerif.layers import LayerMap
 from layerif.modes import frozen
 from layerif.probe import products
 from layerif.probe.factors import InMemory, OnDisk, Side, Waiting, capture, inputs_read_together

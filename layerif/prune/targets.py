@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from layerif.blocks import bare, blocks, linears
-from layerif.names import did_you_mean
+from layerif.checks import did_you_mean, is_number
 from layerif.prune import Pruner
 from layerif.prune.mask import check_width, counts, kept_of_m
-from layerif.scores import is_number
 
 
 @dataclass(frozen=True)

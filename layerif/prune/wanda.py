@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from layerif.names import check_choice
+from layerif.checks import check_choice
 from layerif.prune import Pruner
 from layerif.prune.mask import check_target, lowest, lowest_per_group, lowest_per_row, num_removed
 

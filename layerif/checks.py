@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from layerif.checks import check_choice
 
 
 def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
@@ -25,3 +27,18 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     where = f"in {parent!r}" if parent else "at the top"
     return f"{key!r} is no key of the configuration{did_you_mean(name, allowed)}; allowed {where}: {', '.join(allowed)}"
+
+
+def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:
+    """Raises ValueError unless there is one value for each layer, at least one, and no name twice."""
+    if not layers or len(layers) != len(values):
+        raise ValueError(
+            f"there must be one value per layer, at least one, in {what}; got {len(values)} for {len(layers)} layers"
+        )
+    if len(set(layers)) != len(layers):
+        twice = next(layer for index, layer in enumerate(layers) if layer in layers[:index])
+        raise ValueError(f"{what} must not name the layer {twice!r} twice; give every layer one value")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

