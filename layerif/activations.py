@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerif.blocks import bare
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.layers import LayerMap
-from layerif.modes import evaluating
+from layerif.models.blocks import bare
+from layerif.models.contexts import evaluating
 
 VERSION = 1  # part of every cache key: raise it when the meaning of a statistic changes
 

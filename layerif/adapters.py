@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layerif.allocate import to_rank
-from layerif.blocks import blocks
 from layerif.checks import did_you_mean
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import blocks
+from layerif.models.loss import per_sample_loss
 from layerif.moe.model import linears_of_blocks
 from layerif.probe import first_non_finite_block
 

@@ -27,12 +27,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from layerif.blocks import bare
 from layerif.data.batches import Encodings, collate
 from layerif.evidence import LayerInfluences
 from layerif.layers import LayerMap
-from layerif.loss import per_sample_loss
-from layerif.modes import frozen
+from layerif.models.blocks import bare
+from layerif.models.contexts import frozen
+from layerif.models.loss import per_sample_loss
 
 VERSION = 1  # part of every key: raise it when the meaning of an influence changes
 

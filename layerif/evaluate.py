@@ -28,11 +28,12 @@ from layerif.data.answers import (
     parse_answer,
 )
 from layerif.data.batches import Encoded, collate, padding_id, token_ids
-from layerif.data.questions import Question, context_length, prompts_of, questions_of, require_some
 from layerif.data.task import Example, Task, Template
 from layerif.data.text import text
+from layerif.evaluate_new.questions import Question, prompts_of, questions_of, require_some
 from layerif.lm_eval import check_tasks, lm_eval
-from layerif.modes import evaluating
+from layerif.models.blocks import context_length
+from layerif.models.contexts import evaluating
 
 Metric = Literal["options", "generation", "perplexity", "lm_eval"]
 

@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerif.blocks import blocks
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.estimators.ila import gated
 from layerif.layers import LayerMap
-from layerif.loss import per_sample_loss
-from layerif.modes import frozen
+from layerif.models.blocks import blocks
+from layerif.models.contexts import frozen
+from layerif.models.loss import per_sample_loss
 
 VERSION = 2  # part of every cache key: raise it when the meaning of a gate changes
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from layerif.checks import did_you_mean
 from layerif.data.batches import output_text, prompt_text
-from layerif.data.questions import context_length, questions_of, require_some
 from layerif.data.source import Hub
 from layerif.data.task import Example, Task, Template
-from layerif.modes import evaluating
+from layerif.evaluate_new.questions import questions_of, require_some
+from layerif.models.blocks import context_length
+from layerif.models.contexts import evaluating
 
 ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 

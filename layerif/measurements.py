@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from layerif import activations, ekfac, gates, loss, probe, spectra
-from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, Encodings, batches, encode, padding_id
 from layerif.data.task import Example, Splits
 from layerif.evidence import CheckpointGrams, LayerActivations, LayerGates, LayerGrams, LayerInfluences, LayerSpectra
 from layerif.layers import LayerMap
+from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Pretrained
 from layerif.probe import Probe, Projection, measure
 from layerif.probe.shards import Shards, spread

@@ -14,11 +14,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
-from layerif.data.questions import context_length
 from layerif.data.task import Splits
 from layerif.decide import Decider
 from layerif.evaluate import Evaluation
 from layerif.files import conf_folder, hash_file
+from layerif.models.blocks import context_length
 from layerif.models.pretrained import hash_folder
 from layerif.modules import TaskDataModule
 from layerif.store import Store

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from layerif.blocks import layer_map
 from layerif.data.batches import batches, padding_id
 from layerif.layers import LayerMap
+from layerif.models.blocks import layer_map
 from layerif.probe import Passes, Projection, Workload, passes, workload
 from layerif.probe.measurement import budget, wanted_tile_bytes
 from layerif.probe.products import FORMS

@@ -17,14 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerif.allocate import Allocation, spent_budget
-from layerif.blocks import blocks
 from layerif.callback import InfluenceCallback
 from layerif.checks import check_choice
-from layerif.data.questions import context_length
 from layerif.data.text import Calibration, check_disjoint
 from layerif.decide import Allocator, Decider
 from layerif.files import carried_on, read_json
 from layerif.fit import evaluate, keeping, run_trainer, train
+from layerif.models.blocks import blocks, context_length
 from layerif.models.pretrained import Local, Pretrained
 from layerif.modules import LoRAMoEModule
 from layerif.parts import Parts

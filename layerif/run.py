@@ -22,9 +22,9 @@ from omegaconf import DictConfig
 from layerif import PACKAGE
 from layerif.adapters import AdapterModule
 from layerif.app.schema import check
-from layerif.blocks import layer_map
 from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
+from layerif.models.blocks import layer_map
 from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.record import FAILURE, FILE, RunRecord

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerif.blocks import bare
 from layerif.layers import LayerMap
+from layerif.models.blocks import bare
 
 VERSION = 1  # part of every cache key: raise it when the meaning of a spectrum changes
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerif.blocks import layer_map
 from layerif.decide import Decider
 from layerif.layers import LayerMap
-from layerif.loss import per_sample_loss
-from layerif.modes import frozen
+from layerif.models.blocks import layer_map
+from layerif.models.contexts import frozen
+from layerif.models.loss import per_sample_loss
 from layerif.probe import Passes, Workload
-from layerif.probe.factors import capture, inputs_read_together
+from layerif.probe.grams.factors import capture, inputs_read_together
 from layerif.probe.products import gram
 
 _MOMENT = 0.3  # seconds that a timed product has to take

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from layerif.activations import observe
-from layerif.blocks import layer_map
 from layerif.data.batches import Encoded
 from layerif.layers import LayerMap
+from layerif.models.blocks import layer_map
 from tests.tiny import FAMILIES, tiny_model
 
 LENGTHS = (9, 4, 7, 7, 2, 5)

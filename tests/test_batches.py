@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerif.data.batches import (
+    IGNORED,
     Encoded,
     batches,
     collate,
@@ -15,7 +16,7 @@ from layerif.data.batches import (
     token_ids,
 )
 from layerif.data.task import Example
-from layerif.loss import IGNORED, per_sample_loss
+from layerif.models.loss import per_sample_loss
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from layerif import activations, decide, measurements
-from layerif.blocks import layer_map
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
 from layerif.estimators.block_influence import BlockInfluence
@@ -28,6 +27,7 @@ from layerif.estimators.outlier import Outlier
 from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn
 from layerif.evidence import LayerGrams
+from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Local
 from layerif.moe import LoraMoeConfig
 from layerif.scores import LayerScores

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, Encodings
 from layerif.decide import Decider
 from layerif.diagnose.diagnose import Diagnose
@@ -25,6 +24,7 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.estimators.uniform import Uniform
+from layerif.models.blocks import layer_map
 from layerif.probe import Probe
 from layerif.record import RunRecord
 from layerif.store import Store

@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
 from layerif import ekfac
-from layerif.blocks import bare, layer_map
 from layerif.data.batches import Encoded, Encodings, batches, collate
 from layerif.decide import Decider
 from layerif.estimators.ekfac import Ekfac
@@ -23,7 +22,8 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.uniform import Uniform
 from layerif.evidence import LayerInfluences
 from layerif.layers import LayerMap
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import bare, layer_map
+from layerif.models.loss import per_sample_loss
 from layerif.probe import measure
 from tests.tiny import VOCAB_SIZE, tiny_model
 

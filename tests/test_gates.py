@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from layerif import gates
-from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, collate
 from layerif.gates import learn_gates
 from layerif.layers import LayerMap
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import layer_map
+from layerif.models.loss import per_sample_loss
 from layerif.moe import LoraMoeConfig
 from tests.tiny import tiny_model
 

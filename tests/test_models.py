@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerif.blocks import blocks, layer_map
 from layerif.explain import of_the_user
+from layerif.models.blocks import blocks, layer_map
 from layerif.models.embedded import Embedded
 from layerif.models.pretrained import Hub, Local, hash_folder
 from tests.tiny import FAMILIES, tiny_model

@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraLayer
 
 from layerif.adapters import AdapterModule
 from layerif.allocate import Experts, Rank
-from layerif.blocks import bare, blocks
 from layerif.callback import InfluenceCallback
 from layerif.data.batches import collate
 from layerif.data.source import Jsonl
@@ -28,9 +27,10 @@ from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
 from layerif.fit import Fit
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import bare, blocks
+from layerif.models.contexts import evaluating
+from layerif.models.loss import per_sample_loss
 from layerif.models.pretrained import Local
-from layerif.modes import evaluating
 from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe import Probe
 from layerif.store import Store

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from layerif.blocks import Scope, blocks, layer_map
 from layerif.estimators.datainf import DataInf
 from layerif.evidence import LayerGrams
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import Scope, blocks, layer_map
+from layerif.models.loss import per_sample_loss
 from layerif.probe import Projection, measure, measurement, products
 from layerif.probe.products import FORMS
 from tests.tiny import FAMILIES, tiny_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerif.blocks import blocks
+from layerif.models.blocks import blocks
 from layerif.prune.magnitude import Magnitude
 from layerif.prune.targets import matrices, targets
 from tests.tiny import FAMILIES, FURTHER, tiny_model

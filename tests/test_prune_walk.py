@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from layerif.blocks import blocks, linears
+from layerif.models.blocks import blocks, linears
 from layerif.prune import Pruner, walk
 from layerif.prune.magnitude import Magnitude
 from layerif.prune.sparsegpt import SparseGPT

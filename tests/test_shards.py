@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from layerif.blocks import layer_map
 from layerif.evidence import LayerGrams
+from layerif.models.blocks import layer_map
 from layerif.probe import Projection, measure, measurement
 from layerif.probe.shards import Shards, spread
 from tests.test_probe import NUM_TRAIN, assert_equal, batched, samples

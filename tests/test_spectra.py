@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.blocks import layer_map
+from layerif.models.blocks import layer_map
 from layerif.spectra import spectra
 from tests.tiny import tiny_model
 

@@ -17,7 +17,6 @@ from moe_linear import main as measure_moe_linear
 
 from experiments.timing import machine
 from experiments.timing import seconds as seconds_of
-from layerif.blocks import layer_map
 from layerif.data.batches import batches, encode, padding_id
 from layerif.data.countries import Countries
 from layerif.data.task import Task
@@ -26,8 +25,9 @@ from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.evidence import LayerGrams
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import layer_map
 from layerif.models.embedded import Embedded
+from layerif.models.loss import per_sample_loss
 from layerif.probe import IndexedBatch, measure
 
 NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3

@@ -30,8 +30,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from layerif.blocks import blocks, linears
 from layerif.data.text import Calibration
+from layerif.models.blocks import blocks, linears
 from layerif.models.embedded import Embedded
 from layerif.prune import Pruner
 from layerif.prune.magnitude import Magnitude

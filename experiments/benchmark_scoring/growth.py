@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from experiments.timing import machine, timed
-from layerif.blocks import layer_map
-from layerif.modes import frozen
+from layerif.models.blocks import layer_map
+from layerif.models.contexts import frozen
 from layerif.probe import IndexedBatch, measure
-from layerif.probe.factors import capture
+from layerif.probe.grams.factors import capture
 
 START = {"train": 64, "validation": 16, "tokens": 64, "blocks": 4}
 GROWTH = {

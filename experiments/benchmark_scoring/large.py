@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from layerif.blocks import layer_map
+from layerif.models.blocks import layer_map
 from layerif.probe import IndexedBatch, measure
 
 SMALL: dict[str, Any] = {

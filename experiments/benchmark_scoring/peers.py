@@ -30,9 +30,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from experiments.timing import machine, timed
-from layerif.blocks import layer_map
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.layers import LayerMap
+from layerif.models.blocks import layer_map
 
 BATCH_SIZE, DAMPING = 8, 0.1
 LAMBDA = 1e-5  # where a library takes one λ for all matrices

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from layerif.data.batches import IGNORED
 from layerif.data.task import Example, Template
-from layerif.loss import IGNORED
 
 Side = Literal["left", "right"]
+
 
 # template -> (what stands around the instruction, what stands before the output)
 _TEMPLATES: dict[str, tuple[str, str]] = {
@@ -155,3 +156,6 @@ def batches(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         yield indices, collate([encodings[index] for index in indices], pad_id, side)
+
+
+IGNORED = -100

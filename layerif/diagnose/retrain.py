@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from layerif.data.batches import Encodings, batches, collate
-from layerif.loss import per_sample_loss
+from layerif.models.loss import per_sample_loss
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from layerif.blocks import layer_map
 from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
 from layerif.evidence import LayerGrams
 from layerif.files import whole
+from layerif.models.blocks import layer_map
 
 log = logging.getLogger(__name__)
 

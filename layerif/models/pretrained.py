@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from layerif.blocks import layer_map
 from layerif.layers import LayerMap
+from layerif.models.blocks import layer_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from layerif.blocks import blocks
 from layerif.checks import did_you_mean
+from layerif.models.blocks import blocks
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.routing import Routing

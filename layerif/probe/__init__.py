@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from layerif.blocks import Parameters, Scope
-from layerif.probe.factors import first_non_finite_block
+from layerif.models.blocks import Parameters, Scope
+from layerif.models.hooks import first_non_finite_block
 from layerif.probe.measurement import IndexedBatch, measure, workload
 from layerif.probe.passes import Choice, Offload, Passes, Workload, passes
 from layerif.probe.projection import Projection

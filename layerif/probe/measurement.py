@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerif.blocks import bare
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import whole
 from layerif.layers import LayerMap
-from layerif.modes import frozen
+from layerif.models.blocks import bare
+from layerif.models.contexts import frozen
 from layerif.probe import products
-from layerif.probe.factors import InMemory, OnDisk, Side, Waiting, capture, inputs_read_together
+from layerif.probe.grams.factors import Side, capture, inputs_read_together
+from layerif.probe.grams.waiting import InMemory, OnDisk, Waiting
 from layerif.probe.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.projection import Projection
 from layerif.probe.shards import Shards, is_spread

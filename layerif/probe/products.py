@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from layerif.modes import full_precision
+from layerif.models.contexts import full_precision
 
 Form = Literal["materialised", "pairwise"]
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerif.modes import full_precision
+from layerif.models.contexts import full_precision
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from layerif.blocks import bare, blocks
+from layerif.models.blocks import bare, blocks
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from layerif.blocks import bare, blocks, linears
 from layerif.checks import did_you_mean, is_number
+from layerif.models.blocks import bare, blocks, linears
 from layerif.prune import Pruner
 from layerif.prune.mask import check_width, counts, kept_of_m
 

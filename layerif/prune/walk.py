@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from layerif.blocks import bare, blocks, linears
 from layerif.files import whole
-from layerif.modes import evaluating, full_precision
+from layerif.models.blocks import bare, blocks, linears
+from layerif.models.contexts import evaluating, full_precision
 from layerif.prune import Pruner
 from layerif.prune.targets import Target
 

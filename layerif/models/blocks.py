@@ -11,6 +11,8 @@ from torch import nn
 from layerif.layers import LayerMap
 
 Scope = Literal["attention", "mlp", "all"]
+
+
 Parameters = Literal["weights", "lora"]
 
 
@@ -119,3 +121,8 @@ def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> N
                     f"and only linear layers can be measured; choose another probe.scope than {scope}, or leave such "
                     "matrices out with probe.skip_unsupported=true"
                 )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model reads; None where it sets no limit."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)

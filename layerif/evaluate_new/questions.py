@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import Encoded, num_shared, output_text, prompt_text, token_ids
@@ -42,11 +41,6 @@ def prompts_of(
     for example, prompt in zip(examples, prompts, strict=True):
         _check_length(len(prompt) + max_new_tokens, max_positions, example)
     return [Encoded(ids, len(ids)) for ids in prompts]
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens the model reads; None where it sets no limit."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def require_some(examples: Sequence[Example]) -> None:

@@ -9,28 +9,27 @@ Letters in shape suffixes: B samples of a batch, T tokens, I inputs and O output
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from layerif.blocks import bare, blocks
-from layerif.files import whole
-from layerif.loss import per_sample_loss
+from layerif.models.blocks import bare
+from layerif.models.hooks import first_non_finite_block
+from layerif.models.loss import per_sample_loss
 
 log = logging.getLogger(__name__)
 
+
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix: (input_BTI, delta_BTO)
+
+
 Side = Literal["in", "out"]
+
+
 SIDES: tuple[Side, Side] = ("in", "out")
 
 
@@ -97,123 +96,6 @@ def inputs_read_together(model: nn.Module, params: Sequence[str]) -> dict[str, s
         for handle in handles:
             handle.remove()
     return {param: found.get(param, param) for param in params}
-
-
-def first_non_finite_block(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
-    """The first block whose output on `batch` is not finite, or what follows the blocks."""
-    spoilt: list[str] = []
-
-    def note(name: str):
-        def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if not bool(hidden.isfinite().all()):
-                spoilt.append(name)
-
-        return hook
-
-    handles = [block.register_forward_hook(note(name)) for name, block in blocks(model).items()]
-    try:
-        with torch.no_grad():
-            per_sample_loss(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f"block {spoilt[0]}" if spoilt else "the head"
-
-
-class Waiting(Protocol):
-    """Where the factors of a pass wait until all batches are through."""
-
-    def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
-        """Whether batch `number` is here already, from a pass that was interrupted."""
-        ...
-
-    def add(self, number: int, factors: Factors) -> None: ...
-
-    def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
-        """(number of the batch, input_BTI or delta_BTO) of one matrix, one batch after the other; once."""
-        ...
-
-
-@dataclass
-class InMemory:
-    """On the model's device, or moved to main memory."""
-
-    offload: bool = False
-    _batches: dict[int, dict[tuple[str, Side], Tensor]] = field(default_factory=dict)
-
-    def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
-        return False
-
-    def add(self, number: int, factors: Factors) -> None:
-        if self.offload:
-            moved: dict[int, Tensor] = {}
-
-            def move(values: Tensor) -> Tensor:
-                if id(values) not in moved:  # pinned: the copy does not hold up the device
-                    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-                    moved[id(values)] = there.copy_(values, non_blocking=True)
-                return moved[id(values)]
-
-            factors = {param: (move(inputs), move(delta)) for param, (inputs, delta) in factors.items()}
-        self._batches[number] = {
-            (param, side): values for param, both in factors.items() for side, values in zip(SIDES, both, strict=True)
-        }
-
-    def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
-        if self.offload and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        for number in sorted(self._batches):
-            yield number, self._batches[number].pop((param, side))
-
-
-@dataclass
-class OnDisk:
-    """In files, one per batch, named by everything they depend on beside the measurement that owns the folder.
-
-    An interrupted pass leaves the files of its finished batches; the next one does not run those again.
-    """
-
-    folder: Path
-    _files: dict[int, Path] = field(default_factory=dict)
-
-    def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = [batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")]
-        name = hashlib.sha256(json.dumps([list(params), *tensors]).encode()).hexdigest()[:32]
-        file = self._files[number] = self.folder / f"tile-{name}.safetensors"
-        if not file.exists():
-            return False
-        try:  # opening it compares its size with what its header says
-            with safe_open(file, framework="pt") as opened:
-                return set(json.loads(opened.metadata()["inputs_of"])) == set(params)
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            log.warning("%s is damaged and its batch runs again: %s", file, error)
-            return False
-
-    def add(self, number: int, factors: Factors) -> None:
-        tensors: dict[str, Tensor] = {}
-        inputs_of: dict[str, str] = {}
-        names: dict[int, str] = {}
-        for param, (inputs, delta) in factors.items():
-            inputs_of[param] = names.setdefault(id(inputs), f"{param}/input")
-            tensors[inputs_of[param]] = inputs.cpu().contiguous()
-            tensors[f"{param}/delta"] = delta.cpu().contiguous()
-        file = self._files[number]
-        try:
-            with whole(file) as unfinished:
-                save_file(tensors, unfinished, metadata={"inputs_of": json.dumps(inputs_of)})
-        except (SafetensorError, OSError) as error:  # what a full disk becomes in there
-            raise OSError(
-                f"cannot write {file}: {error}; free some space, set store=/another/folder, "
-                "or probe.offload=none (several passes)"
-            ) from error
-
-    def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
-        for number in sorted(self._files):
-            with safe_open(self._files[number], framework="pt") as opened:
-                inputs = json.loads(opened.metadata()["inputs_of"])[param]
-                yield number, opened.get_tensor(inputs if side == "in" else f"{param}/delta")
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VERSION = 1  # part of every cache key: raise it when the meaning of the loss changes
+from layerif.data.batches import IGNORED
 
-IGNORED = -100
+VERSION = 1  # part of every cache key: raise it when the meaning of the loss changes
 
 
 def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
