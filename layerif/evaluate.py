@@ -19,17 +19,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layerif.checks import did_you_mean
-from layerif.data.answers import (
-    GeneratedAnswer,
-    GenerationAccuracy,
-    OptionAccuracy,
-    OptionAnswer,
-    answer_parser,
-    parse_answer,
-)
 from layerif.data.batches import Encoded, collate, padding_id, token_ids
-from layerif.data.task import Example, Task, Template
+from layerif.data.render import Example, Template, answer_parser
+from layerif.data.task import Task
 from layerif.data.text import text
+from layerif.evaluate_new.generation import GeneratedAnswer, GenerationAccuracy, parse_answer
+from layerif.evaluate_new.options import OptionAccuracy, OptionAnswer
 from layerif.evaluate_new.questions import Question, prompts_of, questions_of, require_some
 from layerif.lm_eval import check_tasks, lm_eval
 from layerif.models.blocks import context_length

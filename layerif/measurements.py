@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from layerif import activations, ekfac, gates, loss, probe, spectra
 from layerif.data.batches import Encoded, Encodings, batches, encode, padding_id
-from layerif.data.task import Example, Splits
+from layerif.data.render import Example
+from layerif.data.task import Splits
 from layerif.evidence import CheckpointGrams, LayerActivations, LayerGates, LayerGrams, LayerInfluences, LayerSpectra
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map

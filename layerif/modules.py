@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from layerif.adapters import AdapterModule, equal_ranks, plain_lora
 from layerif.data.batches import Encodings, collate, encode, padding_id
-from layerif.data.task import Example, Splits
+from layerif.data.render import Example
+from layerif.data.task import Splits
 from layerif.moe import LoraMoeConfig, balance_loss
 
 

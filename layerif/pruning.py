@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from layerif.allocate import Allocation, spent_budget
 from layerif.callback import InfluenceCallback
 from layerif.checks import check_choice
-from layerif.data.text import Calibration, check_disjoint
+from layerif.data.text import check_disjoint
 from layerif.decide import Allocator, Decider
 from layerif.files import carried_on, read_json
 from layerif.fit import evaluate, keeping, run_trainer, train
@@ -31,6 +31,7 @@ from layerif.prune import Pruner
 from layerif.prune.semi_structured import speed_of_two_four
 from layerif.prune.targets import matrices, sparsities, targets
 from layerif.prune.walk import Offload, Walk
+from layerif.pruning_new.calibration import Calibration
 from layerif.record import RunRecord
 
 log = logging.getLogger(__name__)

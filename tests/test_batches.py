@@ -15,7 +15,7 @@ from layerif.data.batches import (
     prompt_text,
     token_ids,
 )
-from layerif.data.task import Example
+from layerif.data.render import Example
 from layerif.models.loss import per_sample_loss
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from layerif.data.answers import (
-    GeneratedAnswer,
-    GenerationAccuracy,
-    OptionAnswer,
-    answer_parser,
-    parse_answer,
-    wilson,
-)
 from layerif.data.batches import output_text, prompt_text
-from layerif.data.task import Example, Template
+from layerif.data.render import Example, Template, answer_parser
 from layerif.evaluate import Evaluation, generation_accuracy, option_accuracy, perplexity
+from layerif.evaluate_new.generation import GeneratedAnswer, GenerationAccuracy, parse_answer
+from layerif.evaluate_new.options import OptionAnswer
 from layerif.lm_eval import _configs, lm_eval, metrics_of
+from layerif.stats import wilson
 from tests.tiny import FAMILIES, shipped_task, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

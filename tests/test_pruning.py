@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layerif.app.resolvers import register
 from layerif.app.schema import check
-from layerif.data.text import Calibration, text
+from layerif.data.text import text
 from layerif.evaluate import perplexity
 from layerif.files import conf_folder
 from layerif.lm_eval import zero_shot_means
@@ -34,6 +34,7 @@ from layerif.prune.magnitude import Magnitude
 from layerif.prune.semi_structured import is_two_four, speed_of_two_four, to_semi_structured
 from layerif.prune.targets import matrices
 from layerif.pruning import PruneModule, check_pruning, prune
+from layerif.pruning_new.calibration import Calibration
 from layerif.record import RunRecord
 from tests.command import layerif, run_layerif
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -3,7 +3,8 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 
-from layerif.data.source import Hub, Jsonl, documentation_text
+from layerif.data.source import Hub, Jsonl
+from layerif.data.text import documentation_text
 
 
 def write(folder, text, name="train.jsonl"):

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from layerif.__main__ import main
 from layerif.app.resolvers import register
 from layerif.app.schema import check, from_conf
-from layerif.data.task import Example, Splits
+from layerif.data.render import Example
+from layerif.data.task import Splits
 from layerif.explain import first_of
 from layerif.files import conf_folder
 from layerif.layers import LayerMap

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from layerif.data.batches import token_ids
-from layerif.data.source import documentation_text
-from layerif.data.text import Calibration, check_disjoint, text
+from layerif.data.text import check_disjoint, documentation_text, text
+from layerif.pruning_new.calibration import Calibration
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -30,7 +30,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from layerif.data.text import Calibration
 from layerif.models.blocks import blocks, linears
 from layerif.models.embedded import Embedded
 from layerif.prune import Pruner
@@ -39,6 +38,7 @@ from layerif.prune.sparsegpt import SparseGPT
 from layerif.prune.targets import targets
 from layerif.prune.walk import HiddenStates, Walk, capture
 from layerif.prune.wanda import Wanda
+from layerif.pruning_new.calibration import Calibration
 from layerif.record import RunRecord
 
 PRUNERS: tuple[Pruner, ...] = (Magnitude(), Wanda(), SparseGPT(), SparseGPT(n=2, m=4))

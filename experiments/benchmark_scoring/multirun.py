@@ -31,7 +31,7 @@ from pathlib import Path
 
 from experiments.timing import machine, timed
 from layerif.allocate import Allocation, Experts
-from layerif.data.source import documentation_text
+from layerif.data.text import documentation_text
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot

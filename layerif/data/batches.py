@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import IGNORED
-from layerif.data.task import Example, Template
+from layerif.data.render import Example, Template
 
 Side = Literal["left", "right"]
 

@@ -1,4 +1,4 @@
-"""Where rows come from (JSONL files or a hub dataset) and what their columns hold; the embedded text for perplexity."""
+"""Where rows come from (JSONL files or a hub dataset), and what their columns hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -127,34 +126,6 @@ def options_of(value: Any, row: Row) -> tuple[list[str], list[str]]:
             'or {"label": [...], "text": [...]} of equal lengths'
         )
     return texts, letters
-
-
-def documentation_text(part: Literal["calibration", "test"]) -> str:
-    """English technical prose that every CPython carries (`pydoc_data.topics`), split by topic into two parts.
-
-    No topic is in both parts and each part is about half (by a fixed hash of the topic's name); topics are sorted and
-    joined by a blank line. Topics quote one another: a sixth of the calibration half stands in the test half, too, and
-    is left out of the calibration part, paragraph by paragraph. The text is that of the running Python version: compare
-    perplexities within one version.
-    """
-    from pydoc_data.topics import topics
-
-    if part not in ("calibration", "test"):
-        raise ValueError(f"part={part!r} is not a part of the documentation text; use 'calibration' or 'test'")
-    halves = ["\n\n".join(topics[name].strip() for name in sorted(topics) if _half(name) == half) for half in (0, 1)]
-    if part == "test":
-        return halves[1]
-    tested = {_words(paragraph) for paragraph in halves[1].split("\n\n")}
-    return "\n\n".join(paragraph for paragraph in halves[0].split("\n\n") if _words(paragraph) not in tested)
-
-
-def _half(topic: str) -> int:
-    return sha256(topic.encode()).digest()[0] % 2
-
-
-def _words(paragraph: str) -> str:
-    """However it is indented and wrapped."""
-    return " ".join(paragraph.split())
 
 
 def _lines(file: Path) -> Iterator[str]:

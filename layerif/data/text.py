@@ -1,24 +1,20 @@
-"""Running text for calibration and perplexity: embedded, from the hub, or from a file; and windows cut from it."""
+"""Running text for calibration and perplexity: embedded, from the hub, or from a file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Literal
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
 from layerif.checks import did_you_mean
-from layerif.data.batches import token_ids
-from layerif.data.source import documentation_text
+from layerif.data.text import documentation_text
 
 NAMED = ("documentation", "wikitext2", "c4")
+
+
 _NUM_C4_DOCUMENTS = 1100  # of its validation files: what perplexities on C4 are usually taken on
 
 
@@ -54,48 +50,6 @@ def check_disjoint(calibration: str, test: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Windows of text that pruning looks at.
-
-    text: documentation, wikitext2, c4, or the path of a .txt or .jsonl file. num_windows: of `window` tokens each,
-    chosen by `seed` among the non-overlapping windows of the whole text. batch_size: windows at a time.
-    """
-
-    text: str = "documentation"
-    num_windows: int = 16
-    window: int = 256
-    batch_size: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_windows", 1), ("window", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"method.calibration.{name}={getattr(self, name)} must be at least {least}")
-
-    def batches(self, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None) -> list[Tensor]:
-        """The chosen windows, in the order of the text, as token ids (batch × window).
-
-        max_positions: the most tokens the model reads. Raises ValueError for a text or a model that is too short.
-        """
-        if max_positions is not None and self.window > max_positions:
-            raise ValueError(
-                f"method.calibration.window={self.window} is too long: the model reads at most {max_positions} tokens"
-            )
-        ids = token_ids(tokenizer, [text(self.text, "calibration")])[0]
-        available = len(ids) // self.window
-        if available < self.num_windows:
-            raise ValueError(
-                f"the calibration text {self.text!r} has {len(ids)} tokens, {available} windows of {self.window}; "
-                f"method.calibration.num_windows={self.num_windows} are asked for: use "
-                + (f"num_windows<={available}, " if available else "")
-                + "a shorter method.calibration.window or a longer text"
-            )
-        chosen = sorted(Random(f"{self.seed} calibration").sample(range(available), self.num_windows))
-        windows = [ids[index * self.window : (index + 1) * self.window] for index in chosen]
-        return list(torch.tensor(windows).split(self.batch_size))
-
-
 _SPLITS = {"calibration": "train", "test": "test"}
 
 
@@ -128,3 +82,31 @@ def _file(path: Path) -> Iterable[str]:
         return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} must hold one JSON object with a "text" a line; got {error!r}') from error
+
+
+def documentation_text(part: Literal["calibration", "test"]) -> str:
+    """English technical prose that every CPython carries (`pydoc_data.topics`), split by topic into two parts.
+
+    No topic is in both parts and each part is about half (by a fixed hash of the topic's name); topics are sorted and
+    joined by a blank line. Topics quote one another: a sixth of the calibration half stands in the test half, too, and
+    is left out of the calibration part, paragraph by paragraph. The text is that of the running Python version: compare
+    perplexities within one version.
+    """
+    from pydoc_data.topics import topics
+
+    if part not in ("calibration", "test"):
+        raise ValueError(f"part={part!r} is not a part of the documentation text; use 'calibration' or 'test'")
+    halves = ["\n\n".join(topics[name].strip() for name in sorted(topics) if _half(name) == half) for half in (0, 1)]
+    if part == "test":
+        return halves[1]
+    tested = {_words(paragraph) for paragraph in halves[1].split("\n\n")}
+    return "\n\n".join(paragraph for paragraph in halves[0].split("\n\n") if _words(paragraph) not in tested)
+
+
+def _half(topic: str) -> int:
+    return sha256(topic.encode()).digest()[0] % 2
+
+
+def _words(paragraph: str) -> str:
+    """However it is indented and wrapped."""
+    return " ".join(paragraph.split())

@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from layerif.data.task import Example
+from layerif.data.render import Example
 from layerif.diagnose.estimate import RESAMPLES, mean
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import Encoded, num_shared, output_text, prompt_text, token_ids
-from layerif.data.task import Example, Template
+from layerif.data.render import Example, Template
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""Rows become examples: templates are filled in, the right option is found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.runtime import Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from layerif.data.render import answer_parser
+from layerif.data.source import Row, column_of, options_of
+from layerif.data.task import Task
+
+
+def answer_parser(pattern: str) -> re.Pattern[str]:
+    """The compiled `pattern` of a task. Raises ValueError if it is no expression or holds no group."""
+    try:
+        parser = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"task.pattern={pattern!r} is no regular expression: {error}") from error
+    if parser.groups < 1:
+        raise ValueError(f"task.pattern={pattern!r} has no group; put the answer in parentheses, as in 'is ([A-Z])'")
+    return parser
+
+
+Template = Literal["plain", "alpaca"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. options: the full outputs ("Answer: The answer is B."), labels: their short names ("B").
+
+    answer: index of the right one in both. question: what it asks, equal for rows that ask the same; of an example that
+    no task has rendered, its instruction but for case and blanks.
+    """
+
+    id: str
+    instruction: str
+    options: tuple[str, ...]
+    labels: tuple[str, ...]
+    answer: int
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", self.question or folded(self.instruction))
+
+    @property
+    def output(self) -> str:
+        """The right output."""
+        return self.options[self.answer]
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """An example, and where its row stands."""
+
+    example: Example
+    where: str
+
+
+class Renderer:
+    """The compiled templates and expressions of one task."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        # Task files are shared: they may format rows, never reach into Python.
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
+        )
+
+        def compiled(field: str, compile: Any, **options: Any) -> Any:
+            try:
+                return compile(getattr(task, field), **options)
+            except TemplateError as error:
+                raise ValueError(f"task.{field}={getattr(task, field)!r} is no Jinja: {error.message}") from error
+
+        self.instruction = compiled("instruction", environment.from_string)
+        self.output = compiled("output", environment.from_string)
+        self.expressions = {
+            field: compiled(field, environment.compile_expression, undefined_to_none=False)
+            for field in ("labels", "answer", "keep")
+            if getattr(task, field) is not None
+        }
+
+    def read(self, row: Row, default_id: str) -> RenderedRow | None:
+        """The example of a row, None where `keep` is false."""
+        names = self._names(row)
+        if "keep" in self.expressions and not self._value("keep", names, row):
+            return None
+        labels = self._labels(names, row)
+        instruction = self._text("instruction", self.instruction, names, row)
+        example = Example(
+            id=str(names["id"]) if self.task.columns.get("id") else default_id,
+            instruction=instruction,
+            options=tuple(self._text("output", self.output, {**names, "label": label}, row) for label in labels),
+            labels=labels,
+            answer=self._answer_index(names, labels, row),
+            question=self._question(instruction, names, row),
+        )
+        return RenderedRow(example, row.where)
+
+    def _question(self, instruction: str, names: Mapping[str, Any], row: Row) -> str:
+        """The instruction in lower case, blanks made one, its options sorted."""
+        if self.task.columns.get("options"):
+            options, letters = (sorted(map(folded, names[name])) for name in ("options", "letters"))
+            names = {**names, "options": options, "letters": letters}
+            instruction = self._text("instruction", self.instruction, names, row)
+        return folded(instruction)
+
+    def _names(self, row: Row) -> dict[str, Any]:
+        """What templates see: the row's columns, then the task's own names."""
+        names = dict(row.fields)
+        for name, column in self.task.columns.items():
+            if column is not None:
+                names[name] = column_of(row, column, f"task.columns.{name}")
+        if self.task.columns.get("options"):
+            names["options"], names["letters"] = options_of(names["options"], row)
+        return names
+
+    def _labels(self, names: Mapping[str, Any], row: Row) -> tuple[str, ...]:
+        labels = self._value("labels", names, row)
+        if not isinstance(labels, list | tuple) or not labels:
+            raise ValueError(
+                f"{row.where}: task.labels={self.task.labels!r} gave {labels!r}; it should give a list of texts"
+            )
+        labels = tuple(str(label) for label in labels)
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"{row.where}: labels {list(labels)} repeat; each option needs its own label")
+        return labels
+
+    def _answer_index(self, names: Mapping[str, Any], labels: tuple[str, ...], row: Row) -> int:
+        answer = self._value("answer", names, row)
+        if isinstance(answer, int) and not isinstance(answer, bool):
+            found = {answer} if 0 <= answer < len(labels) else set()
+            if str(answer) in labels and found != {labels.index(str(answer))}:
+                raise ValueError(
+                    f"{row.where}: the answer {answer} is a whole number and so an index from 0, and it is the label "
+                    f"'{answer}' of {list(labels)}, which is not the same one; say what it is: the label, by "
+                    f"task.answer='({self.task.answer})|string', or the index, by "
+                    f"task.answer='({self.task.labels})[{self.task.answer}]'"
+                )
+        else:
+            texts = names["options"] if self.task.columns.get("options") else ()
+            # Letters come first: an option may well read "A".
+            found = {index for index, label in enumerate(labels) if label == answer}
+            found = found or {index for index, text in enumerate(texts) if text == answer}
+        if len(found) == 1:
+            return found.pop()
+        problem = "fits more than one of" if found else "is none of"
+        raise ValueError(
+            f"{row.where}: the answer {answer!r} {problem} the labels {list(labels)}; it should be one label, "
+            f"the text of one option, or an index from 0 to {len(labels) - 1}. Are the labels of this split hidden? "
+            "Then name another in task.splits"
+        )
+
+    def _value(self, field: str, names: Mapping[str, Any], row: Row) -> Any:
+        try:
+            value = self.expressions[field](names)
+        except (TemplateError, TypeError) as error:
+            raise self._error(field, error, names, row) from error
+        if isinstance(value, Undefined):
+            raise self._error(field, f"it names nothing known in {getattr(self.task, field)!r}", names, row)
+        return value
+
+    def _text(self, field: str, template: Any, names: Mapping[str, Any], row: Row) -> str:
+        try:
+            return template.render(names)
+        except (TemplateError, TypeError) as error:
+            raise self._error(field, error, names, row) from error
+
+    def _error(self, field: str, reason: object, names: Mapping[str, Any], row: Row) -> ValueError:
+        empty = ", ".join(sorted(name for name, value in names.items() if value is None))
+        if isinstance(reason, _Null):
+            reason = f"{empty or 'a value'} is null in this row; fill it in, or leave such rows out with task.keep"
+        return ValueError(
+            f"{row.where}: task.{field} cannot be filled in: {reason}. Known names: {', '.join(sorted(names))}"
+        )
+
+
+class _Null(TemplateError):
+    """A template would write `None`."""
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise _Null()
+    return value
+
+
+def folded(text: str) -> str:
+    """What is compared of two texts: case and blanks count for nothing."""
+    return " ".join(text.casefold().split())
