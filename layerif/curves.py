@@ -14,7 +14,7 @@ from torch import Tensor
 from layerif.files import whole
 from layerif.moe import measure_usage
 from layerif.moe.usage import UsageMeter, by_block
-from layerif.tracking import log_again, log_routing
+from layerif.record.tracking import log_again, log_routing
 
 
 class Curves(L.Callback):

@@ -28,7 +28,7 @@ from layerif.files import carried_on
 from layerif.moe import measure_usage
 from layerif.moe.usage import by_block, describe_unused
 from layerif.parts import Parts
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from layerif.trial import Rates, Trial
 
 if TYPE_CHECKING:
     from layerif.decide import Decider
-    from layerif.record import RunRecord
+    from layerif.record.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)

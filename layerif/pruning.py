@@ -32,7 +32,7 @@ from layerif.prune.semi_structured import speed_of_two_four
 from layerif.prune.targets import matrices, sparsities, targets
 from layerif.prune.walk import Offload, Walk
 from layerif.pruning_new.calibration import Calibration
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -27,11 +27,11 @@ from layerif.fit import callbacks, fit, score
 from layerif.models.blocks import layer_map
 from layerif.parts import Parts
 from layerif.pruning import PruneModule, check_pruning, prune
-from layerif.record import FAILURE, FILE, RunRecord
-from layerif.record_new.job import choices_of_run, settings_of
+from layerif.record.job import choices_of_run, settings_of
+from layerif.record.record import FAILURE, FILE, RunRecord
+from layerif.record.tracking import tracked
 from layerif.report import print_run
 from layerif.sweep import is_swept
-from layerif.tracking import tracked
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layerif.app.schema import check_root
 from layerif.explain import explain, of_the_user
-from layerif.record import FAILURE, FILE, Failure, RunRecord
-from layerif.record_new.job import choices_of_run, identity, settings_of, tracking_of
+from layerif.record.job import choices_of_run, identity, settings_of, tracking_of
+from layerif.record.record import FAILURE, FILE, Failure, RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 
 def layerif(overrides: list[str], folder: Path, **options) -> subprocess.CompletedProcess[str]:

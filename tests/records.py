@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layerif.record import Failure, RunRecord
+from layerif.record.record import Failure, RunRecord
 
 CLASSES = {"datainf": "DataInf"}
 LAYERS = ["block.0", "block.1", "block.2", "block.3"]

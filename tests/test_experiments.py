@@ -17,7 +17,7 @@ from experiments.benchmark_scoring import datainf_loop
 from layerif.app.resolvers import register
 from layerif.app.schema import check
 from layerif.files import conf_folder
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 from tests.records import record, written
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

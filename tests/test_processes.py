@@ -21,7 +21,7 @@ from layerif.files import conf_folder
 from layerif.fit import fit
 from layerif.modules import LoRAMoEModule
 from layerif.parts import Parts
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 SIZE = 2
 SETTINGS = [

@@ -35,7 +35,7 @@ from layerif.prune.semi_structured import is_two_four, speed_of_two_four, to_sem
 from layerif.prune.targets import matrices
 from layerif.pruning import PruneModule, check_pruning, prune
 from layerif.pruning_new.calibration import Calibration
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 from tests.command import layerif, run_layerif
 from tests.tiny import tiny_model, tiny_tokenizer
 

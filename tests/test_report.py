@@ -16,7 +16,7 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
-from layerif.record import Failure, RunRecord
+from layerif.record.record import Failure, RunRecord
 from layerif.report import comparisons as compare
 from layerif.report import print_run, report, write
 from layerif.report.arms import UNTOUCHED, distinct, runs_of

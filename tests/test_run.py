@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from layerif.__main__ import main
 from layerif.parts import Parts
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 from layerif.run import _quieten_hub
 from tests.command import layerif, run_layerif
 

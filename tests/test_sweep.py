@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 import layerif.run
 from layerif import __main__, models
 from layerif.explain import explain
-from layerif.record import Failure, RunRecord
+from layerif.record.record import Failure, RunRecord
 from layerif.sweep import Balance, Sweep, balance
 from tests.command import layerif as command
 

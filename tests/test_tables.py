@@ -30,7 +30,7 @@ from layerif.explain import first_of
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.parts import check_unseen
-from layerif.record import FILE, RunRecord
+from layerif.record.record import FILE, RunRecord
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
 from layerif.report.reading import read

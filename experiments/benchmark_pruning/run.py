@@ -39,7 +39,7 @@ from layerif.prune.targets import targets
 from layerif.prune.walk import HiddenStates, Walk, capture
 from layerif.prune.wanda import Wanda
 from layerif.pruning_new.calibration import Calibration
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 PRUNERS: tuple[Pruner, ...] = (Magnitude(), Wanda(), SparseGPT(), SparseGPT(n=2, m=4))
 WAYS = ("ours", "plain")

@@ -38,7 +38,7 @@ from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.gram import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.evidence import LayerGrams
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 SWEEP = ("estimator=datainf,exact,lissa", "estimator.damping=0.01,0.1,1", "method=none")
 WORDS = 110  # a little over 128 tokens

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from layerif.record import FILE, RunRecord
+from layerif.record.record import FILE, RunRecord
 from layerif.report.comparisons import verdict
 from layerif.report.statistics import holm, paired_by_question, smallest_difference
 

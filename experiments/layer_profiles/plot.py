@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from layerif.record import FILE, RunRecord
+from layerif.record.record import FILE, RunRecord
 
 Profiles = dict[str, dict[str, RunRecord]]  # task -> estimator -> its run
 

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogFormatter
 
-from layerif.record import FILE, RunRecord
+from layerif.record.record import FILE, RunRecord
+from layerif.record.text import markdown
 from layerif.report.statistics import holm, paired_by_question, paired_by_seed, t_interval
-from layerif.report.text import markdown
 
 matplotlib.use("Agg")
 

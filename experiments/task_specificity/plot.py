@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from layerif.record import FILE, RunRecord
+from layerif.record.record import FILE, RunRecord
+from layerif.record.text import markdown
 from layerif.report.arms import QUESTIONS
 from layerif.report.statistics import t_interval
-from layerif.report.text import markdown
 
 matplotlib.use("Agg")
 

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.app.schema import Config
-from layerif.record_new.job import folder_name
+from layerif.record.job import folder_name
 
 
 def register() -> None:

@@ -28,7 +28,7 @@ from layerif.estimators.gram import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.files import carried_on
 from layerif.fit import keep
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerif.record import Failure, RunRecord
+from layerif.record.record import Failure, RunRecord
 from layerif.report.expected import Expected, chosen
 
 UNTOUCHED = "untouched model"

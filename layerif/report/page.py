@@ -10,8 +10,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from layerif.record.text import WRAPPED, spelt
 from layerif.report.sections import Section
-from layerif.report.text import WRAPPED, spelt
 
 TEMPLATE = "page.html.jinja"  # beside this file; autoescaped, since names and errors are other people's text
 

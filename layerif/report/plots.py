@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 from layerif.report.arms import Run, is_logarithmic, runs_of
 from layerif.report.tables import Results, profiles
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerif.checks import did_you_mean
-from layerif.record import FAILURE, FILE, Failure, RunRecord
+from layerif.record.record import FAILURE, FILE, Failure, RunRecord
 
 _SECTIONS = {
     "model": ("_target_",),

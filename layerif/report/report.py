@@ -11,11 +11,12 @@ import numpy as np
 from rich.console import Console
 
 from layerif.files import explained
-from layerif.record import RunRecord
-from layerif.report import plots, tables, text
+from layerif.record import text
+from layerif.record.frames import frames
+from layerif.record.record import RunRecord
+from layerif.report import plots, tables
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
-from layerif.report.frames import frames
 from layerif.report.page import page
 from layerif.report.reading import read
 from layerif.report.sections import Section, fitting, sections, summary

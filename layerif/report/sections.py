@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from layerif.record import Failure
+from layerif.record.record import Failure
+from layerif.record.text import spelt
 from layerif.report import comparisons as compare
 from layerif.report import plots, tables
 from layerif.report.arms import Job, Run, called, is_logarithmic
@@ -17,7 +18,6 @@ from layerif.report.expected import Expected, chosen, columns_of
 from layerif.report.plots import Plot
 from layerif.report.reading import Sweep
 from layerif.report.statistics import num_resamples
-from layerif.report.text import spelt
 
 _LOADS = (
     "Shares of the evaluated tokens, means over the routers of a block: 1 is an even share, 0 an expert that no token "

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from layerif.record import Failure, RunRecord
+from layerif.record.record import Failure, RunRecord
+from layerif.record.text import spelt
 from layerif.report.arms import Run, called, content, estimator_name, is_logarithmic, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
 from layerif.report.statistics import t_interval
-from layerif.report.text import spelt
 from layerif.stats import wilson
 
 ITSELF = "itself, on disjoint halves of its samples"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from layerif.record import RunRecord
+from layerif.record.record import RunRecord
 
 
 def frames(record: RunRecord) -> dict[str, pd.DataFrame]:

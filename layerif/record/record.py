@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from layerif import PACKAGE
 from layerif.files import whole
-from layerif.record_new.job import identity
+from layerif.record.job import identity
 
 FILE = "record.json"
 FAILURE = "failure.json"
