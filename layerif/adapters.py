@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from layerif.allocate import to_rank
 from layerif.checks import did_you_mean
 from layerif.models.blocks import blocks
+from layerif.models.hooks import first_non_finite_block
 from layerif.models.loss import per_sample_loss
 from layerif.moe.model import linears_of_blocks
-from layerif.probe import first_non_finite_block
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda r: r >= 1, "be at least 1"),

@@ -13,14 +13,14 @@ import torch
 from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 
-from layerif import ekfac
 from layerif.allocate import Allocation
 from layerif.estimators import Estimator
 from layerif.estimators.avss import Avss
 from layerif.estimators.lissa import Diverges
 from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
 from layerif.layers import LayerMap
-from layerif.measurements import Load, Measurements
+from layerif.probe import ekfac
+from layerif.probe.measurements import Load, Measurements
 from layerif.scores import LayerScores
 
 Allocator = Callable[[LayerScores, LayerMap], Allocation]

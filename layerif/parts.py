@@ -21,7 +21,7 @@ from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
 from layerif.models.pretrained import hash_folder
 from layerif.modules import TaskDataModule
-from layerif.store import Store
+from layerif.probe.store import Store
 
 
 class Parts:

@@ -155,7 +155,7 @@ def free_memory() -> None:
 @dataclass(kw_only=True)
 class Balance:
     """Of a sweep's jobs, each called by what sets it apart. failed, failed_before: with their errors. unfinished:
-    killed, or still at work. measurements: what those that were run now asked of the store, see `layerif.store.Store`.
+    killed, or still at work. measurements: what those that were run now asked of the store, see `layerif.probe.store.Store`.
     """
 
     run: list[str] = field(default_factory=list)

@@ -55,8 +55,8 @@ def decider(model_folder, task_folder, tmp_path):
     from layerif.decide import Decider
     from layerif.estimators.grad_dot import GradDot
     from layerif.models.pretrained import Local
-    from layerif.probe import Probe
-    from layerif.store import Store
+    from layerif.probe.settings import Probe
+    from layerif.probe.store import Store
     from tests.tiny import shipped_task
 
     model = Local(path=str(model_folder))

@@ -23,7 +23,7 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
         "allocator": {"_target_": "layerif.allocate.Experts", "budget": None, "beta": 2.5},
         "method": {"_target_": "layerif.modules.LoRAMoEModule", "r": 8, "seed": seed},
         "pruner": {"_target_": "layerif.prune.wanda.Wanda", "n": None},
-        "probe": {"_target_": "layerif.probe.Probe", "scope": "attention", "num_train": 100},
+        "probe": {"_target_": "layerif.probe.settings.Probe", "scope": "attention", "num_train": 100},
         "evaluation": {"_target_": "layerif.evaluate.Evaluation", "before": False, "num_questions": None},
         "seed": seed,
         "small": False,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from layerif.activations import observe
 from layerif.data.batches import Encoded
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
+from layerif.probe.activations import observe
 from tests.tiny import FAMILIES, tiny_model
 
 LENGTHS = (9, 4, 7, 7, 2, 5)

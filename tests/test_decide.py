@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from layerif import activations, decide, measurements
+from layerif import decide
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
 from layerif.estimators.block_influence import BlockInfluence
@@ -30,8 +30,9 @@ from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Local
 from layerif.moe import LoraMoeConfig
+from layerif.probe import activations, measurements
+from layerif.probe.store import Store
 from layerif.scores import LayerScores
-from layerif.store import Store
 from tests.test_estimators import ESTIMATORS, LAYERS, gram_of, make
 from tests.tiny import tiny_model
 

@@ -25,9 +25,9 @@ from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.estimators.uniform import Uniform
 from layerif.models.blocks import layer_map
-from layerif.probe import Probe
+from layerif.probe.settings import Probe
+from layerif.probe.store import Store
 from layerif.record.record import RunRecord
-from layerif.store import Store
 from tests.command import run_layerif
 from tests.tiny import tiny_model
 

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
-from layerif import ekfac
 from layerif.data.batches import Encoded, Encodings, batches, collate
 from layerif.decide import Decider
 from layerif.estimators.ekfac import Ekfac
@@ -24,7 +23,8 @@ from layerif.evidence import LayerInfluences
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare, layer_map
 from layerif.models.loss import per_sample_loss
-from layerif.probe import measure
+from layerif.probe import ekfac
+from layerif.probe.grams.measure import measure
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 needs_kronfluence = pytest.mark.skipif(

@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from layerif import gates
 from layerif.data.batches import Encoded, collate
-from layerif.gates import learn_gates
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.loss import per_sample_loss
 from layerif.moe import LoraMoeConfig
+from layerif.probe import gates
+from layerif.probe.gates import learn_gates
 from tests.tiny import tiny_model
 
 SETTINGS: dict[str, Any] = {"num_steps": 6, "samples_per_step": 3, "learning_rate": 0.1, "start": 0.0}

@@ -15,10 +15,11 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from layerif import loss, probe, spectra
-from layerif import store as store_module
+from layerif import loss, probe
 from layerif.inventory import entries, main, show
-from layerif.store import Store
+from layerif.probe import spectra
+from layerif.probe import store as store_module
+from layerif.probe.store import Store
 from tests.test_store import rewritten, some_grams
 
 DESCRIPTION = {"probe": probe.VERSION, "loss": loss.VERSION, "scope": "attention", "parameters": "weights"}

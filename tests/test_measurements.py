@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from filelock import FileLock
 
-from layerif import activations, store
-from layerif.measurements import Measurements
 from layerif.models.pretrained import Local
-from layerif.probe import Probe
-from layerif.probe.shards import Shards
-from layerif.store import Store
+from layerif.probe import activations, store
+from layerif.probe.grams.processes import Shards
+from layerif.probe.measurements import Measurements
+from layerif.probe.settings import Probe
+from layerif.probe.store import Store
 from tests.tiny import shipped_task
 
 SIZE = 2

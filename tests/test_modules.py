@@ -32,8 +32,8 @@ from layerif.models.contexts import evaluating
 from layerif.models.loss import per_sample_loss
 from layerif.models.pretrained import Local
 from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
-from layerif.probe import Probe
-from layerif.store import Store
+from layerif.probe.settings import Probe
+from layerif.probe.store import Store
 from tests.command import run_layerif
 from tests.tiny import shipped_task, tiny_model
 

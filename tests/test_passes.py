@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.probe import products
-from layerif.probe.passes import Choice, Matrix, Workload, passes
+from layerif.probe.grams import products
+from layerif.probe.grams.passes import Choice, Matrix, Workload, passes
 
 WIDTHS = ((64, 32), (16, 32), (16, 32), (32, 64), (128, 32), (32, 128))  # q, k, v, o, up, down
 READS = (0, 0, 0, 3, 4, 5)

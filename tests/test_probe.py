@@ -12,8 +12,11 @@ from layerif.estimators.datainf import DataInf
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import Scope, blocks, layer_map
 from layerif.models.loss import per_sample_loss
-from layerif.probe import Projection, measure, measurement, products
-from layerif.probe.products import FORMS
+from layerif.probe.grams import measure as measurement
+from layerif.probe.grams import products
+from layerif.probe.grams.measure import measure
+from layerif.probe.grams.products import FORMS
+from layerif.probe.grams.projection import Projection
 from tests.tiny import FAMILIES, tiny_model
 
 LENGTHS = (9, 4, 7, 7, 2, 5, 8)

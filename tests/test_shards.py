@@ -13,8 +13,10 @@ import torch.multiprocessing as mp
 
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
-from layerif.probe import Projection, measure, measurement
-from layerif.probe.shards import Shards, spread
+from layerif.probe.grams import measure as measurement
+from layerif.probe.grams.measure import measure
+from layerif.probe.grams.processes import Shards, spread
+from layerif.probe.grams.projection import Projection
 from tests.test_probe import NUM_TRAIN, assert_equal, batched, samples
 from tests.tiny import tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerif.models.blocks import layer_map
-from layerif.spectra import spectra
+from layerif.probe.spectra import spectra
 from tests.tiny import tiny_model
 
 

@@ -13,10 +13,10 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from layerif import store as store_module
 from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
 from layerif.layers import LayerMap
-from layerif.store import Store, fingerprint
+from layerif.probe import store as store_module
+from layerif.probe.store import Store, fingerprint
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,7 +236,7 @@ def test_the_lock_of_a_killed_job_is_broken(tmp_path):
 
 
 def test_a_waiting_job_says_so_again_and_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("layerif.store._MINUTE", 0.01)
+    monkeypatch.setattr("layerif.probe.store._MINUTE", 0.01)
     key = Store(tmp_path).key({"model": "a"})
     (tmp_path / "grams").mkdir()
     held, said = FileLock(tmp_path / "grams" / f"{key}.lock"), []

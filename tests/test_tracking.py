@@ -20,12 +20,12 @@ import layerif.fit
 import layerif.moe.usage
 from layerif.app.resolvers import register
 from layerif.files import conf_folder
+from layerif.probe.store import Store
 from layerif.record.frames import frames
 from layerif.record.record import RunRecord
 from layerif.record.text import markdown
 from layerif.record.tracking import Wandb, log_routing, tracked
 from layerif.run import run
-from layerif.store import Store
 from tests.wandb_file import WandbFile
 
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]

@@ -28,7 +28,7 @@ from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
 from layerif.models.embedded import Embedded
 from layerif.models.loss import per_sample_loss
-from layerif.probe import IndexedBatch, measure
+from layerif.probe.grams.measure import IndexedBatch, measure
 
 NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3
 

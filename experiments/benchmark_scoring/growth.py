@@ -27,8 +27,8 @@ import torch
 from experiments.timing import machine, timed
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
-from layerif.probe import IndexedBatch, measure
 from layerif.probe.grams.factors import capture
+from layerif.probe.grams.measure import IndexedBatch, measure
 
 START = {"train": 64, "validation": 16, "tokens": 64, "blocks": 4}
 GROWTH = {

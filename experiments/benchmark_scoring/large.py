@@ -13,7 +13,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from layerif.models.blocks import layer_map
-from layerif.probe import IndexedBatch, measure
+from layerif.probe.grams.measure import IndexedBatch, measure
 
 SMALL: dict[str, Any] = {
     "hidden_size": 512,

@@ -102,7 +102,7 @@ def settings(one_pass: float, grams: LayerGrams) -> None:
 
 def stored(folder: Path) -> LayerGrams:
     """The Grams that the sweep left, as a further job reads them."""
-    from layerif import store
+    from layerif.probe import store
 
     (file,) = (folder / "store" / "grams").glob("*.safetensors")
     grams, _ = store._read(file, store._unpack_grams)

@@ -143,7 +143,7 @@ def layerif(estimator: str, model: nn.Module, layers: LayerMap, train: Tensor, v
     from layerif.estimators.datainf import DataInf
     from layerif.estimators.exact import Exact
     from layerif.estimators.grad_dot import GradDot
-    from layerif.probe import measure as probe
+    from layerif.probe.grams.measure import measure as probe
 
     made: Any = {
         "grad_dot": GradDot(),
@@ -161,7 +161,7 @@ def kronfluence(
 
     from kronfluence.arguments import FactorArguments  # type: ignore[import-not-found]
 
-    from layerif import ekfac
+    from layerif.probe import ekfac
 
     arguments = partial(FactorArguments, strategy=strategy)
     spectra = {"lambda_matrix": {param.removesuffix(".weight"): torch.ones(1) for param in sum(layers.params, ())}}

@@ -36,7 +36,7 @@ class RunRecord:
     an evaluated LoRA-MoE, by block with routers, `load` (share of the tokens' assignments each expert got) and
     `entropy` (of the routers, in nats), means over the routers of the block and the tokens that evaluation ran.
     tracking: where wandb has this run (the address of its page, or the name of its folder below `wandb/`).
-    measurements: what was asked of the store, see `layerif.store.Store`. memory_gb: peak of the process in main memory.
+    measurements: what was asked of the store, see `layerif.probe.store.Store`. memory_gb: peak of the process in main memory.
     notes: every departure and warning.
     """
 

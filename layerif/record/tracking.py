@@ -17,11 +17,11 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from layerif.probe.store import Store
 from layerif.record.frames import frames, numbers, routing_rows
 from layerif.record.record import RunRecord
 from layerif.record.text import markdown
 from layerif.report.plots import plots_of_run
-from layerif.store import Store
 
 ROUTING = "routing.csv"
 

@@ -25,12 +25,12 @@ from layerif.files import whole
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
-from layerif.probe import products
+from layerif.probe.grams import products
 from layerif.probe.grams.factors import Side, capture, inputs_read_together
+from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload, passes
+from layerif.probe.grams.processes import Shards, is_spread
+from layerif.probe.grams.projection import Projection
 from layerif.probe.grams.waiting import InMemory, OnDisk, Waiting
-from layerif.probe.passes import Choice, Matrix, Offload, Passes, Workload, passes
-from layerif.probe.projection import Projection
-from layerif.probe.shards import Shards, is_spread
 
 log = logging.getLogger(__name__)
 

@@ -1,18 +1,17 @@
-"""`method=plan`: what the probe would cost under each strategy, and which it would take, without running it.
+"""What a probe would cost under each strategy, and which strategy it would take, without running it.
 
-Sizes come from the model's configuration; rates from a short trial on this machine (`layerif.trial`). Seconds are those
-of forward, backward, products and moving factors at these rates. What comes once and does not grow with the samples is
-left out: start-up, loading the model, scoring. So is whatever else the machine does while the probe runs.
+Sizes come from the model's configuration; rates come from a short trial on this machine (`layerif.probe.speed`). Seconds
+are those of forward, backward, products and moving factors at these rates. Costs that come once and do not grow with the
+samples are left out (start-up, loading the model, scoring), and so is the load of other programs on the machine.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -21,28 +20,14 @@ from rich.table import Table
 from layerif.data.batches import batches, padding_id
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
-from layerif.probe import Passes, Projection, Workload, passes, workload
-from layerif.probe.measurement import budget, wanted_tile_bytes
-from layerif.probe.products import FORMS
-from layerif.trial import Rates, Trial
+from layerif.probe.grams.measure import budget, wanted_tile_bytes, workload
+from layerif.probe.grams.passes import Passes, Workload, passes
+from layerif.probe.grams.products import FORMS
+from layerif.probe.grams.projection import Projection
+from layerif.probe.speed import Rates, Trial
 
 if TYPE_CHECKING:
     from layerif.decide import Decider
-    from layerif.record.record import RunRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Prints the plan and writes it to `plan.json`."""
-
-    allocates: ClassVar[str | None] = None
-
-    def __call__(self, decider: Decider, record: RunRecord, folder: Path) -> None:
-        load, strategies = estimate(decider)
-        chosen = next(strategy for strategy in strategies if strategy.chosen)
-        show(decider, load, strategies)
-        (folder / "plan.json").write_text(json.dumps([asdict(strategy) for strategy in strategies], indent=1) + "\n")
-        record.metrics = {"expected_seconds": chosen.seconds, "expected_memory_gb": chosen.device_gb}
 
 
 @dataclass(frozen=True)

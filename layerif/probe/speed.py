@@ -20,9 +20,9 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
-from layerif.probe import Passes, Workload
 from layerif.probe.grams.factors import capture, inputs_read_together
-from layerif.probe.products import gram
+from layerif.probe.grams.passes import Passes, Workload
+from layerif.probe.grams.products import gram
 
 _MOMENT = 0.3  # seconds that a timed product has to take
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerif import activations, ekfac, gates, loss, probe, spectra
+from layerif import loss, probe
 from layerif.data.batches import Encoded, Encodings, batches, encode, padding_id
 from layerif.data.render import Example
 from layerif.data.task import Splits
@@ -27,9 +27,12 @@ from layerif.evidence import CheckpointGrams, LayerActivations, LayerGates, Laye
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Pretrained
-from layerif.probe import Probe, Projection, measure
-from layerif.probe.shards import Shards, spread
-from layerif.store import Store
+from layerif.probe import activations, ekfac, gates, spectra
+from layerif.probe.grams.measure import measure
+from layerif.probe.grams.processes import Shards, spread
+from layerif.probe.grams.projection import Projection
+from layerif.probe.settings import Probe
+from layerif.probe.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from layerif.probe.products import Form, cheaper, operations, tile_bytes_of
+from layerif.probe.grams.products import Form, cheaper, operations, tile_bytes_of
 
 Offload = Literal["auto", "none", "cpu", "disk"]
 Choice = Literal["auto", "materialised", "pairwise"]
