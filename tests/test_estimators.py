@@ -22,14 +22,14 @@ from hydra.utils import instantiate
 import layerif.estimators
 from layerif.allocate import Experts, Rank, Sparsity
 from layerif.app.resolvers import register
-from layerif.estimators import gram as gram_module
+from layerif.estimators import _base as gram_module
+from layerif.estimators._base import DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact
 from layerif.estimators.file import File
 from layerif.estimators.grad_dot import GradDot, grad_dot
-from layerif.estimators.gram import DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.lissa import Lissa, lissa, step_bound
 from layerif.estimators.random import Random
 from layerif.estimators.reversed import Reversed

@@ -32,10 +32,10 @@ from pathlib import Path
 from experiments.timing import machine, timed
 from layerif.allocate import Allocation, Experts
 from layerif.data.text import documentation_text
+from layerif.estimators._base import GramEstimator
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
-from layerif.estimators.gram import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.evidence import LayerGrams
 from layerif.record.record import RunRecord

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import layerif.estimators
 from layerif.diagnose.estimate import spearman
-from layerif.estimators.gram import DampedEstimator, GramEstimator, by_block
+from layerif.estimators._base import DampedEstimator, GramEstimator, by_block
 from layerif.evidence import LayerGrams
 from layerif.scores import Aggregation
 

@@ -24,7 +24,7 @@ from layerif.diagnose.leave_out import left_out_sets
 from layerif.diagnose.mislabel import flip
 from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import Retrainings, write
-from layerif.estimators.gram import GramEstimator
+from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.files import carried_on
 from layerif.fit import keep

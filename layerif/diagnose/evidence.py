@@ -29,7 +29,7 @@ from layerif.diagnose.stability import (
     rank_intervals,
     stepped_up,
 )
-from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.estimators._base import DampedEstimator, GramEstimator
 from layerif.evidence import LayerGrams
 
 Panel = Mapping[str, GramEstimator]  # the user's own comes first

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerif.estimators._base import DampedEstimator, damping_lambda, eigenbasis
 from layerif.estimators.exact import exact
-from layerif.estimators.gram import DampedEstimator, damping_lambda, eigenbasis
 from layerif.estimators.lissa import Lissa, step_bound
 from layerif.evidence import LayerGrams, MatrixGram
 

@@ -17,7 +17,7 @@ from scipy.stats import kendalltau, rankdata, t
 from tqdm import tqdm
 
 from layerif.diagnose.estimate import LEVEL, Estimate, mean, percentile, spearman
-from layerif.estimators.gram import DampedEstimator, GramEstimator
+from layerif.estimators._base import DampedEstimator, GramEstimator
 from layerif.evidence import LayerGrams
 
 _GROUPS = 10  # of samples left out in turn

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerif.estimators.gram import GramEstimator
+from layerif.estimators._base import GramEstimator
 from layerif.evidence import MatrixGram
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerif.estimators.gram import DampedEstimator, damping_lambdas
+from layerif.estimators._base import DampedEstimator, damping_lambdas
 from layerif.evidence import MatrixGram
 
 

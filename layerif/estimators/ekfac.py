@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from layerif.checks import check_choice
-from layerif.estimators.gram import DampingRule, InfluenceEstimator, Normalisation, by_block, check_damping
+from layerif.estimators._base import DampingRule, InfluenceEstimator, Normalisation, by_block, check_damping
 from layerif.evidence import LayerInfluences
 from layerif.scores import Aggregation, LayerScores
 

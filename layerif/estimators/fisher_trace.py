@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerif.estimators.gram import NormEstimator
+from layerif.estimators._base import NormEstimator
 
 
 def fisher_trace(train_train: Tensor) -> float:

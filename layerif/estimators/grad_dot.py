@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerif.estimators.gram import GramEstimator
+from layerif.estimators._base import GramEstimator
 from layerif.evidence import MatrixGram
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerif.estimators.gram import NormEstimator
+from layerif.estimators._base import NormEstimator
 
 
 def grad_norm(train_train: Tensor) -> float:

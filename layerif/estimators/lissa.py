@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerif.estimators.gram import DampedEstimator, damping_lambda, eigenbasis
+from layerif.estimators._base import DampedEstimator, damping_lambda, eigenbasis
 from layerif.evidence import MatrixGram
 
 _TOLERATED = 0.1  # residual above which an influence is called unconverged

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from layerif.estimators.gram import GramEstimator, by_block, warn_of_zero_gradients
+from layerif.estimators._base import GramEstimator, by_block, warn_of_zero_gradients
 from layerif.evidence import CheckpointGrams, MatrixGram
 from layerif.scores import LayerScores
 

@@ -1,0 +1,59 @@
+"""How far scores can be trusted to rank layers: by halves of the samples, and against exact Grams."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from scipy.stats import ConstantInputWarning, spearmanr
+from torch import Tensor
+
+from layerif.estimators import Estimator
+from layerif.estimators.lissa import Diverges
+from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
+
+
+def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerInfluences) -> float | None:
+    """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
+
+    None where a half ranks nothing (all layers equal), and, with a warning, where a fixed step diverges on one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
+            first, second = (estimator.score(half).values for half in grams.halves)
+    except Diverges as error:
+        warnings.warn(f"no reliability: on a half of the samples {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return rank_correlation(first, second)
+
+
+def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
+    """Spearman's rank correlation of the layer `scores`, and of the entries of each matrix's influence (their mean).
+
+    estimator: one on Grams; one that takes no influence of them has none to compare. Empty, with a warning,
+    where its fixed step diverges on these Grams.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # they would be of fewer samples than the scores are
+            found = {"scores": rank_correlation(estimator.score(grams).values, estimator.score(reference).values)}
+            if hasattr(estimator, "influences"):
+                first, second = (estimator.solvable(each) for each in (grams, reference))  # type: ignore[attr-defined]
+                ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
+                each = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
+                ranked = [value for value in each if value is not None]
+                found["influences"] = sum(ranked) / len(ranked) if ranked else None
+    except Diverges as error:
+        warnings.warn(f"no fidelity: on the samples of the comparison {error}", RuntimeWarning, stacklevel=2)
+        return {}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rank_correlation(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> float | None:
+    """Spearman's; None where either ranks nothing (all equal)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found = float(spearmanr(first, second)[0])  # type: ignore[arg-type]
+    return None if math.isnan(found) else found
