@@ -24,7 +24,7 @@ from peft import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layerif.allocate import to_rank
+from layerif.allocate.rank import to_rank
 from layerif.checks import did_you_mean
 from layerif.models.blocks import blocks
 from layerif.models.hooks import first_non_finite_block

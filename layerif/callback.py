@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from layerif.allocate import Allocation
+from layerif.allocate.allocation import Allocation
 from layerif.decide import Decision
 from layerif.scores import LayerScores
 

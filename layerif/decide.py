@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerif.allocate import Allocation
+from layerif.allocate.allocation import Allocation
 from layerif.estimators import Estimator
 from layerif.estimators._reliability import agreement, split_half
 from layerif.estimators.avss import Avss

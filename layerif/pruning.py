@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
-from layerif.allocate import Allocation, spent_budget
+from layerif.allocate.allocation import Allocation, spent_budget
 from layerif.callback import InfluenceCallback
 from layerif.checks import check_choice
 from layerif.data.text import check_disjoint

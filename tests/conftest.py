@@ -51,7 +51,7 @@ def task_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def decider(model_folder, task_folder, tmp_path):
     """Everything a decision on the tiny model depends on, with a store of its own."""
-    from layerif.allocate import Experts
+    from layerif.allocate.experts import Experts
     from layerif.decide import Decider
     from layerif.estimators.grad_dot import GradDot
     from layerif.models.pretrained import Local

@@ -20,7 +20,7 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
         "model": {"_target_": "layerif.models.embedded.Embedded", "cache": "outputs/store/models", "dtype": "float32"},
         "task": {"_target_": "layerif.data.task.Task", "name": task, "path": None, "num_train": None, "seed": seed},
         "estimator": {"_target_": f"layerif.estimators.{estimator}.{CLASSES.get(estimator, estimator.title())}"},
-        "allocator": {"_target_": "layerif.allocate.Experts", "budget": None, "beta": 2.5},
+        "allocator": {"_target_": "layerif.allocate.experts.Experts", "budget": None, "beta": 2.5},
         "method": {"_target_": "layerif.modules.LoRAMoEModule", "r": 8, "seed": seed},
         "pruner": {"_target_": "layerif.prune.wanda.Wanda", "n": None},
         "probe": {"_target_": "layerif.probe.settings.Probe", "scope": "attention", "num_train": 100},
@@ -82,7 +82,7 @@ def with_before(one: RunRecord, right: Sequence[bool]) -> RunRecord:
 
 
 def from_file(path: str, right: Sequence[bool], **options: Any) -> RunRecord:
-    settings = {"allocator._target_": "layerif.fixed.File", "allocator.path": path}
+    settings = {"allocator._target_": "layerif.allocate.file.File", "allocator.path": path}
     return record("datainf", right, scores=(), settings=settings, source=f"file({path})", higher_means="", **options)
 
 

@@ -21,9 +21,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from layerif.allocate import Allocation, Experts, Rank, Sparsity, to_experts, to_rank, to_sparsity
+from layerif.allocate.allocation import Allocation
+from layerif.allocate.experts import Experts, to_experts
+from layerif.allocate.file import File
+from layerif.allocate.rank import Rank, to_rank
+from layerif.allocate.shape import Shape
+from layerif.allocate.sparsity import Sparsity, to_sparsity
 from layerif.app.schema import from_conf
-from layerif.fixed import File, Shape
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
 

@@ -20,7 +20,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import layerif.estimators
-from layerif.allocate import Experts, Rank, Sparsity
+from layerif.allocate.experts import Experts
+from layerif.allocate.rank import Rank
+from layerif.allocate.sparsity import Sparsity
 from layerif.app.resolvers import register
 from layerif.estimators import _base as gram_module
 from layerif.estimators._base import DampedEstimator, GramEstimator, eigenbasis

@@ -19,7 +19,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from layerif.adapters import AdapterModule
-from layerif.allocate import Experts, Rank
+from layerif.allocate.experts import Experts
+from layerif.allocate.rank import Rank
 from layerif.callback import InfluenceCallback
 from layerif.data.batches import collate
 from layerif.data.source import Jsonl

@@ -92,7 +92,7 @@ def test_every_setting_tells_runs_apart(key, values):
 def test_what_follows_from_a_choice_is_not_in_the_names():
     exact = record("exact", [True] * 2, settings={"estimator.damping": 0.5})
     rank = record(
-        "datainf", [True] * 2, settings={"allocator._target_": "layerif.allocate.Rank", "allocator.beta": 1.0}
+        "datainf", [True] * 2, settings={"allocator._target_": "layerif.allocate.rank.Rank", "allocator.beta": 1.0}
     )
     rank.allocation["kind"] = "rank"
     cached = record("uniform", [True] * 2, settings={"model.cache": "/elsewhere", "evaluation.before": True})

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerif.allocate import Sparsity
+from layerif.allocate.sparsity import Sparsity
 from layerif.files import read_json
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, aggregate, smooth

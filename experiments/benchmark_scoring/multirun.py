@@ -30,7 +30,8 @@ from functools import partial
 from pathlib import Path
 
 from experiments.timing import machine, timed
-from layerif.allocate import Allocation, Experts
+from layerif.allocate.allocation import Allocation
+from layerif.allocate.experts import Experts
 from layerif.data.text import documentation_text
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.datainf import DataInf

@@ -1,0 +1,128 @@
+"""Sparsity per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from layerif.allocate._shares import checked_scores, oriented_values
+from layerif.allocate.allocation import BUDGET_TOLERANCE, Allocation, checked_sizes
+from layerif.checks import check_choice
+from layerif.layers import LayerMap
+from layerif.scores import SPREAD_NOISE, LayerScores
+
+Rule = Literal["scaled", "shifted"]
+
+
+def to_sparsity(
+    scores: Sequence[float],
+    numel: Sequence[int],
+    target: float,
+    *,
+    epsilon: float,
+    max_sparsity: float = 0.99,
+    rule: Rule = "scaled",
+) -> list[float]:
+    """Sparsities per layer whose mean, weighted by the layers' parameters `numel` (d), is `target`.
+
+    x = min-max of s (equal scores: ½), then
+    scaled (the paper's): r = (1−ε) + 2εx; ρ_l = c·r_l with one c for all. Where c·r_l exceeds `max_sparsity`, ρ_l is
+        `max_sparsity` and the other layers make up for it, still in proportion to r (upstream clips without, and
+        misses the target).
+    shifted (OWL's and DLP's): ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where nothing is
+        clipped; clipped to [0, `max_sparsity`] the other layers make up for it by a common c.
+    Raises ValueError, with the feasible range, if no c meets the target.
+    """
+    values = checked_scores(scores)
+    weights = checked_sizes(numel, len(values))
+    _check_sparsity_settings(target, epsilon, max_sparsity)
+    check_choice("allocator.rule", rule, get_args(Rule))
+    if rule == "shifted":
+        return _shifted([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
+    relative = [(1 - epsilon) + 2 * epsilon * x for x in _min_max(values)]
+    relative = [r if r > SPREAD_NOISE else 0.0 for r in relative]  # ε = 1: rounding must not be scaled up to a share
+    wanted = target * sum(weights)
+    clipped: set[int] = set()
+    while True:
+        free = [l for l in range(len(values)) if l not in clipped]
+        scalable = math.fsum(weights[l] * relative[l] for l in free)
+        rest = wanted - max_sparsity * sum(weights[l] for l in clipped)
+        if rest <= BUDGET_TOLERANCE * sum(weights) / 2 or scalable > 0:
+            scale = max(rest, 0.0) / scalable if scalable > 0 else 0.0
+        else:  # ε = 1 leaves nothing to scale in the lowest layers
+            feasible = max_sparsity * sum(weights[l] for l in clipped) / sum(weights)
+            raise ValueError(
+                f"allocator.target={target} cannot be reached with allocator.epsilon={epsilon}: layers of the lowest "
+                f"score stay dense; feasible are 0 to {feasible:.6f}; lower the target or epsilon"
+            )
+        over = [l for l in free if scale * relative[l] > max_sparsity]
+        if not over:
+            return [max_sparsity if l in clipped else scale * relative[l] for l in range(len(values))]
+        clipped.update(over)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Sparsity per layer, by `to_sparsity`, weighted by the parameters the `LayerMap` counts.
+
+    target: mean sparsity. epsilon: range of the relative sparsities; the paper used 0.3 for magnitude pruning, 0.1 for
+    Wanda and SparseGPT. smoothing: smooth the scores over depth first (the paper's; needs at least 7 layers).
+    rule: `scaled` is the paper's map and AlphaPruning's, `shifted` that of OWL (epsilon 0.08) and DLP (0.15); these
+    do not smooth.
+    """
+
+    target: float = 0.5
+    epsilon: float = 0.1
+    max_sparsity: float = 0.99
+    smoothing: bool = True
+    rule: Rule = "scaled"
+
+    def __post_init__(self) -> None:
+        _check_sparsity_settings(self.target, self.epsilon, self.max_sparsity)
+        check_choice("allocator.rule", self.rule, get_args(Rule))
+
+    def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
+        values = oriented_values(scores, layers, "sparsity", smoothing=self.smoothing)
+        sparsities = to_sparsity(
+            values, layers.numel, self.target, epsilon=self.epsilon, max_sparsity=self.max_sparsity, rule=self.rule
+        )
+        return Allocation(layers.names, "sparsity", tuple(sparsities), self.target, layers.numel)
+
+
+def _shifted(steps: list[float], weights: list[int], target: float, max_sparsity: float) -> list[float]:
+    """ρ_l = clip(c + step_l, 0, max_sparsity) of the one c that meets the target; there always is one."""
+
+    def clipped(c: float) -> list[float]:
+        return [min(max(c + step, 0.0), max_sparsity) for step in steps]
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+    # The mean is piecewise linear in c and bends where a layer meets a bound: between two bends c is exact.
+    bends = sorted({bound - step for step in steps for bound in (0.0, max_sparsity)})
+    means = [mean(clipped(c)) for c in bends]
+    above = next((index for index, value in enumerate(means) if value >= target), len(bends) - 1)
+    if above == 0 or means[above] == means[above - 1]:
+        return clipped(bends[above])
+    share = (target - means[above - 1]) / (means[above] - means[above - 1])
+    return clipped(bends[above - 1] + share * (bends[above] - bends[above - 1]))
+
+
+def _min_max(values: list[float]) -> list[float]:
+    low, high = min(values), max(values)
+    if high - low <= SPREAD_NOISE * high:
+        return [0.5] * len(values)
+    return [(value - low) / (high - low) for value in values]
+
+
+def _check_sparsity_settings(target: float, epsilon: float, max_sparsity: float) -> None:
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"allocator.epsilon={epsilon} must be in [0, 1]; the paper used 0.1 to 0.5")
+    if not 0 < max_sparsity < 1:  # of a layer without weights nothing would be left to prune or to recover
+        raise ValueError(f"allocator.max_sparsity={max_sparsity} must be in (0, 1); the default is 0.99")
+    if not 0 <= target <= max_sparsity:
+        raise ValueError(
+            f"allocator.target={target} is outside the feasible range 0 to {max_sparsity} (allocator.max_sparsity)"
+        )
