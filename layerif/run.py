@@ -21,12 +21,13 @@ from omegaconf import DictConfig
 
 from layerif import PACKAGE
 from layerif.adapters import AdapterModule
+from layerif.app.methods.prune import check_pruning, prune
 from layerif.app.schema import check
 from layerif.data.batches import output_text, prompt_text
 from layerif.fit import callbacks, fit, score
 from layerif.models.blocks import layer_map
 from layerif.parts import Parts
-from layerif.pruning import PruneModule, check_pruning, prune
+from layerif.pruning.module import PruneModule
 from layerif.record.job import choices_of_run, settings_of
 from layerif.record.record import FAILURE, FILE, RunRecord
 from layerif.record.tracking import tracked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.prune.magnitude import Magnitude, magnitude_mask
+from layerif.pruning.magnitude import Magnitude, magnitude_mask
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.77, 1.0])

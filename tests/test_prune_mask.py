@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerif.prune.mask import counts, kept_of_m, lowest, lowest_per_group, lowest_per_row
+from layerif.pruning.mask import counts, kept_of_m, lowest, lowest_per_group, lowest_per_row
 
 
 def metric(rows: int, columns: int, seed: int, *, ties: bool = False) -> torch.Tensor:

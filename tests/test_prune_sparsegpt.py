@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.prune.sparsegpt import SparseGPT, inverse_factor, sparsegpt
+from layerif.pruning.sparsegpt import SparseGPT, inverse_factor, sparsegpt
 
 
 def problem(outputs: int = 10, inputs: int = 24, tokens: int = 80, dead: tuple[int, ...] = ()):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from layerif.models.blocks import blocks
-from layerif.prune.magnitude import Magnitude
-from layerif.prune.targets import matrices, targets
+from layerif.pruning.magnitude import Magnitude
+from layerif.pruning.targets import matrices, targets
 from tests.tiny import FAMILIES, FURTHER, tiny_model
 
 

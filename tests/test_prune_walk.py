@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from layerif.models.blocks import blocks, linears
-from layerif.prune import Pruner, walk
-from layerif.prune.magnitude import Magnitude
-from layerif.prune.sparsegpt import SparseGPT
-from layerif.prune.targets import matrices, targets
-from layerif.prune.walk import Walk, capture
+from layerif.pruning import Pruner, walk
+from layerif.pruning.magnitude import Magnitude
+from layerif.pruning.sparsegpt import SparseGPT
+from layerif.pruning.targets import matrices, targets
+from layerif.pruning.walk import Walk, capture
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 FAMILY_NAMES = [*FAMILIES, "gemma3_text"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerif.prune.wanda import Wanda, wanda_mask
+from layerif.pruning.wanda import Wanda, wanda_mask
 
 
 def problem(outputs: int = 12, inputs: int = 16, tokens: int = 50):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from layerif.app.methods.prune import check_pruning, prune
 from layerif.app.resolvers import register
 from layerif.app.schema import check
 from layerif.data.text import text
@@ -29,12 +30,12 @@ from layerif.files import conf_folder
 from layerif.lm_eval import zero_shot_means
 from layerif.models.pretrained import Local
 from layerif.parts import Parts
-from layerif.prune import walk
-from layerif.prune.magnitude import Magnitude
-from layerif.prune.semi_structured import is_two_four, speed_of_two_four, to_semi_structured
-from layerif.prune.targets import matrices
-from layerif.pruning import PruneModule, check_pruning, prune
-from layerif.pruning_new.calibration import Calibration
+from layerif.pruning import walk
+from layerif.pruning.calibration import Calibration
+from layerif.pruning.magnitude import Magnitude
+from layerif.pruning.module import PruneModule
+from layerif.pruning.semi_structured import is_two_four, speed_of_two_four, to_semi_structured
+from layerif.pruning.targets import matrices
 from layerif.record.record import RunRecord
 from tests.command import layerif, run_layerif
 from tests.tiny import tiny_model, tiny_tokenizer

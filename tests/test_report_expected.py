@@ -50,8 +50,11 @@ def test_conditions_are_those_of_the_command_line():
     assert not meets(config, {"allocator.shape": "2468"})
     assert meets(config_of("datainf", settings={"method": {}}), {"method": "none"})
     assert not meets(config, {"method": "none"})
-    pruned = config | {"method": {"_target_": "layerif.pruning.PruneModule"}}
-    for pruner in ({"pruner": "wanda"}, {"pruner._target_": "layerif.prune.wanda.Wanda"}):  # is in every configuration
+    pruned = config | {"method": {"_target_": "layerif.pruning.module.PruneModule"}}
+    for pruner in (
+        {"pruner": "wanda"},
+        {"pruner._target_": "layerif.pruning.wanda.Wanda"},
+    ):  # is in every configuration
         assert meets(pruned, pruner)
         assert not meets(config, pruner)
 

@@ -9,7 +9,7 @@ import torch
 
 from layerif.data.batches import token_ids
 from layerif.data.text import check_disjoint, documentation_text, text
-from layerif.pruning_new.calibration import Calibration
+from layerif.pruning.calibration import Calibration
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

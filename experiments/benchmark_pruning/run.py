@@ -32,13 +32,13 @@ from torch import Tensor, nn
 
 from layerif.models.blocks import blocks, linears
 from layerif.models.embedded import Embedded
-from layerif.prune import Pruner
-from layerif.prune.magnitude import Magnitude
-from layerif.prune.sparsegpt import SparseGPT
-from layerif.prune.targets import targets
-from layerif.prune.walk import HiddenStates, Walk, capture
-from layerif.prune.wanda import Wanda
-from layerif.pruning_new.calibration import Calibration
+from layerif.pruning import Pruner
+from layerif.pruning.calibration import Calibration
+from layerif.pruning.magnitude import Magnitude
+from layerif.pruning.sparsegpt import SparseGPT
+from layerif.pruning.targets import targets
+from layerif.pruning.walk import HiddenStates, Walk, capture
+from layerif.pruning.wanda import Wanda
 from layerif.record.record import RunRecord
 
 PRUNERS: tuple[Pruner, ...] = (Magnitude(), Wanda(), SparseGPT(), SparseGPT(n=2, m=4))

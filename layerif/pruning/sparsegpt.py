@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerif.prune import Pruner
-from layerif.prune.mask import check_target, check_width, lowest, lowest_per_group, num_removed
+from layerif.pruning import Pruner
+from layerif.pruning.mask import check_target, check_width, lowest, lowest_per_group, num_removed
 
 
 def sparsegpt(

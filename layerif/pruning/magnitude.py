@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerif.prune import Pruner
-from layerif.prune.mask import check_target, lowest, lowest_per_group, num_removed
+from layerif.pruning import Pruner
+from layerif.pruning.mask import check_target, lowest, lowest_per_group, num_removed
 
 
 def magnitude_mask(

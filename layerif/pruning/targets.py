@@ -9,8 +9,8 @@ from torch import nn
 
 from layerif.checks import did_you_mean, is_number
 from layerif.models.blocks import bare, blocks, linears
-from layerif.prune import Pruner
-from layerif.prune.mask import check_width, counts, kept_of_m
+from layerif.pruning import Pruner
+from layerif.pruning.mask import check_width, counts, kept_of_m
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_map_only
 from layerif.files import whole
 from layerif.models.blocks import bare, blocks, linears
 from layerif.models.contexts import evaluating, full_precision
-from layerif.prune import Pruner
-from layerif.prune.targets import Target
+from layerif.pruning import Pruner
+from layerif.pruning.targets import Target
 
 Offload = Literal["device", "cpu", "disk"]
 

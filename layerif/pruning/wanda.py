@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from layerif.checks import check_choice
-from layerif.prune import Pruner
-from layerif.prune.mask import check_target, lowest, lowest_per_group, lowest_per_row, num_removed
+from layerif.pruning import Pruner
+from layerif.pruning.mask import check_target, lowest, lowest_per_group, lowest_per_row, num_removed
 
 Compare = Literal["row", "cumulative"]
 
