@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerif.data.task import Splits
 from layerif.decide import Decider
-from layerif.evaluate import Evaluation
+from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
 from layerif.models.pretrained import hash_folder

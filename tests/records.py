@@ -24,7 +24,7 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
         "method": {"_target_": "layerif.modules.LoRAMoEModule", "r": 8, "seed": seed},
         "pruner": {"_target_": "layerif.pruning.wanda.Wanda", "n": None},
         "probe": {"_target_": "layerif.probe.settings.Probe", "scope": "attention", "num_train": 100},
-        "evaluation": {"_target_": "layerif.evaluate.Evaluation", "before": False, "num_questions": None},
+        "evaluation": {"_target_": "layerif.evaluate.evaluation.Evaluation", "before": False, "num_questions": None},
         "seed": seed,
         "small": False,
     }

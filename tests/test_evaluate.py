@@ -10,10 +10,11 @@ import torch
 
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.render import Example, Template, answer_parser
-from layerif.evaluate import Evaluation, generation_accuracy, option_accuracy, perplexity
-from layerif.evaluate_new.generation import GeneratedAnswer, GenerationAccuracy, parse_answer
-from layerif.evaluate_new.options import OptionAnswer
-from layerif.lm_eval import _configs, lm_eval, metrics_of
+from layerif.evaluate.evaluation import Evaluation
+from layerif.evaluate.generation import GeneratedAnswer, GenerationAccuracy, generation_accuracy, parse_answer
+from layerif.evaluate.harness import _configs, lm_eval, metrics_of
+from layerif.evaluate.options import OptionAnswer, option_accuracy
+from layerif.evaluate.perplexity import perplexity
 from layerif.stats import wilson
 from tests.tiny import FAMILIES, shipped_task, tiny_model, tiny_tokenizer
 
@@ -349,7 +350,7 @@ def known_tasks() -> Any:
 def test_tasks_of_lm_eval_on_rows_that_are_learned_are_refused(
     known_tasks, monkeypatch, tasks, overrides, score_task, message
 ):
-    monkeypatch.setattr("layerif.lm_eval._package", lambda: (None, None, lambda: known_tasks))
+    monkeypatch.setattr("layerif.evaluate.harness._package", lambda: (None, None, lambda: known_tasks))
     chosen, *changed = overrides
     task = shipped_task(chosen.removeprefix("task="), *changed)
     scored = shipped_task(score_task) if score_task else None

@@ -25,9 +25,9 @@ from layerif.app.methods.prune import check_pruning, prune
 from layerif.app.resolvers import register
 from layerif.app.schema import check
 from layerif.data.text import text
-from layerif.evaluate import perplexity
+from layerif.evaluate.harness import zero_shot_means
+from layerif.evaluate.perplexity import perplexity
 from layerif.files import conf_folder
-from layerif.lm_eval import zero_shot_means
 from layerif.models.pretrained import Local
 from layerif.parts import Parts
 from layerif.pruning import walk

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import nn
 
 from layerif.layers import LayerMap
+from layerif.models.blocks import context_length
 
 Scope = Literal["attention", "mlp", "all"]
 
@@ -126,3 +128,7 @@ def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> N
 def context_length(model: nn.Module) -> int | None:
     """The most tokens the model reads; None where it sets no limit."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

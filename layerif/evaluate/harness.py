@@ -18,7 +18,7 @@ from layerif.data.batches import output_text, prompt_text
 from layerif.data.render import Example, Template
 from layerif.data.source import Hub
 from layerif.data.task import Task
-from layerif.evaluate_new.questions import questions_of, require_some
+from layerif.evaluate.questions import questions_of, require_some
 from layerif.models.blocks import context_length
 from layerif.models.contexts import evaluating
 
