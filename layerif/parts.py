@@ -14,13 +14,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.adapt.data import TaskDataModule
 from layerif.data.task import Splits
 from layerif.decide import Decider
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
 from layerif.models.pretrained import hash_folder
-from layerif.modules import TaskDataModule
 from layerif.probe.store import Store
 
 

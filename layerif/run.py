@@ -20,11 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from layerif import PACKAGE
-from layerif.adapters import AdapterModule
+from layerif.adapt.module import AdapterModule
+from layerif.adapt.train import callbacks
+from layerif.app.methods._steps import fit, score
 from layerif.app.methods.prune import check_pruning, prune
 from layerif.app.schema import check
 from layerif.data.batches import output_text, prompt_text
-from layerif.fit import callbacks, fit, score
 from layerif.models.blocks import layer_map
 from layerif.parts import Parts
 from layerif.pruning.module import PruneModule

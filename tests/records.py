@@ -21,7 +21,7 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
         "task": {"_target_": "layerif.data.task.Task", "name": task, "path": None, "num_train": None, "seed": seed},
         "estimator": {"_target_": f"layerif.estimators.{estimator}.{CLASSES.get(estimator, estimator.title())}"},
         "allocator": {"_target_": "layerif.allocate.experts.Experts", "budget": None, "beta": 2.5},
-        "method": {"_target_": "layerif.modules.LoRAMoEModule", "r": 8, "seed": seed},
+        "method": {"_target_": "layerif.adapt.adapters.LoRAMoEModule", "r": 8, "seed": seed},
         "pruner": {"_target_": "layerif.pruning.wanda.Wanda", "n": None},
         "probe": {"_target_": "layerif.probe.settings.Probe", "scope": "attention", "num_train": 100},
         "evaluation": {"_target_": "layerif.evaluate.evaluation.Evaluation", "before": False, "num_questions": None},

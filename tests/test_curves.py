@@ -11,10 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from layerif.curves import Curves
-from layerif.fit import Fit, callbacks
+from layerif.adapt.adapters import LoRAMoEModule
+from layerif.adapt.data import TaskDataModule
+from layerif.adapt.progress import Curves
+from layerif.adapt.train import Fit, callbacks
 from layerif.models.pretrained import Local
-from layerif.modules import LoRAMoEModule, TaskDataModule
 from tests.tiny import shipped_task
 
 ALLOCATION = {"model.layers.0": 1, "model.layers.1": 4, "model.layers.2": 2}

@@ -18,21 +18,22 @@ from lightning.pytorch.plugins import MixedPrecision
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from layerif.adapters import AdapterModule
+from layerif.adapt.adapters import EqualLoRAModule, LoRAModule, LoRAMoEModule
+from layerif.adapt.callback import InfluenceCallback
+from layerif.adapt.data import EpochShuffle, TaskDataModule
+from layerif.adapt.module import AdapterModule
+from layerif.adapt.train import Fit
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
-from layerif.callback import InfluenceCallback
 from layerif.data.batches import collate
 from layerif.data.source import Jsonl
 from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
-from layerif.fit import Fit
 from layerif.models.blocks import bare, blocks
 from layerif.models.contexts import evaluating
 from layerif.models.loss import per_sample_loss
 from layerif.models.pretrained import Local
-from layerif.modules import EpochShuffle, EqualLoRAModule, LoRAModule, LoRAMoEModule, TaskDataModule
 from layerif.probe.settings import Probe
 from layerif.probe.store import Store
 from tests.command import run_layerif

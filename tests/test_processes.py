@@ -15,11 +15,11 @@ from hydra.core.global_hydra import GlobalHydra
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from layerif.adapt.adapters import LoRAMoEModule
+from layerif.app.methods._steps import fit
 from layerif.app.resolvers import register
 from layerif.app.schema import check
 from layerif.files import conf_folder
-from layerif.fit import fit
-from layerif.modules import LoRAMoEModule
 from layerif.parts import Parts
 from layerif.record.record import RunRecord
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
+from layerif.app.methods._steps import keep
 from layerif.decide import Decider
 from layerif.diagnose import evidence, plots, text
 from layerif.diagnose.agreement import name_of, panel
@@ -27,7 +28,6 @@ from layerif.diagnose.retrainings import Retrainings, write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.files import carried_on
-from layerif.fit import keep
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+from layerif.adapt.adapters import LoRAMoEModule
 from layerif.checks import check_choice
 from layerif.decide import Allocator
 from layerif.files import carried_on, read_json
 from layerif.models.blocks import blocks, context_length
 from layerif.models.pretrained import Pretrained
-from layerif.modules import LoRAMoEModule
 from layerif.pruning import Pruner
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.targets import targets

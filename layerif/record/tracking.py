@@ -125,7 +125,7 @@ def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, An
 
 
 def log_again(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows that `layerif.curves.Curves` kept of an earlier process."""
+    """Rows that `layerif.adapt.progress.Curves` kept of an earlier process."""
     for row in rows:
         if "routing" in row:
             log_routing(loggers, row["routing"], row["step"])

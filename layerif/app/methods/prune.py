@@ -12,14 +12,15 @@ import pandas as pd
 from safetensors import SafetensorError
 from torch import nn
 
+from layerif.adapt.adapters import LoRAMoEModule
+from layerif.adapt.callback import InfluenceCallback
+from layerif.adapt.train import run_trainer, train
 from layerif.allocate.allocation import Allocation, spent_budget
-from layerif.callback import InfluenceCallback
+from layerif.app.methods._steps import evaluate, keeping
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider
-from layerif.fit import evaluate, keeping, run_trainer, train
 from layerif.models.blocks import blocks
 from layerif.models.pretrained import Local
-from layerif.modules import LoRAMoEModule
 from layerif.parts import Parts
 from layerif.pruning import Pruner
 from layerif.pruning.module import PruneModule, log

@@ -1,142 +1,18 @@
-"""What Lightning trains: a LoRA-MoE or plain LoRA built from an allocation, on the data of a task."""
+"""A task's rows as batches for fine-tuning, in an order that a resumed run takes up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from layerif.adapters import AdapterModule, equal_ranks, plain_lora
 from layerif.data.batches import Encodings, collate, encode, padding_id
 from layerif.data.render import Example
 from layerif.data.task import Splits
-from layerif.moe import LoraMoeConfig, balance_loss
-
-
-class LoRAMoEModule(AdapterModule):
-    """A frozen model with as many LoRA experts per block as the allocation says.
-
-    Loss: mean over the batch of the per-sample loss, plus `balance_coefficient` times the balance loss. keep_zeros: as
-    in `LoraMoeConfig`. Everything else is as in `AdapterModule`.
-    """
-
-    allocates = "experts"
-
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        *,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.05,
-        top_k: int = 2,
-        target_modules: list[str] | None = None,
-        balance_coefficient: float = 0.0,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        warmup_steps: int | None = None,
-        gradient_checkpointing: bool = False,
-        keep_zeros: bool = False,
-        seed: int = 0,
-        allocation: dict[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
-        self.check()
-
-    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
-        names = ("r", "lora_alpha", "lora_dropout", "top_k", "target_modules", "balance_coefficient", "keep_zeros")
-        return LoraMoeConfig(
-            num_experts=allocation, task_type="CAUSAL_LM", **{name: self.hparams[name] for name in names}
-        )
-
-    def extra_loss(self, num_samples: int) -> Tensor | float:
-        coefficient = self.hparams["balance_coefficient"]
-        if not coefficient:
-            return 0.0
-        assert self.model is not None
-        balance = balance_loss(self.model)
-        self.log("train/balance", balance, batch_size=num_samples)
-        return coefficient * balance
-
-
-class LoRAModule(AdapterModule):
-    """A frozen model with plain PEFT LoRA, of the rank in each block that the allocation says.
-
-    scaling: α/r, the same in every block whatever its rank, so that a block of a higher rank does not also learn with
-    a larger factor (`alpha_pattern` follows `rank_pattern`); 2 is the paper's 16/8. Everything else is as in
-    `AdapterModule`.
-    """
-
-    allocates = "rank"
-
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        *,
-        scaling: float = 2.0,
-        lora_dropout: float = 0.05,
-        target_modules: list[str] | None = None,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        warmup_steps: int | None = None,
-        gradient_checkpointing: bool = False,
-        seed: int = 0,
-        allocation: dict[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
-        self.check()
-
-    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
-        return plain_lora(base, allocation, **{name: self.hparams[name] for name in _PLAIN})
-
-
-class EqualLoRAModule(AdapterModule):
-    """Plain LoRA as large as the LoRA-MoE that this allocation of experts would make: the same rank in every block,
-    save that the first blocks have one more where that comes nearer to its number of trainable parameters.
-
-    r: the rank of an expert of that LoRA-MoE, whose parameters, routers included, the record states as `lora_moe`
-    beside the trainable ones here. scaling: as in `LoRAModule`.
-    """
-
-    allocates = "experts"
-
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        *,
-        r: int = 8,
-        scaling: float = 2.0,
-        lora_dropout: float = 0.05,
-        target_modules: list[str] | None = None,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        warmup_steps: int | None = None,
-        gradient_checkpointing: bool = False,
-        seed: int = 0,
-        allocation: dict[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
-        self.check()
-
-    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
-        ranks, self.compared = equal_ranks(
-            base, allocation, r=self.hparams["r"], targets=self.hparams["target_modules"]
-        )
-        return plain_lora(base, ranks, **{name: self.hparams[name] for name in _PLAIN})
-
-
-_PLAIN = ("scaling", "lora_dropout", "target_modules")
 
 
 class TaskDataModule(L.LightningDataModule):

@@ -1,10 +1,9 @@
-"""What every adapter that is trained shares: loss, optimiser, checkpoints; and plain LoRA from ranks by block."""
+"""What Lightning fits: a frozen model with an adapter that follows an allocation."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
@@ -14,7 +13,6 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -24,7 +22,6 @@ from peft import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layerif.allocate.rank import to_rank
 from layerif.checks import did_you_mean
 from layerif.models.blocks import blocks
 from layerif.models.hooks import first_non_finite_block
@@ -188,60 +185,6 @@ class AdapterModule(L.LightningModule):
             self.allocation = saved
             self.configure_model()
         set_peft_model_state_dict(self.model, checkpoint["state_dict"])
-
-
-def plain_lora(
-    base: nn.Module,
-    ranks: Mapping[str, int],
-    *,
-    scaling: float,
-    lora_dropout: float,
-    target_modules: Sequence[str] | None,
-) -> LoraConfig:
-    """PEFT LoRA with rank r_l in block l and α_l = scaling·r_l, on all linear layers of the blocks or the named ones.
-
-    Raises ValueError for a block the model does not have, or one without a rank.
-    """
-    known = list(blocks(base))
-    for block in ranks:
-        if block not in known:
-            raise ValueError(f"the rank of {block!r} has no place in this model{did_you_mean(block, known)}")
-    if missing := [block for block in known if block not in ranks]:
-        raise ValueError(f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}")
-    pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
-    return LoraConfig(
-        r=max(pattern.values()),
-        lora_alpha=scaling * max(pattern.values()),  # type: ignore[arg-type] - PEFT divides, any number will do
-        rank_pattern=pattern,
-        alpha_pattern={block: scaling * rank for block, rank in pattern.items()},
-        lora_dropout=lora_dropout,
-        target_modules=list(target_modules) if target_modules else linears_of_blocks(base),
-        task_type="CAUSAL_LM",
-    )
-
-
-def equal_ranks(
-    base: nn.Module, experts: Mapping[str, int], *, r: int, targets: Sequence[str] | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Ranks by block of plain LoRA with as many parameters as the LoRA-MoE of these experts, and that number.
-
-    A linear layer of I inputs and O outputs has E·r·(I + O) + E·I parameters with E > 1 experts and a router, r·(I + O)
-    with one, and R·(I + O) in plain LoRA of rank R.
-    """
-    endings = tuple(f".{ending}" for ending in targets or linears_of_blocks(base))
-    wanted, per_rank = 0, {}
-    for block, module in blocks(base).items():
-        sizes = [
-            (linear.in_features, linear.out_features)
-            for name, linear in module.named_modules()
-            if isinstance(linear, nn.Linear) and f".{block}.{name}".endswith(endings)
-        ]
-        per_rank[block] = sum(map(sum, sizes))
-        routers = sum(inputs for inputs, _ in sizes) * experts[block] if experts[block] > 1 else 0
-        wanted += experts[block] * r * per_rank[block] + routers
-    budget = max(len(per_rank), round(wanted * len(per_rank) / sum(per_rank.values())))
-    ranks = to_rank([1.0] * len(per_rank), budget)
-    return dict(zip(per_rank, ranks, strict=True)), {"lora_moe": wanted}
 
 
 def _checkpoint_blocks(base: nn.Module) -> None:
