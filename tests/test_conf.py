@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from layerif.config import folder_name, job_of
 from omegaconf import OmegaConf
 
-from layerif.__main__ import main
+from layerif.app.main import main
 from layerif.app.resolvers import register
 from layerif.app.schema import check
 from layerif.files import conf_folder
@@ -178,7 +178,7 @@ def test_a_typo_is_answered_in_one_line_without_a_traceback(overrides, message, 
 
 
 def test_help_names_every_group_and_loads_nothing_heavy(tmp_path):
-    code = "import sys; sys.argv=['layerif','--help']\nfrom layerif.__main__ import main\n"
+    code = "import sys; sys.argv=['layerif','--help']\nfrom layerif.app.main import main\n"
     code += "try: main()\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.stdout.strip().endswith("False False")

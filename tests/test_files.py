@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 
-from layerif.explain import explain
+from layerif.app.messages import explain
 from layerif.files import carried_on, explained, whole
 
 

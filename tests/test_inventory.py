@@ -16,7 +16,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from layerif import loss, probe
-from layerif.inventory import entries, main, show
+from layerif.app.store import entries, main, show
 from layerif.probe import spectra
 from layerif.probe import store as store_module
 from layerif.probe.store import Store
@@ -185,7 +185,7 @@ def test_an_empty_store_is_said_to_be_so(tmp_path, capsys):
 
 
 def test_a_missing_folder_is_said_as_such_before_anything_heavy_is_loaded(tmp_path):
-    code = "import sys, layerif.inventory as i\ntry: i.main(['--store', 'nowhere'])\n"
+    code = "import sys, layerif.app.store as i\ntry: i.main(['--store', 'nowhere'])\n"
     code += "finally: print('torch' in sys.modules, 'pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerif.explain import of_the_user
+from layerif.app.messages import of_the_user
 from layerif.models.blocks import blocks, layer_map
 from layerif.models.embedded import Embedded
 from layerif.models.pretrained import Hub, Local, hash_folder

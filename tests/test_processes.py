@@ -19,8 +19,8 @@ from layerif.adapt.adapters import LoRAMoEModule
 from layerif.app.methods._steps import fit
 from layerif.app.resolvers import register
 from layerif.app.schema import check
+from layerif.app.setup import Parts
 from layerif.files import conf_folder
-from layerif.parts import Parts
 from layerif.record.record import RunRecord
 
 SIZE = 2

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from layerif.app.methods.prune import check_pruning, prune
 from layerif.app.resolvers import register
 from layerif.app.schema import check
+from layerif.app.setup import Parts
 from layerif.data.text import text
 from layerif.evaluate.harness import zero_shot_means
 from layerif.evaluate.perplexity import perplexity
 from layerif.files import conf_folder
 from layerif.models.pretrained import Local
-from layerif.parts import Parts
 from layerif.pruning import walk
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.magnitude import Magnitude

@@ -14,10 +14,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from layerif.app.messages import first_of
 from layerif.app.resolvers import register
 from layerif.app.schema import check
 from layerif.evidence import LayerGrams, MatrixGram
-from layerif.explain import first_of
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores

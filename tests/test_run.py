@@ -19,10 +19,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from layerif.__main__ import main
-from layerif.parts import Parts
+from layerif.app.main import main
+from layerif.app.run import _quieten_hub
+from layerif.app.setup import Parts
 from layerif.record.record import RunRecord
-from layerif.run import _quieten_hub
 from tests.command import layerif, run_layerif
 
 

@@ -17,11 +17,12 @@ import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-import layerif.run
-from layerif import __main__, models
-from layerif.explain import explain
+import layerif.app.run
+from layerif import models
+from layerif.app import main as __main__
+from layerif.app.messages import explain
+from layerif.app.sweep import Balance, Sweep, balance
 from layerif.record.record import Failure, RunRecord
-from layerif.sweep import Balance, Sweep, balance
 from tests.command import layerif as command
 
 
@@ -96,14 +97,14 @@ def test_a_job_that_fails_loses_nothing_of_the_others_and_is_named_at_the_end(sw
 
 
 def test_what_failed_by_a_defect_keeps_its_traceback_and_runs_again_on_request(sweep, tmp_path, monkeypatch):
-    score = layerif.run.score
+    score = layerif.app.run.score
 
     def out_of_memory(parts, record):
         if parts.config.seed == 1:
             raise MemoryError("no room for 3 layers")
         score(parts, record)
 
-    monkeypatch.setattr(layerif.run, "score", out_of_memory)
+    monkeypatch.setattr(layerif.app.run, "score", out_of_memory)
     code, told = sweep("method=none", "seed=1,2")
     assert code == 1
     assert "jobs: 1 run, 0 already done, 1 failed\n" in told
@@ -113,7 +114,7 @@ def test_what_failed_by_a_defect_keeps_its_traceback_and_runs_again_on_request(s
     (folder,) = (file.parent for file in tmp_path.rglob("failure.json"))
     assert "in out_of_memory" in next(folder.glob("*.log")).read_text()
 
-    monkeypatch.setattr(layerif.run, "score", score)
+    monkeypatch.setattr(layerif.app.run, "score", score)
     code, told = sweep("method=none", "seed=1,2", "rerun=failed")
     assert (code, "jobs: 1 run, 1 already done, 0 failed\n" in told) == (0, True)
     assert (failures(tmp_path), len(records(tmp_path))) == ([], 2)  # the record replaces the failure
@@ -132,10 +133,10 @@ def test_what_cannot_be_written_as_json_and_what_a_logger_stopped_are_failures_l
     def no_key(parts, record):
         raise ValueError("wandb cannot start")
 
-    score = layerif.run.score
-    monkeypatch.setattr(layerif.run, "score", no_key)
+    score = layerif.app.run.score
+    monkeypatch.setattr(layerif.app.run, "score", no_key)
     assert "1 failed\n" in sweep("method=none", "logger=none", "seed=1")[1]
-    monkeypatch.setattr(layerif.run, "score", score)
+    monkeypatch.setattr(layerif.app.run, "score", score)
     assert "1 failed before" in sweep("method=none", "logger=none", "seed=1")[1]
     assert "jobs: 1 run, 0 already done, 0 failed\n" in sweep("method=none", "seed=1")[1]
 
@@ -146,7 +147,7 @@ def test_small_is_of_an_experiment(sweep):
 
 
 def test_ctrl_c_stops_a_sweep_at_once_and_the_same_command_carries_on(sweep, tmp_path, monkeypatch):
-    score, seen = layerif.run.score, []
+    score, seen = layerif.app.run.score, []
 
     def interrupted(parts, record):
         seen.append(parts.config.seed)
@@ -154,13 +155,13 @@ def test_ctrl_c_stops_a_sweep_at_once_and_the_same_command_carries_on(sweep, tmp
             raise KeyboardInterrupt
         score(parts, record)
 
-    monkeypatch.setattr(layerif.run, "score", interrupted)
+    monkeypatch.setattr(layerif.app.run, "score", interrupted)
     code, told = sweep("method=none", "seed=0,1,2")
     assert (code, seen) == (130, [0, 1])
     assert "interrupted; the same command carries on" in told
     assert "jobs: 1 run, 0 already done, 0 failed, 1 unfinished" in told
     assert failures(tmp_path) == []
-    monkeypatch.setattr(layerif.run, "score", score)
+    monkeypatch.setattr(layerif.app.run, "score", score)
     code, told = sweep("method=none", "seed=0,1,2")
     assert (code, "jobs: 2 run, 1 already done, 0 failed\n" in told) == (0, True)
 

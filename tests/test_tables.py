@@ -21,15 +21,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from layerif.__main__ import main
+from layerif.app.main import main
+from layerif.app.messages import first_of
 from layerif.app.resolvers import register
 from layerif.app.schema import check, from_conf
+from layerif.app.setup import check_unseen
 from layerif.data.render import Example
 from layerif.data.task import Splits
-from layerif.explain import first_of
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
-from layerif.parts import check_unseen
 from layerif.record.record import FILE, RunRecord
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import layerif.fit
 import pandas as pd
 import pytest
 import torch
@@ -16,16 +17,15 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import layerif.fit
 import layerif.moe.usage
 from layerif.app.resolvers import register
+from layerif.app.run import run
 from layerif.files import conf_folder
 from layerif.probe.store import Store
 from layerif.record.frames import frames
 from layerif.record.record import RunRecord
 from layerif.record.text import markdown
 from layerif.record.tracking import Wandb, log_routing, tracked
-from layerif.run import run
 from tests.wandb_file import WandbFile
 
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]

@@ -122,8 +122,8 @@ def write_rows(folder: Path, counts: dict[str, int]) -> None:
 
 def jobs() -> None:
     """The command line itself, with a clock around every job."""
-    from layerif import run
-    from layerif.__main__ import main as layerif
+    from layerif.app import run
+    from layerif.app.main import main as layerif
 
     work, times = run.run, []
 

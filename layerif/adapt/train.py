@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule
 from layerif.adapt.progress import Curves
+from layerif.app.setup import Parts
 from layerif.files import carried_on
-from layerif.parts import Parts
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)

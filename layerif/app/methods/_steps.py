@@ -15,10 +15,10 @@ from torch import nn
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule
 from layerif.adapt.train import train
+from layerif.app.setup import Parts
 from layerif.decide import Decision
 from layerif.moe import measure_usage
 from layerif.moe.usage import by_block, describe_unused
-from layerif.parts import Parts
 from layerif.record.record import RunRecord
 
 

@@ -17,11 +17,11 @@ from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.train import run_trainer, train
 from layerif.allocate.allocation import Allocation, spent_budget
 from layerif.app.methods._steps import evaluate, keeping
+from layerif.app.setup import Parts
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider
 from layerif.models.blocks import blocks
 from layerif.models.pretrained import Local
-from layerif.parts import Parts
 from layerif.pruning import Pruner
 from layerif.pruning.module import PruneModule, log
 from layerif.pruning.semi_structured import speed_of_two_four

@@ -25,15 +25,15 @@ from layerif.adapt.train import callbacks
 from layerif.app.methods._steps import fit, score
 from layerif.app.methods.prune import check_pruning, prune
 from layerif.app.schema import check
+from layerif.app.setup import Parts
+from layerif.app.sweep import is_swept
 from layerif.data.batches import output_text, prompt_text
 from layerif.models.blocks import layer_map
-from layerif.parts import Parts
 from layerif.pruning.module import PruneModule
 from layerif.record.job import choices_of_run, settings_of
 from layerif.record.record import FAILURE, FILE, RunRecord
 from layerif.record.tracking import tracked
 from layerif.report import print_run
-from layerif.sweep import is_swept
 
 log = logging.getLogger(__name__)
 

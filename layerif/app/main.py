@@ -12,9 +12,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from layerif import sweep
+from layerif.app import sweep
+from layerif.app.messages import explain, of_the_user
 from layerif.app.resolvers import register
-from layerif.explain import explain, of_the_user
 from layerif.files import conf_folder
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -55,7 +55,7 @@ def _job(config: DictConfig) -> float | None:
 
 
 def _run(config: DictConfig) -> float | None:
-    from layerif.run import run  # torch and transformers only where there is work to do
+    from layerif.app.run import run  # torch and transformers only where there is work to do
 
     return run(config)
 

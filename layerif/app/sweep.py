@@ -28,8 +28,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerif.app.messages import explain, of_the_user
 from layerif.app.schema import check_root
-from layerif.explain import explain, of_the_user
 from layerif.record.job import choices_of_run, identity, settings_of, tracking_of
 from layerif.record.record import FAILURE, FILE, Failure, RunRecord
 
