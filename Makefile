@@ -51,7 +51,7 @@ test-gpu: $(READY)
 	@touch $@
 
 test-ekfac: .peers/kronfluence/.ready
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .peers/kronfluence/bin/python -m pytest tests/test_ekfac.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .peers/kronfluence/bin/python -m pytest tests/probe/test_ekfac.py
 
 bench-peers: $(PEERS:%=.peers/%/.ready)
 	$(BIN)/python experiments/benchmark_scoring/peers.py

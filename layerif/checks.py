@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-from layerif.checks import check_choice
-
 
 def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
     """Raises ValueError naming the nearest allowed word if `got` is none of `allowed`."""

@@ -33,7 +33,7 @@ from layerif.moe import LoraMoeConfig
 from layerif.probe import activations, measurements
 from layerif.probe.store import Store
 from layerif.scores import LayerScores
-from tests.test_estimators import ESTIMATORS, LAYERS, gram_of, make
+from tests.estimators.test_estimators import ESTIMATORS, LAYERS, gram_of, make
 from tests.tiny import tiny_model
 
 

@@ -14,8 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.benchmark_scoring import datainf_loop
-from layerif.app.resolvers import register
-from layerif.app.schema import check
+from layerif.app.schema import check, register
 from layerif.files import conf_folder
 from layerif.record.record import RunRecord
 from tests.records import record, written

@@ -15,8 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from layerif.app.messages import first_of
-from layerif.app.resolvers import register
-from layerif.app.schema import check
+from layerif.app.schema import check, register
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import conf_folder
 from layerif.layers import LayerMap

@@ -23,8 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerif.app.main import main
 from layerif.app.messages import first_of
-from layerif.app.resolvers import register
-from layerif.app.schema import check, from_conf
+from layerif.app.schema import check, from_conf, register
 from layerif.app.setup import check_unseen
 from layerif.data.render import Example
 from layerif.data.task import Splits

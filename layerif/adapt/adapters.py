@@ -12,7 +12,6 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from layerif.adapt.adapters import equal_ranks, plain_lora
 from layerif.adapt.module import AdapterModule
 from layerif.allocate.rank import to_rank
 from layerif.checks import did_you_mean

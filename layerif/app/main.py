@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from layerif.app import sweep
 from layerif.app.messages import explain, of_the_user
-from layerif.app.resolvers import register
+from layerif.app.schema import register
 from layerif.files import conf_folder
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

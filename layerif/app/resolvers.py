@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from layerif.app.schema import Config
 from layerif.record.job import folder_name
 
 
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
-    ConfigStore.instance().store(name="schema", node=Config)
+def register_resolvers() -> None:
+    """Make the resolvers known to OmegaConf; calling it again changes nothing."""
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("small", small, replace=True)
     OmegaConf.register_new_resolver("when", when, replace=True)

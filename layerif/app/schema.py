@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from layerif.app.resolvers import register
+from layerif.app.resolvers import register_resolvers
 from layerif.checks import did_you_mean, unknown_key
 from layerif.files import conf_folder
 
@@ -49,6 +50,12 @@ class Config:
     small: bool = False
     outputs: str = MISSING
     store: str = MISSING
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    register_resolvers()
 
 
 # Root keys whose choices are words.

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from layerif.versions import VERSIONS
+
 _KEY = r"[0-9a-f]{64}"
 _ENTRY = re.compile(rf"(?P<measurement>{_KEY})\.safetensors|(?P<model>[^.].*-[0-9a-f]{{12}})")
 _LOCK = re.compile(rf"(?P<name>{_KEY}|[^.].*-[0-9a-f]{{12}})\.lock")
 _UNFINISHED = re.compile(
     rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)"
 )
-# What has a version that is part of a description, named as its module is.
-_VERSIONED = ("probe", "loss", "ekfac", "spectra", "activations", "gates")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -81,8 +80,8 @@ class Entry:
         written = [file.stat().st_mtime for file in self.files if file.exists()]
         return time.time() - max(written, default=time.time())
 
-    def state(self, versions: Mapping[str, str]) -> str:
-        """What there is to say of it. versions: what this program writes, by what it is the version of."""
+    def state(self) -> str:
+        """What there is to say of it."""
         if self.in_use:
             return "in use" if self.path else "being made now"
         if self.path is None:
@@ -92,19 +91,19 @@ class Entry:
         said += [
             f"written by {what} version {written}, unused now"
             for what, written in self._written_by().items()
-            if written != versions[what]
+            if written != str(VERSIONS[what])
         ]
         said += ["beside it an unfinished write"] if self.leftovers else []
         return "; ".join(said)
 
-    def is_unused(self, versions: Mapping[str, str]) -> bool:
-        return bool(self.problem) or any(written != versions[what] for what, written in self._written_by().items())
+    def is_unused(self) -> bool:
+        return bool(self.problem) or any(written != str(VERSIONS[what]) for what, written in self._written_by().items())
 
     def _written_by(self) -> dict[str, str]:
         if not self.header:
             return {}
         description = self.header["description"]
-        probed = {what: str(description[what]) for what in _VERSIONED if what in description}
+        probed = {what: str(description[what]) for what in VERSIONS if what in description}
         return {"store": self.header["version"], **probed}
 
 
@@ -172,13 +171,12 @@ def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> N
     for column in ("samples", "size", "age"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    versions = _versions()
     for entry in listed:
         description = entry.header.get("description", {})
         measured = [str(description.get(what, "")) for what in ("scope", "parameters")]
         samples = f"{entry.samples[0]} + {entry.samples[1]}" if entry.samples else ""
         cells = [entry.key, entry.kind, entry.model, *measured, samples, _bytes(entry.size), _time(entry.age)]
-        table.add_row(*map(escape, cells), escape(entry.state(versions)))
+        table.add_row(*map(escape, cells), escape(entry.state()))
     console.print(table)
     kinds = {entry.kind: [other for other in listed if other.kind == entry.kind] for entry in listed}
     sizes = [f"{len(of)} in {kind} {_bytes(sum(entry.size for entry in of))}" for kind, of in kinds.items()]
@@ -242,8 +240,7 @@ def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
     if given.older_than is not None:
         return [entry for entry in found if entry.files and entry.age > given.older_than]
     if given.unused:
-        versions = _versions()
-        return [entry for entry in found if entry.is_unused(versions)]
+        return [entry for entry in found if entry.is_unused()]
     if given.incomplete:  # an entry being made holds its lock, and is left alone for that
         return [entry for entry in found if entry.leftovers or not (entry.files or entry.in_use)]
     return list(found)
@@ -278,12 +275,6 @@ def _is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _versions() -> dict[str, str]:
-    """Of all that is part of a key. A second for torch, where there is something to compare."""
-    versioned = {what: import_module(f"layerif.{what}") for what in ("store", *_VERSIONED)}
-    return {what: str(module.VERSION) for what, module in versioned.items()}
 
 
 def _size(path: Path) -> int:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerif.data.batches import IGNORED
 from layerif.data.render import Example, Template
 
 Side = Literal["left", "right"]

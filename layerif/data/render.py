@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from layerif.data.render import answer_parser
 from layerif.data.source import Row, column_of, options_of
-from layerif.data.task import Task
+
+if TYPE_CHECKING:
+    from layerif.data.task import Task
 
 
 def answer_parser(pattern: str) -> re.Pattern[str]:

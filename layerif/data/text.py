@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from layerif.checks import did_you_mean
-from layerif.data.text import documentation_text
 
 NAMED = ("documentation", "wikitext2", "c4")
 

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layerif.data.batches import collate, padding_id
 from layerif.data.render import Example, Template, answer_parser
-from layerif.evaluate.generation import GeneratedAnswer, GenerationAccuracy, parse_answer
 from layerif.evaluate.questions import prompts_of, require_some
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import Encoded, collate, padding_id
 from layerif.data.render import Example, Template
-from layerif.evaluate.options import OptionAccuracy, OptionAnswer
 from layerif.evaluate.questions import Question, questions_of, require_some
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from layerif.layers import LayerMap
-from layerif.models.blocks import context_length
 
 Scope = Literal["attention", "mlp", "all"]
 

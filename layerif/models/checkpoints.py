@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    pass
-from layerif.models.pretrained import Pretrained
+    from layerif.models.pretrained import Pretrained
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

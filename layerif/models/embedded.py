@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
 
-if TYPE_CHECKING:
-    pass
 from layerif.files import hash_file
-from layerif.models.pretrained import Pretrained, log
+from layerif.models.pretrained import Pretrained
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

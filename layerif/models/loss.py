@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from layerif.data.batches import IGNORED
 
-VERSION = 1  # part of every cache key: raise it when the meaning of the loss changes
-
 
 def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean next-token cross-entropy (nats) of each sample over its own labelled tokens: (batch,).

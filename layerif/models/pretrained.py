@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from layerif.files import hash_files
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
+from layerif.models.checkpoints import refuse_other_adapter, refuse_other_shapes, shapes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from layerif.files import hash_files
-from layerif.models.checkpoints import refuse_other_adapter, refuse_other_shapes, shapes_of
 
 log = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
-
-
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 

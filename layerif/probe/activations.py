@@ -20,8 +20,6 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import evaluating
 
-VERSION = 1  # part of every cache key: raise it when the meaning of a statistic changes
-
 
 def observe(
     model: nn.Module,

@@ -34,8 +34,6 @@ from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
 
-VERSION = 1  # part of every key: raise it when the meaning of an influence changes
-
 _SUPPORTED = "1.0.1"  # the one release whose factors were compared with the dense definition
 
 

@@ -20,8 +20,6 @@ from layerif.models.blocks import blocks
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
 
-VERSION = 2  # part of every cache key: raise it when the meaning of a gate changes
-
 
 def learn_gates(
     model: nn.Module,

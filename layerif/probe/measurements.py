@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerif import loss, probe
 from layerif.data.batches import Encoded, Encodings, batches, encode, padding_id
 from layerif.data.render import Example
 from layerif.data.task import Splits
@@ -33,6 +32,7 @@ from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
 from layerif.probe.settings import Probe
 from layerif.probe.store import Store
+from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Measurements:
     def grams(self, load: Load) -> tuple[LayerGrams, bool]:
         """The Grams of the samples."""
         projection = [self.probe.projection, self.probe.projection_seed] if self.probe.projection else None
-        description = self._description(probe=probe.VERSION, projection=projection)
+        description = self._description(probe=VERSIONS["probe"], projection=projection)
         shards = Shards.current()
         if shards.rank > 0:
             while (found := shards.share(None)[0]) == _WAIT:
@@ -165,7 +165,7 @@ class Measurements:
     def curvature(self, load: Load, *, damping: float, damping_rule: str) -> tuple[LayerInfluences, bool]:
         """The influences of the samples under EK-FAC with this damping; by one process alone."""
         train, validation = self.samples()
-        description = self._description(ekfac=ekfac.VERSION, damping=[damping, damping_rule])
+        description = self._description(ekfac=VERSIONS["ekfac"], damping=[damping, damping_rule])
 
         def compute(key: str) -> LayerInfluences:
             model = load()
@@ -193,7 +193,7 @@ class Measurements:
         """The spectra of all linear layers of the blocks."""
         layers = self.layers()
         tensors, key, reused = self._by_the_first(
-            "spectra", lambda: spectra.spectra(self._merged(load), layers), spectra=spectra.VERSION
+            "spectra", lambda: spectra.spectra(self._merged(load), layers), spectra=VERSIONS["spectra"]
         )
         eigenvalues = {param: tensors[param] for params in layers.params for param in params}
         return LayerSpectra(layers, eigenvalues, tuple(tensors["seconds"].tolist()), key), reused
@@ -213,7 +213,7 @@ class Measurements:
                 batch_size=self.probe.batch_size,
                 pad_id=padding_id(self.tokenizer),
             ),
-            activations=activations.VERSION,
+            activations=VERSIONS["activations"],
             epsilon=epsilon,
             samples=_hash([sample and (sample.input_ids, sample.prompt_length) for sample in (*right, *wrong)]),
         )
@@ -247,8 +247,8 @@ class Measurements:
         tensors, key, reused = self._by_the_first(
             "gates",
             lambda: {"scores": gates.learn_gates(self._whole(load), layers, train, **settings, **cost)},
-            gates=gates.VERSION,
-            loss=loss.VERSION,
+            gates=VERSIONS["gates"],
+            loss=VERSIONS["loss"],
             train=_hash_of_samples(train),
             **settings,
         )
@@ -276,7 +276,7 @@ class Measurements:
         """All that determines a measurement of the samples' gradients: what the store finds it by."""
         train, validation = self.samples()
         return {
-            "loss": loss.VERSION,
+            "loss": VERSIONS["loss"],
             "model": self.model.fingerprint(),
             "scope": self.probe.scope,
             "parameters": self.probe.parameters,

@@ -11,8 +11,6 @@ from tqdm import tqdm
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 
-VERSION = 1  # part of every cache key: raise it when the meaning of a spectrum changes
-
 
 def spectra(model: nn.Module, layers: LayerMap) -> dict[str, Tensor]:
     """Eigenvalues of WᵀW (squared singular values, ascending, float64) by parameter name, and `seconds` per block.

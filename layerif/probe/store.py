@@ -31,10 +31,10 @@ from torch import Tensor
 from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
 from layerif.files import whole
 from layerif.layers import LayerMap
+from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the file format, part of every key
 _FIELDS = ("train_train", "val_train", "val_norms")
 _MINUTE = 60.0  # seconds; far below what processes wait for one another (30 minutes by default)
 
@@ -120,7 +120,7 @@ class Store:
             seconds = time.perf_counter() - start
             tensors, header = pack(measured)
             header["seconds"] = str(seconds)
-            header["version"] = str(VERSION)
+            header["version"] = str(VERSIONS["store"])
             header["description"] = json.dumps(dict(description), sort_keys=True)
             header["about"] = json.dumps(dict(about or {}))
             _write(tensors, header, file)
@@ -129,7 +129,7 @@ class Store:
         return measured, False
 
     def key(self, description: Mapping[str, Any]) -> str:
-        return fingerprint({**description, "store": VERSION})
+        return fingerprint({**description, "store": VERSIONS["store"]})
 
     def files(self, key: str) -> list[Path]:
         """What is here under this key: at most one measurement of a kind."""
@@ -189,11 +189,11 @@ def _read_once(
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     written_by = header.get("version", "1")
-    if written_by != str(VERSION):
-        raise ValueError(f"it was written by version {written_by} of the store, and this is {VERSION}")
+    if written_by != str(VERSIONS["store"]):
+        raise ValueError(f"it was written by version {written_by} of the store, and this is {VERSIONS['store']}")
     if header.pop("checksum") != _checksum(tensors, header):
         raise ValueError("its checksum does not match its content")
-    if fingerprint({**json.loads(header["description"]), "store": VERSION}) != file.stem:
+    if fingerprint({**json.loads(header["description"]), "store": VERSIONS["store"]}) != file.stem:
         raise ValueError("it holds another measurement than its name says")
     return unpack(tensors, header, file.stem), float(header["seconds"]) if "seconds" in header else None
 

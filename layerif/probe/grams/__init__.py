@@ -4,5 +4,3 @@
 output gradients of the linear layers, `projection` makes them smaller first, `processes` divides the work among processes
 and lays out one matrix's factors, `products` multiplies them.
 """
-
-VERSION = 1  # part of every cache key: raise it when the meaning of a Gram changes

@@ -8,7 +8,7 @@ import pytest
 from layerif.data.task import Task
 from tests.tiny import shipped_task
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompts.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "prompts.json").read_text(encoding="utf-8"))
 
 
 def rows_of(*numbers):

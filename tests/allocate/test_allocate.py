@@ -31,11 +31,11 @@ from layerif.app.schema import from_conf
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PRUNING = json.loads((GOLDEN / "pruning_scores.json").read_text())
 PUBLISHED_EXPERTS = json.loads((GOLDEN / "expert_allocations.json").read_text())
 TASKS = ("mrpc", "cola", "scienceqa", "commonsense_qa", "openbookqa")
-CONF = Path(__file__).parents[1] / "conf" / "allocator"
+CONF = Path(__file__).parents[2] / "conf" / "allocator"
 
 law = settings(deadline=None, max_examples=80)
 any_scores = st.lists(st.floats(0, 1e9), min_size=1, max_size=40)

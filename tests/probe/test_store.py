@@ -18,7 +18,7 @@ from layerif.layers import LayerMap
 from layerif.probe import store as store_module
 from layerif.probe.store import Store, fingerprint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 LAYERS = LayerMap(("block.0", "block.1"), (("block.0.q.weight", "block.0.k.weight"), ("block.1.q.weight",)), (18, 12))
 
@@ -183,7 +183,7 @@ def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-        "from tests.test_store import *\n"
+        "from tests.probe.test_store import *\n"
         f"try: Store({str(tmp_path)!r}).grams({{}}, some_grams)\n"
         "except OSError as error: print('refused:', error)"
     )
@@ -197,7 +197,7 @@ def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
 JOB = """
 import logging, sys, time
 logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO)
-from tests.test_store import Store, some_grams
+from tests.probe.test_store import Store, some_grams
 
 def compute(key):
     print("computing", flush=True)

@@ -15,14 +15,12 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from layerif import loss, probe
 from layerif.app.store import entries, main, show
-from layerif.probe import spectra
-from layerif.probe import store as store_module
 from layerif.probe.store import Store
-from tests.test_store import rewritten, some_grams
+from layerif.versions import VERSIONS
+from tests.probe.test_store import rewritten, some_grams
 
-DESCRIPTION = {"probe": probe.VERSION, "loss": loss.VERSION, "scope": "attention", "parameters": "weights"}
+DESCRIPTION = {"probe": VERSIONS["probe"], "loss": VERSIONS["loss"], "scope": "attention", "parameters": "weights"}
 
 
 @pytest.fixture
@@ -77,8 +75,8 @@ def test_the_list_tells_what_each_entry_is(store):
 
 
 def test_other_versions_are_called_by_name(store, monkeypatch):
-    monkeypatch.setattr(probe, "VERSION", probe.VERSION + 1)
-    assert listing(store).count(f"written by probe version {probe.VERSION - 1}, unused now") == 2
+    monkeypatch.setitem(VERSIONS, "probe", VERSIONS["probe"] + 1)
+    assert listing(store).count(f"written by probe version {VERSIONS['probe'] - 1}, unused now") == 2
     monkeypatch.undo()
     file = store / "grams" / f"{keys(store)['org/first']}.safetensors"
     rewritten(file, lambda header: {**header, "version": "1"})
@@ -88,12 +86,12 @@ def test_other_versions_are_called_by_name(store, monkeypatch):
 
 
 def test_a_measurement_without_samples_is_listed_too_and_its_version_compared(store, monkeypatch):
-    description = {"spectra": spectra.VERSION, "model": "third"}
+    description = {"spectra": VERSIONS["spectra"], "model": "third"}
     Store(store).tensors("spectra", description, lambda: {"seconds": torch.ones(3)}, about={"model": "org/third"})
     (line,) = [line for line in listing(store).splitlines() if "org/third" in line]
     assert [cell.strip() for cell in line.split("│")][2:7] == ["spectra", "org/third", "", "", ""]
     assert "unreadable" not in line
-    monkeypatch.setattr(spectra, "VERSION", spectra.VERSION + 1)
+    monkeypatch.setitem(VERSIONS, "spectra", VERSIONS["spectra"] + 1)
     clear(store, "--unused")
     assert set(keys(store)) == {"org/first", "org/second"}
 
@@ -195,7 +193,7 @@ def test_a_missing_folder_is_said_as_such_before_anything_heavy_is_loaded(tmp_pa
 
 def test_the_headers_version_is_the_stores(store):
     headers = [entry.header for entry in entries(store)[0] if entry.header]
-    assert {header["version"] for header in headers} == {str(store_module.VERSION)}
+    assert {header["version"] for header in headers} == {str(VERSIONS["store"])}
     assert all(json.dumps(header["description"]) for header in headers)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from layerif.report import write
 from tests.records import failure, record, with_before, written
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "experiments").glob("*/report.html"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "experiments").glob("*/report.html"))
 QUIET = (
     "--no-sandbox",
     "--disable-gpu",

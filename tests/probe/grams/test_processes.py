@@ -17,7 +17,7 @@ from layerif.probe.grams import measure as measurement
 from layerif.probe.grams.measure import measure
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
-from tests.test_probe import NUM_TRAIN, assert_equal, batched, samples
+from tests.probe.grams.test_measure import NUM_TRAIN, assert_equal, batched, samples
 from tests.tiny import tiny_model
 
 SIZE = 2

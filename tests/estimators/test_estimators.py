@@ -23,7 +23,7 @@ import layerif.estimators
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.allocate.sparsity import Sparsity
-from layerif.app.resolvers import register
+from layerif.app.schema import register
 from layerif.estimators import _base as gram_module
 from layerif.estimators._base import DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.avss import Avss
@@ -54,7 +54,7 @@ FILES = sorted(
     for file in Path(str(layerif.estimators.__file__)).parent.glob("*.py")
     if file.stem not in ("__init__", "gram")
 )
-CONF = Path(__file__).parents[1] / "conf" / "estimator"
+CONF = Path(__file__).parents[2] / "conf" / "estimator"
 
 LAYERS = LayerMap(
     names=("block.0", "block.1"), params=(("block.0.q", "block.0.o"), ("block.1.q", "block.1.o")), numel=(50, 40)

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from layerif.adapt.adapters import LoRAMoEModule
 from layerif.app.methods._steps import fit
-from layerif.app.resolvers import register
-from layerif.app.schema import check
+from layerif.app.schema import check, register
 from layerif.app.setup import Parts
 from layerif.files import conf_folder
 from layerif.record.record import RunRecord

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layerif.app.methods.prune import check_pruning, prune
-from layerif.app.resolvers import register
-from layerif.app.schema import check
+from layerif.app.schema import check, register
 from layerif.app.setup import Parts
 from layerif.data.text import text
 from layerif.evaluate.harness import zero_shot_means

@@ -8,13 +8,12 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from layerif.config import folder_name, job_of
 from omegaconf import OmegaConf
 
 from layerif.app.main import main
-from layerif.app.resolvers import register
-from layerif.app.schema import check
+from layerif.app.schema import check, register
 from layerif.files import conf_folder
+from layerif.record.job import folder_name, identity, settings_of
 
 CHOICES = [
     (file.parent.name, file.stem) for file in sorted(conf_folder().glob("*/*.yaml")) if file.parent.name != "hydra"
@@ -194,34 +193,55 @@ def test_experiments_override_the_defaults_and_the_command_line_the_experiments(
 
 
 def test_folder_names_are_readable_unique_and_valid():
-    assert folder_name("task=capital,seed=1") == "task=capital,seed=1"
-    paths = [folder_name(f"model.path=/models/{name}") for name in ("a", "b")]
+    assert folder_name(["task=capital", "seed=1"]) == "seed=1,task=capital"
+    paths = [folder_name([f"model.path=/models/{name}"]) for name in ("a", "b")]
     assert len(set(paths)) == 2
     assert all("/" not in path for path in paths)
-    assert folder_name("") == "default"
-    assert len(folder_name("x=" + "1" * 500)) < 120
+    assert folder_name([]) == "default"
+    assert len(folder_name(["x=" + "1" * 500])) < 120
 
 
 @pytest.mark.parametrize(
-    "logged", ["logger=wandb", "logger=[csv,wandb]", "logger.wandb.project=mine", "+logger.wandb.tags=[a,b]"]
+    "incidental",
+    [
+        "logger=wandb",
+        "logger=[csv,wandb]",
+        "logger.wandb.project=mine",
+        "+logger.wandb.tags=[a,b]",
+        "launcher=joblib",
+        "rerun=failed",
+        "small=true",
+        "outputs=/elsewhere",
+    ],
 )
-def test_how_a_job_is_tracked_is_in_no_folder_name(logged):
-    """As it is in no job (`job_of`): tracked otherwise the same sweep finds what is done."""
+def test_what_makes_no_other_job_is_in_no_folder_name(incidental):
+    """A sweep given again with another logger finds what is done."""
     for others in ([], ["seed=1"], ["method=none", "task.columns=[c,d]"]):
-        assert folder_name(",".join(sorted([*others, logged]))) == folder_name(",".join(sorted(others)))
+        assert folder_name([*others, incidental]) == folder_name(others)
+    assert folder_name(["dry_run=true"]) != folder_name([])
 
 
 def test_a_job_is_the_same_wherever_its_results_are_kept():
     here, there, elsewhere = (
-        compose("config", ["logger=none", *overrides])
+        settings_of(compose("config", ["logger=none", *overrides]))
         for overrides in (["outputs=/here", "name=mine"], ["outputs=/there", "store=/store"], ["seed=1"])
     )
-    assert job_of(here) == job_of(there)
-    assert job_of(here)["model"]["cache"] == "outputs/store/models"
-    assert job_of(elsewhere) != job_of(here)
+    assert here == there
+    assert here["model"]["cache"] == "outputs/store/models"
+    assert elsewhere != here
 
 
 def test_a_small_variant_is_another_job_and_says_so():
-    ours, small = (job_of(compose("config", ["logger=none", f"small={value}"])) for value in ("false", "true"))
+    ours, small = (settings_of(compose("config", ["logger=none", f"small={value}"])) for value in ("false", "true"))
     assert (ours.pop("small"), small.pop("small")) == (False, True)
     assert ours == small
+
+
+def test_a_job_is_its_choices_settings_and_inputs_and_no_path_of_a_class():
+    settings = settings_of(compose("config", ["logger=none"]))
+    moved = {**settings, "estimator": {**settings["estimator"], "_target_": "elsewhere.DataInf"}}
+    chosen, inputs = {"estimator": "datainf", "experiment": "none"}, {"rows": "1"}
+    assert identity(chosen, settings, inputs) == identity(chosen, moved, inputs)
+    assert identity(chosen, settings) == identity({**chosen, "experiment": "first_light", "logger": "csv"}, settings)
+    assert identity(chosen, settings) != identity({"estimator": "exact"}, settings)
+    assert identity(chosen, settings, inputs) != identity(chosen, settings, {"rows": "2"})

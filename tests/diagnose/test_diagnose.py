@@ -45,7 +45,7 @@ from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.layers import LayerMap
-from tests.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
+from tests.estimators.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
 from tests.tiny import shipped_task
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,15 @@
+"""The version of everything that the store keeps. Raise one when the meaning of what it names changes.
+
+Each version is part of the store's keys, so measurements of another version are not found again, and `layerif-store`
+says which those are.
+"""
+
+VERSIONS = {
+    "store": 2,  # the format of a file
+    "probe": 1,  # Grams
+    "loss": 1,
+    "ekfac": 1,
+    "spectra": 1,
+    "activations": 1,
+    "gates": 2,
+}
