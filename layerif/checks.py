@@ -1,16 +1,25 @@
-"""Names people type: what is allowed where, and which one was probably meant. Imports nothing heavy."""
+"""Checks of what people type: names, ranges, one value per layer. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 
 def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
     """Raises ValueError naming the nearest allowed word if `got` is none of `allowed`."""
     allowed = tuple(allowed)
     if got not in allowed:
-        raise ValueError(f"{setting} must be one of {', '.join(allowed)}; got {got!r}{did_you_mean(str(got), allowed)}")
+        nearest = did_you_mean(str(got), allowed)
+        raise ValueError(f"{setting}={got!r} is not allowed; allowed: {', '.join(allowed)}{nearest}")
 
 
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:
@@ -40,3 +49,85 @@ def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# Ranges that settings have in common. A field annotated with one of them is refused outside it by `check_fields`.
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Gt(0), Lt(1)]
+
+
+def check_fields(settings: Any, where: str) -> None:
+    """Refuse the first field of a dataclass that lies outside the range or the choices of its annotation.
+
+    An annotation is a type, a `Literal`, a union of these with None, a sequence of them, or
+    `Annotated[type, Ge(1), …, "advice"]` with bounds of `annotated_types`; a text among the bounds says what to do
+    instead. Numbers are finite.
+
+    Args:
+        settings: an instance of a dataclass.
+        where: what its fields are called on the command line, before the dot: `probe`.
+
+    Raises:
+        ValueError: names the field, what it got, what is allowed and the nearest allowed word.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, str) and value == "???":
+            continue
+        check_value(f"{where}.{name}", value, hint)
+
+
+def check_value(setting: str, value: Any, hint: Any) -> None:
+    """Refuse a value outside the range or the choices of an annotation, see `check_fields`."""
+    kind, bounds, advice = _parts(hint)
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        members = [member for member in get_args(kind) if member is not type(None)]
+        if value is None and len(members) < len(get_args(kind)):
+            return
+        if len(members) == 1:
+            check_value(setting, value, members[0])
+        return
+    if origin is Literal:
+        check_choice(setting, value, get_args(kind))
+        return
+    if origin in (list, tuple, Sequence) and not isinstance(value, str) and isinstance(value, Iterable):
+        for item in value:
+            check_value(setting, item, get_args(kind)[0])
+        return
+    if kind not in (int, float):
+        return
+    number = Integral if kind is int else Real
+    fits = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or any(not _BOUNDS[type(bound)][0](value, bound) for bound in bounds):
+        words = " and ".join(_BOUNDS[type(bound)][1](bound) for bound in bounds)
+        what = "a whole number" if kind is int else "a finite number"
+        hint_of_next = f"; {advice}" if advice else ""
+        raise ValueError(f"{setting}={value} is not allowed; allowed: {what}{' ' * bool(words)}{words}{hint_of_next}")
+
+
+_BOUNDS: dict[type, tuple[Callable[[Any, Any], bool], Callable[[Any], str]]] = {
+    Ge: (lambda value, bound: value >= bound.ge, lambda bound: f"of at least {bound.ge}"),
+    Gt: (lambda value, bound: value > bound.gt, lambda bound: f"above {bound.gt}"),
+    Le: (lambda value, bound: value <= bound.le, lambda bound: f"of at most {bound.le}"),
+    Lt: (lambda value, bound: value < bound.lt, lambda bound: f"below {bound.lt}"),
+}
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    named = {field.name for field in fields(kind)}
+    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name in named}
+
+
+def _parts(hint: Any) -> tuple[Any, list[Any], str]:
+    """The type of an annotation, its bounds, and its advice."""
+    if get_origin(hint) is not Annotated:
+        return hint, [], ""
+    kind, *extras = get_args(hint)
+    inner, bounds, advice = _parts(kind)
+    bounds = [*bounds, *(extra for extra in extras if type(extra) in _BOUNDS)]
+    return inner, bounds, next((extra for extra in extras if isinstance(extra, str)), advice)

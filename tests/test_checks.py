@@ -12,7 +12,7 @@ from layerif.checks import check_choice, did_you_mean
 
 def test_an_unknown_choice_is_refused_with_the_allowed_and_the_nearest():
     check_choice("aggregation", "all", ("all", "positive"))
-    message = r"aggregation must be one of all, positive; got 'postive' \(did you mean 'positive'\?\)"
+    message = r"aggregation='postive' is not allowed; allowed: all, positive \(did you mean 'positive'\?\)"
     with pytest.raises(ValueError, match=message):
         check_choice("aggregation", "postive", ("all", "positive"))
 

@@ -15,69 +15,76 @@ BUDGET_TOLERANCE = 1e-6  # of a sparsity, as a fraction of all parameters
 
 @dataclass(frozen=True)
 class Allocation:
-    """What each layer gets.
+    """What each unit (a block or a matrix) gets.
 
-    values: a count per layer (experts, rank), or the fraction of the layer's parameters to remove (sparsity).
-    budget: the sum of the counts, or the parameter-weighted mean of the sparsities; checked on construction, exactly
-        and to 1e-6. numel: parameters per layer, the weights of that mean; only for sparsity.
+    Attributes:
+        units: names of blocks or matrices.
+        kind: what is given.
+        values: a count per unit (experts, rank), or the fraction of the unit's parameters to remove (sparsity).
+        budget: the sum of the counts, or the parameter-weighted mean of the sparsities. It is checked on construction:
+            counts exactly, a mean to 1e-6.
+        sizes: parameters per unit, the weights of that mean; only for a sparsity.
+
+    Raises:
+        ValueError: names the unit whose value is not allowed, or the budget that the values really spend.
     """
 
-    layers: tuple[str, ...]
+    units: tuple[str, ...]
     kind: Kind
     values: tuple[int, ...] | tuple[float, ...]
     budget: int | float
-    numel: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, get_args(Kind))
-        check_unique(self.layers, self.values, what=f"{self.kind} values")
+        check_unique(self.units, self.values, what=f"{self.kind} values")
         allowed = "a fraction in [0, 1]" if self.kind == "sparsity" else "a whole number >= 1"
-        for layer, value in zip(self.layers, self.values, strict=True):
+        for unit, value in zip(self.units, self.values, strict=True):
             if self.kind == "sparsity":
                 valid = is_number(value) and 0 <= value <= 1
             else:
                 valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not valid:
-                raise ValueError(f"{self.kind} of layer {layer!r} must be {allowed}, got {value!r}")
-        spent = spent_budget(self.kind, self.values, self.numel)
+                raise ValueError(f"{self.kind} of {unit!r} must be {allowed}, got {value!r}")
+        spent = spent_budget(self.kind, self.values, self.sizes)
         if abs(spent - self.budget) > (BUDGET_TOLERANCE if self.kind == "sparsity" else 0):
             raise ValueError(f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given")
 
     def by_name(self) -> dict[str, Any]:
-        return dict(zip(self.layers, self.values, strict=True))
+        return dict(zip(self.units, self.values, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold; `from_dict` is its inverse."""
         return {
-            "layers": list(self.layers),
+            "units": list(self.units),
             "kind": self.kind,
             "values": list(self.values),
             "budget": self.budget,
-            "numel": None if self.numel is None else list(self.numel),
+            "sizes": None if self.sizes is None else list(self.sizes),
         }
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Allocation:
         return cls(
-            layers=tuple(saved["layers"]),
+            units=tuple(saved["units"]),
             kind=saved["kind"],
             values=tuple(saved["values"]),
             budget=saved["budget"],
-            numel=None if saved.get("numel") is None else tuple(saved["numel"]),
+            sizes=None if saved.get("sizes") is None else tuple(saved["sizes"]),
         )
 
 
-def spent_budget(kind: Kind, values: Sequence[float], numel: Sequence[int] | None = None) -> int | float:
-    """The sum of counts, or the mean of sparsities weighted by `numel`."""
+def spent_budget(kind: Kind, values: Sequence[float], sizes: Sequence[int] | None = None) -> int | float:
+    """The sum of counts, or the mean of sparsities weighted by `sizes`."""
     if kind != "sparsity":
         return sum(int(value) for value in values)
-    weights = checked_sizes(numel, len(values))
+    weights = checked_sizes(sizes, len(values))
     return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
-def checked_sizes(numel: Sequence[int] | None, num_layers: int) -> list[int]:
-    if numel is None or len(numel) != num_layers or not all(weight > 0 for weight in numel):
+def checked_sizes(sizes: Sequence[int] | None, num_units: int) -> list[int]:
+    if sizes is None or len(sizes) != num_units or not all(size > 0 for size in sizes):
         raise ValueError(
-            f"sparsity needs numel, the number of parameters (>= 1) of each of the {num_layers} layers; got {numel}"
+            f"a sparsity needs sizes, the number of parameters (at least 1) of each of {num_units} units; got {sizes}"
         )
-    return [int(weight) for weight in numel]
+    return [int(size) for size in sizes]

@@ -43,9 +43,9 @@ class File:
         ordered = in_layer_order(dict(zip(names, values, strict=True)), layers.names, source=what)
         if not all(is_number(value) for value in values):
             raise ValueError(f"{what} must hold numbers, got {next(v for v in values if not is_number(v))!r}")
-        numel = layers.numel if self.kind == "sparsity" else None
+        sizes = layers.numel if self.kind == "sparsity" else None
         try:
-            return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, numel), numel)
+            return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, sizes), sizes)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
 

@@ -14,49 +14,93 @@ from typing import Any, TypeVar
 from layerif import PACKAGE
 from layerif.files import whole
 from layerif.record.job import identity
+from layerif.record.older import in_todays_shape
 
 FILE = "record.json"
 FAILURE = "failure.json"
+VERSION = 2  # of the shape of a record
 _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-core", "numpy", "scipy")
 
 
 @dataclass(kw_only=True)
-class RunRecord:
-    """One finished run. Metrics are fractions (0–1), seconds are wall clock, layers are block names in order.
+class ScoresRecord:
+    """One non-negative number per layer, and what a higher one means (`undertrained` or `important`)."""
 
-    choices: by group, the YAML of `conf/` it was composed from. inputs: hashes of what the configuration only names
-    (model, rows, files). samples: (train, validation) behind the
-    scores. scores: one non-negative number per layer, none where the allocation needs none; higher_means, source: what
-    a higher one means and where they are from; reliability: how well two disjoint halves of the samples agree on them
-    (Spearman); fidelity: where the measurement was not exact (projection, half precision), how well it ranks like one
-    that is, see `layerif.decide.Decision`. allocation: kind, budget, values. questions: by metric, whether each
-    evaluated question was answered right, by its id, for paired tests. parameters: total and trainable, and of what a
-    baseline of equal size is compared with. sparsity: the fraction of zeros in each pruned matrix, by name; recovery:
-    how the pruned model was fine-tuned, the experts it got, and the `layerif.decide.Decision` behind them. routing: of
-    an evaluated LoRA-MoE, by block with routers, `load` (share of the tokens' assignments each expert got) and
-    `entropy` (of the routers, in nats), means over the routers of the block and the tokens that evaluation ran.
-    tracking: where wandb has this run (the address of its page, or the name of its folder below `wandb/`).
-    measurements: what was asked of the store, see `layerif.probe.store.Store`. memory_gb: peak of the process in main memory.
-    notes: every departure and warning.
+    layers: list[str]
+    values: list[float]
+    higher_means: str
+
+
+@dataclass(kw_only=True)
+class AllocationRecord:
+    """What each unit (a block or a matrix) gets, and the budget that this spends.
+
+    `sizes` weights the budget where the kind needs it: the parameters of each unit for a sparsity.
     """
 
-    name: str
-    seed: int
-    config: Mapping[str, Any]
-    overrides: list[str]
-    choices: Mapping[str, str] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    layers: list[str] = field(default_factory=list)
-    samples: dict[str, int] = field(default_factory=dict)
-    scores: list[float] = field(default_factory=list)
-    higher_means: str = ""
-    source: str = ""
+    kind: str
+    units: list[str]
+    values: list[int] | list[float]
+    budget: int | float
+    sizes: list[int] | None = None
+
+
+@dataclass(kw_only=True)
+class DecisionRecord:
+    """What was decided before fine-tuning or pruning, and how far its scores can be trusted.
+
+    Attributes:
+        source: where the scores come from, or else the allocation.
+        allocation: what each unit gets.
+        scores: None where the allocator looks at no scores.
+        curves: a summary of the curves that were spent; None where scores were.
+        reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples.
+        fidelity: where the measurement was not exact (projection, half precision), how well it ranks like an exact one.
+        samples: the number of `train` and `validation` samples behind the scores.
+    """
+
+    source: str
+    allocation: AllocationRecord
+    scores: ScoresRecord | None = None
+    curves: dict[str, Any] | None = None
     reliability: float | None = None
     fidelity: dict[str, float] | None = None
-    allocation: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
+    samples: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """One finished run. Metrics are fractions (0–1) or nats, seconds are wall clock.
+
+    Attributes:
+        version: of this shape. A record without one was written by 0.1.0, see `layerif.record.older`.
+        choices: by group, the YAML of `conf/` that the run was composed from.
+        config: the resolved configuration without incidental keys, see `layerif.record.job`.
+        inputs: hashes of the content that the configuration only names (model, rows, files).
+        decision: None where the method decides nothing.
+        answers: by metric, whether each evaluated question was answered right, by its id. Paired tests use them.
+        parameters: total and trainable, and those of the model that a baseline of equal size is compared with.
+        sparsity: the fraction of zeros in each pruned matrix, by name.
+        recovery: how the pruned model was fine-tuned: its `method` and its `decision`.
+        routing: of an evaluated LoRA-MoE, by block with routers, `load` (the share of the tokens' assignments that each
+            expert got) and `entropy` (of the routers, in nats); means over the routers of the block and the tokens.
+        tracking: where wandb has this run: the address of its page, or the name of its folder below `wandb/`.
+        measurements: what was asked of the store, see `layerif.probe.store.Store`.
+        memory_gb: the most main memory that the process held.
+        fingerprint: of what was measured; the store's files are named after it.
+        notes: every departure and warning.
+    """
+
+    version: int = VERSION
+    name: str
+    seed: int
+    choices: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any]
+    overrides: list[str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    decision: DecisionRecord | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    questions: dict[str, dict[str, bool]] = field(default_factory=dict)
+    answers: dict[str, dict[str, bool]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +109,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     measurements: list[dict[str, Any]] = field(default_factory=list)
     memory_gb: float = 0.0
+    fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     git_sha: str | None = field(default_factory=lambda: _git_sha())
@@ -80,12 +125,12 @@ class RunRecord:
         wanted = self.config.get("objective")
         if wanted != "reliability":
             return self.metrics[wanted] if wanted else None
-        if self.reliability is None:
+        if self.decision is None or self.decision.reliability is None:
             raise ValueError(
                 "objective=reliability: these scores have none, for their evidence is not kept sample by sample, or a "
                 "half of it ranks nothing; use an estimator on gradients, such as datainf"
             )
-        return self.reliability
+        return self.decision.reliability
 
     def write(self, folder: Path) -> Path:
         """Write `record.json` whole or not at all; a failure of the same folder is past then."""
@@ -129,14 +174,8 @@ class Failure:
         return _read(cls, folder / FAILURE, "failure")
 
 
-Job = TypeVar("Job", RunRecord, Failure)
-
-
-@dataclass
-class _Allocation:
-    kind: str
-    values: list[float]
-    budget: float
+Job = RunRecord | Failure
+_Job = TypeVar("_Job", RunRecord, Failure)
 
 
 @dataclass
@@ -156,17 +195,16 @@ class _Measured:
 class _Within:
     """What readers take for granted within a record's fields, where these are not empty."""
 
-    allocation: _Allocation | None = None
     routing: dict[str, _Usage] | None = None
     measurements: list[_Measured] | None = None
 
 
-def _read(kind: type[Job], file: Path, what: str) -> Job:
+def _read(kind: type[_Job], file: Path, what: str) -> _Job:
     try:
         text = file.read_text()
-        content = json.loads(text)
+        content = in_todays_shape(json.loads(text))
         _check_keys(kind, content)
-        job = _checker(kind).validate_json(text, strict=True)
+        job = _checker(kind).validate_json(json.dumps(content), strict=True)
         _checker(_Within).validate_json(
             json.dumps({key: value for key, value in content.items() if value}), strict=True
         )
@@ -189,12 +227,16 @@ def _check_keys(kind: type, content: object) -> None:
         raise ValueError(f"unknown key {unknown[0]!r}")
 
 
-def _check_lengths(job: RunRecord | Failure) -> None:
-    if isinstance(job, Failure):
+def _check_lengths(job: Job) -> None:
+    if isinstance(job, Failure) or job.decision is None:
         return
-    for key, values in (("scores", job.scores), ("allocation.values", job.allocation.get("values", ()))):
-        if len(values) not in (0, len(job.layers)):
-            raise ValueError(f"{key} has {len(values)} numbers for {len(job.layers)} layers")
+    given, scores = job.decision.allocation, job.decision.scores
+    counted = {"decision.allocation.values": (given.values, given.units)}
+    if scores:
+        counted["decision.scores.values"] = scores.values, scores.layers
+    for key, (values, names) in counted.items():
+        if len(values) != len(names):
+            raise ValueError(f"{key} has {len(values)} numbers for {len(names)} names")
 
 
 @cache
@@ -215,7 +257,7 @@ def _first_problem(error: ValueError) -> str:
     return f"{where}={str(first['input'])[:40]!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
-def _write(content: RunRecord | Failure, file: Path) -> Path:
+def _write(content: Job, file: Path) -> Path:
     with whole(file) as unfinished:
         unfinished.write_text(json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
     return file

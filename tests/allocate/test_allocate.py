@@ -310,8 +310,8 @@ def test_scores_must_be_finite_and_not_negative(bad):
         (lambda: to_experts([1.0], 4, beta=-1), "beta=-1"),
         (lambda: to_experts([1.0], 4, beta=1, shift="max"), "min, none"),  # pyright: ignore
         (lambda: to_experts([1.0], 4, beta=1, rounding="up"), "largest_remainder, upstream"),  # pyright: ignore
-        (lambda: to_sparsity([1.0], [0], 0.5, epsilon=0.1), "numel"),
-        (lambda: to_sparsity([1.0], [1, 1], 0.5, epsilon=0.1), "numel"),
+        (lambda: to_sparsity([1.0], [0], 0.5, epsilon=0.1), "sizes"),
+        (lambda: to_sparsity([1.0], [1, 1], 0.5, epsilon=0.1), "sizes"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=1.5), r"epsilon=1\.5"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=2), "max_sparsity=2"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=1), r"max_sparsity=1 must be in \(0, 1\)"),
@@ -345,7 +345,7 @@ def test_an_allocation_checks_its_budget_on_construction():
     Allocation(("a", "b"), "sparsity", (0.2, 0.6), 0.3, (3, 1))
     with pytest.raises(ValueError, match=r"budget of 0\.4.* not the 0\.3"):
         Allocation(("a", "b"), "sparsity", (0.2, 0.6), 0.3, (1, 1))
-    with pytest.raises(ValueError, match="needs numel"):
+    with pytest.raises(ValueError, match="needs sizes"):
         Allocation(("a", "b"), "sparsity", (0.2, 0.6), 0.4)
 
 
@@ -369,7 +369,7 @@ def test_an_allocation_refuses_impossible_values_by_layer(kind, values, message)
 )
 def test_allocators_spend_their_budget_by_name_in_any_order_of_scores(allocator):
     allocation = allocator(SCORES, LAYERS)
-    assert allocation.layers == NAMES
+    assert allocation.units == NAMES
     assert Allocation.from_dict(json.loads(json.dumps(allocation.to_dict()))) == allocation
     assert list(allocation.by_name()) == list(NAMES)
     backwards = replace(SCORES, layers=NAMES[::-1], values=SCORES.values[::-1])
@@ -480,7 +480,7 @@ def test_a_shape_gives_each_group_its_count(shape, depth, runs, budget):
     layers = deep(depth)
     allocation = Shape(shape=shape)(SCORES, layers)
     assert [(value, len(list(group))) for value, group in itertools.groupby(allocation.values)] == runs
-    assert (allocation.budget, allocation.kind, allocation.layers) == (budget, "experts", layers.names)
+    assert (allocation.budget, allocation.kind, allocation.units) == (budget, "experts", layers.names)
     assert Shape(shape=shape, budget=budget)(SCORES, layers) == allocation
 
 
@@ -509,7 +509,11 @@ def test_groups_may_be_given_and_ranks_have_shapes_too():
         ({"shape": "2x"}, 4, "digits such as 2468"),
         ({"shape": 2048}, 32, r"allocator\.shape must be a whole number >= 1, got 0"),
         ({"shape": []}, 32, "is empty"),
-        ({"shape": [1, 2], "kind": "sparsity"}, 4, r"allocator\.kind must be one of experts, rank"),
+        (
+            {"shape": [1, 2], "kind": "sparsity"},
+            4,
+            r"allocator\.kind='sparsity' is not allowed; allowed: experts, rank",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(settings, depth, message):

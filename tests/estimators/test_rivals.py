@@ -361,9 +361,9 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [
-        (Alpha, {"fit": "top"}, r"estimator\.fit must be one of mid, peak, peak_upstream"),
+        (Alpha, {"fit": "top"}, r"estimator\.fit='\w+' is not allowed; allowed: mid, peak, peak_upstream"),
         (Outlier, {"multiple": 0}, r"estimator\.multiple=0 must be finite and > 0"),
-        (Dlp, {"centre": "middle"}, r"estimator\.centre must be one of mean, median"),
+        (Dlp, {"centre": "middle"}, r"estimator\.centre='\w+' is not allowed; allowed: mean, median"),
         (Avss, {"epsilon": -1}, r"estimator\.epsilon=-1 must be finite and > 0"),
         (LinearProbe, {"folds": 1}, r"estimator\.folds=1 must be at least 2"),
         (LinearProbe, {"classes": "true"}, r"estimator\.classes.*did you mean 'truth'"),
@@ -372,7 +372,7 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
         (Ila, {"samples_per_step": 0}, r"estimator\.samples_per_step=0 must be at least 1"),
         (Ila, {"learning_rate": NAN}, r"estimator\.learning_rate=nan must be finite"),
         (Ila, {"start": NAN}, r"estimator\.start=nan must be finite"),
-        (GradNorm, {"normalisation": "size"}, r"estimator\.normalisation must be one of"),
+        (GradNorm, {"normalisation": "size"}, r"estimator\.normalisation='\w+' is not allowed; allowed: "),
     ],
 )
 def test_bad_settings_are_refused_by_name(cls, settings, message):

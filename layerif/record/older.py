@@ -1,0 +1,75 @@
+"""Records of 0.1.0 in today's shape, so that a report still reads them.
+
+Version 0.1.0 spread the decision over top-level fields and recorded no choices; these follow from the classes that its
+configuration names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# By group, the choice that 0.1.0 had for a class, where it is not the class's file or its name in small letters.
+_CHOICES = {
+    "model": {"Embedded": "smollm2"},
+    "method": {
+        "LoRAMoEModule": "lora_moe",
+        "LoRAModule": "lora",
+        "EqualLoRAModule": "lora_equal",
+        "PruneModule": "prune",
+    },
+}
+
+
+def in_todays_shape(content: Any) -> Any:
+    """The content of a `record.json` or `failure.json` as it would be written today; a record of today as it is."""
+    if not isinstance(content, dict) or "version" in content or not isinstance(content.get("config"), Mapping):
+        return content
+    today = {**content, "choices": content.get("choices") or choices_of_targets(content["config"])}
+    if "traceback" in content:  # a failure has had no other shape
+        return today
+    old = {key: today.pop(key) for key in _OF_DECISION if key in today}
+    today["answers"] = today.pop("questions", {})
+    allocation = old.get("allocation") or {}
+    if allocation:
+        layers = old.get("layers", [])
+        scores = {"layers": layers, "values": old["scores"], "higher_means": old.get("higher_means", "")}
+        today["decision"] = {
+            "source": old.get("source", ""),
+            "scores": scores if old.get("scores") else None,
+            "allocation": {
+                "kind": allocation.get("kind"),
+                "units": allocation.get("layers", layers),
+                "values": allocation.get("values"),
+                "budget": allocation.get("budget"),
+                "sizes": allocation.get("numel"),
+            },
+            "reliability": old.get("reliability"),
+            "fidelity": old.get("fidelity"),
+            "samples": old.get("samples", {}),
+        }
+    return {"version": 1, **today}
+
+
+def choices_of_targets(config: Mapping[str, Any]) -> dict[str, str]:
+    """The choices behind a configuration of 0.1.0, by group."""
+    found = {}
+    for group in ("model", "task", "estimator", "allocator", "method", "pruner"):
+        node = config.get(group)
+        if not node and group == "method":
+            found[group] = "none"
+        elif isinstance(node, Mapping) and isinstance(node.get("_target_"), str):
+            found[group] = _choice(group, node)
+    return found
+
+
+_OF_DECISION = ("layers", "samples", "scores", "higher_means", "source", "reliability", "fidelity", "allocation")
+
+
+def _choice(group: str, node: Mapping[str, Any]) -> str:
+    *_, module, name = ["", *node["_target_"].split(".")]
+    if group == "task":
+        return str(node.get("name", name))
+    if group == "estimator":
+        return module
+    return _CHOICES.get(group, {}).get(name, name.lower())
