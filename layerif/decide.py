@@ -46,6 +46,26 @@ class Decision:
     fidelity: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
 
+    def record(self):
+        from layerif.record.record import AllocationRecord, DecisionRecord, ScoresRecord
+
+        scores = (
+            None
+            if self.scores is None
+            else ScoresRecord(
+                layers=list(self.scores.layers), values=list(self.scores.values), higher_means=self.scores.higher_means
+            )
+        )
+        samples = {} if self.scores is None else dict(zip(("train", "validation"), self.num_samples, strict=True))
+        return DecisionRecord(
+            source=self.source,
+            allocation=AllocationRecord(**self.allocation.to_dict()),
+            scores=scores,
+            reliability=self.reliability,
+            fidelity=self.fidelity,
+            samples=samples,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decider(Measurements):
@@ -80,6 +100,27 @@ class Decider(Measurements):
             reused=reused,
             **self._samples_behind(evidence),
         )
+
+    def preview(self):
+        return self.rehearse(self.layers())
+
+    @property
+    def measures(self):
+        return self.estimator.needs != "nothing" and getattr(self.allocator, "needs_scores", True)
+
+    def inputs(self):
+        from pathlib import Path
+
+        from layerif.files import hash_file
+        from layerif.models.pretrained import hash_folder
+
+        hashes = {}
+        for part in ("estimator", "allocator"):
+            if path := getattr(getattr(self, part), "path", None):
+                hashes[part] = hash_file(Path(path))
+        for checkpoint in getattr(self.estimator, "checkpoints", ()):
+            hashes[checkpoint] = hash_folder(Path(checkpoint))
+        return hashes
 
     def rehearse(self, layers: LayerMap) -> Allocation:
         """The allocation of equal scores: what is impossible fails here, before any pass over the data."""

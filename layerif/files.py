@@ -34,10 +34,18 @@ def whole(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def carried_on(folder: Path, job: Any) -> bool:
-    """Whether `folder` is what a killed run of `job` (JSON) left; else it is emptied, and marked as this job's.
+def claim_folder(folder: Path, job: Any) -> bool:
+    """Take a folder for a job: keep what a killed run of the same job left in it, and empty it otherwise.
 
-    Processes of one job may ask at the same time, before they know of one another: the first empties it, once.
+    Processes of one job may call this at the same time, before they know of one another; the first empties the folder,
+    once.
+
+    Args:
+        folder: made where it is missing.
+        job: what the folder's content depends on, as JSON.
+
+    Returns:
+        True if a run of the same job has had the folder before, and so its content may be carried on with.
     """
     mark, lock, wanted = folder / "job.json", folder / "job.lock", json.dumps(job, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,144 +1,170 @@
-"""Kinds of adapters: LoRA-MoE, LoRA with a rank per block, LoRA as large as a LoRA-MoE."""
+"""Kinds of adapters: LoRA-MoE, LoRA with a rank per block, and LoRA as large as a LoRA-MoE.
+
+A kind is a dataclass. Its fields are the settings of the method of the same name, and its methods turn an allocation
+into an adapter of PEFT.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
 
-from peft import (
-    LoraConfig,
-    PeftConfig,
-)
+from annotated_types import Ge, Gt, Lt
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
-from layerif.adapt.module import AdapterModule
+from layerif.allocate.allocation import Allocation
 from layerif.allocate.rank import to_rank
-from layerif.checks import did_you_mean
+from layerif.checks import Count, NonNegative, Positive, Whole, check_fields, did_you_mean
 from layerif.models.blocks import blocks
 from layerif.moe import LoraMoeConfig, balance_loss
 from layerif.moe.model import linears_of_blocks
+from layerif.scores import Kind
+
+Scaling = Annotated[float, Gt(0), "it is α/r, and the paper's is 16/8"]
 
 
-class LoRAMoEModule(AdapterModule):
-    """A frozen model with as many LoRA experts per block as the allocation says.
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Settings that every kind of adapter has, and how it is trained.
 
-    Loss: mean over the batch of the per-sample loss, plus `balance_coefficient` times the balance loss. keep_zeros: as
-    in `LoraMoeConfig`. Everything else is as in `AdapterModule`.
+    Attributes:
+        lora_dropout: dropout on the adapter's input.
+        target_modules: names of the linear layers that get an adapter; None: every linear layer of the blocks.
+        learning_rate, weight_decay: of AdamW.
+        warmup_ratio: the share of the optimiser's steps over which the learning rate rises linearly. It falls linearly
+            to zero afterwards.
+        warmup_steps: exactly so many steps instead of the ratio.
+        gradient_checkpointing: keep only the input of each block and run the block again in the backward pass.
+        seed: decides the adapter's first weights and the dropout.
     """
 
-    allocates = "experts"
+    kind: ClassVar[str]  # its name in a checkpoint
+    allocates: ClassVar[Kind]  # the kind of allocation that it spends
 
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        *,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.05,
-        top_k: int = 2,
-        target_modules: list[str] | None = None,
-        balance_coefficient: float = 0.0,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        warmup_steps: int | None = None,
-        gradient_checkpointing: bool = False,
-        keep_zeros: bool = False,
-        seed: int = 0,
-        allocation: dict[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
-        self.check()
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    target_modules: list[str] | None = None
+    learning_rate: Positive = 3e-4
+    weight_decay: NonNegative = 0.0
+    warmup_ratio: Annotated[float, Ge(0), Lt(1), "for steps use method.warmup_steps"] = 0.03
+    warmup_steps: Whole | None = None
+    gradient_checkpointing: bool = False
+    seed: int = 0
 
-    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
+    def __post_init__(self) -> None:
+        check_fields(self, "method")
+
+    def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
+        """Give the configuration of the adapter that this allocation makes on the bare model."""
+        raise NotImplementedError
+
+    def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
+        """Give the terms that are added to the loss of the batch just run: by name, the weight and the value."""
+        return {}
+
+    def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
+        """Count the parameters of the model that this one is a baseline of, by that model's name."""
+        return {}
+
+    def saved(self) -> dict[str, Any]:
+        """Give the settings as a checkpoint holds them; `adapter_of` is the inverse."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraMoeAdapter(Adapter):
+    """A mixture of LoRA experts, with as many experts per block as the allocation says.
+
+    Attributes:
+        r, lora_alpha: rank and α of every expert.
+        top_k: experts that a token takes.
+        balance_coefficient: weight of the balance loss.
+        keep_zeros: keep weights of the base that are zero at zero, see `LoraMoeConfig`.
+    """
+
+    kind: ClassVar[str] = "lora_moe"
+    allocates: ClassVar[Kind] = "experts"
+
+    r: Count = 8
+    lora_alpha: Positive = 16
+    top_k: Count = 2
+    balance_coefficient: NonNegative = 0.0
+    keep_zeros: bool = False
+
+    def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
         names = ("r", "lora_alpha", "lora_dropout", "top_k", "target_modules", "balance_coefficient", "keep_zeros")
-        return LoraMoeConfig(
-            num_experts=allocation, task_type="CAUSAL_LM", **{name: self.hparams[name] for name in names}
-        )
+        settings = {name: getattr(self, name) for name in names}
+        return LoraMoeConfig(num_experts=allocation.by_name(), task_type="CAUSAL_LM", **settings)
 
-    def extra_loss(self, num_samples: int) -> Tensor | float:
-        coefficient = self.hparams["balance_coefficient"]
-        if not coefficient:
-            return 0.0
-        assert self.model is not None
-        balance = balance_loss(self.model)
-        self.log("train/balance", balance, batch_size=num_samples)
-        return coefficient * balance
+    def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
+        return {"balance": (self.balance_coefficient, balance_loss(model))} if self.balance_coefficient else {}
 
 
-class LoRAModule(AdapterModule):
-    """A frozen model with plain PEFT LoRA, of the rank in each block that the allocation says.
+@dataclass(frozen=True, kw_only=True)
+class LoraAdapter(Adapter):
+    """PEFT's LoRA, with the rank in each block that the allocation says.
 
-    scaling: α/r, the same in every block whatever its rank, so that a block of a higher rank does not also learn with
-    a larger factor (`alpha_pattern` follows `rank_pattern`); 2 is the paper's 16/8. Everything else is as in
-    `AdapterModule`.
+    Attributes:
+        scaling: α/r, the same in every block whatever its rank, so that a block of a higher rank does not also learn
+            with a larger factor (`alpha_pattern` follows `rank_pattern`).
     """
 
-    allocates = "rank"
+    kind: ClassVar[str] = "lora"
+    allocates: ClassVar[Kind] = "rank"
 
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        *,
-        scaling: float = 2.0,
-        lora_dropout: float = 0.05,
-        target_modules: list[str] | None = None,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        warmup_steps: int | None = None,
-        gradient_checkpointing: bool = False,
-        seed: int = 0,
-        allocation: dict[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
-        self.check()
+    scaling: Scaling = 2.0
 
-    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
-        return plain_lora(base, allocation, **{name: self.hparams[name] for name in _PLAIN})
+    def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
+        return self.of_ranks(base, allocation.by_name())
+
+    def of_ranks(self, base: nn.Module, ranks: Mapping[str, int]) -> PeftConfig:
+        """Give the configuration of LoRA with these ranks by block."""
+        return plain_lora(
+            base,
+            ranks,
+            scaling=self.scaling,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+        )
 
 
-class EqualLoRAModule(AdapterModule):
-    """Plain LoRA as large as the LoRA-MoE that this allocation of experts would make: the same rank in every block,
-    save that the first blocks have one more where that comes nearer to its number of trainable parameters.
+@dataclass(frozen=True, kw_only=True)
+class EqualLoraAdapter(LoraAdapter):
+    """PEFT's LoRA, as large as the LoRA-MoE that this allocation of experts would make.
 
-    r: the rank of an expert of that LoRA-MoE, whose parameters, routers included, the record states as `lora_moe`
-    beside the trainable ones here. scaling: as in `LoRAModule`.
+    Every block has the same rank, except that the first blocks have one more where that comes nearer to the number of
+    trainable parameters of the LoRA-MoE, routers included.
+
+    Attributes:
+        r: rank of an expert of that LoRA-MoE.
     """
 
-    allocates = "experts"
+    kind: ClassVar[str] = "lora_equal"
+    allocates: ClassVar[Kind] = "experts"
 
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        *,
-        r: int = 8,
-        scaling: float = 2.0,
-        lora_dropout: float = 0.05,
-        target_modules: list[str] | None = None,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        warmup_steps: int | None = None,
-        gradient_checkpointing: bool = False,
-        seed: int = 0,
-        allocation: dict[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)  # the run logs its whole configuration
-        self.check()
+    r: Count = 8
 
-    def adapter(self, base: nn.Module, allocation: Mapping[str, int]) -> PeftConfig:
-        ranks, self.compared = equal_ranks(
-            base, allocation, r=self.hparams["r"], targets=self.hparams["target_modules"]
-        )
-        return plain_lora(base, ranks, **{name: self.hparams[name] for name in _PLAIN})
+    def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
+        ranks, _ = self._equal(base, allocation)
+        return self.of_ranks(base, ranks)
+
+    def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
+        _, num_parameters = self._equal(base, allocation)
+        return {"lora_moe": num_parameters}
+
+    def _equal(self, base: nn.Module, allocation: Allocation) -> tuple[dict[str, int], int]:
+        return equal_ranks(base, allocation.by_name(), r=self.r, targets=self.target_modules)
 
 
-_PLAIN = ("scaling", "lora_dropout", "target_modules")
+_KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoraMoeAdapter, LoraAdapter, EqualLoraAdapter)}
+
+
+def adapter_of(saved: Mapping[str, Any]) -> Adapter:
+    """Rebuild an adapter's settings from what `Adapter.saved` gave."""
+    settings = dict(saved)
+    return _KINDS[settings.pop("kind")](**settings)
 
 
 def plain_lora(
@@ -149,9 +175,17 @@ def plain_lora(
     lora_dropout: float,
     target_modules: Sequence[str] | None,
 ) -> LoraConfig:
-    """PEFT LoRA with rank r_l in block l and α_l = scaling·r_l, on all linear layers of the blocks or the named ones.
+    """Configure PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
 
-    Raises ValueError for a block the model does not have, or one without a rank.
+    Args:
+        base: the bare model, or its skeleton.
+        ranks: by block name.
+        scaling: α/r of every block.
+        lora_dropout: dropout on the adapter's input.
+        target_modules: None takes all linear layers of the blocks.
+
+    Raises:
+        ValueError: names a block that the model does not have, or one without a rank.
     """
     known = list(blocks(base))
     for block in ranks:
@@ -173,11 +207,14 @@ def plain_lora(
 
 def equal_ranks(
     base: nn.Module, experts: Mapping[str, int], *, r: int, targets: Sequence[str] | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Ranks by block of plain LoRA with as many parameters as the LoRA-MoE of these experts, and that number.
+) -> tuple[dict[str, int], int]:
+    """Find the ranks of plain LoRA that come nearest to the size of a LoRA-MoE.
 
     A linear layer of I inputs and O outputs has E·r·(I + O) + E·I parameters with E > 1 experts and a router, r·(I + O)
-    with one, and R·(I + O) in plain LoRA of rank R.
+    with one expert, and R·(I + O) in plain LoRA of rank R.
+
+    Returns:
+        The ranks by block, and the number of parameters of the LoRA-MoE.
     """
     endings = tuple(f".{ending}" for ending in targets or linears_of_blocks(base))
     wanted, per_rank = 0, {}
@@ -192,4 +229,4 @@ def equal_ranks(
         wanted += experts[block] * r * per_rank[block] + routers
     budget = max(len(per_rank), round(wanted * len(per_rank) / sum(per_rank.values())))
     ranks = to_rank([1.0] * len(per_rank), budget)
-    return dict(zip(per_rank, ranks, strict=True)), {"lora_moe": wanted}
+    return dict(zip(per_rank, ranks, strict=True)), wanted

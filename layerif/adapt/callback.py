@@ -1,4 +1,4 @@
-"""Scores the layers and allocates before fine-tuning or pruning starts."""
+"""The callback that scores the layers and allocates before fine-tuning or pruning starts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from layerif.scores import LayerScores
 
 
 class InfluenceCallback(L.Callback):
-    """Decides what every block gets in `setup`, which Lightning runs before the module's `configure_model`.
+    """Decides the allocation in `setup`, which Lightning runs before the module's `configure_model`.
 
-    decide: takes a function that gives the model on the trainer's device, and returns a `Decision`; the model is asked
-    for only if the evidence is not in the store. All processes measure together, and rank 0's decision counts. A module
-    that already has an allocation keeps that. A resumed run keeps the decision of its checkpoint; set
-    `trainer.ckpt_path` before `fit` rather than passing it (Lightning tells nobody of the argument before it restores),
-    and nothing is decided twice.
+    A module that already has an allocation keeps it. A resumed run keeps the decision of its checkpoint: set
+    `trainer.ckpt_path` before `fit` rather than passing it (Lightning tells no callback of the argument before it
+    restores), and nothing is decided twice.
+
+    Args:
+        decide: takes a function that gives the model on the trainer's device, and returns a `Decision`. It asks for the
+            model only if the evidence is not in the store. All processes measure together, and the decision of the
+            first process counts.
     """
 
     def __init__(self, decide: Callable[[Callable[[], nn.Module]], Decision]) -> None:
@@ -35,12 +38,12 @@ class InfluenceCallback(L.Callback):
             return
         if trainer.ckpt_path is not None:
             saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
-            pl_module.allocation = saved["hyper_parameters"]["allocation"]
+            pl_module.allocation = Allocation.from_dict(saved["hyper_parameters"]["allocation"])
             return
         decision = self.decide(lambda: pl_module.base_model().to(trainer.strategy.root_device))
         self.seconds = sum(decision.seconds.values())
-        self.decision = decision = trainer.strategy.broadcast(decision)
-        pl_module.allocation = decision.allocation.by_name()
+        self.decision = trainer.strategy.broadcast(decision)
+        pl_module.allocation = self.decision.allocation
 
     def state_dict(self) -> dict[str, Any]:
         if self.decision is None:

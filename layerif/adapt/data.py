@@ -10,18 +10,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from layerif.checks import Count, check_value
 from layerif.data.batches import Encodings, collate, encode, padding_id
-from layerif.data.render import Example
+from layerif.data.render import Example, Template
 from layerif.data.task import Splits
 
 
 class TaskDataModule(L.LightningDataModule):
-    """A task's train and validation splits as batches for fine-tuning.
+    """A task's train and validation rows as batches for fine-tuning, shuffled by seed and epoch.
 
-    batch_size: samples a device sees at once; times devices and `trainer.accumulate_grad_batches` it is the real batch.
-    drop_partial: leave out the samples that would make the last batch of an epoch smaller (upstream does).
-    Shuffled by (seed, epoch). Samples cut at `max_length` tokens are counted in `train.num_truncated` and
-    `validation.num_truncated`.
+    Samples that are cut at `max_length` tokens are counted in `train.num_truncated` and `validation.num_truncated`.
+
+    Args:
+        splits: the task's rows.
+        tokenizer: of the model that is trained.
+        template: the text around instruction and output.
+        batch_size: samples that a device sees at once. Times the devices and `trainer.accumulate_grad_batches` it is
+            the batch of an optimiser step.
+        max_length: of a sample, in tokens.
+        loss_on: `all` tokens, or only those of the `output`.
+        drop_partial: leave out the samples that would make the last batch of an epoch smaller (upstream does).
+        seed: decides the order.
     """
 
     def __init__(
@@ -29,16 +38,15 @@ class TaskDataModule(L.LightningDataModule):
         splits: Splits,
         tokenizer: Any,
         *,
-        template: Literal["plain", "alpaca"] = "alpaca",
-        batch_size: int = 16,
+        template: Template = "alpaca",
+        batch_size: Count = 16,
         max_length: int = 256,
         loss_on: Literal["all", "output"] = "all",
         drop_partial: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        check_value("data.batch_size", batch_size, Count)
         self.splits, self.tokenizer = splits, tokenizer
         self.batch_size, self.drop_partial, self.seed = batch_size, drop_partial, seed
         self._start = 0
@@ -57,9 +65,9 @@ class TaskDataModule(L.LightningDataModule):
             count -= count % (self.batch_size * accumulated * size)
             if count == 0:
                 raise ValueError(
-                    f"data.drop_partial=true leaves nothing of {len(self.train)} samples at data.batch_size="
-                    f"{self.batch_size} × {accumulated} accumulated × {size} processes; use a smaller batch or "
-                    "drop_partial=false"
+                    f"data.drop_partial=true leaves none of {len(self.train)} samples at data.batch_size="
+                    f"{self.batch_size} × {accumulated} accumulated × {size} processes; use a smaller batch, or "
+                    "data.drop_partial=false"
                 )
         self._sampler = EpochShuffle(
             len(self.train), count, self.seed, self._start, lambda: self._epoch, rank=rank, num_processes=size
@@ -85,16 +93,24 @@ class TaskDataModule(L.LightningDataModule):
 
 
 class EpochShuffle(DistributedSampler):
-    """The share of one process in `count` of `size` positions, in an order that is a function of (seed, epoch).
+    """One process's share of `count` of `size` positions, in an order that is a function of seed and epoch.
 
-    Positions are dealt out in turn: what all processes draw at a step is what one would draw in a batch as large. All
-    draw equally many, so that the first of an order come twice where `count` cannot be dealt out evenly.
+    Positions are dealt out in turn, so that all processes together draw at a step what one process would draw in a
+    batch as large. All draw equally many: the first positions of an order come twice where `count` does not divide.
 
-    drawn: how many of the epoch were taken here; the first epoch begins at `start`, for a run resumed in its middle.
-    epoch: asked when one begins. Lightning's `set_epoch` is one ahead in a run resumed from the end of an epoch.
+    It is a DistributedSampler because Lightning wraps any other sampler in one that draws a whole epoch when it begins,
+    and `drawn` would then tell nothing.
 
-    A DistributedSampler, because Lightning wraps any other in one that draws a whole epoch when it begins: `drawn`
-    would then tell nothing.
+    Attributes:
+        drawn: how many positions of the epoch were taken here.
+
+    Args:
+        size, count: positions there are, and positions of an epoch.
+        seed: decides the order together with the epoch.
+        start: where the first epoch begins, for a run that resumes in its middle.
+        epoch: asked when an epoch begins. Lightning's `set_epoch` is one ahead in a run that resumes from the end of an
+            epoch.
+        rank, num_processes: of this process.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Training curves: losses, learning rate, seconds of a step, how a LoRA-MoE routes; and their past in a resumed run."""
+"""Training curves of losses, learning rate, seconds per step and routing, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ from layerif.moe.usage import UsageMeter, by_block
 from layerif.record.tracking import log_again, log_routing
 
 
-class Curves(L.Callback):
-    """`train/learning_rate` of a step and `train/seconds` it took (batches alone: no validation, no saving).
+class TrainingCurves(L.Callback):
+    """Logs the learning rate of a step and the seconds it took (its batches alone: no validation, no saving).
 
-    Of a LoRA-MoE also, every `trainer.log_every_n_steps` steps, the load of each expert and the entropy of the routers
-    by block, over all training tokens since the last time.
+    For a LoRA-MoE it also logs, every `trainer.log_every_n_steps` steps, the load of each expert and the entropy of the
+    routers by block, over all training tokens since the last time.
 
-    Loggers begin anew with every process. So that they also show what a resumed run's checkpoint stands on, everything
-    logged is written to `file`, a row before the checkpoint of its step (Lightning logs a step after it), and the
-    checkpoint says how many rows and seconds of fitting are behind it, and what the routers did since the last row.
+    Loggers begin anew with every process. A resumed run has to show the past of its checkpoint as well, so everything
+    that is logged is also written to a file, each row before the checkpoint of its step (Lightning logs a step after
+    the checkpoint). The checkpoint says how many rows and how many seconds of fitting lie behind it, and what the
+    routers did since the last row.
+
+    Args:
+        file: of the rows, one JSON object a line.
     """
 
     def __init__(self, file: Path) -> None:
-        self.seconds_before = 0.0  # of fitting, up to the checkpoint this process began with
+        self.seconds_before = 0.0  # of fitting, before the checkpoint that this process began with
         self._file, self._num_rows = file, 0
         self._step = 0
         self._seconds = self._begun = self._fit_begun = 0.0
         self._measuring = ExitStack()
         self._meter: UsageMeter | None = None
-        self._usage: dict[tuple[str, ...], Tensor] = {}  # of the meter, from the checkpoint
+        self._usage: dict[tuple[str, ...], Tensor] = {}  # what the meter had summed at the checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
@@ -60,7 +64,7 @@ class Curves(L.Callback):
             self._meter.restore(self._usage)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        # Lightning's steps of curves, which are one too many in a run resumed from the end of an epoch.
+        # Lightning counts one step too many for curves in a run that resumes from the end of an epoch.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
         self._begun = time.perf_counter()
@@ -91,12 +95,12 @@ class Curves(L.Callback):
         assert self._meter is not None
         usage = self._meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
         if usage and trainer.is_global_zero:
-            routing = by_block(usage, list(pl_module.allocation))
+            routing = by_block(usage, list(pl_module.allocation.units))
             log_routing(trainer.loggers, routing, _step(trainer))
             self._keep({"step": _step(trainer), "routing": routing})
 
     def _keep_logged(self, trainer: L.Trainer, prefix: str) -> None:
-        """What Lightning has of these values for the loggers, or has given them."""
+        """Keep the values that Lightning has for the loggers, or has given them."""
         values = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(prefix)}
         if values and trainer.is_global_zero:
             self._keep({"step": _step(trainer), "metrics": {**values, "epoch": trainer.current_epoch}})
@@ -107,7 +111,7 @@ class Curves(L.Callback):
         self._num_rows += 1
 
     def _kept(self) -> list[dict[str, Any]]:
-        """The rows behind the checkpoint; what was logged after it is made again, and here forgotten."""
+        """Give the rows behind the checkpoint and forget later ones, which are logged again."""
         lines = self._file.read_text().splitlines()[: self._num_rows] if self._file.exists() else []
         with whole(self._file) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines))
@@ -116,5 +120,5 @@ class Curves(L.Callback):
 
 
 def _step(trainer: L.Trainer) -> int:
-    """As Lightning counts the steps of its own curves: from 0, the step at work or just done."""
+    """Give the step at work or just done as Lightning counts it for its own curves, from 0."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,9 +1,10 @@
-"""Fine-tuning: the trainer's callbacks, what is kept, and how a killed run carries on."""
+"""Fine-tuning: the trainer's callbacks, which adapter is kept, and how a killed run carries on."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,45 +12,84 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from layerif.adapt.callback import InfluenceCallback
+from layerif.adapt.data import TaskDataModule
 from layerif.adapt.module import AdapterModule
-from layerif.adapt.progress import Curves
-from layerif.app.setup import Parts
-from layerif.files import carried_on
+from layerif.adapt.progress import TrainingCurves
+from layerif.checks import Count, check_fields
+from layerif.files import claim_folder
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # a folder below the run's; the run removes it once its record stands
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """keep: evaluate the `last` adapter or the `best` on the validation loss.
+    """Settings of how long to train and which adapter to keep.
 
-    patience: stop after so many validations without improvement (None: never). checkpoint_steps: save for a killed run
-    every so many optimiser steps (None: at the end of every epoch).
+    Attributes:
+        keep: evaluate the `last` adapter, or the `best` one on the validation loss.
+        patience: stop after so many validations without improvement; None: never.
+        checkpoint_steps: save for a killed run every so many optimiser steps; None: at the end of every epoch.
     """
 
     keep: Literal["last", "best"] = "last"
-    patience: int | None = None
-    checkpoint_steps: int | None = None
+    patience: Count | None = None
+    checkpoint_steps: Count | None = None
 
     def __post_init__(self) -> None:
-        for name in ("patience", "checkpoint_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"fit.{name}={value} must be at least 1, or null")
+        check_fields(self, "fit")
+
+    def callbacks(self, checkpoints: Path) -> list[Callback]:
+        """Make the trainer's callbacks that stop early and save.
+
+        `last` is saved after everything that a validation changes, so that a resumed run knows of the best so far.
+        """
+        found: list[Callback] = []
+        if self.patience is not None:
+            found.append(EarlyStopping("validation/loss", patience=self.patience, check_on_train_epoch_end=False))
+        saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
+        if self.keep == "best":
+            found.append(saved(filename="best", monitor="validation/loss", save_on_train_epoch_end=False))
+        if self.checkpoint_steps is None:
+            return [*found, saved(filename="last")]
+        every = self.checkpoint_steps
+        return [*found, StepCheckpoint(checkpoints, "last", every_n_train_steps=every, enable_version_counter=False)]
 
 
-def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
-    """The fine-tuned model on the trainer's device; its adapter is in `folder`."""
-    kept: Fit = instantiate(parts.config.fit)
-    data = parts.datamodule()
-    checkpoints = folder / "checkpoints"
-    curves = Curves(checkpoints / "curves.jsonl")
-    trainer = parts.trainer([influence, curves, *callbacks(kept, checkpoints)], folder)
+def train(
+    module: AdapterModule,
+    data: TaskDataModule,
+    influence: InfluenceCallback,
+    fit: Fit,
+    make_trainer: Callable[[list[Callback]], L.Trainer],
+    record: RunRecord,
+    folder: Path,
+    *,
+    measure_validation: bool = False,
+) -> Any:
+    """Fine-tune the adapter, carrying on where a killed run of the same job stopped in this folder.
+
+    Args:
+        module: made, not yet fitted.
+        data: the task's batches.
+        influence: decides the allocation where the module has none.
+        fit: which adapter to keep.
+        make_trainer: makes the trainer with these callbacks.
+        record: gets seconds, parameters and notes.
+        folder: the run's; the adapter is saved in it.
+        measure_validation: put the validation loss of the kept adapter into the record.
+
+    Returns:
+        The fine-tuned model on the trainer's device.
+    """
+    checkpoints = folder / CHECKPOINTS
+    curves = TrainingCurves(checkpoints / "curves.jsonl")
+    trainer = make_trainer([influence, curves, *fit.callbacks(checkpoints)])
     start = time.perf_counter()
     trainer.ckpt_path = _unfinished(checkpoints, record)
     run_trainer(trainer, module, data)
@@ -57,19 +97,10 @@ def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, rec
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
             record.notes.append(f"{encodings.num_truncated} of {len(encodings)} {part} samples cut at data.max_length")
-    if kept.keep == "best":
-        best = checkpoints / "best.ckpt"
-        if not best.exists():
-            raise ValueError(
-                "fit.keep=best found no validation to choose by: training ended before the first; raise "
-                "trainer.max_steps, lower trainer.val_check_interval, or use fit.keep=last"
-            )
-        module.on_load_checkpoint(torch.load(best, map_location="cpu", weights_only=True))
-    if parts.config.get("objective") == "validation/loss":
-        found = trainer.validate(module, datamodule=data, verbose=False)
-        if not found:
-            raise ValueError("objective=validation/loss found no validation rows; set trainer.limit_val_batches=1.0")
-        record.metrics["validation/loss"] = found[0]["validation/loss"]
+    if fit.keep == "best":
+        _load_best(module, checkpoints / "best.ckpt")
+    if measure_validation:
+        record.metrics["validation/loss"] = _validation_loss(trainer, module, data)
     model: Any = module.model
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     record.parameters = {
@@ -83,7 +114,7 @@ def train(parts: Parts, module: AdapterModule, influence: InfluenceCallback, rec
 
 
 def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:
-    """`trainer.fit`, leaving on Ctrl-C by KeyboardInterrupt like everything else."""
+    """Run `trainer.fit`, and leave on Ctrl-C by KeyboardInterrupt as everything else does."""
     try:
         trainer.fit(module, datamodule=data)
     except SystemExit:
@@ -92,24 +123,10 @@ def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.Lightning
         raise
 
 
-def callbacks(kept: Fit, checkpoints: Path) -> list[Callback]:
-    """`last` is saved after all that a validation changes: a run resumed from it knows of the best so far."""
-    found: list[Callback] = []
-    if kept.patience is not None:
-        found.append(EarlyStopping("validation/loss", patience=kept.patience, check_on_train_epoch_end=False))
-    saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
-    if kept.keep == "best":
-        found.append(saved(filename="best", monitor="validation/loss", save_on_train_epoch_end=False))
-    if kept.checkpoint_steps is None:
-        return [*found, saved(filename="last")]
-    last = StepCheckpoint(checkpoints, "last", every_n_train_steps=kept.checkpoint_steps, enable_version_counter=False)
-    return [*found, last]
-
-
 class StepCheckpoint(ModelCheckpoint):
-    """Saves every so many steps; where a validation follows the step, after it.
+    """Saves every so many steps; where a validation follows the step, after the validation.
 
-    From a checkpoint of the end of a batch Lightning carries on behind the validation that was due then.
+    From a checkpoint of the end of a batch, Lightning carries on behind the validation that was due then.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
@@ -121,13 +138,29 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
-def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
-    """The checkpoint of a killed run of the same job in this folder.
+def _load_best(module: AdapterModule, file: Path) -> None:
+    if not file.exists():
+        raise ValueError(
+            "fit.keep=best found no validation to choose by: training ended before the first; raise "
+            "trainer.max_steps, lower trainer.val_check_interval, or use fit.keep=last"
+        )
+    module.on_load_checkpoint(torch.load(file, map_location="cpu", weights_only=True))
 
-    The same for all processes of a run: none trains before all have found out.
+
+def _validation_loss(trainer: L.Trainer, module: AdapterModule, data: TaskDataModule) -> float:
+    found = trainer.validate(module, datamodule=data, verbose=False)
+    if not found:
+        raise ValueError("objective=validation/loss found no validation rows; set trainer.limit_val_batches=1.0")
+    return found[0]["validation/loss"]
+
+
+def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
+    """Give the checkpoint of a killed run of the same job in this folder.
+
+    All processes of a run get the same answer, because none trains before all have asked.
     """
     last = checkpoints / "last.ckpt"
-    if carried_on(checkpoints, record.identity) and last.exists():
+    if claim_folder(checkpoints, record.identity) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
             record.notes.append("wandb has this run anew, from its first step, beside the one that did not finish")

@@ -1,4 +1,4 @@
-"""The objects a configuration names."""
+"""The objects that a configuration names, made and checked against one another."""
 
 from __future__ import annotations
 
@@ -15,30 +15,43 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.adapt.data import TaskDataModule
-from layerif.data.task import Splits
+from layerif.adapt.train import Fit
+from layerif.app.methods import Method
+from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
-from layerif.models.pretrained import hash_folder
+from layerif.models.pretrained import Pretrained
 from layerif.probe.store import Store
 
+# Settings that may be the path of a file; a file of other content makes another job.
+_FILES = ("method.allocation", "method.calibration.text", "evaluation.text")
 
-class Parts:
-    """The objects a configuration names, checked against one another.
 
-    No weights are loaded here, save that the embedded model is converted the first time it is asked for anything.
+class Setup:
+    """The objects that a configuration names, checked against one another.
+
+    No weights are loaded here, except that the embedded model is converted the first time anything asks for it.
+
+    Attributes:
+        config: the composed configuration.
+        model, task, method, evaluation, fit: the objects of these keys.
+        splits: the task's rows.
+        scored: the rows that scores are measured on: those of `score_task`, or else the task's own.
+        decider: scores the layers and allocates.
     """
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
-        self.model = instantiate(config.model)
-        self.task = instantiate(config.task)
+        self.model: Pretrained = instantiate(config.model)
+        self.task: Task = instantiate(config.task)
+        self.method: Method = instantiate(config.method, _convert_="all")
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
-        instantiate(config.fit)  # checked by making it
+        self.fit: Fit = instantiate(config.fit)
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
-        score_task = instantiate(config.score_task) if config.score_task else None
+        score_task: Task | None = instantiate(config.score_task) if config.score_task else None
         self.scored = score_task.load() if score_task else self.splits
         check_unseen(self.scored, self.splits)
         trainer = self.trainer([], Path())
@@ -55,41 +68,42 @@ class Parts:
             spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
             num_processes=trainer.world_size,
         )
-        check_spent(config.method, self.decider.rehearse(self.decider.layers()).kind)
-        if config.method or self.evaluation.before:
+        check_spent(self.method, self.decider.preview().kind)
+        if self.method.evaluates or self.evaluation.before:
             longest = context_length(self.model.skeleton())
             self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest, score_task=score_task)
 
     def inputs(self) -> dict[str, str]:
-        """What the configuration only names: a job is the same if the content is, too."""
-        hashes = {"rows": self.splits.fingerprint, **self.model.inputs()}
+        """Hash the content that the configuration only names: other content makes another job."""
+        hashes = {"rows": self.splits.fingerprint, **self.model.inputs(), **self.decider.inputs()}
         if self.scored is not self.splits:
             hashes["score_task"] = self.scored.fingerprint
-        for part in ("estimator", "allocator"):
-            if path := getattr(getattr(self.decider, part), "path", None):
-                hashes[part] = hash_file(Path(path))
-        for setting in ("method.allocation", "method.calibration.text", "evaluation.text"):
+        for setting in _FILES:
             path = OmegaConf.select(self.config, setting)
             if isinstance(path, str) and Path(path).is_file():
                 hashes[setting] = hash_file(Path(path))
-        for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
-            hashes[checkpoint] = hash_folder(Path(checkpoint))
         return hashes
 
-    def method(self) -> Any:
-        """A Lightning module to fit, something to call, or None (scores and allocation only)."""
-        return instantiate(OmegaConf.to_container(self.config.method, resolve=True)) if self.config.method else None
-
     def datamodule(self) -> TaskDataModule:
+        """Make the batches of the task for fine-tuning."""
         return instantiate(self.config.data)(self.splits, self.tokenizer)
 
     @cached_property
     def loggers(self) -> list[Logger]:
-        """Every one the configuration names, the same for all trainers of the run."""
+        """Every logger that the configuration names, the same objects for all trainers of the run."""
         return [instantiate(logger) for logger in self.config.logger.values()]
 
     def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
-        """overrides: settings of the trainer that a method fixes."""
+        """Make a trainer that works in this folder.
+
+        Args:
+            callbacks: without any, nothing is logged either.
+            folder: the run's.
+            **overrides: settings of the trainer that a method fixes.
+
+        Raises:
+            ValueError: for settings that Lightning refuses.
+        """
         logger = self.loggers if callbacks else False
         try:
             return instantiate(
@@ -107,30 +121,31 @@ class Parts:
             raise ValueError(f"trainer: {error.__cause__ or error}{cpu}") from error
 
 
-def check_spent(method: DictConfig | None, given: str) -> None:
-    """Refuse a method that cannot spend what the allocator gives (experts, rank, sparsity)."""
-    target = method["_target_"] if method else ""
-    wanted = get_class(target).allocates if target else None  # type: ignore[attr-defined]
-    if wanted in (None, given):
+def check_spent(method: Method, given: str) -> None:
+    """Refuse a method that cannot spend the kind of allocation that the allocator gives (experts, rank, sparsity)."""
+    if method.allocates in (None, given):
         return
-    files = {file.stem: file for file in sorted((conf_folder() / "method").glob("*.yaml"))}
-    targets = {name: str(OmegaConf.select(OmegaConf.load(file), "_target_") or "") for name, file in files.items()}
-    name = next((name for name, each in targets.items() if each == target), target)
-    able = [name for name, each in targets.items() if each and get_class(each).allocates == given]  # type: ignore[attr-defined]
+    kinds = {file.stem: _method_class(file).allocates for file in sorted((conf_folder() / "method").glob("*.yaml"))}
+    able = [name for name, kind in kinds.items() if kind == given]
     raise ValueError(
-        f"the allocator gives {given}, method={name} spends {wanted}; use allocator={wanted}, or "
-        f"{''.join(f'method={name}, ' for name in able)}or method=none for scores and allocation only"
+        f"the allocator gives {given}, and method={method.name} spends {method.allocates}; use "
+        f"allocator={method.allocates}, or {''.join(f'method={name}, ' for name in able)}or method=none for scores and "
+        "allocation only"
     )
 
 
 def check_unseen(scored: Splits, splits: Splits) -> None:
-    """Refuse scores of rows that are evaluated on; within one task its own `load` does."""
+    """Refuse scores of rows that are evaluated; within one task, the task's own `load` refuses them."""
     if scored is splits:
         return
     asked = {example.question for example in splits.test}
     seen = sum(example.question in asked for example in (*scored.train, *scored.validation))
     if seen:
         raise ValueError(
-            f"{seen} train or validation rows of score_task ask what test rows of the task ask: scores would see what "
-            "they are judged by; name another score_task, or null for the task's own rows"
+            f"{seen} train or validation rows of score_task ask what test rows of the task ask, so the scores would see "
+            "what they are judged by; name another score_task, or null for the task's own rows"
         )
+
+
+def _method_class(file: Path) -> type[Method]:
+    return get_class(OmegaConf.load(file)["_target_"])  # type: ignore[return-value]

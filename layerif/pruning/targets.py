@@ -83,7 +83,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, str]:
     """For every matrix the most specific name in the allocation."""
-    used = {name: _most_specific(name, allocation) for name in found}
+    used = {name: _covering(name, allocation) for name in found}
     known = [*found, *{name.rpartition(".")[0] for name in found}]
     for key, sparsity in allocation.items():
         if not any(_covers(key, name) for name in found):
@@ -98,7 +98,14 @@ def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, 
     return {name: key for name, key in used.items() if key is not None}
 
 
-def _most_specific(name: str, allocation: Mapping[str, float]) -> str | None:
+def most_specific(name: str, allocation: Mapping[str, float]) -> str:
+    """Find the name in the allocation that decides about a matrix: its own, or else that of the module around it."""
+    found = _covering(name, allocation)
+    assert found is not None, name
+    return found
+
+
+def _covering(name: str, allocation: Mapping[str, float]) -> str | None:
     return max((key for key in allocation if _covers(key, name)), key=len, default=None)
 
 

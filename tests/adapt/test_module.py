@@ -18,11 +18,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from layerif.adapt.adapters import EqualLoRAModule, LoRAModule, LoRAMoEModule
+from layerif.adapt.adapters import Adapter, EqualLoraAdapter, LoraAdapter, LoraMoeAdapter, adapter_of
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.data import EpochShuffle, TaskDataModule
-from layerif.adapt.module import AdapterModule
-from layerif.adapt.train import Fit
+from layerif.adapt.module import AdapterModule, check_fits
+from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.data.batches import collate
@@ -40,6 +40,19 @@ from tests.command import run_layerif
 from tests.tiny import shipped_task, tiny_model
 
 ALLOCATION = {"model.layers.0": 1, "model.layers.1": 3, "model.layers.2": 2}
+KINDS = (LoraMoeAdapter, LoraAdapter, EqualLoraAdapter)
+
+
+def module_of(kind: type[Adapter], model_config, *, allocation=None, **settings: Any) -> AdapterModule:
+    given = None if allocation is None else counts(allocation, kind)
+    return AdapterModule(kind(**settings), model_config, given)
+
+
+def counts(by_name: dict[str, int], kind: type[Adapter] = LoraMoeAdapter) -> Allocation:
+    return Allocation(tuple(by_name), kind.allocates, tuple(by_name.values()), sum(by_name.values()))
+
+
+moe, lora, equal = (partial(module_of, kind) for kind in KINDS)
 
 
 @pytest.fixture
@@ -100,14 +113,14 @@ def adapter(module: AdapterModule) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 13}])
 @pytest.mark.parametrize("killed_at", [3, 5, 7])
 def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, model_config, data, killed_at, limit):
-    whole = LoRAMoEModule(model_config, allocation=ALLOCATION, seed=1)
+    whole = moe(model_config, allocation=ALLOCATION, seed=1)
     trainer(tmp_path / "whole", **limit).fit(whole, data(seed=1))
 
-    killed = LoRAMoEModule(model_config, allocation=ALLOCATION, seed=1)
+    killed = moe(model_config, allocation=ALLOCATION, seed=1)
     with pytest.raises(SystemExit):
         trainer(tmp_path / "killed", StopAt(killed_at + 1), **limit).fit(killed, data(seed=1))
     torch.manual_seed(99)  # nothing may depend on the state a fresh process happens to have
-    resumed = LoRAMoEModule(model_config, allocation=ALLOCATION, seed=1)
+    resumed = moe(model_config, allocation=ALLOCATION, seed=1)
     trainer(tmp_path / "resumed", **limit).fit(resumed, data(seed=1), ckpt_path=str(tmp_path / "killed" / "last.ckpt"))
     expected = adapter(whole)
     assert expected
@@ -117,11 +130,11 @@ def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, model_config, data, k
 
 def test_plain_lora_resumes_bit_for_bit_too(tmp_path, model_config, data):
     settings: dict[str, Any] = {"allocation": ALLOCATION, "seed": 1}
-    whole = LoRAModule(model_config, **settings)
+    whole = lora(model_config, **settings)
     trainer(tmp_path / "whole").fit(whole, data(seed=1))
     with pytest.raises(SystemExit):
-        trainer(tmp_path / "killed", StopAt(6)).fit(LoRAModule(model_config, **settings), data(seed=1))
-    resumed = LoRAModule(model_config, **settings)
+        trainer(tmp_path / "killed", StopAt(6)).fit(lora(model_config, **settings), data(seed=1))
+    resumed = lora(model_config, **settings)
     trainer(tmp_path / "resumed").fit(resumed, data(seed=1), ckpt_path=str(tmp_path / "killed" / "last.ckpt"))
     expected = adapter(whole)
     assert any(bool(value.any()) for name, value in expected.items() if "lora_B" in name)
@@ -131,7 +144,7 @@ def test_plain_lora_resumes_bit_for_bit_too(tmp_path, model_config, data):
 
 def test_plain_lora_has_the_rank_of_its_block_and_one_scaling_everywhere(tmp_path, model_config, data):
     ranks = {"model.layers.0": 1, "model.layers.1": 11, "model.layers.2": 3}
-    module = LoRAModule(model_config, allocation=ranks, scaling=1.5)
+    module = lora(model_config, allocation=ranks, scaling=1.5)
     trainer(tmp_path, max_steps=2).fit(module, data())
     expected = 0
     model: Any = module.model
@@ -153,10 +166,10 @@ def test_plain_lora_has_the_rank_of_its_block_and_one_scaling_everywhere(tmp_pat
 
 def test_the_callback_gives_plain_lora_its_ranks(tmp_path, model_config, model_folder, data, splits):
     decide = replace(decider(model_folder, splits, tmp_path / "store"), allocator=Rank(budget=20))
-    module = LoRAModule(model_config)
+    module = lora(model_config)
     trainer(tmp_path, InfluenceCallback(decide), max_steps=1).fit(module, data())
     assert module.allocation is not None
-    assert sum(module.allocation.values()) == 20
+    assert sum(module.allocation.values) == 20
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
@@ -164,10 +177,10 @@ def test_the_callback_gives_plain_lora_its_ranks(tmp_path, model_config, model_f
 def test_the_baseline_of_equal_size_is_as_near_as_ranks_come(model_config, targets, experts):
     allocation = dict(zip(ALLOCATION, experts, strict=True))
     shared: dict[str, Any] = {"allocation": allocation, "r": 4, "target_modules": targets}
-    moe, plain = LoRAMoEModule(model_config, **shared), EqualLoRAModule(model_config, **shared)
-    for module in (moe, plain):
+    mixture, plain = moe(model_config, **shared), equal(model_config, **shared)
+    for module in (mixture, plain):
         module.configure_model()
-    of_moe, of_plain = (sum(value.numel() for value in adapter(module).values()) for module in (moe, plain))
+    of_moe, of_plain = (sum(value.numel() for value in adapter(module).values()) for module in (mixture, plain))
     assert plain.compared == {"lora_moe": of_moe}
     assert plain.model is not None
     linears: list[Any] = [module for module in plain.model.modules() if isinstance(module, LoraLayer)]
@@ -188,86 +201,57 @@ def test_the_baseline_of_equal_size_is_as_near_as_ranks_come(model_config, targe
 )
 def test_ranks_of_another_model_are_refused(model_config, ranks, message):
     with pytest.raises(ValueError, match=message):
-        LoRAModule(model_config, allocation=ranks).configure_model()
+        lora(model_config, allocation=ranks).configure_model()
 
 
-@pytest.mark.parametrize("cls", [LoRAMoEModule, LoRAModule, EqualLoRAModule])
-def test_an_adapter_is_rehearsed_without_weights(model_config, cls):
-    def rehearse(**settings):
-        cls(model_config, **settings).rehearse(Local(path=model_config["path"]).skeleton(), ALLOCATION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whether_an_adapter_fits_is_found_out_without_weights(model_config, kind):
+    def fits(**settings):
+        check_fits(kind(**settings), Local(path=model_config["path"]).skeleton(), counts(ALLOCATION, kind))
 
-    rehearse()
-    rehearse(target_modules=["q_proj", "mlp.up_proj"])
+    fits()
+    fits(target_modules=["q_proj", "mlp.up_proj"])
     with pytest.raises(ValueError, match=r"target_modules holds 'q_porj', which names nothing .* mean 'q_proj'"):
-        rehearse(target_modules=["v_proj", "q_porj"])
+        fits(target_modules=["v_proj", "q_porj"])
 
 
-@pytest.mark.parametrize(
-    ("cls", "setting", "value"),
-    [
-        (LoRAMoEModule, "learning_rate", -1.0),
-        (LoRAMoEModule, "learning_rate", float("nan")),
-        (LoRAMoEModule, "learning_rate", float("inf")),
-        (LoRAMoEModule, "weight_decay", -0.1),
-        (LoRAMoEModule, "warmup_steps", -5),
-        (LoRAMoEModule, "r", 0),
-        (LoRAMoEModule, "top_k", 0),
-        (LoRAMoEModule, "lora_alpha", 0),
-        (LoRAMoEModule, "lora_dropout", 2),
-        (LoRAModule, "lora_dropout", 1),
-        (LoRAMoEModule, "balance_coefficient", -1),
-    ],
-)
-def test_a_setting_that_cannot_be_is_refused_when_it_is_made(model_config, cls, setting, value):
-    with pytest.raises(ValueError, match=rf"method\.{setting}={value} must "):
-        cls(model_config, **{setting: value})
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_comes_back_from_what_a_checkpoint_holds_of_it(kind):
+    settings = kind(learning_rate=0.01, target_modules=["q_proj"])
+    assert adapter_of(settings.saved()) == settings
 
 
-@pytest.mark.parametrize("setting", ["patience", "checkpoint_steps"])
-@pytest.mark.parametrize("value", [0, -1])
-def test_what_is_kept_of_a_fit_is_checked(setting, value):
-    with pytest.raises(ValueError, match=rf"fit\.{setting}={value} must be at least 1"):
-        Fit(**{setting: value})
+def test_advice_comes_with_a_refused_setting():
+    with pytest.raises(
+        ValueError, match=r"method\.warmup_ratio=1 is not allowed; .*; for steps use method\.warmup_steps"
+    ):
+        LoraMoeAdapter(warmup_ratio=1)
 
 
 def test_a_batch_holds_a_sample(data):
-    with pytest.raises(ValueError, match=r"data\.batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=0 is not allowed; allowed: a whole number of at least 1"):
         data(batch_size=0)
 
 
-@pytest.mark.parametrize("cls", [LoRAMoEModule, LoRAModule, EqualLoRAModule])
-def test_settings_all_adapters_share_are_checked(cls, model_config):
+def test_an_adapter_is_not_trained_on_top_of_another(model_config):
     with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/adapter'; merge"):
-        cls({**model_config, "adapter": "/adapter"})
-    with pytest.raises(ValueError, match=r"warmup_ratio=1 must lie in \[0, 1\)"):
-        cls(model_config, warmup_ratio=1)
-
-
-@pytest.mark.parametrize("kind", [LoRAModule, EqualLoRAModule])
-def test_plain_lora_needs_a_scaling(model_config, kind):
-    with pytest.raises(ValueError, match=r"method\.scaling=0 must be above 0"):
-        kind(model_config, scaling=0)
-
-
-def test_plain_lora_of_equal_size_needs_a_rank_to_equal(model_config):
-    with pytest.raises(ValueError, match=r"method\.r=0 must be at least 1"):
-        EqualLoRAModule(model_config, r=0)
+        moe({**model_config, "adapter": "/adapter"})
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_help(tmp_path, model_config, data):
-    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    module = moe(model_config, allocation=ALLOCATION)
     trainer(tmp_path, max_steps=2).fit(module, data())
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["state_dict"]
     assert all("lora" in name for name in saved["state_dict"])
-    loaded = LoRAMoEModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
-    assert loaded.allocation == ALLOCATION
+    loaded = AdapterModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
+    assert loaded.allocation == counts(ALLOCATION)
     for name, value in adapter(module).items():
         assert torch.equal(value, adapter(loaded)[name])
 
 
 def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_folder):
-    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    module = moe(model_config, allocation=ALLOCATION)
     trainer(tmp_path, max_steps=2).fit(module, data())
     before = Local(path=str(model_folder)).load().state_dict()
     assert module.model is not None
@@ -292,51 +276,51 @@ def decider(model_folder, splits, store) -> Decider:
 
 def test_the_callback_decides_before_the_model_is_built(tmp_path, model_config, model_folder, data, splits):
     callback = InfluenceCallback(decider(model_folder, splits, tmp_path / "store"))
-    module = LoRAMoEModule(model_config)
+    module = moe(model_config)
     trainer(tmp_path, callback, max_steps=1).fit(module, data())
     assert callback.decision is not None
     assert not callback.decision.reused
-    assert module.allocation == callback.decision.allocation.by_name()
+    assert module.allocation == callback.decision.allocation
     assert sum(callback.decision.allocation.values) == 9
     assert isinstance(module.model, PeftModel)
-    assert module.model.peft_config["default"].num_experts == module.allocation  # type: ignore[union-attr]
+    assert module.model.peft_config["default"].num_experts == module.allocation.by_name()  # type: ignore[union-attr]
 
 
 def test_a_resumed_run_takes_the_allocation_of_its_checkpoint(tmp_path, model_config, model_folder, data, splits):
     first = InfluenceCallback(decider(model_folder, splits, tmp_path / "store"))
-    trainer(tmp_path, first, max_steps=1).fit(LoRAMoEModule(model_config), data())
+    trainer(tmp_path, first, max_steps=1).fit(moe(model_config), data())
 
     def never(_):
         raise AssertionError("must not decide again")
 
     again = InfluenceCallback(never)
-    module = LoRAMoEModule(model_config)
+    module = moe(model_config)
     resumed = trainer(tmp_path / "more", again, max_steps=2)
     resumed.ckpt_path = str(tmp_path / "last.ckpt")
     resumed.fit(module, data())
     assert first.decision is not None
     assert again.decision is not None
-    assert module.allocation == first.decision.allocation.by_name()
+    assert module.allocation == first.decision.allocation
     assert again.decision.scores == first.decision.scores
 
 
 def test_weights_of_a_checkpoint_bring_their_allocation(tmp_path, model_config, data):
-    first = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    first = moe(model_config, allocation=ALLOCATION)
     trainer(tmp_path, max_steps=1).fit(first, data())
-    other = LoRAMoEModule(model_config, allocation=dict.fromkeys(ALLOCATION, 2))
+    other = moe(model_config, allocation=dict.fromkeys(ALLOCATION, 2))
     trainer(tmp_path / "more", max_steps=1).fit(other, data(), ckpt_path=str(tmp_path / "last.ckpt"))
-    assert other.allocation == ALLOCATION
+    assert other.allocation == counts(ALLOCATION)
     for name, value in adapter(first).items():
         assert torch.equal(value, adapter(other)[name])
 
 
 def test_without_an_allocation_the_module_says_so(tmp_path, model_config, data):
     with pytest.raises(ValueError, match="no allocation yet"):
-        trainer(tmp_path, max_steps=1).fit(LoRAMoEModule(model_config), data())
+        trainer(tmp_path, max_steps=1).fit(moe(model_config), data())
 
 
 def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_path, model_config, data):
-    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    module = moe(model_config, allocation=ALLOCATION)
 
     class Spoil(L.Callback):
         def on_train_start(self, trainer, pl_module) -> None:
@@ -349,7 +333,7 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_p
 
 def test_under_a_gradient_scaler_such_a_step_is_left_to_it(tmp_path, model_config, data):
     """Dynamic loss scaling starts too high on purpose: the scaler skips the steps that overflow."""
-    module = LoRAMoEModule(model_config, allocation=ALLOCATION)
+    module = moe(model_config, allocation=ALLOCATION)
     spoiled = []
 
     class Overflow(L.Callback):
@@ -369,7 +353,7 @@ def test_under_a_gradient_scaler_such_a_step_is_left_to_it(tmp_path, model_confi
 
 
 def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):
-    module = LoRAMoEModule(model_config, allocation=ALLOCATION, balance_coefficient=0.001)
+    module = moe(model_config, allocation=ALLOCATION, balance_coefficient=0.001)
     run = trainer(tmp_path, max_steps=2)
     run.fit(module, data())
     assert run.callback_metrics["train/balance"] >= 1 - 1e-4
@@ -386,7 +370,7 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
     experts = dict.fromkeys(Local(path=str(path)).layers().names, 2)
     adapters, counts, written = [], [], []
     for on in (False, True):
-        module = LoRAMoEModule(config, allocation=experts, gradient_checkpointing=on, balance_coefficient=0.001)
+        module = moe(config, allocation=experts, gradient_checkpointing=on, balance_coefficient=0.001)
         module.configure_model()
         ran = Counter()
 
@@ -413,7 +397,7 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
 def test_accumulated_small_batches_equal_one_large_batch(tmp_path, model_config, data):
     results = []
     for number, (size, accumulated) in enumerate([(4, 1), (2, 2)]):
-        module = LoRAMoEModule(model_config, allocation=ALLOCATION, lora_dropout=0.0)
+        module = moe(model_config, allocation=ALLOCATION, lora_dropout=0.0)
         run = trainer(tmp_path / str(number), max_steps=4, accumulate_grad_batches=accumulated)
         run.fit(module, data(batch_size=size))
         results.append(adapter(module))
@@ -429,7 +413,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(tmp_path, model_config, data
         def on_train_batch_end(self, trainer, *_) -> None:
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    module = LoRAMoEModule(model_config, allocation=ALLOCATION, learning_rate=1.0, **options)
+    module = moe(model_config, allocation=ALLOCATION, learning_rate=1.0, **options)
     trainer(tmp_path, Watch(), max_steps=10).fit(module, data())
     expected = [step / peak if step < peak else (10 - step) / (10 - peak) for step in range(1, 11)]
     assert rates == pytest.approx(expected)
@@ -482,7 +466,7 @@ def test_drop_partial_counts_what_all_processes_take(data):
 def test_drop_partial_leaves_whole_batches(data):
     assert len(data(batch_size=8, drop_partial=False).train_dataloader()) == 3
     assert len(data(batch_size=8, drop_partial=True).train_dataloader()) == 2
-    with pytest.raises(ValueError, match="leaves nothing of 20 samples"):
+    with pytest.raises(ValueError, match="leaves none of 20 samples"):
         data(batch_size=64, drop_partial=True).train_dataloader()
 
 
@@ -511,24 +495,24 @@ def test_early_stopping_and_the_best_checkpoint_are_settings(tmp_path, tiny_over
 def test_a_run_trains_ranks_and_its_adapter_is_weighed_by_ila(tmp_path, tiny_overrides):
     """From the command line: method=lora spends allocator=rank, and estimator=ila scores what it learned."""
     trained = run_layerif([*tiny_overrides, "method=lora", "allocator=rank", "estimator=uniform"], tmp_path)
-    assert trained.allocation["kind"] == "rank"
-    assert sum(trained.allocation["values"]) == 24
+    assert trained.decision.allocation.kind == "rank"
+    assert sum(trained.decision.allocation.values) == 24
     assert trained.parameters["trainable"] > 0
     ila = ["estimator=reversed", "estimator@estimator.of=ila", "estimator.of.num_steps=3", "method=none"]
     adapter_folder = f"model.adapter={tmp_path / 'run' / 'adapter'}"
     (tmp_path / "again").mkdir()
     scored = run_layerif([*tiny_overrides, *ila, adapter_folder], tmp_path / "again")
-    assert scored.higher_means == "important"
-    assert scored.source.startswith("reversed(ila(")
-    assert scored.samples == {"train": 20, "validation": 0}
-    assert all(0 < value < 1 for value in scored.scores)
+    assert scored.decision.scores.higher_means == "important"
+    assert scored.decision.source.startswith("reversed(ila(")
+    assert scored.decision.samples == {"train": 20, "validation": 0}
+    assert all(0 < value < 1 for value in scored.decision.scores.values)
 
 
 def test_the_baseline_of_equal_size_states_both_sizes_and_a_shape_its_name(tmp_path, tiny_overrides):
     shape = ["allocator=shape", "allocator.shape=[1,3,2]", "allocator.budget=6", "method=lora_equal"]
     record = run_layerif([*tiny_overrides, *shape], tmp_path)
-    assert record.source == "shape(1-3-2)"
-    assert record.scores == []
-    assert record.allocation["values"] == [1, 3, 2]
+    assert record.decision.source == "shape(1-3-2)"
+    assert record.decision.scores is None
+    assert record.decision.allocation.values == [1, 3, 2]
     assert record.parameters["trainable"] == pytest.approx(record.parameters["lora_moe"], rel=0.05)
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()

@@ -11,14 +11,16 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from layerif.adapt.adapters import LoRAMoEModule
+from layerif.adapt.adapters import LoraMoeAdapter
 from layerif.adapt.data import TaskDataModule
-from layerif.adapt.progress import Curves
-from layerif.adapt.train import Fit, callbacks
+from layerif.adapt.module import AdapterModule
+from layerif.adapt.progress import TrainingCurves
+from layerif.adapt.train import Fit
+from layerif.allocate.allocation import Allocation
 from layerif.models.pretrained import Local
 from tests.tiny import shipped_task
 
-ALLOCATION = {"model.layers.0": 1, "model.layers.1": 4, "model.layers.2": 2}
+ALLOCATION = Allocation(tuple(f"model.layers.{l}" for l in range(3)), "experts", (1, 4, 2), 7)
 STEPS = 13  # of 5 an epoch
 
 
@@ -35,24 +37,24 @@ def splits(task_folder):
 def train(model_folder, splits, tmp_path):
     """A run of one folder; called again it carries on from its checkpoint."""
 
-    def run(name: str, kept: Fit, **options: Any) -> tuple[LoRAMoEModule, Curves]:
+    def run(name: str, kept: Fit, **options: Any) -> tuple[AdapterModule, TrainingCurves]:
         folder = tmp_path / name
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
-        curves = Curves(checkpoints / "curves.jsonl")
+        curves = TrainingCurves(checkpoints / "curves.jsonl")
         trainer = L.Trainer(
             **{"max_steps": STEPS, "max_epochs": -1, "log_every_n_steps": 1, **options},
             accelerator="cpu",
             default_root_dir=folder,
             logger=CSVLogger(folder, name=None, version=""),
-            callbacks=[curves, *callbacks(kept, checkpoints)],
+            callbacks=[curves, *kept.callbacks(checkpoints)],
             enable_model_summary=False,
             enable_progress_bar=False,
             num_sanity_val_steps=0,
         )
         (folder / "routing.csv").unlink(missing_ok=True)  # as `tracked` does
         model = {"_target_": "layerif.models.pretrained.Local", "path": str(model_folder)}
-        module = LoRAMoEModule(model, allocation=ALLOCATION, learning_rate=0.02, seed=1)
+        module = AdapterModule(LoraMoeAdapter(learning_rate=0.02, seed=1), model, ALLOCATION)
         data = TaskDataModule(splits, Local(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
         last = checkpoints / "last.ckpt"
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
@@ -83,9 +85,9 @@ def shown(folder: Path) -> tuple[pd.DataFrame, str]:
 
 KILLS = [  # whose method, how often it runs before
     (L.Trainer, "save_checkpoint", 2),  # saved, and the step not logged yet where steps are saved
-    (LoRAMoEModule, "validation_step", 3),  # in the middle of a validation
-    (Curves, "on_validation_end", 2),
-    (Curves, "on_train_batch_end", 11),  # a step whose curves are kept and whose checkpoint is not saved
+    (AdapterModule, "validation_step", 3),  # in the middle of a validation
+    (TrainingCurves, "on_validation_end", 2),
+    (TrainingCurves, "on_train_batch_end", 11),  # a step whose curves are kept and whose checkpoint is not saved
 ]
 SETTINGS: list[tuple[Fit, dict[str, Any]]] = [
     (Fit(), {}),

@@ -21,21 +21,22 @@ from omegaconf import OmegaConf
 
 from layerif.app.main import main
 from layerif.app.run import _quieten_hub
-from layerif.app.setup import Parts
+from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
-from tests.command import layerif, run_layerif
+from layerif.report.report import write as write_report
+from tests.command import layerif_here, run_layerif
 
 
 def test_the_whole_road(tiny_overrides, tmp_path):
     record = run_layerif([*tiny_overrides, "evaluation.before=true", "allocator.budget=9"], tmp_path)
     folder = tmp_path / "run"
-    assert record.layers == ["model.layers.0", "model.layers.1", "model.layers.2"]
-    assert len(record.scores) == 3
-    assert min(record.scores) >= 0
-    assert record.allocation["kind"] == "experts"
-    assert sum(record.allocation["values"]) == record.allocation["budget"] == 9
+    assert record.decision.scores.layers == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert len(record.decision.scores.values) == 3
+    assert min(record.decision.scores.values) >= 0
+    assert record.decision.allocation.kind == "experts"
+    assert sum(record.decision.allocation.values) == record.decision.allocation.budget == 9
     for prefix in ("before/", ""):
-        right = record.questions[f"{prefix}options"]
+        right = record.answers[f"{prefix}options"]
         assert record.metrics[f"{prefix}accuracy"] == sum(right.values()) / len(right)
         assert len(right) == 10
     assert {"evidence", "score", "allocate", "fit", "evaluate", "before/evaluate"} <= record.seconds.keys()
@@ -54,19 +55,19 @@ def test_the_whole_road(tiny_overrides, tmp_path):
 
     reloaded = PeftModel.from_pretrained(tiny_model("llama"), folder / "adapter")
     counts = reloaded.peft_config["default"].num_experts  # type: ignore[union-attr]
-    assert counts == dict(zip(record.layers, record.allocation["values"], strict=True))
+    assert counts == dict(zip(record.decision.allocation.units, record.decision.allocation.values, strict=True))
 
 
 def test_the_saved_configuration_reruns_to_the_same_record(tiny_overrides, tmp_path):
     first = run_layerif(tiny_overrides, tmp_path)
     saved = tmp_path / "run" / ".hydra"
-    done = layerif(
+    done = layerif_here(
         ["--config-path", str(saved), "--config-name", "config", f"hydra.run.dir={tmp_path / 'again'}"], tmp_path
     )
     assert done.returncode == 0, done.stderr
     again = RunRecord.read(tmp_path / "again")
-    assert (again.scores, again.allocation, again.metrics) == (first.scores, first.allocation, first.metrics)
-    assert again.questions == first.questions
+    assert (again.decision, again.metrics) == (first.decision, first.metrics)
+    assert again.answers == first.answers
 
 
 def test_scores_only_and_then_from_their_file(tiny_overrides, tmp_path):
@@ -77,25 +78,25 @@ def test_scores_only_and_then_from_their_file(tiny_overrides, tmp_path):
     reused.mkdir()
     overrides = [*tiny_overrides, "method=none", "estimator=file", f"estimator.path={saved}"]
     again = run_layerif(overrides, reused)
-    assert (again.scores, again.allocation["values"]) == (record.scores, record.allocation["values"])
+    assert (again.decision.scores, again.decision.allocation) == (record.decision.scores, record.decision.allocation)
 
     by_hand = tmp_path / "experts.json"
     by_hand.write_text(json.dumps({"model.layers.0": 1, "model.layers.2": 4, "model.layers.1": 2}))
     hand = tmp_path / "hand"
     hand.mkdir()
     given = run_layerif([*tiny_overrides, "allocator=file", f"allocator.path={by_hand}", f"store={hand}"], hand)
-    assert given.allocation["values"] == [1, 2, 4]
-    assert given.scores == []  # nobody looks at them, so nothing was measured
+    assert given.decision.allocation.values == [1, 2, 4]
+    assert given.decision.scores is None  # nobody looks at them, so nothing was measured
     assert not list(hand.rglob("*.safetensors")) or list(hand.rglob("grams")) == []
 
 
 def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(tiny_overrides, tmp_path):
     first = run_layerif([*tiny_overrides, "method=none"], tmp_path)
-    done = layerif([*tiny_overrides, "method=none", "estimator=exact"], tmp_path)
+    done = layerif_here([*tiny_overrides, "method=none", "estimator=exact"], tmp_path)
     assert "scores from the store" in done.stderr + done.stdout
     assert len(list((tmp_path / "store" / "grams").glob("*.safetensors"))) == 1
     written = (tmp_path / "run" / "record.json").stat().st_mtime_ns
-    done = layerif([*tiny_overrides, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
+    done = layerif_here([*tiny_overrides, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
     assert "already done" in done.stderr + done.stdout
     assert (tmp_path / "run" / "record.json").stat().st_mtime_ns == written
     rows = tmp_path / "rows"
@@ -103,38 +104,38 @@ def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(t
     moved = [*tiny_overrides, "method=none", f"task.path={rows}"]
     changed = run_layerif(moved, tmp_path)
     (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text().replace("Which of", "What of"))
-    assert run_layerif(moved, tmp_path).scores != changed.scores  # the same words name other rows now
+    assert run_layerif(moved, tmp_path).decision.scores != changed.decision.scores  # the same words name other rows now
     assert any("held another job's record" in note for note in changed.notes)
     other = run_layerif([*tiny_overrides, "method=none", "estimator.damping=1"], tmp_path)
-    assert other.scores != first.scores
+    assert other.decision.scores != first.decision.scores
 
 
 def test_a_sweep_gives_one_folder_a_job_and_a_report(tiny_overrides, tmp_path):
-    done = layerif(["-m", *tiny_overrides, "name=mine", "estimator=uniform,datainf", "method=none,lora_moe"], tmp_path)
+    done = layerif_here(
+        ["-m", *tiny_overrides, "name=mine", "estimator=uniform,datainf", "method=none,lora_moe"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "sweeps" / "mine"
     assert len(list(sweep.glob("*/record.json"))) == 4
-    report = [sys.executable, "-m", "layerif.report", str(sweep)]
-    done = subprocess.run(report, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    write_report(sweep)
     for name in ("report.md", "report.csv", "scores.png", "allocations.png"):
         assert (sweep / name).stat().st_size > 0
 
 
 def test_settings_of_a_sweep_share_one_gradient_pass(tiny_overrides, tmp_path):
     sweep = ["estimator=datainf,exact,lissa", "estimator.damping=0.01,0.1,1", "method=none", "name=mine"]
-    done = layerif(["-m", *tiny_overrides, *sweep], tmp_path)
+    done = layerif_here(["-m", *tiny_overrides, *sweep], tmp_path)
     assert done.returncode == 0, done.stderr
     records = [RunRecord.read(file.parent) for file in (tmp_path / "sweeps" / "mine").glob("*/record.json")]
     assert len(records) == 9
     assert len({record.fingerprint for record in records}) == 1
-    assert len({tuple(record.scores) for record in records}) == 9
+    assert len({tuple(record.decision.scores.values) for record in records}) == 9
     assert done.stdout.count("gradient pass: 20 + 8 samples") == 1
     assert done.stdout.count("no gradient pass") == 8
 
 
 def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
-    done = layerif([*tiny_overrides, "dry_run=true"], tmp_path)
+    done = layerif_here([*tiny_overrides, "dry_run=true"], tmp_path)
     assert done.returncode == 0, done.stderr
     for part in ("3 layers", "20 train, 8 validation, 10 test", "nothing was measured or trained", "budget 15"):
         assert part in done.stdout
@@ -166,9 +167,8 @@ def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_
     assert not (folder / "run" / "record.json").exists()
     resumed = run_layerif([*overrides, "method.lora_dropout=0.1"], folder)
     assert any("resumed" in note for note in resumed.notes)
-    assert resumed.allocation == whole.allocation
-    assert resumed.scores == whole.scores
-    assert resumed.questions == whole.questions
+    assert resumed.decision == whole.decision
+    assert resumed.answers == whole.answers
     shown, undisturbed = (
         pd.read_csv(of / "run" / "metrics.csv").drop(columns="train/seconds") for of in (folder, tmp_path)
     )
@@ -217,21 +217,21 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         (["allocator=sparsity", "method=none"], "window"),
         (["task.pattern=("], "pattern"),
         (["evaluation.window=1"], "window"),
-        (["probe.num_train=0"], "probe.num_train=0 must be at least 1"),
+        (["probe.num_train=0"], "probe.num_train=0 is not allowed; allowed: a whole number of at least 1"),
         (["trainer.max_steps=abc"], "trainer.max_steps='abc' is not allowed"),
         (["trainer.precision=float"], "trainer.precision='float' is not allowed"),
         (["trainer.accelerator=tpu"], "trainer: "),
         (
             ["method=prune"],
-            "method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
+            "and method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
         ),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
         (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
         (["method.target_modules=[q_porj]"], "'q_porj', which names nothing in this model (did you mean 'q_proj'?)"),
-        (["method.warmup_steps=-5"], "method.warmup_steps=-5 must be 0 or more"),
+        (["method.warmup_steps=-5"], "method.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0"),
         (
             ["allocator=rank"],
-            "the allocator gives rank, method=lora_moe spends experts; use allocator=experts, or method=lora, or",
+            "the allocator gives rank, and method=lora_moe spends experts; use allocator=experts, or method=lora, or",
         ),
     ],
 )
@@ -256,14 +256,14 @@ def test_bad_input_is_one_message_and_nothing_half_written(
 
 
 def test_best_without_a_validation_says_what_to_do(tiny_overrides, tmp_path):
-    done = layerif([*tiny_overrides, "fit.keep=best"], tmp_path)
+    done = layerif_here([*tiny_overrides, "fit.keep=best"], tmp_path)
     assert done.returncode == 1
     assert "fit.keep=best found no validation to choose by" in done.stderr
 
 
 def test_what_was_measured_is_in_the_record(tiny_overrides, tmp_path):
     record = run_layerif([*tiny_overrides, "method=none"], tmp_path)
-    assert record.samples == {"train": 20, "validation": 8}
+    assert record.decision.samples == {"train": 20, "validation": 8}
     assert "probe.num_train=300 asked for, the task has 20" in record.notes
     assert record.inputs.keys() >= {"rows", "weights", "dtype", "adapter"}
 
@@ -275,7 +275,7 @@ def test_tracin_over_saved_adapters(tiny_overrides, tmp_path):
     rates = [f"estimator.checkpoints=[{adapter}]", "estimator.learning_rates=[0.1]", "probe.parameters=lora"]
     record = run_layerif([*tiny_overrides, "method=none", "estimator=tracin", *rates], tmp_path / "tracin")
     assert str(adapter) in record.inputs
-    assert min(record.scores) > 0
+    assert min(record.decision.scores.values) > 0
 
 
 @pytest.mark.slow
@@ -285,20 +285,20 @@ def test_two_processes_score_and_train_like_one(tiny_overrides, tmp_path):
     two = ["trainer.devices=2", "trainer.strategy=ddp"]
     together = tmp_path / "together"
     together.mkdir()
-    scored = run_layerif([*small, *two, "method=none", f"outputs={together}"], together)
-    assert scored.scores == pytest.approx(alone.scores, rel=1e-5)
-    assert scored.allocation == alone.allocation
+    scored = run_layerif([*small, *two, "method=none", f"outputs={together}"], together, apart=True)
+    assert scored.decision.scores.values == pytest.approx(alone.decision.scores.values, rel=1e-5)
+    assert scored.decision.allocation == alone.decision.allocation
     trained = tmp_path / "trained"
     trained.mkdir()
-    record = run_layerif([*small, *two, f"outputs={trained}"], trained)
-    assert record.scores == pytest.approx(alone.scores, rel=1e-5)
+    record = run_layerif([*small, *two, f"outputs={trained}"], trained, apart=True)
+    assert record.decision.scores.values == pytest.approx(alone.decision.scores.values, rel=1e-5)
     assert 0 <= record.metrics["accuracy"] <= 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_a_trainer_for_a_gpu_says_what_to_do_without_one():
     config = OmegaConf.create({"trainer": {"_target_": "lightning.Trainer", "accelerator": "gpu"}})
-    parts = Parts.__new__(Parts)
+    parts = Setup.__new__(Setup)
     parts.config = config
     with pytest.raises(ValueError, match="without a GPU use trainer=default"):
         parts.trainer([], Path())

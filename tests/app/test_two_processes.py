@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from layerif.adapt.adapters import LoRAMoEModule
+from layerif.adapt.module import AdapterModule
 from layerif.app.methods._steps import fit
 from layerif.app.schema import check, register
 from layerif.app.setup import Parts
@@ -58,17 +58,17 @@ def _process(rank: int, overrides: list[str], folder: Path, port: int) -> None:
         PeftModel.save_pretrained = None  # type: ignore[assignment] - the first process saves for all
     two = [*overrides, "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"]
     trained(two, folder / "whole")
-    step = LoRAMoEModule.training_step
+    step = AdapterModule.training_step
 
-    def killed(self: LoRAMoEModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def killed(self: AdapterModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         if self.global_step == 3:
             raise RuntimeError("killed")
         return step(self, batch, batch_idx)
 
-    LoRAMoEModule.training_step = killed
+    AdapterModule.training_step = killed
     with pytest.raises(RuntimeError, match="killed"):
         trained(two, folder / "killed")
-    LoRAMoEModule.training_step = step
+    AdapterModule.training_step = step
     assert any("did not finish" in note for note in trained(two, folder / "killed").notes)
     dist.destroy_process_group()
 

@@ -184,7 +184,7 @@ def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layerif.adapt.train.Curves, "on_train_batch_end", fail)
+        patch.setattr(layerif.adapt.train.TrainingCurves, "on_train_batch_end", fail)
         with pytest.raises(RuntimeError, match="out of luck"):
             job([*settings, "logger=wandb"], tmp_path / "failed")
     failed = WandbFile(tmp_path / "failed")
@@ -201,7 +201,7 @@ def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_
 
 
 def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, tmp_path, monkeypatch):
-    real = layerif.adapt.train.Curves.on_train_batch_end
+    real = layerif.adapt.train.TrainingCurves.on_train_batch_end
 
     def killed(self, trainer, *rest) -> None:
         if trainer.global_step == 3:
@@ -210,7 +210,7 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
 
     every = [*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2", "fit.checkpoint_steps=2"]
     with monkeypatch.context() as patch:
-        patch.setattr(layerif.adapt.train.Curves, "on_train_batch_end", killed)
+        patch.setattr(layerif.adapt.train.TrainingCurves, "on_train_batch_end", killed)
         with pytest.raises(SystemExit):
             job(every, tmp_path)
     (before,) = tmp_path.glob("wandb/offline-run-*")

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from layerif.decide import Decider
-    from layerif.record.record import RunRecord
+from layerif.app.setup import Setup
 from layerif.probe.plan import estimate, show
+from layerif.record.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Prints the plan and writes it to `plan.json`."""
+    """Prints what the probe would cost under each strategy, and writes it to `plan.json`."""
 
-    allocates: ClassVar[str | None] = None
+    name: ClassVar[str] = "plan"
+    allocates: ClassVar[None] = None
+    evaluates: ClassVar[bool] = False
+    fine_tunes: ClassVar[bool] = False
 
-    def __call__(self, decider: Decider, record: RunRecord, folder: Path) -> None:
-        load, strategies = estimate(decider)
+    def check(self, setup: Setup) -> None:
+        """Refuse nothing: the decider has checked all there is."""
+
+    def preview(self, setup: Setup) -> dict[str, str]:
+        return {}
+
+    def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
+        load, strategies = estimate(setup.decider)
         chosen = next(strategy for strategy in strategies if strategy.chosen)
-        show(decider, load, strategies)
+        show(setup.decider, load, strategies)
         (folder / "plan.json").write_text(json.dumps([asdict(strategy) for strategy in strategies], indent=1) + "\n")
         record.metrics = {"expected_seconds": chosen.seconds, "expected_memory_gb": chosen.device_gb}

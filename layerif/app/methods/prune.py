@@ -1,34 +1,45 @@
-"""`method=prune`: decide, prune, keep, evaluate, and recover."""
+"""`method=prune`: decide, prune, keep the pruned model, evaluate it, and recover it by fine-tuning."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 from safetensors import SafetensorError
 from torch import nn
 
-from layerif.adapt.adapters import LoRAMoEModule
+from layerif.adapt.adapters import Adapter, LoraMoeAdapter
 from layerif.adapt.callback import InfluenceCallback
-from layerif.adapt.train import run_trainer, train
-from layerif.allocate.allocation import Allocation, spent_budget
+from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.train import run_trainer
+from layerif.allocate import Allocator
+from layerif.allocate.allocation import Allocation
+from layerif.app.methods._finetune import fit
 from layerif.app.methods._steps import evaluate, keeping
-from layerif.app.setup import Parts
+from layerif.app.setup import Setup
+from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider
+from layerif.files import read_json
 from layerif.models.blocks import blocks
 from layerif.models.pretrained import Local
 from layerif.pruning import Pruner
-from layerif.pruning.module import PruneModule, log
+from layerif.pruning.calibration import Calibration
+from layerif.pruning.module import PruneModule, given_allocation
 from layerif.pruning.semi_structured import speed_of_two_four
-from layerif.pruning.targets import matrices, sparsities, targets
-from layerif.record.record import RunRecord
+from layerif.pruning.targets import matrices, targets
+from layerif.pruning.walk import Offload
+from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
-# What one step a block needs, whatever the configuration says of fine-tuning. No autocast: `model.dtype` decides.
+log = logging.getLogger(__name__)
+
+# One step per block needs these settings, whatever the configuration says about fine-tuning. There is no autocast,
+# because `model.dtype` decides.
 _TRAINER: dict[str, Any] = {
     "max_epochs": 1,
     "max_steps": -1,
@@ -37,104 +48,213 @@ _TRAINER: dict[str, Any] = {
     "gradient_clip_val": None,
     "precision": "32-true",
 }
-
-
 _ZEROS_ALONE = (
     "zeros alone save neither time nor memory: the pruned folder is as large and as slow as the dense one; "
     "2:4 (pruner.n=2 pruner.m=4) on a GPU with method.semi_structured=true measures torch's format for it"
 )
 
 
-def prune(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) -> None:
-    """Scores, sparsities, pruning, evaluation, and if asked recovery.
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Prunes every block to the sparsity that its allocation says.
 
-    Leaves `model/` for plain transformers, `sparsity.csv`, and of a recovery `recovered/` or `adapter/`.
+    A run leaves `model/` for plain transformers, `sparsity.csv`, and after a recovery `recovered/` or `adapter/`.
+
+    Attributes:
+        pruner: decides which weights go.
+        calibration: the text that Wanda and SparseGPT look at.
+        offload: where activations wait between blocks: on the `device`, the `cpu` or the `disk`.
+        recover: fine-tune the pruned model on the task with its zeros kept. `lora` merges the adapter into a folder
+            `recovered`; `lora_moe` spends the budget of `experts` by scores of the pruned model and leaves an adapter.
+        adapter: settings of that fine-tuning.
+        experts: allocates the experts of `recover=lora_moe`.
+        allocation: path of a JSON file with sparsities by block or matrix, in place of scores and allocator.
+        save: leave the pruned model in the run's folder.
+        semi_structured: time torch's 2:4 format (needs CUDA).
     """
-    check_pruning(parts, module)
-    device = parts.decider.device
-    influence = InfluenceCallback(parts.decider)
-    trainer = parts.trainer([influence], folder, **_TRAINER)
-    if trainer.world_size > 1:
-        raise ValueError(f"pruning works on one device, got {trainer.world_size}; use trainer.devices=1")
-    if parts.evaluation.before:
-        evaluate(module.base_model().to(device), parts, record, "before/")
-    start = time.perf_counter()
-    module.job = record.identity
-    with keeping(influence, record):
-        run_trainer(trainer, module)
-    assert module.walk is not None
-    if influence.decision is None:
-        _keep_given(module, record)
-    record.seconds["prune"] = module.walk.seconds_before + time.perf_counter() - start - influence.seconds
-    if module.walk.num_replayed:
-        record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
-    model = module.base_model()
-    _keep_sparsity(model, module, record, folder)
-    if module.save:
-        _save(model, parts, folder / "model")
-    model.to(device)
-    if module.semi_structured:
-        _measure_two_four(model, module, record)
-    record.notes.append(_ZEROS_ALONE)
-    evaluate(model, parts, record, "pruned/" if module.recover != "none" else "")
-    if module.recover != "none":
-        module._loaded.clear()
-        del model
-        _recover(parts, module, record, folder)
 
+    name: ClassVar[str] = "prune"
+    allocates: ClassVar[Literal["sparsity"]] = "sparsity"
+    evaluates: ClassVar[bool] = True
 
-def check_pruning(parts: Parts, module: PruneModule) -> str:
-    """What will be pruned, in a sentence. Raises ValueError for all that can be refused before any weight is read."""
-    pruner, decider, allocation = module.pruner, parts.decider, module.allocation
-    if allocation is None:
-        _refuse_nothing_to_allocate(pruner, decider)
-        allocation = decider.rehearse(decider.layers()).by_name()
-    skeleton = parts.model.skeleton()
-    targets(skeleton, allocation, pruner)
-    numel = sum(module.weight.numel() for module in matrices(skeleton).values())
-    said = f"{type(pruner).__name__}, {len(matrices(skeleton))} matrices of {numel:,} parameters together"
-    if "perplexity" in parts.evaluation.metrics and pruner.needs_inputs:
-        check_disjoint(module.calibration.text, parts.evaluation.text)
-    if pruner.needs_inputs:
-        windows = module.windows()
-        said += f", {sum(map(len, windows))} calibration windows of {module.calibration.window} tokens"
-    if module.recover != "none":  # settings of the fine-tuning that only its making checks
-        parts.datamodule()
-        experts = dict.fromkeys(blocks(skeleton), 1)
-        if module.recover == "lora_moe":
-            assert module.experts is not None
-            given = replace(decider, allocator=module.experts).rehearse(decider.layers())
-            if given.kind != "experts":
-                raise ValueError(f"method.experts must allocate experts, got {given.kind}")
-            experts = given.by_name()
-        _adapted(module, Local(path=""), None).rehearse(skeleton, experts)
-    return said
+    pruner: Pruner
+    calibration: Calibration
+    offload: Offload = "cpu"
+    recover: Literal["none", "lora", "lora_moe"] = "none"
+    adapter: LoraMoeAdapter | None = None
+    experts: Allocator | None = None
+    allocation: str | None = None
+    save: bool = True
+    semi_structured: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method")
+        if self.recover == "none":
+            return
+        if self.adapter is None or (self.recover == "lora_moe" and self.experts is None):
+            raise ValueError(f"method.recover={self.recover} needs method.adapter (and method.experts for lora_moe)")
+        if not self.save:
+            raise ValueError(f"method.recover={self.recover} starts from the saved model; use method.save=true")
+        if not self.adapter.keep_zeros:
+            raise ValueError(
+                "method.adapter.keep_zeros=false would fill the zeros that pruning made; leave it true, or use "
+                "method.recover=none and fine-tune the pruned folder by itself (model=local model.path=FOLDER/model)"
+            )
+
+    @property
+    def fine_tunes(self) -> bool:
+        return self.recover != "none"
+
+    def check(self, setup: Setup) -> None:
+        if setup.model.adapter:
+            raise ValueError(
+                f"method=prune cannot prune through model.adapter={setup.model.adapter!r}; merge the adapter into a "
+                "folder of its own (PEFT's merge_and_unload) and use model=local"
+            )
+        decider, skeleton = setup.decider, setup.model.skeleton()
+        allocation = self._given(skeleton)
+        if allocation is None:
+            _refuse_nothing_to_allocate(self.pruner, decider)
+            allocation = decider.preview()
+        targets(skeleton, allocation.by_name(), self.pruner)
+        if "perplexity" in setup.evaluation.metrics and self.pruner.needs_inputs:
+            check_disjoint(self.calibration.text, setup.evaluation.text)
+        if self.pruner.needs_inputs:
+            self._module(setup).windows()
+        if decider.num_processes > 1:
+            raise ValueError(f"pruning works on one device, got {decider.num_processes}; use trainer.devices=1")
+        if self.recover != "none":
+            setup.datamodule()
+            check_fits(self._recovery_adapter, skeleton, self._recovery_preview(decider, skeleton))
+
+    def preview(self, setup: Setup) -> dict[str, str]:
+        found = matrices(setup.model.skeleton())
+        numel = sum(linear.weight.numel() for linear in found.values())
+        said = f"{type(self.pruner).__name__}, {len(found)} matrices of {numel:,} parameters together"
+        if self.pruner.needs_inputs:
+            num_windows = sum(map(len, self._module(setup).windows()))
+            said += f", {num_windows} calibration windows of {self.calibration.window} tokens"
+        return {"prune": said}
+
+    def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
+        module, influence = self._module(setup, job=record.identity), InfluenceCallback(setup.decider)
+        device = setup.decider.device
+        if setup.evaluation.before:
+            evaluate(module.base_model().to(device), setup, record, "before/")
+        start = time.perf_counter()
+        with keeping(influence, record):
+            run_trainer(setup.trainer([influence], folder, **_TRAINER), module)
+        assert module.walk is not None
+        assert module.allocation is not None
+        if influence.decision is None:
+            record.decision = _given_decision(module.allocation)
+        record.seconds["prune"] = module.walk.seconds_before + time.perf_counter() - start - influence.seconds
+        if module.walk.num_replayed:
+            record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
+        model = module.base_model()
+        _keep_sparsity(model, module, record, folder)
+        if self.save:
+            _save(model, setup, folder / "model")
+        model.to(device)
+        if self.semi_structured:
+            self._measure_two_four(model, record)
+        record.notes.append(_ZEROS_ALONE)
+        evaluate(model, setup, record, "pruned/" if self.fine_tunes else "")
+        if self.fine_tunes:
+            module.free_model()
+            del model
+            self._recover(setup, record, folder)
+
+    def _module(self, setup: Setup, job: Any = None) -> PruneModule:
+        allocation = self._given(setup.model.skeleton())
+        return PruneModule(
+            setup.model, self.pruner, self.calibration, offload=self.offload, allocation=allocation, job=job
+        )
+
+    def _given(self, skeleton: nn.Module) -> Allocation | None:
+        """Read the allocation that the user gives in place of scores and allocator."""
+        return None if self.allocation is None else given_allocation(_read_sparsities(self.allocation), skeleton)
+
+    @property
+    def _recovery_adapter(self) -> Adapter:
+        assert self.adapter is not None
+        return self.adapter
+
+    def _recovery_preview(self, decider: Decider, skeleton: nn.Module) -> Allocation:
+        if self.recover == "lora":
+            return _one_expert_each(list(blocks(skeleton)))
+        assert self.experts is not None
+        given = replace(decider, allocator=self.experts).preview()
+        if given.kind != "experts":
+            raise ValueError(f"method.experts must allocate experts, got {given.kind}")
+        return given
+
+    def _measure_two_four(self, model: nn.Module, record: RunRecord) -> None:
+        tokens = self.calibration.window * self.calibration.batch_size
+        try:
+            record.metrics["semi_structured_speed"] = speed_of_two_four(matrices(model), tokens)
+        except ValueError as error:
+            log.warning("%s", error)
+            record.notes.append(str(error))
+
+    def _recover(self, setup: Setup, record: RunRecord, folder: Path) -> None:
+        """Fine-tune the pruned model in `folder`/model on the task."""
+        where = {"path": str(folder / "model"), "dtype": setup.model.dtype, "attention": setup.model.attention}
+        pruned = Local(**where)
+        one_each = _one_expert_each(setup.decider.layers().names) if self.recover == "lora" else None
+        module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(Local), **where}, one_each)
+        decider = setup.decider
+        if self.experts is not None:
+            decider = replace(decider, model=pruned, allocator=self.experts)
+        influence, sizes = InfluenceCallback(decider), record.parameters
+        model = fit(setup, module, influence, record, folder)
+        record.parameters = sizes | record.parameters
+        assert module.allocation is not None
+        record.recovery = {"method": self.recover, "experts": module.allocation.by_name(), "decision": None}
+        if influence.decision is not None:
+            record.recovery["decision"] = asdict(influence.decision.record())
+            record.recovery["notes"] = list(influence.decision.notes)
+            record.recovery["seconds"] = influence.decision.seconds
+        if self.recover == "lora":
+            model = _merged(model, pruned)
+            _save(model, setup, folder / "recovered")
+        evaluate(model.to(setup.decider.device), setup, record)
 
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
-    measures = decider.estimator.needs != "nothing" and getattr(decider.allocator, "needs_scores", True)
-    if pruner.n is not None and measures:
+    if pruner.n is not None and decider.measures:
         raise ValueError(
-            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same of every layer and leaves nothing to allocate; "
+            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same from every layer and leaves nothing to allocate; "
             "use estimator=uniform, or pruner.n=null for an n per block from the scores"
         )
 
 
-def _keep_given(module: PruneModule, record: RunRecord) -> None:
-    """An allocation that nobody decided, matrix by matrix."""
-    numel = {name: linear.weight.numel() for name, linear in matrices(module.base_model()).items()}
-    values = sparsities(numel, module.allocation or {})
-    spent = spent_budget("sparsity", list(values.values()), list(numel.values()))
-    given = Allocation(tuple(numel), "sparsity", tuple(values.values()), spent, tuple(numel.values()))
-    record.layers, record.allocation, record.source = list(numel), given.to_dict(), "method.allocation"
+def _one_expert_each(names: Any) -> Allocation:
+    """Give every block one expert, which is plain LoRA."""
+    return Allocation(tuple(names), "experts", (1,) * len(names), len(names))
+
+
+def _given_decision(allocation: Allocation) -> DecisionRecord:
+    return DecisionRecord(source="method.allocation", allocation=AllocationRecord(**allocation.to_dict()))
+
+
+def _read_sparsities(file: str) -> Mapping[str, float]:
+    found = read_json(file, what="method.allocation file")
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"method.allocation file {file!r} must hold {{block or matrix: sparsity}}, got a {type(found).__name__}; "
+            "a list per block or a record is read by allocator=file allocator.kind=sparsity"
+        )
+    return found
 
 
 def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:
+    """Put the zeros of every pruned matrix into `sparsity.csv` and the record."""
     assert module.walk is not None
-    found = matrices(model)
+    assert record.decision is not None
     wanted = {f"{block}.{name}": target for block, of in module.walk.targets.items() for name, target in of.items()}
     rows = []
-    for name, linear in found.items():
+    for name, linear in matrices(model).items():
         target = wanted[name]
         goal = target.sparsity if target.n is None else 1 - target.n / module.pruner.m  # type: ignore[operator]
         zeros, numel = int((linear.weight == 0).sum()), linear.weight.numel()
@@ -146,72 +266,35 @@ def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, fol
     record.metrics["sparsity"] = zeros / pruned
     total = sum(parameter.numel() for parameter in model.parameters())
     record.parameters = {"total": total, "pruned": pruned, "zero": zeros}
-    budget = record.allocation["budget"]
+    budget = record.decision.allocation.budget
     if abs(zeros / pruned - budget) > 1 / pruned:
-        record.notes.append(
-            f"sparsity {zeros / pruned:.6f} where the allocation asks for {budget:.6f}: "
-            + (
-                f"n of {module.pruner.m} comes no nearer"
-                if module.pruner.m
-                else "some weights were zero before or had inputs that never act"
-            )
+        why = (
+            f"n of {module.pruner.m} comes no nearer"
+            if module.pruner.m
+            else "some weights were zero before or had inputs that never act"
         )
+        record.notes.append(f"sparsity {zeros / pruned:.6f} where the allocation asks for {budget:.6f}: {why}")
 
 
-def _save(model: nn.Module, parts: Parts, folder: Path) -> None:
+def _save(model: nn.Module, setup: Setup, folder: Path) -> None:
     try:
         model.save_pretrained(folder)  # type: ignore[operator]
-    except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
         raise OSError(
             f"cannot write the pruned model to {folder}: {error}; free some space and give the same "
             "command again (no block is pruned twice), or use method.save=false"
         ) from error
-    parts.tokenizer.save_pretrained(folder)
+    setup.tokenizer.save_pretrained(folder)
 
 
-def _measure_two_four(model: nn.Module, module: PruneModule, record: RunRecord) -> None:
-    tokens = module.calibration.window * module.calibration.batch_size
-    try:
-        record.metrics["semi_structured_speed"] = speed_of_two_four(matrices(model), tokens)
-    except ValueError as error:
-        log.warning("%s", error)
-        record.notes.append(str(error))
+def _merged(model: Any, pruned: Local) -> nn.Module:
+    """Merge the adapter into the weights; the zeros of the pruned model stay zeros."""
+    zeros = {name: linear.weight == 0 for name, linear in matrices(pruned.load()).items()}
+    merged = model.cpu().merge_and_unload()
+    for name, linear in matrices(merged).items():
+        assert bool((linear.weight[zeros[name]] == 0).all()), name
+    return merged
 
 
-def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) -> None:
-    """Fine-tune the pruned model in `folder`/model on the task."""
-    pruned = Local(path=str(folder / "model"), dtype=module.source.dtype, attention=module.source.attention)
-    one_each = dict.fromkeys(parts.decider.layers().names, 1)
-    adapted = _adapted(module, pruned, one_each if module.recover == "lora" else None)
-    influence = InfluenceCallback(
-        parts.decider if module.experts is None else replace(parts.decider, model=pruned, allocator=module.experts)
-    )
-    sizes = record.parameters
-    model = train(parts, adapted, influence, record, folder)
-    record.parameters = sizes | record.parameters
-    record.recovery = {
-        "method": module.recover,
-        "experts": dict(adapted.allocation or {}),
-        "decision": influence.state_dict(),
-    }
-    if module.recover == "lora":
-        zeros = {name: linear.weight == 0 for name, linear in matrices(Local(path=pruned.path).load()).items()}
-        model = model.cpu().merge_and_unload()
-        for name, linear in matrices(model).items():
-            assert bool((linear.weight[zeros[name]] == 0).all()), name
-        _save(model, parts, folder / "recovered")
-    evaluate(model.to(parts.decider.device), parts, record, "")
-
-
-def _adapted(module: PruneModule, pruned: Local, allocation: Mapping[str, int] | None) -> LoRAMoEModule:
-    """What fine-tunes the pruned model."""
-    assert module.adapter is not None
-    kept = {key: getattr(pruned, key) for key in ("path", "dtype", "attention")}
-    config = {"_target_": "layerif.models.pretrained.Local", **kept}
-    adapted = module.adapter(model=config, allocation=allocation)
-    if not adapted.hparams["keep_zeros"]:
-        raise ValueError(
-            "method.adapter.keep_zeros=false would fill the zeros that pruning made; leave it true, or use "
-            "method.recover=none and fine-tune the pruned folder by itself (model=local model.path=FOLDER/model)"
-        )
-    return adapted
+def _target_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

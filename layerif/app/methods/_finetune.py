@@ -1,0 +1,62 @@
+"""The work of every method that fine-tunes: decide, train an adapter that follows the allocation, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from omegaconf import OmegaConf
+
+from layerif.adapt.adapters import Adapter
+from layerif.adapt.callback import InfluenceCallback
+from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.train import train
+from layerif.app.methods._steps import evaluate, keeping
+from layerif.app.setup import Setup
+from layerif.record.record import RunRecord
+
+
+class FineTune:
+    """A method whose settings are those of an adapter: to be combined with a subclass of `Adapter`."""
+
+    evaluates: ClassVar[bool] = True
+    fine_tunes: ClassVar[bool] = True
+
+    def check(self, setup: Setup) -> None:
+        check_fits(self._adapter, setup.model.skeleton(), setup.decider.preview())
+        self._module(setup)
+
+    def preview(self, setup: Setup) -> dict[str, str]:
+        data = setup.datamodule()
+        cut = f"{data.train.num_truncated} samples cut at {setup.config.data.max_length} tokens"
+        return {"fit": f"{len(data.train)} samples in batches of {data.batch_size}, {cut}"}
+
+    def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
+        module, influence = self._module(setup), InfluenceCallback(setup.decider)
+        if setup.evaluation.before:
+            evaluate(module.base_model().to(setup.decider.device), setup, record, "before/")
+        with keeping(influence, record):
+            model = fit(setup, module, influence, record, folder)
+        evaluate(model, setup, record)
+
+    def _module(self, setup: Setup) -> AdapterModule:
+        model: Any = OmegaConf.to_container(setup.config.model, resolve=True)
+        return AdapterModule(self._adapter, model)
+
+    @property
+    def _adapter(self) -> Adapter:
+        return cast(Adapter, self)
+
+
+def fit(setup: Setup, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
+    """Train an adapter with the configuration's trainer and data; see `layerif.adapt.train.train`."""
+    return train(
+        module,
+        setup.datamodule(),
+        influence,
+        setup.fit,
+        lambda callbacks: setup.trainer(callbacks, folder),
+        record,
+        folder,
+        measure_validation=setup.config.get("objective") == "validation/loss",
+    )

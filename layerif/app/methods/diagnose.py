@@ -1,0 +1,150 @@
+"""`method=diagnose`: can the scores of this model, task and estimator be trusted? A report says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
+
+from layerif.adapt.train import CHECKPOINTS
+from layerif.app.methods._steps import keep, loader
+from layerif.app.setup import Setup
+from layerif.checks import Count, Positive, Share, check_fields
+from layerif.decide import Decider
+from layerif.diagnose import plots, text
+from layerif.diagnose.leave_out import left_out_sets
+from layerif.diagnose.mislabel import flip
+from layerif.diagnose.report import Trials, report
+from layerif.diagnose.retrain import Recipe
+from layerif.diagnose.retrainings import write
+from layerif.estimators._base import GramEstimator
+from layerif.estimators.lissa import Lissa
+from layerif.estimators.tracin import TracIn
+from layerif.files import claim_folder
+from layerif.record.record import RunRecord
+
+FILE = "diagnose.json"
+LEAST_ROWS = 4  # fewer leave nothing to rank
+
+Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose:
+    """Examines whether the scores can be trusted, without looking at evaluated rows.
+
+    Attributes:
+        seeds: adapters trained independently of one another, and trials of flipped answers.
+        subsets: random sets of training rows left out, the same for every seed; each costs one retraining a seed.
+        removed: the share of the rows in a set.
+        num_train, num_validation: rows to retrain on, and rows whose loss is watched, chosen as the probe chooses its
+            own.
+        steps, batch_size, learning_rate, r: of each retraining, see `layerif.diagnose.retrain.Recipe`.
+        flipped: the share of the training answers made wrong.
+        resamples: bootstrap draws behind the layers' ranks.
+    """
+
+    name: ClassVar[str] = "diagnose"
+    allocates: ClassVar[None] = None
+    evaluates: ClassVar[bool] = False
+    fine_tunes: ClassVar[bool] = False
+
+    seeds: Count = 3
+    subsets: Annotated[int, Ge(3)] = 40
+    removed: Share = 0.5
+    num_train: Rows = 48
+    num_validation: Rows = 32
+    steps: Count = 18
+    batch_size: Count = 8
+    learning_rate: Positive = 1e-3
+    r: Count = 4
+    flipped: Share = 0.1
+    resamples: Annotated[int, Ge(20)] = 200
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method")
+
+    def check(self, setup: Setup) -> None:
+        decider = setup.decider
+        _check_estimator(decider)
+        if setup.evaluation.before:
+            raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
+        if decider.num_processes > 1:
+            raise ValueError(
+                f"method=diagnose works in one process, got {decider.num_processes}; use trainer.devices=1"
+            )
+        if decider.model.adapter is not None:
+            raise ValueError(
+                f"method=diagnose trains adapters of its own and cannot build on model.adapter="
+                f"{decider.model.adapter!r}; merge that into a folder (PEFT's merge_and_unload) and use model=local"
+            )
+        for part in ("train", "validation"):
+            have, asked = len(getattr(decider.splits, part)), getattr(self, f"num_{part}")
+            if have < asked:
+                raise ValueError(
+                    f"method.num_{part}={asked} rows are asked for, and the task has {have} in {part}; "
+                    f"use method.num_{part}<={have}"
+                )
+            if getattr(decider.probe, f"num_{part}") < LEAST_ROWS:
+                raise ValueError(
+                    f"probe.num_{part} must be at least {LEAST_ROWS} for method=diagnose: fewer rows rank nothing"
+                )
+        left_out_sets(self.num_train, self._num_left_out, self.subsets, seed=decider.seed)
+        flip(decider.chosen("train"), self.flipped, seed=decider.seed)
+
+    def preview(self, setup: Setup) -> dict[str, str]:
+        num_steps = self.seeds * (1 + self.subsets) * self.steps
+        return {
+            "retraining": f"{self.seeds} seeds × (1 + {self.subsets} sets of {self._num_left_out} of {self.num_train} "
+            f"rows left out) × {self.steps} steps of {self.batch_size} rows, less those left out = {num_steps:,} steps",
+            "gradient passes": f"1 over the probe's samples, {self.seeds} with {self.flipped:.0%} of their answers "
+            f"flipped, {self.seeds} over {self.num_train} + {self.num_validation} rows at the adapters; "
+            "none for what the store has",
+            "bootstrap": f"{self.resamples} draws from the Grams, without a gradient",
+        }
+
+    def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
+        model, work = loader(setup), folder / CHECKPOINTS
+        if claim_folder(work, record.identity):
+            record.notes.append("carried on from a run that did not finish; seconds are of the rest")
+        keep(setup.decider(model), record)
+        recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
+        found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
+        write(folder / FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write(folder / "diagnose.md", text.markdown(found))
+        plots.plot(found, folder)
+        record.metrics |= text.headline(found)
+        print(text.summary(found))
+
+    @property
+    def _num_left_out(self) -> int:
+        return max(1, round(self.removed * self.num_train))
+
+    @property
+    def _trials(self) -> Trials:
+        return Trials(
+            seeds=self.seeds,
+            subsets=self.subsets,
+            num_left_out=self._num_left_out,
+            num_train=self.num_train,
+            num_validation=self.num_validation,
+            flipped=self.flipped,
+            resamples=self.resamples,
+        )
+
+
+def _check_estimator(decider: Decider) -> None:
+    estimator = decider.estimator
+    if not isinstance(estimator, GramEstimator) or isinstance(estimator, TracIn):
+        raise ValueError(
+            f"method=diagnose examines influence taken from the Grams of one model, and {type(estimator).__name__} "
+            "takes other evidence; use estimator=datainf, exact, lissa, grad_dot or cosine"
+        )
+    if isinstance(estimator, Lissa) and estimator.step_size is not None:
+        raise ValueError(
+            f"method=diagnose solves many subsamples, and estimator.step_size={estimator.step_size} may not "
+            "converge on all of them; leave it null, and every matrix gets a step of its own"
+        )

@@ -1,0 +1,133 @@
+"""The trust report of one model, task and estimator: gather the evidence section by section, then conclude."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from layerif.decide import Decider
+from layerif.diagnose import evidence
+from layerif.diagnose.agreement import name_of, panel
+from layerif.diagnose.conclusions import conclusions
+from layerif.diagnose.gradients import gradient_health
+from layerif.diagnose.leave_out import left_out_sets
+from layerif.diagnose.retrain import Recipe
+from layerif.diagnose.retrainings import Retrainings
+from layerif.estimators._base import GramEstimator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """How much evidence the report gathers.
+
+    Attributes:
+        seeds: adapters trained independently of one another, and trials of flipped answers.
+        subsets: random sets of training rows left out, the same for every seed.
+        num_left_out: rows in a set.
+        num_train, num_validation: rows to retrain on, and rows whose loss is watched.
+        flipped: the share of the training answers made wrong.
+        resamples: bootstrap draws behind the layers' ranks.
+    """
+
+    seeds: int
+    subsets: int
+    num_left_out: int
+    num_train: int
+    num_validation: int
+    flipped: float
+    resamples: int
+
+
+def report(
+    decider: Decider,
+    trials: Trials,
+    recipe: Recipe,
+    model: Callable[[], nn.Module],
+    work: Path,
+    seconds: MutableMapping[str, float],
+) -> dict[str, Any]:
+    """Gather the evidence on the decider's scores and draw the conclusions.
+
+    Args:
+        decider: its estimator works on Grams.
+        trials: how much evidence to gather.
+        recipe: how adapters are retrained.
+        model: gives the bare model on its device.
+        work: a folder for finished retrainings, which a killed run carries on with.
+        seconds: gets the seconds of every section.
+
+    Returns:
+        The sections by name, and `conclusions`, as JSON can hold them.
+    """
+    own: GramEstimator = decider.estimator  # type: ignore[assignment]
+    grams, _ = own.needs.take(decider, model)
+    estimators, retrainings = panel(own), _retrainings(decider, trials, recipe, model, work)
+    found: dict[str, Any] = {
+        "estimator": name_of(own),
+        "aggregation": own.aggregation,
+        "source": own.source,
+        "layers": list(grams.layers.names),
+        "samples": dict(zip(("train", "validation"), map(len, decider.samples()), strict=True)),
+    }
+    sections: dict[str, Callable[[], Any]] = {
+        "instrument": evidence.instrument,
+        "gradients": lambda: gradient_health(grams),
+        "solver": lambda: evidence.solver(estimators, grams),
+        "agreement": lambda: evidence.agreements(estimators, grams),
+        "mislabel": lambda: evidence.mislabel(estimators, decider, model, share=trials.flipped, trials=trials.seeds),
+        "leave_out": lambda: evidence.leave_out(estimators, retrainings),
+        "stability": lambda: evidence.stability(
+            own, grams, retrainings.grams(), resamples=trials.resamples, seed=decider.seed
+        ),
+    }
+    for name, section in sections.items():
+        log.info("%s", name.replace("_", " "))
+        with _timed(seconds, name):
+            found[name] = plain(section())
+    found["conclusions"] = plain(conclusions(found))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into what JSON can hold: NaN and infinity become null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(each) for each in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _retrainings(
+    decider: Decider, trials: Trials, recipe: Recipe, model: Callable[[], nn.Module], work: Path
+) -> Retrainings:
+    rows = {"num_train": trials.num_train, "num_validation": trials.num_validation}
+    return Retrainings(
+        decider=replace(decider, probe=replace(decider.probe, parameters="lora", **rows)),
+        recipe=recipe,
+        seeds=[decider.seed + number for number in range(trials.seeds)],
+        sets=left_out_sets(trials.num_train, trials.num_left_out, trials.subsets, seed=decider.seed),
+        model=model,
+        work=work,
+    )
+
+
+@contextmanager
+def _timed(seconds: MutableMapping[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
