@@ -121,7 +121,7 @@ def _check_method(parts: Parts) -> None:
     """Before anything is measured: can this model be fitted like that, and what a search asks for be had?"""
     method = parts.method()
     if isinstance(method, AdapterModule):
-        method.rehearse(parts.model.skeleton(), parts.decider.rehearse(parts.decider.layers()).by_name())
+        method.rehearse(parts.model.skeleton(), parts.decider.preview().by_name())
     fits = isinstance(method, AdapterModule) or getattr(method, "recover", "none") != "none"
     if parts.config.get("objective") == "validation/loss" and not fits:
         raise ValueError(
@@ -140,7 +140,7 @@ def _preview(parts: Parts, folder: Path) -> None:
         skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
     )
     train, validation = parts.decider.samples()
-    allocation = parts.decider.rehearse(everything)
+    allocation = parts.decider.preview()
     example = splits.train[0]
     lines = {
         "model": f"{type(parts.model).__name__.lower()}, {len(layers.names)} layers of {sum(everything.numel):,} "

@@ -20,7 +20,6 @@ from layerif.decide import Decider
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
-from layerif.models.pretrained import hash_folder
 from layerif.probe.store import Store
 
 
@@ -55,7 +54,7 @@ class Parts:
             spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
             num_processes=trainer.world_size,
         )
-        check_spent(config.method, self.decider.rehearse(self.decider.layers()).kind)
+        check_spent(config.method, self.decider.preview().kind)
         if config.method or self.evaluation.before:
             longest = context_length(self.model.skeleton())
             self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest, score_task=score_task)
@@ -65,16 +64,11 @@ class Parts:
         hashes = {"rows": self.splits.fingerprint, **self.model.inputs()}
         if self.scored is not self.splits:
             hashes["score_task"] = self.scored.fingerprint
-        for part in ("estimator", "allocator"):
-            if path := getattr(getattr(self.decider, part), "path", None):
-                hashes[part] = hash_file(Path(path))
         for setting in ("method.allocation", "method.calibration.text", "evaluation.text"):
             path = OmegaConf.select(self.config, setting)
             if isinstance(path, str) and Path(path).is_file():
                 hashes[setting] = hash_file(Path(path))
-        for checkpoint in getattr(self.decider.estimator, "checkpoints", ()):
-            hashes[checkpoint] = hash_folder(Path(checkpoint))
-        return hashes
+        return hashes | self.decider.inputs()
 
     def method(self) -> Any:
         """A Lightning module to fit, something to call, or None (scores and allocation only)."""

@@ -28,6 +28,7 @@ from layerif.diagnose.retrainings import Retrainings, write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.files import carried_on
+from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,10 @@ class Diagnose:
     def check(self, decider: Decider) -> None:
         """Raise ValueError for whatever would stop the work later."""
         estimator = decider.estimator
-        if not isinstance(estimator, GramEstimator) or estimator.needs != "grams":
+        if not isinstance(estimator, GramEstimator) or estimator.needs != Grams():
             raise ValueError(
                 f"method=diagnose examines influence taken from Grams, and {type(estimator).__name__} takes it from "
-                f"{estimator.needs}; use estimator=datainf, exact, lissa, grad_dot or cosine"
+                f"{type(estimator.needs).__name__}; use estimator=datainf, exact, lissa, grad_dot or cosine"
             )
         if isinstance(estimator, Lissa) and estimator.step_size is not None:
             raise ValueError(
@@ -149,7 +150,7 @@ class Diagnose:
             return loaded[0]
 
         keep(decider(model), record)
-        grams, _ = decider.grams(model)
+        grams, _ = Grams().take(decider, model)
         own: GramEstimator = decider.estimator  # type: ignore[assignment]
         estimators, retrainings = panel(own), self._retrainings(decider, model, work)
         report: dict[str, Any] = {

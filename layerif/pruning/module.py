@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerif.adapt.adapters import LoRAMoEModule
+from layerif.allocate import Allocator
 from layerif.checks import check_choice
-from layerif.decide import Allocator
 from layerif.files import carried_on, read_json
 from layerif.models.blocks import blocks, context_length
 from layerif.models.pretrained import Pretrained

@@ -88,7 +88,7 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
     pruner, decider, allocation = module.pruner, parts.decider, module.allocation
     if allocation is None:
         _refuse_nothing_to_allocate(pruner, decider)
-        allocation = decider.rehearse(decider.layers()).by_name()
+        allocation = decider.preview().by_name()
     skeleton = parts.model.skeleton()
     targets(skeleton, allocation, pruner)
     numel = sum(module.weight.numel() for module in matrices(skeleton).values())
@@ -103,7 +103,7 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
         experts = dict.fromkeys(blocks(skeleton), 1)
         if module.recover == "lora_moe":
             assert module.experts is not None
-            given = replace(decider, allocator=module.experts).rehearse(decider.layers())
+            given = replace(decider, allocator=module.experts).preview()
             if given.kind != "experts":
                 raise ValueError(f"method.experts must allocate experts, got {given.kind}")
             experts = given.by_name()
@@ -112,7 +112,7 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
 
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
-    measures = decider.estimator.needs != "nothing" and getattr(decider.allocator, "needs_scores", True)
+    measures = decider.estimator.needs.is_measured and decider.allocator.needs_scores
     if pruner.n is not None and measures:
         raise ValueError(
             f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same of every layer and leaves nothing to allocate; "
