@@ -1,6 +1,7 @@
-"""What a look at a model leaves for its estimators, other than Grams: spectra, activations, gates.
+"""The types of evidence that estimators are given: spectra, activations, gates, Grams and influences.
 
-Letters in shape suffixes: L layers, S samples, H hidden size, I inputs and O outputs of a linear layer, R rows.
+Letters in shape suffixes: L layers, S samples, H hidden size, I inputs and O outputs of a linear layer, R rows, N train
+samples, M validation samples, P parameters of a matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ Classes = Literal["truth", "answer"]
 class LayerSpectra:
     """The eigenvalues of WᵀW, the squared singular values of W, of every matrix in `layers`.
 
-    eigenvalues: by parameter name, ascending, float64; seconds: the decomposition of each block's matrices took.
+    Attributes:
+        layers: the blocks and their matrices.
+        eigenvalues: by parameter name, ascending, float64.
+        seconds: the time of the decomposition of each block's matrices.
+        fingerprint: of what was measured.
     """
 
     layers: LayerMap
@@ -34,23 +39,24 @@ class LayerSpectra:
     seconds: tuple[float, ...]
     fingerprint: str
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"singular values took {sum(self.seconds) / len(self.seconds):.3g} s a block",)
-
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one forward pass over S train samples saw in each block; every token of a sample counts, no padding.
+    """The statistics of one forward pass over S train samples; every token of a sample counts, padding does not.
 
-    input_square_norms: by parameter name, Σ over tokens of x_j² for each input j of the matrix (I).
-    weight: gives a matrix (O×I) by its parameter name; the model is loaded for it when first asked.
-    cosines: mean over tokens of cos(x_in, x_out), the block's input and output (L).
-    variances: of the block's output over all tokens and dimensions (L).
-    sparsities: the fraction of its entries with |a| < epsilon (L); num_entries: how many entries there were.
-    prompts, right, wrong: block outputs averaged over the tokens of the prompt, of the right output and of one wrong
-        option's output in its place (L×S×H); NaN where a sample has no such token left.
-    answers: the label of the right option of each sample.
+    Attributes:
+        layers: the blocks and their matrices.
+        input_square_norms: by parameter name, Σ over tokens of x_j² for each input j of the matrix (I).
+        weight: gives a matrix (O×I) by its parameter name; the model is loaded at the first call.
+        cosines: mean over tokens of cos(x_in, x_out), the block's input and output (L).
+        variances: of the block's output over all tokens and dimensions (L).
+        sparsities: the fraction of its entries with |a| < epsilon (L).
+        num_entries: the number of these entries.
+        epsilon: see `sparsities`.
+        prompts, right, wrong: block outputs averaged over the tokens of the prompt, of the right output and of one
+            wrong option's output in its place (L×S×H); NaN where a sample has no such token left.
+        answers: the label of the right option of each sample.
+        fingerprint: of what was measured.
     """
 
     layers: LayerMap
@@ -68,16 +74,23 @@ class LayerActivations:
     fingerprint: str
 
     def metric(self, param: str) -> Tensor:
-        """Wanda's |W_ij|·‖X_j‖₂ (O×I): what each weight can add to its output over the samples."""
+        """Gives Wanda's |W_ij|·‖X_j‖₂ (O×I), the size of each weight's part in its output over the samples."""
         weight_OI = self.weight(param).detach()
         norms_I = self.input_square_norms[param].sqrt().to(weight_OI.device, torch.float32)
         return weight_OI.float().abs() * norms_I
 
     def labelled(self, classes: Classes) -> tuple[Tensor, list[str], list[int]]:
-        """Pooled block outputs (L×R×H) with the class of each row and the sample it belongs to.
+        """Gives pooled block outputs with their classes.
 
-        truth: the right output against a wrong one, two rows a sample; answer: the prompt alone, with the label of its
-        right answer. Raises ValueError where there is one class only, or a row without tokens.
+        Args:
+            classes: `truth` sets the right output against a wrong one, two rows a sample; `answer` takes the prompt
+                alone, with the label of its right answer.
+
+        Returns:
+            The outputs (L×R×H), the class of each row, and the sample that each row belongs to.
+
+        Raises:
+            ValueError: where there is one class only, or a row without tokens.
         """
         check_choice("estimator.classes", classes, get_args(Classes))
         numbers = list(range(len(self.answers)))
@@ -120,7 +133,11 @@ _HALVES = (slice(0, None, 2), slice(1, None, 2))
 class MatrixGram:
     """Inner products of the per-sample gradients of one weight matrix, G (N×P) and V (M×P).
 
-    train_train: K = G Gᵀ (N×N); val_train: C = V Gᵀ (M×N); val_norms: ‖v_j‖ (M); numel: P.
+    Attributes:
+        train_train: K = G Gᵀ (N×N).
+        val_train: C = V Gᵀ (M×N).
+        val_norms: ‖v_j‖ (M).
+        numel: P.
     """
 
     train_train: Tensor
@@ -137,7 +154,7 @@ class MatrixGram:
             )
 
     def __add__(self, other: MatrixGram) -> MatrixGram:
-        """The Gram of both matrices' gradients laid end to end."""
+        """Gives the Gram of both matrices' gradients laid end to end."""
         return MatrixGram(
             self.train_train + other.train_train,
             self.val_train + other.val_train,
@@ -146,7 +163,7 @@ class MatrixGram:
         )
 
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> MatrixGram:
-        """The Gram as if only these samples had been measured."""
+        """Gives the Gram as if only these samples had been measured."""
         return MatrixGram(
             self.train_train[train][:, train],
             self.val_train[validation][:, train],
@@ -159,7 +176,7 @@ class MatrixGram:
 class LayerGrams:
     """Grams of every matrix in `layers`, by parameter name, and the fingerprint of what was measured.
 
-    What is derived of them is kept for the next setting, as long as these Grams are: never change a tensor in place.
+    They keep the results that are derived from them for the next setting: never change a tensor in place.
     """
 
     layers: LayerMap
@@ -168,7 +185,7 @@ class LayerGrams:
     _derived: dict[Hashable, tuple[Any, list[Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, derive: Callable[[], T]) -> T:
-        """`derive()`, and the same object for every later equal key, each time with the warnings that it gave."""
+        """Derives a result once for each key, and gives the same object later, each time with the warnings it gave."""
         if key not in self._derived:
             with warnings.catch_warnings(record=True) as given:
                 warnings.simplefilter("always")
@@ -181,9 +198,9 @@ class LayerGrams:
 
     @cached_property
     def in_float64(self) -> LayerGrams:
-        """For solving: λ is about 1e-8 of a gradient's squared norm, and float32 cannot hold their sum.
+        """The Grams for solving: λ is about 1e-8 of a gradient's squared norm, and float32 cannot hold their sum.
 
-        Raises ValueError naming the matrix if a Gram is not finite.
+        A Gram that is not finite is refused by the name of its matrix.
         """
         grams = {name: _in_float64(name, gram) for name, gram in self.grams.items()}
         return LayerGrams(self.layers, grams, self.fingerprint)
@@ -191,19 +208,19 @@ class LayerGrams:
     @cached_property
     def by_block(self) -> LayerGrams:
         """One Gram per block, of the gradients of its matrices laid end to end; it has the block's name."""
-        blocks = zip(self.layers.names, self.layers.params, strict=True)
-        grams = {block: reduce(add, (self.grams[name] for name in params)) for block, params in blocks}
+        blocks = self.layers.by_block.items()
+        grams = {block: reduce(add, (self.grams[param] for param in params)) for block, params in blocks}
         layers = LayerMap(self.layers.names, tuple((block,) for block in self.layers.names), self.layers.numel)
         return LayerGrams(layers, grams, self.fingerprint)
 
     @cached_property
     def halves(self) -> tuple[LayerGrams, LayerGrams]:
-        """Every other sample, and the others: two measurements that share no sample."""
+        """The Grams of every other sample, and those of the others: two measurements that share no sample."""
         first, second = (self.select(half, half) for half in _HALVES)
         return first, second
 
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> LayerGrams:
-        """The Grams of a subset of the samples: no gradient is needed again for subsamples, halves or a bootstrap."""
+        """Gives the Grams of some of the samples, without a gradient: for subsamples, halves or a bootstrap."""
         grams = {param: gram.select(train, validation) for param, gram in self.grams.items()}
         return LayerGrams(self.layers, grams, self.fingerprint)
 
@@ -212,7 +229,7 @@ class LayerGrams:
 class CheckpointGrams:
     """Grams of the same matrices and samples at several checkpoints of one model, in the order of training.
 
-    Raises ValueError if there is none, or if one was measured on other matrices than the first.
+    There must be at least one, and all of them must have the same matrices.
     """
 
     checkpoints: tuple[LayerGrams, ...]
@@ -243,9 +260,9 @@ class CheckpointGrams:
 
 @dataclass(frozen=True)
 class LayerInfluences:
-    """I (M×N) of every matrix in `layers`, by parameter name, where no Gram says it; I < 0: helpful.
+    """I (M×N) of every matrix in `layers`, by parameter name, for estimators without Grams; I < 0 is helpful.
 
-    Raises ValueError for a matrix without influence, or of other samples than the first.
+    Every matrix must have an influence, and all of them must have the same samples.
     """
 
     layers: LayerMap
@@ -253,13 +270,13 @@ class LayerInfluences:
     fingerprint: str
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(self.influences[name].shape) for params in self.layers.params for name in params}
+        shapes = {name: tuple(self.influences[name].shape) for name in self.layers.matrices}
         if len(set(shapes.values())) != 1:
             raise ValueError(f"influences must be M×N of the same samples for every matrix, got {shapes}")
 
     @cached_property
     def halves(self) -> tuple[LayerInfluences, LayerInfluences]:
-        """Of every other sample, and of the others; what each I was preconditioned with stays that of all samples."""
+        """The influences of every other sample, and those of the others, preconditioned with all samples alike."""
         first, second = (
             LayerInfluences(self.layers, {name: I[half, half] for name, I in self.influences.items()}, self.fingerprint)
             for half in _HALVES

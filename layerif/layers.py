@@ -1,4 +1,4 @@
-"""Which parameters belong to which layer.
+"""The parameters of each layer, by name.
 
 A layer is one decoder block. Every value per layer is indexed by the layer's name, never by a position.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from layerif.checks import did_you_mean
@@ -20,9 +21,10 @@ T = TypeVar("T")
 class LayerMap:
     """The measured parameters of each block, in the model's order.
 
-    names: L block names, as in `model.named_modules()`.
-    params: per block, the names of its measured weight matrices, as in `model.named_parameters()`.
-    numel: per block, the number of entries of those matrices together.
+    Attributes:
+        names: L block names, as in `model.named_modules()`.
+        params: per block, the names of its measured weight matrices, as in `model.named_parameters()`.
+        numel: per block, the number of entries of those matrices together.
     """
 
     names: tuple[str, ...]
@@ -36,11 +38,32 @@ class LayerMap:
                 f"{len(self.params)} params, {len(self.numel)} numel"
             )
 
+    @cached_property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of all measured matrices, block by block."""
+        return tuple(param for params in self.params for param in params)
+
+    @cached_property
+    def by_block(self) -> dict[str, tuple[str, ...]]:
+        """The names of each block's matrices, by the block's name."""
+        return dict(zip(self.names, self.params, strict=True))
+
+    @cached_property
+    def block_of(self) -> dict[str, str]:
+        """The name of each matrix's block, by the matrix's name."""
+        return {param: block for block, params in self.by_block.items() for param in params}
+
 
 def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:
-    """The values of `by_name`, one for each of `layers`, in their order.
+    """Gives the values of `by_name`, one for each of `layers`, in their order.
 
-    source: what holds the values, for the message. Raises ValueError for an unknown or a missing layer.
+    Args:
+        by_name: one value for each layer.
+        layers: names of the model's layers.
+        source: names the place that the values come from, for the message.
+
+    Raises:
+        ValueError: for an unknown or a missing layer.
     """
     known = set(layers)
     for name in by_name:

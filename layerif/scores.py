@@ -1,4 +1,4 @@
-"""From influence to one number per layer: aggregation, smoothing, and the type that carries the direction.
+"""One score per layer: the aggregation of influence, smoothing over depth, and the type that carries the direction.
 
 Letters in shape suffixes: N train samples, M validation samples, L layers.
 """
@@ -15,25 +15,25 @@ from torch import Tensor
 from layerif.checks import check_choice, check_unique, is_number
 
 Aggregation = Literal["all", "positive", "top25"]
-
-
 Direction = Literal["undertrained", "important"]
-
-
 Kind = Literal["experts", "rank", "sparsity"]
 
-
-SPREAD_NOISE = 1e-12  # of the largest value: a smaller spread is the rounding of equal scores
+SPREAD_NOISE = 1e-12  # of the largest value; a smaller spread is the rounding of equal scores
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One non-negative number per layer and what a higher one means.
+    """One non-negative number per layer, and the meaning of a higher one.
 
-    higher_means: `undertrained` (give more experts, rank and sparsity) or
-        `important` (give more experts and rank, but less sparsity).
-    source: the estimator that made them; fingerprint: what was measured.
-    Raises ValueError for a value that is negative or not finite, naming its layer.
+    A value that is negative or not finite is refused by the name of its layer.
+
+    Attributes:
+        layers: the names of the layers.
+        values: one for each layer.
+        higher_means: `undertrained` (give more experts, rank and sparsity) or `important` (give more experts and rank,
+            but less sparsity).
+        source: the estimator that made the scores.
+        fingerprint: of what was measured.
     """
 
     layers: tuple[str, ...]
@@ -52,10 +52,10 @@ class LayerScores:
                 )
 
     def oriented(self, kind: Kind) -> tuple[float, ...]:
-        """The values as `to_experts`, `to_rank`, `to_sparsity` take them: higher = give more of `kind`.
+        """Gives the values as `to_experts`, `to_rank` and `to_sparsity` take them: a higher one gets more of `kind`.
 
-        Only important layers under sparsity are turned round, to max − s (all 0 where the values are equal but for
-        rounding, which would be all that is left); all other values stay as they are.
+        Only important layers under sparsity are turned round, to max − s, or to 0 where the values differ by rounding
+        alone. All other values stay as they are.
         """
         check_choice("kind", kind, get_args(Kind))
         if kind == "sparsity" and self.higher_means == "important":
@@ -66,10 +66,11 @@ class LayerScores:
         return self.values
 
     def by_name(self) -> dict[str, float]:
+        """Gives the value of each layer, by the layer's name."""
         return dict(zip(self.layers, self.values, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold; `from_dict` is its inverse."""
+        """Gives plain values that JSON can hold; `from_dict` is its inverse."""
         return {
             "layers": list(self.layers),
             "values": list(self.values),
@@ -80,6 +81,7 @@ class LayerScores:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> LayerScores:
+        """Makes the scores that `to_dict` was called on."""
         return cls(
             layers=tuple(saved["layers"]),
             values=tuple(saved["values"]),
@@ -90,11 +92,14 @@ class LayerScores:
 
 
 def aggregate(influence: Tensor, how: Aggregation = "all") -> float:
-    """One signed number S from the influence of every train on every validation sample (M×N).
+    """Sums the influence of all train samples on all validation samples to one signed number S.
 
-    a_i = Σ_j I_ji over the validation samples; then
-    all: S = Σ a_i; positive: only the helpful samples, a_i < 0; top25: the ⌈N/4⌉ most negative a_i, without positive
-    ones. Negative S: the train samples lower the validation loss through this layer. `LayerScores` holds |S|.
+    A negative S says that the train samples lower the validation loss through this layer. `LayerScores` holds |S|.
+
+    Args:
+        influence: I (M×N); a_i = Σ_j I_ji is its sum over the validation samples.
+        how: `all` sums all a_i; `positive` only those of helpful samples, a_i < 0; `top25` the ⌈N/4⌉ most negative
+            a_i, without positive ones.
     """
     check_choice("aggregation", how, get_args(Aggregation))
     if influence.ndim != 2 or 0 in influence.shape:
@@ -109,12 +114,19 @@ def aggregate(influence: Tensor, how: Aggregation = "all") -> float:
 
 
 def smooth(values: Sequence[float], window: int = 7, polyorder: int = 3) -> list[float]:
-    """Savitzky–Golay smoothing over depth; the ends follow the polynomial of the first and last window.
+    """Smooths over depth by Savitzky and Golay; the ends follow the polynomial of the first and the last window.
 
-    window, polyorder: layers under the sliding polynomial and its order. A smoothed value can fall below the lowest
-    of `values`, even below zero. Raises ValueError if there are fewer values than the window.
+    A smoothed value can fall below the lowest of `values`, even below zero.
+
+    Args:
+        values: one per layer.
+        window: the layers under the sliding polynomial.
+        polyorder: its order.
+
+    Raises:
+        ValueError: if there are fewer values than the window.
     """
-    from scipy.signal import savgol_filter  # half a second that start-up does not pay
+    from scipy.signal import savgol_filter  # it takes half a second, which start-up should not pay
 
     if window % 2 == 0 or not 0 <= polyorder < window:
         raise ValueError(f"smoothing needs an odd window > polyorder >= 0; got window={window}, polyorder={polyorder}")
@@ -126,7 +138,7 @@ def smooth(values: Sequence[float], window: int = 7, polyorder: int = 3) -> list
     levels = [float(value) for value in values]
     if not all(math.isfinite(level) for level in levels):
         raise ValueError(f"smoothing needs finite values, got {levels}")
-    # Smoothing the differences to one value keeps constant values exactly constant, which floats otherwise would not.
+    # Smoothing the differences to one value keeps constant values exactly constant, in spite of rounding.
     base = levels[0]
     smoothed = savgol_filter([level - base for level in levels], window, polyorder, mode="interp")
     return [base + float(level) for level in smoothed]

@@ -30,7 +30,10 @@ from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Local
 from layerif.moe import LoraMoeConfig
-from layerif.probe import activations, measurements
+from layerif.probe import activations
+from layerif.probe.gates import Gates
+from layerif.probe.grams import request
+from layerif.probe.grams.request import Grams
 from layerif.probe.store import Store
 from layerif.scores import LayerScores
 from tests.estimators.test_estimators import ESTIMATORS, LAYERS, gram_of, make
@@ -62,7 +65,7 @@ def test_every_estimator_is_a_function_of_the_seed_and_of_no_batch_size(decider,
     if cls is Ekfac and find_spec("kronfluence") is None:
         pytest.skip("kronfluence is not installed")
     estimator = make(cls, **TOLD.get(cls, {}) | ({"checkpoints": adapters} if cls is TracIn else {}))
-    model = replace(decider.model, dtype="float64", adapter=adapters[0] if estimator.needs == "training" else None)
+    model = replace(decider.model, dtype="float64", adapter=adapters[0] if isinstance(estimator.needs, Gates) else None)
 
     def measured_anew(name: str, batch_size: int) -> LayerScores:
         probe, store = replace(decider.probe, batch_size=batch_size), Store(decider.store.root / name)
@@ -95,7 +98,7 @@ def test_an_adapter_counts_as_part_of_the_weights(decider, adapters):
 def test_ila_needs_a_trained_adapter_and_learns_its_gates_once(decider, adapters):
     ila = replace(decider, estimator=Ila(num_steps=2))
     with pytest.raises(ValueError, match=r"estimator=ila .*model\.adapter=/run/adapter"):
-        ila.rehearse(decider.layers())
+        ila.preview()
     trained = replace(ila, model=replace(decider.model, adapter=adapters[0]))
     first, again = trained(), trained()
     assert (first.reused, again.reused) == (False, True)
@@ -133,7 +136,7 @@ def test_tracin_sums_what_each_adapter_measures_alone_and_measures_it_once(decid
     alone = []
     for adapter in adapters:
         at = replace(decider, model=replace(decider.model, adapter=adapter))
-        grams, reused = at.grams(at.model.load)
+        grams, reused = Grams().take(at, at.model.load)
         assert not reused
         alone.append({name: gram.val_train.double() for name, gram in grams.grams.items()})
 
@@ -200,7 +203,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_is_measured(
     else:
         tiny_model("llama", **overrides).save_pretrained(other)
         message = "is .* there and .* here"
-    monkeypatch.setattr(measurements, "measure", None)
+    monkeypatch.setattr(request, "measure", None)
     with pytest.raises(ValueError, match=f"'{other}' is of another model: .*{message}"):
         replace(decider, estimator=tracin_of([*adapters, str(other)], 0.1, 0.1, 0.1))()
 
@@ -250,10 +253,14 @@ def test_half_precision_states_how_well_it_ranks_like_float32(decider):
 
 
 def test_a_comparison_that_does_not_fit_says_so_and_no_other_reason(decider, monkeypatch):
-    def full(self, grams):
-        raise torch.cuda.OutOfMemoryError
+    measured = request.measure
 
-    monkeypatch.setattr(decide.Decider, "with_exact", full)
+    def full(*args, **options):
+        if options["projection"] is None:
+            raise torch.cuda.OutOfMemoryError
+        return measured(*args, **options)
+
+    monkeypatch.setattr(request, "measure", full)
     found = replace(decider, probe=replace(decider.probe, projection=4))()
     assert found.fidelity is None
     assert found.notes == (
@@ -263,7 +270,7 @@ def test_a_comparison_that_does_not_fit_says_so_and_no_other_reason(decider, mon
 
 
 def test_what_is_unconverged_of_the_comparison_is_not_said_of_the_scores(decider):
-    grams, _ = decider.grams(decider.model.load)
+    grams, _ = Grams().take(decider, decider.model.load)
     estimator = Lissa(num_steps=1)
     with pytest.warns(RuntimeWarning, match="unconverged"):
         estimator.score(grams)

@@ -1,4 +1,4 @@
-"""Shares of a whole number, the largest remainder, and the checks that allocators have in common."""
+"""The arithmetic and the checks that allocators share: shares of a whole number and the largest remainder."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from numbers import Integral
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from layerif.checks import check_choice, is_number
+from annotated_types import Ge
+
+from layerif.checks import Count, check_value
 from layerif.layers import LayerMap, in_layer_order
 from layerif.scores import SPREAD_NOISE, Kind, LayerScores, smooth
 
 Shift = Literal["min", "none"]
+Beta = Annotated[float, Ge(0), "0 gives every layer the same"]
 
-
-_TIE_NOISE = 1e-9  # of one expert: nearer fractions are the rounding of equal ones
+_TIE_NOISE = 1e-9  # of one expert; fractions that lie nearer differ by rounding alone
 
 
 def shares_of(values: list[float], beta: float, shift: Shift) -> list[Fraction]:
-    """w^β/Σw^β, summing to one exactly: no budget, however large, is missed by rounding."""
-    check_beta_and_shift(beta, shift)
+    """Gives w^β/Σw^β as fractions that sum to one exactly, so that rounding misses no budget, however large."""
+    check_value("allocator.beta", beta, Beta)
+    check_value("allocator.shift", shift, Shift)
     low, high = min(values), max(values)
     if high - low <= SPREAD_NOISE * high:
         return [Fraction(1, len(values))] * len(values)
@@ -32,6 +34,7 @@ def shares_of(values: list[float], beta: float, shift: Shift) -> list[Fraction]:
 
 
 def round_largest_remainder(values: list[float], shares: list[Fraction], budget: int, floor: int) -> list[int]:
+    """Gives whole numbers that sum to `budget`, each at least `floor` and in the order of `values`."""
     parts = [share * (budget - floor * len(values)) for share in shares]
     counts = [floor + math.floor(part) for part in parts]
     fractions = [part - math.floor(part) for part in parts]
@@ -50,7 +53,7 @@ def round_largest_remainder(values: list[float], shares: list[Fraction], budget:
 
 
 def oriented_values(scores: LayerScores, layers: LayerMap, kind: Kind, *, smoothing: bool) -> list[float]:
-    """The scores in the model's order, higher = give more of `kind`, smoothed if asked for."""
+    """Gives the scores in the model's order, turned so that higher gets more of `kind`, and smoothed if asked for."""
     by_name = dict(zip(scores.layers, scores.oriented(kind), strict=True))
     values = list(in_layer_order(by_name, layers.names, source=f"scores from {scores.source}"))
     if not smoothing:
@@ -62,6 +65,7 @@ def oriented_values(scores: LayerScores, layers: LayerMap, kind: Kind, *, smooth
 
 
 def checked_scores(scores: Sequence[float]) -> list[float]:
+    """Gives the scores as floats, and refuses negative and non-finite ones by their index."""
     values = [float(score) for score in scores]
     if not values:
         raise ValueError("an allocation needs the score of at least one layer, got none")
@@ -75,28 +79,11 @@ def checked_scores(scores: Sequence[float]) -> list[float]:
 
 
 def check_budget(budget: int, floor: int, num_layers: int, *, unit: str) -> None:
-    check_whole("budget", budget)
-    check_whole("floor", floor)
+    """Refuses a budget that cannot give every layer its floor, and names the least that can."""
+    check_value("allocator.budget", budget, Count)
+    check_value("allocator.floor", floor, Count)
     if budget < num_layers * floor:
         raise ValueError(
             f"budget={budget} cannot give {num_layers} layers {floor} {unit}{'s' if floor > 1 else ''} each; "
             f"use allocator.budget>={num_layers * floor}"
         )
-
-
-def check_count_settings(budget: int | None, beta: float, floor: int, shift: str) -> None:
-    if budget is not None:
-        check_whole("budget", budget)
-    check_whole("floor", floor)
-    check_beta_and_shift(beta, shift)
-
-
-def check_whole(setting: str, got: object) -> None:
-    if not isinstance(got, Integral) or isinstance(got, bool) or int(got) < 1:
-        raise ValueError(f"allocator.{setting} must be a whole number >= 1, got {got!r}")
-
-
-def check_beta_and_shift(beta: float, shift: str) -> None:
-    check_choice("allocator.shift", shift, get_args(Shift))
-    if not is_number(beta) or not math.isfinite(beta) or beta < 0:
-        raise ValueError(f"allocator.beta={beta} must be finite and >= 0 (0: the same for every layer)")

@@ -1,4 +1,4 @@
-"""What each layer gets, as a type that checks its own budget."""
+"""An allocation: a value for each unit, as a type that checks its own budget."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BUDGET_TOLERANCE = 1e-6  # of a sparsity, as a fraction of all parameters
 
 @dataclass(frozen=True)
 class Allocation:
-    """What each unit (a block or a matrix) gets.
+    """The values that the units (blocks or matrices) get.
 
     Attributes:
         units: names of blocks or matrices.
-        kind: what is given.
+        kind: the meaning of a value.
         values: a count per unit (experts, rank), or the fraction of the unit's parameters to remove (sparsity).
         budget: the sum of the counts, or the parameter-weighted mean of the sparsities. It is checked on construction:
             counts exactly, a mean to 1e-6.
@@ -51,10 +51,11 @@ class Allocation:
             raise ValueError(f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given")
 
     def by_name(self) -> dict[str, Any]:
+        """Gives the value of each unit, by the unit's name."""
         return dict(zip(self.units, self.values, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold; `from_dict` is its inverse."""
+        """Gives plain values that JSON can hold; `from_dict` is its inverse."""
         return {
             "units": list(self.units),
             "kind": self.kind,
@@ -65,6 +66,7 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Allocation:
+        """Makes the allocation that `to_dict` was called on."""
         return cls(
             units=tuple(saved["units"]),
             kind=saved["kind"],
@@ -75,7 +77,7 @@ class Allocation:
 
 
 def spent_budget(kind: Kind, values: Sequence[float], sizes: Sequence[int] | None = None) -> int | float:
-    """The sum of counts, or the mean of sparsities weighted by `sizes`."""
+    """Gives the sum of counts, or the mean of sparsities weighted by `sizes`."""
     if kind != "sparsity":
         return sum(int(value) for value in values)
     weights = checked_sizes(sizes, len(values))
@@ -83,6 +85,7 @@ def spent_budget(kind: Kind, values: Sequence[float], sizes: Sequence[int] | Non
 
 
 def checked_sizes(sizes: Sequence[int] | None, num_units: int) -> list[int]:
+    """Gives the sizes as a list, and refuses them unless there is one for each unit, at least 1."""
     if sizes is None or len(sizes) != num_units or not all(size > 0 for size in sizes):
         raise ValueError(
             f"a sparsity needs sizes, the number of parameters (at least 1) of each of {num_units} units; got {sizes}"

@@ -1,23 +1,23 @@
-"""LoRA experts per layer."""
+"""LoRA experts per layer, by the scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 from layerif.allocate._shares import (
+    Beta,
     Shift,
     check_budget,
-    check_count_settings,
     checked_scores,
     oriented_values,
     round_largest_remainder,
     shares_of,
 )
 from layerif.allocate.allocation import Allocation
-from layerif.checks import check_choice
+from layerif.checks import Count, check_fields, check_value
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores
 
@@ -33,17 +33,26 @@ def to_experts(
     shift: Shift = "min",
     rounding: Rounding = "largest_remainder",
 ) -> list[int]:
-    """Whole numbers of experts per layer that sum to `budget`.
+    """Gives whole numbers of experts per layer that sum to `budget`.
 
-    Share of layer l: w_l^β/Σw^β, with w = s − min s (`shift=min`) or w = s (`shift=none`).
-    largest_remainder: n_l = floor + ⌊f_l⌋ with f_l = share·(budget − L·floor), and what is left over goes to the
-        largest fractions of f. A layer with a higher score never gets fewer.
-    upstream: the rounding behind the published vectors. share·budget rounded half to even, at least `floor`; then the
-        whole error goes onto one layer, a surplus taken from the highest score, a deficit given to the lowest. It does
-        not keep the order, and fails where the surplus exceeds what the highest layer holds.
-    Raises ValueError for negative or non-finite scores, and for a budget below L·floor.
+    The share of layer l is w_l^β/Σw^β, with w = s − min s (`shift=min`) or w = s (`shift=none`).
+
+    Args:
+        scores: s, one per layer; a higher score gets more.
+        budget: the experts of all layers together.
+        beta: β, at least 0.
+        floor: the least that a layer gets.
+        shift: see above.
+        rounding: `largest_remainder` gives n_l = floor + ⌊f_l⌋ with f_l = share·(budget − L·floor), and one more to
+            the largest fractions of f until the budget is spent; a layer with a higher score never gets fewer.
+            `upstream` is the rounding behind the published vectors: share·budget rounded half to even, at least
+            `floor`; then the whole error goes onto one layer, a surplus taken from the highest score, a deficit given
+            to the lowest. It does not keep the order, and fails where the surplus exceeds what the highest layer holds.
+
+    Raises:
+        ValueError: for negative or non-finite scores, and for a budget below L·floor.
     """
-    check_choice("allocator.rounding", rounding, get_args(Rounding))
+    check_value("allocator.rounding", rounding, Rounding)
     values = checked_scores(scores)
     check_budget(budget, floor, len(values), unit="expert")
     shares = shares_of(values, beta, shift)
@@ -54,22 +63,26 @@ def to_experts(
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """LoRA experts per layer, by `to_experts`.
+    """Spends scores on LoRA experts per layer, by `to_experts`.
 
-    budget: experts of all layers together; None: 5 per layer (the paper's 160 on 32). beta: the paper's was 2.5 for
-    Mistral-7B and 3 for Gemma-7B. smoothing: smooth the scores over depth first.
+    Attributes:
+        budget: the experts of all layers together; None: 5 per layer (the paper's 160 on 32).
+        beta: the paper used 2.5 for Mistral-7B and 3 for Gemma-7B.
+        floor, shift, rounding: see `to_experts`.
+        smoothing: smooth the scores over depth first.
     """
 
-    budget: int | None = None
-    beta: float = 2.5
-    floor: int = 1
+    needs_scores: ClassVar[Literal[True]] = True
+
+    budget: Count | None = None
+    beta: Beta = 2.5
+    floor: Count = 1
     shift: Shift = "min"
     rounding: Rounding = "largest_remainder"
     smoothing: bool = False
 
     def __post_init__(self) -> None:
-        check_count_settings(self.budget, self.beta, self.floor, self.shift)
-        check_choice("allocator.rounding", self.rounding, get_args(Rounding))
+        check_fields(self, "allocator")
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         budget = 5 * len(layers.names) if self.budget is None else self.budget

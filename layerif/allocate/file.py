@@ -1,38 +1,46 @@
-"""An allocation read from a file; no scores are looked at."""
+"""An allocation read from a file. It looks at no scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal
 
 from layerif.allocate.allocation import Allocation, spent_budget
-from layerif.checks import check_choice, check_unique, is_number
+from layerif.checks import check_fields, check_unique, is_number
 from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
+from layerif.record.older import in_todays_shape
 from layerif.scores import Kind, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """An allocation written by hand or by an earlier run.
+    """Reads an allocation that was written by hand or by an earlier run.
 
-    path: a JSON file with one of
-        {"layer name": value, …} in any order; [value, …], one per layer in the model's order;
-        the `record.json` of an earlier run, or its `allocation` alone with "layers" and "values".
-    kind: what the values are; a file that states its kind must agree. The budget is what the values add up to.
+    The budget is the one that the values spend.
+
+    Attributes:
+        path: a JSON file with one of
+            {"layer name": value, …} in any order; [value, …], one per layer in the model's order;
+            the `record.json` of an earlier run, or its `allocation` alone with "units" and "values".
+        kind: the meaning of a value. A file that states its kind must agree.
     """
 
-    needs_scores: ClassVar[bool] = False
+    needs_scores: ClassVar[Literal[False]] = False
 
     path: str
     kind: Kind = "experts"
 
     def __post_init__(self) -> None:
-        check_choice("allocator.kind", self.kind, get_args(Kind))
+        check_fields(self, "allocator")
 
     @property
     def source(self) -> str:
         return f"file({self.path})"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,)
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         what = f"allocation file {self.path!r}"
@@ -51,16 +59,17 @@ class File:
 
 
 def _saved_allocation(content: Any, layers: LayerMap, what: str) -> tuple[list[str], list[Any], str | None]:
-    """Names, values and, if the file states it, the kind."""
+    """Finds names, values and, if the file states it, the kind."""
     if isinstance(content, list):
         return list(layers.names), content, None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{what} must hold a value per layer, as an object by layer name or as a list")
-    if "allocation" not in content and "values" not in content:
+    content = in_todays_shape(content)
+    if not content.keys() & {"decision", "allocation", "values"}:
         return list(content), list(content.values()), None
-    allocation = content.get("allocation", content)
-    names = allocation.get("layers", content.get("layers")) if isinstance(allocation, dict) else None
-    values = allocation.get("values") if isinstance(allocation, dict) else None
+    around = content.get("decision", content) or {}
+    allocation = around.get("allocation", around) or {}
+    names, values = allocation.get("units", allocation.get("layers")), allocation.get("values")
     if not isinstance(names, list) or not isinstance(values, list):
-        raise ValueError(f"{what} holds no allocation: it needs lists for layers and allocation.values")
+        raise ValueError(f"{what} holds no allocation: it needs lists for allocation.units and allocation.values")
     return names, values, allocation.get("kind")

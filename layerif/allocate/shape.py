@@ -1,4 +1,4 @@
-"""A fixed shape over depth, such as MoLA's; no scores are looked at."""
+"""A fixed shape over depth, such as MoLA's. It looks at no scores."""
 
 from __future__ import annotations
 
@@ -6,45 +6,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from layerif.allocate._shares import check_whole
 from layerif.allocate.allocation import Allocation
-from layerif.checks import check_choice
+from layerif.checks import Count, check_fields, check_value
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A fixed shape over depth (MoLA, Gao et al., 2024).
+    """Gives a count to each group of layers (MoLA, Gao et al., 2024).
 
-    shape: a count for each group of consecutive layers, as digits (2468, 5555, 8642, 3578) or a list; a list as long as
-        the model is deep is a count per layer.
-    groups: the number of layers of each group; None: as equal as they can be and symmetric, the outer ones larger (8,
-        7, 7, 8 of 30 layers), but 7, 7, 8, 6 for 3578 on 28 layers, as published for Gemma-7B.
-    budget: what the counts must add up to; None: whatever they do.
+    Attributes:
+        shape: a count for each group of consecutive layers, as digits (2468, 5555, 8642, 3578) or as a list. A list as
+            long as the model is deep gives a count per layer.
+        groups: the number of layers in each group; None: as equal as they can be and symmetric, the outer ones larger
+            (8, 7, 7, 8 of 30 layers), but 7, 7, 8, 6 for 3578 on 28 layers, as published for Gemma-7B.
+        budget: the sum that the counts must have; None allows any.
+        kind: the meaning of a count.
     """
 
-    needs_scores: ClassVar[bool] = False
+    needs_scores: ClassVar[Literal[False]] = False
+    paths: ClassVar[tuple[str, ...]] = ()
 
     shape: int | str | Sequence[int]
-    groups: Sequence[int] | None = None
-    budget: int | None = None
+    groups: Sequence[Count] | None = None
+    budget: Count | None = None
     kind: Literal["experts", "rank"] = "experts"
 
     def __post_init__(self) -> None:
-        check_choice("allocator.kind", self.kind, ("experts", "rank"))
+        check_fields(self, "allocator")
         if not self.counts:
             raise ValueError(f"allocator.shape={self.shape!r} is empty; give digits such as 2468, or a list of counts")
-        for count in self.counts:
-            check_whole("shape", count)
-        if self.groups is not None and (len(self.groups) != len(self.counts) or min(self.groups) < 1):
+        check_value("allocator.shape", self.counts, Sequence[Count])
+        if self.groups is not None and len(self.groups) != len(self.counts):
             raise ValueError(
                 f"allocator.groups={list(self.groups)} must give each of the {len(self.counts)} counts of "
-                f"allocator.shape={self.shape} its number of layers, at least 1"
+                f"allocator.shape={self.shape} its number of layers"
             )
 
     @property
     def counts(self) -> tuple[int, ...]:
+        """The count of each group."""
         if isinstance(self.shape, int | str):
             digits = str(self.shape)
             if not digits.isdigit():

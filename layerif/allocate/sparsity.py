@@ -1,19 +1,24 @@
-"""Sparsity per layer."""
+"""Sparsity per layer, by the scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from layerif.allocate._shares import checked_scores, oriented_values
 from layerif.allocate.allocation import BUDGET_TOLERANCE, Allocation, checked_sizes
-from layerif.checks import check_choice
+from layerif.checks import check_fields, check_value
 from layerif.layers import LayerMap
 from layerif.scores import SPREAD_NOISE, LayerScores
 
 Rule = Literal["scaled", "shifted"]
+Epsilon = Annotated[float, Ge(0), Le(1), "the paper used 0.1 to 0.5"]
+# A layer without weights would leave nothing to prune or to recover.
+MaxSparsity = Annotated[float, Gt(0), Lt(1), "the default is 0.99"]
 
 
 def to_sparsity(
@@ -25,24 +30,38 @@ def to_sparsity(
     max_sparsity: float = 0.99,
     rule: Rule = "scaled",
 ) -> list[float]:
-    """Sparsities per layer whose mean, weighted by the layers' parameters `numel` (d), is `target`.
+    """Gives sparsities per layer whose mean, weighted by the layers' parameters, is `target`.
 
-    x = min-max of s (equal scores: ½), then
-    scaled (the paper's): r = (1−ε) + 2εx; ρ_l = c·r_l with one c for all. Where c·r_l exceeds `max_sparsity`, ρ_l is
-        `max_sparsity` and the other layers make up for it, still in proportion to r (upstream clips without, and
-        misses the target).
-    shifted (OWL's and DLP's): ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where nothing is
-        clipped; clipped to [0, `max_sparsity`] the other layers make up for it by a common c.
-    Raises ValueError, with the feasible range, if no c meets the target.
+    With x the min-max of s (½ for equal scores):
+
+    `scaled`, the paper's: r = (1−ε) + 2εx and ρ_l = c·r_l with one c for all. Where c·r_l exceeds `max_sparsity`, ρ_l
+    is `max_sparsity` and the other layers make up for it, still in proportion to r. (Upstream clips without this, and
+    misses the target.)
+
+    `shifted`, OWL's and DLP's: ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where nothing is
+    clipped. Where ρ_l is clipped to [0, `max_sparsity`], the other layers make up for it by a common c.
+
+    Args:
+        scores: s, one per layer; a higher score gets more sparsity.
+        numel: the parameters of each layer, the weights of the mean.
+        target: the mean sparsity.
+        epsilon: ε, from 0 to 1.
+        max_sparsity: the most that a layer gets.
+        rule: see above.
+
+    Raises:
+        ValueError: names the feasible range if no c meets the target.
     """
     values = checked_scores(scores)
     weights = checked_sizes(numel, len(values))
-    _check_sparsity_settings(target, epsilon, max_sparsity)
-    check_choice("allocator.rule", rule, get_args(Rule))
+    check_value("allocator.epsilon", epsilon, Epsilon)
+    check_value("allocator.max_sparsity", max_sparsity, MaxSparsity)
+    check_value("allocator.rule", rule, Rule)
+    _check_target(target, max_sparsity)
     if rule == "shifted":
         return _shifted([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
     relative = [(1 - epsilon) + 2 * epsilon * x for x in _min_max(values)]
-    relative = [r if r > SPREAD_NOISE else 0.0 for r in relative]  # ε = 1: rounding must not be scaled up to a share
+    relative = [r if r > SPREAD_NOISE else 0.0 for r in relative]  # under ε = 1 rounding must not become a share
     wanted = target * sum(weights)
     clipped: set[int] = set()
     while True:
@@ -65,23 +84,29 @@ def to_sparsity(
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Sparsity per layer, by `to_sparsity`, weighted by the parameters the `LayerMap` counts.
+    """Spends scores on a sparsity per layer, by `to_sparsity`, weighted by the parameters that the `LayerMap` counts.
 
-    target: mean sparsity. epsilon: range of the relative sparsities; the paper used 0.3 for magnitude pruning, 0.1 for
-    Wanda and SparseGPT. smoothing: smooth the scores over depth first (the paper's; needs at least 7 layers).
-    rule: `scaled` is the paper's map and AlphaPruning's, `shifted` that of OWL (epsilon 0.08) and DLP (0.15); these
-    do not smooth.
+    Attributes:
+        target: the mean sparsity.
+        epsilon: the range of the relative sparsities; the paper used 0.3 for magnitude pruning and 0.1 for Wanda and
+            SparseGPT.
+        max_sparsity: the most that a layer gets.
+        smoothing: smooth the scores over depth first, as the paper does; it needs at least 7 layers.
+        rule: `scaled` is the map of the paper and of AlphaPruning, `shifted` that of OWL (epsilon 0.08) and DLP (0.15);
+            these two do not smooth.
     """
 
+    needs_scores: ClassVar[Literal[True]] = True
+
     target: float = 0.5
-    epsilon: float = 0.1
-    max_sparsity: float = 0.99
+    epsilon: Epsilon = 0.1
+    max_sparsity: MaxSparsity = 0.99
     smoothing: bool = True
     rule: Rule = "scaled"
 
     def __post_init__(self) -> None:
-        _check_sparsity_settings(self.target, self.epsilon, self.max_sparsity)
-        check_choice("allocator.rule", self.rule, get_args(Rule))
+        check_fields(self, "allocator")
+        _check_target(self.target, self.max_sparsity)
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         values = oriented_values(scores, layers, "sparsity", smoothing=self.smoothing)
@@ -92,7 +117,7 @@ class Sparsity:
 
 
 def _shifted(steps: list[float], weights: list[int], target: float, max_sparsity: float) -> list[float]:
-    """ρ_l = clip(c + step_l, 0, max_sparsity) of the one c that meets the target; there always is one."""
+    """Gives ρ_l = clip(c + step_l, 0, max_sparsity) with the one c that meets the target; there always is one."""
 
     def clipped(c: float) -> list[float]:
         return [min(max(c + step, 0.0), max_sparsity) for step in steps]
@@ -117,11 +142,7 @@ def _min_max(values: list[float]) -> list[float]:
     return [(value - low) / (high - low) for value in values]
 
 
-def _check_sparsity_settings(target: float, epsilon: float, max_sparsity: float) -> None:
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"allocator.epsilon={epsilon} must be in [0, 1]; the paper used 0.1 to 0.5")
-    if not 0 < max_sparsity < 1:  # of a layer without weights nothing would be left to prune or to recover
-        raise ValueError(f"allocator.max_sparsity={max_sparsity} must be in (0, 1); the default is 0.99")
+def _check_target(target: float, max_sparsity: float) -> None:
     if not 0 <= target <= max_sparsity:
         raise ValueError(
             f"allocator.target={target} is outside the feasible range 0 to {max_sparsity} (allocator.max_sparsity)"

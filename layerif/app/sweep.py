@@ -35,15 +35,6 @@ from layerif.record.record import FAILURE, FILE, Failure, RunRecord
 
 log = logging.getLogger(__name__)
 
-# What the store keeps, as one says it in the plural.
-_KINDS = {
-    "grams": "gradient passes",
-    "influences": "EK-FAC influences",
-    "spectra": "spectra of weights",
-    "activations": "forward passes",
-    "gates": "gates",
-}
-
 
 class Sweep(Callback):
     """Told by Hydra that a sweep begins: where its jobs will leave their folders, and since when.
@@ -155,7 +146,8 @@ def free_memory() -> None:
 @dataclass(kw_only=True)
 class Balance:
     """Of a sweep's jobs, each called by what sets it apart. failed, failed_before: with their errors. unfinished:
-    killed, or still at work. measurements: what those that were run now asked of the store, see `layerif.probe.store.Store`.
+    killed, or still at work. measurements: what those that were run now asked of the store, see
+    `layerif.probe.store.Store`.
     """
 
     run: list[str] = field(default_factory=list)
@@ -185,8 +177,8 @@ class Balance:
         lines = ["jobs: " + ", ".join(f"{len(of)} {what}" for what, of in counts.items() if of or what in always)]
         by_kind = defaultdict(list)
         for measured in self.measurements:
-            by_kind[measured["kind"]].append(measured)
-        lines += [f"{_KINDS.get(kind, kind)}: {_shared(measured)}" for kind, measured in by_kind.items()]
+            by_kind[measured.get("called", measured["kind"])].append(measured)
+        lines += [f"{kind}: {_shared(measured)}" for kind, measured in by_kind.items()]
         lines += [f"failed: {job}: {error}" for job, error in (self.failed | self.failed_before).items()]
         return "\n".join(lines)
 

@@ -18,6 +18,7 @@ import layerif.estimators
 from layerif.diagnose.estimate import spearman
 from layerif.estimators._base import DampedEstimator, GramEstimator, by_block
 from layerif.evidence import LayerGrams
+from layerif.probe.grams.request import Grams
 from layerif.scores import Aggregation
 
 
@@ -70,4 +71,4 @@ def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tup
 def _stands_alone(cls: type[GramEstimator]) -> bool:
     """One that asks for Grams alone: no checkpoints, no setting without a default, not abstract."""
     required = [field for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
-    return cls.needs == "grams" and not required and cls not in (GramEstimator, DampedEstimator)
+    return cls.needs == Grams() and not required and cls not in (GramEstimator, DampedEstimator)

@@ -31,6 +31,7 @@ from layerif.diagnose.stability import (
 )
 from layerif.estimators._base import DampedEstimator, GramEstimator
 from layerif.evidence import LayerGrams
+from layerif.probe.grams.request import Grams
 
 Panel = Mapping[str, GramEstimator]  # the user's own comes first
 
@@ -100,7 +101,7 @@ def mislabel(
     by_layer: dict[str, list[float]] = {}
     for trial in range(trials):
         examples, is_flipped_N = flip(chosen, share, seed=decider.seed + trial)
-        grams, _ = replace(decider, splits=replace(decider.splits, train=tuple(examples))).grams(model)
+        grams, _ = Grams().take(replace(decider, splits=replace(decider.splits, train=tuple(examples))), model)
         is_flipped.append(is_flipped_N)
         with quiet():
             for name, estimator in estimators.items():

@@ -19,6 +19,7 @@ from layerif.diagnose.retrain import Recipe, Retrainer, losses
 from layerif.evidence import LayerGrams
 from layerif.files import whole
 from layerif.models.blocks import layer_map
+from layerif.probe.grams.request import Grams
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Retrainings:
             return
         base, (train, _) = self.model(), self.decider.samples()
         scope = self.decider.probe.scope
-        params = [param for block in layer_map(base, scope=scope).params for param in block]
+        params = layer_map(base, scope=scope).matrices
         targets = [param.removesuffix(".weight") for param in params]
         log.info("seed %d: %d of %d trainings to do", seed, len(missing), len(rows))
         retrainer = Retrainer(base, targets, train, padding_id(self.decider.tokenizer), self.recipe, seed)
@@ -87,7 +88,7 @@ class Retrainings:
         def load() -> nn.Module:
             return at.load().to(self.decider.device) if model is None else model  # type: ignore[arg-type]
 
-        return replace(self.decider, model=at).grams(load)[0]
+        return Grams().take(replace(self.decider, model=at), load)[0]
 
     def _save(self, retrainer: Retrainer, seed: int) -> None:
         folder, unfinished = self._adapter(seed), self._adapter(seed).with_suffix(".unfinished")

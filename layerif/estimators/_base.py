@@ -1,4 +1,4 @@
-"""What all estimators on Gram matrices share: from one matrix's influence to the scores of all layers.
+"""The way from the influence of one matrix to the scores of all layers, which all estimators on Grams share.
 
 Letters in shape suffixes: N train samples, M validation samples, P parameters of one matrix.
 K = G Gᵀ (N×N) and C = V Gᵀ (M×N) for per-sample gradients G (N×P) of train and V (M×P) of validation samples.
@@ -6,45 +6,54 @@ K = G Gᵀ (N×N) and C = V Gᵀ (M×N) for per-sample gradients G (N×P) of tra
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerif.checks import check_choice
+from layerif.checks import Count, check_fields, check_value
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.layers import LayerMap
+from layerif.probe.grams.request import Grams
+from layerif.probe.request import Request
 from layerif.scores import Aggregation, LayerScores, aggregate
 
+Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
 Granularity = Literal["matrix", "block"]
 Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
 
 
 class InfluenceEstimator:
-    """Scores |S| per block from the influence of train on validation samples; the fields are the subclass's.
+    """Scores a block by |S|, from the influence of train samples on validation samples. Subclasses are dataclasses.
 
-    aggregation: which train samples count towards S, see `layerif.scores.aggregate`.
-    normalisation: `none` keeps |S| (the paper's). |S| grows with the number of parameters, so blocks of unequal size
-        compare only under `numel`: |S| divided by the block's measured parameters.
+    Attributes:
+        aggregation: the train samples that count towards S, see `layerif.scores.aggregate`.
+        normalisation: `none` keeps |S|, as the paper does. |S| grows with the number of parameters, so that blocks of
+            unequal size compare only under `numel`: |S| divided by the block's measured parameters.
     """
 
     aggregation: Aggregation
     normalisation: Normalisation
 
     def __post_init__(self) -> None:
-        check_choice("estimator.aggregation", self.aggregation, get_args(Aggregation))
-        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
+        check_fields(self, "estimator")
 
     def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
-        """|S| of every block, from its influence: (M×N), or (1×N) summed over the validation samples."""
+        """Gives |S| of every block.
+
+        Args:
+            influences: I of every block (M×N), or its sum over the validation samples (1×N), by the block's name.
+            layers: the blocks.
+            fingerprint: of what was measured.
+        """
         values = []
         for block, numel in zip(layers.names, layers.numel, strict=True):
             size = abs(aggregate(influences[block], self.aggregation))
@@ -60,45 +69,47 @@ class InfluenceEstimator:
 class GramEstimator(InfluenceEstimator):
     """An estimator that needs nothing but Grams.
 
-    granularity: `matrix` sums the influences of the block's matrices (the paper's); `block` takes the influence of one
-        Gram of the whole block. They differ where an estimator is not linear in the Gram.
-    Raises ValueError naming the matrix if a Gram is not finite. A matrix whose gradients are all zero has no
-    influence; a RuntimeWarning names it.
+    A matrix whose gradients are all zero has no influence; a RuntimeWarning names it. A Gram that is not finite is
+    refused by the name of its matrix.
+
+    Attributes:
+        granularity: `matrix` sums the influences of the block's matrices, as the paper does; `block` takes the
+            influence of one Gram of the whole block. They differ where an estimator is not linear in the Gram.
     """
 
-    needs: ClassVar[str] = "grams"
+    needs: ClassVar[Request] = Grams()
 
     aggregation: Aggregation = "all"
     granularity: Granularity = "matrix"
     normalisation: Normalisation = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("estimator.granularity", self.granularity, get_args(Granularity))
-
     def influence(self, gram: MatrixGram) -> Tensor:
-        """I (M×N) in float64; I_ji < 0: up-weighting train sample i lowers the loss of validation sample j."""
+        """Gives I (M×N) in float64. I_ji < 0: up-weighting train sample i lowers the loss of validation sample j."""
         raise NotImplementedError
 
     def influences(self, grams: Mapping[str, MatrixGram]) -> dict[str, Tensor]:
-        """I of every Gram, by its name; the place for what an estimator has to say about all of them together."""
+        """Gives I of every Gram, by its name. An estimator that refuses or warns of all Grams together overrides it."""
         return {name: self.influence(gram) for name, gram in grams.items()}
 
     def score(self, evidence: Any, /) -> LayerScores:
-        """evidence: `LayerGrams`, unless `needs` says otherwise. They keep what all aggregations are taken of."""
+        """Scores every block. The Grams keep the influence that all aggregations are taken of.
+
+        Args:
+            evidence: `LayerGrams`, unless `needs` says otherwise.
+        """
         solver = replace(self, aggregation="all", normalisation="none")  # these two come after solving
         influences = evidence.once(solver, lambda: self._of_train(evidence))
         return self.scores(influences, evidence.layers, evidence.fingerprint)
 
     def _of_train(self, evidence: LayerGrams) -> dict[str, Tensor]:
-        """Σ_j I_ji (1×N) of every block: of the influence all that scores need, and a small thing to keep."""
+        """Gives Σ_j I_ji (1×N) of every block: scores need no more of the influence, and it is small to keep."""
         grams = self.solvable(evidence)
         warn_of_zero_gradients(evidence.grams)
         influences = by_block(self.influences(grams.grams), grams.layers)
         return {block: influence_MN.sum(dim=0, keepdim=True) for block, influence_MN in influences.items()}
 
     def solvable(self, evidence: LayerGrams) -> LayerGrams:
-        """The Grams that influence is taken of: in float64, all finite, one per matrix or one per block."""
+        """Gives the Grams that influence is taken of: in float64, all finite, one per matrix or one per block."""
         return evidence.in_float64.by_block if self.granularity == "block" else evidence.in_float64
 
 
@@ -106,20 +117,17 @@ class GramEstimator(InfluenceEstimator):
 class DampedEstimator(GramEstimator):
     """An estimator that inverts a damped Fisher matrix, F + λ.
 
-    damping, damping_rule: `relative` (the paper's) is λ = damping · the matrix's mean squared gradient entry, so that
-        one damping suits matrices and models of any size; `absolute` is λ = damping itself, the same for every matrix.
+    Attributes:
+        damping: see `damping_rule`.
+        damping_rule: `relative`, as in the paper, is λ = damping · the matrix's mean squared gradient entry, so that
+            one damping suits matrices and models of any size; `absolute` is λ = damping itself for every matrix.
     """
 
-    damping: float = 0.1
+    damping: Damping = 0.1
     damping_rule: DampingRule = "relative"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_damping(self.damping)
-        check_choice("estimator.damping_rule", self.damping_rule, get_args(DampingRule))
-
     def relative_damping(self, gram: MatrixGram) -> float:
-        """The damping, in units of the mean squared gradient entry, that gives this Gram its λ under the rule."""
+        """Gives the damping, in units of the mean squared gradient entry, that makes this Gram's λ under the rule."""
         mean_square = damping_lambda(gram.train_train, numel=gram.numel, damping=1.0)
         return self.damping if self.damping_rule == "relative" or mean_square == 0 else self.damping / mean_square
 
@@ -128,20 +136,22 @@ class DampedEstimator(GramEstimator):
 class NormEstimator:
     """Scores a block by the size of its train gradients, those of all its matrices laid end to end.
 
-    normalisation: `none`, or `numel`: the size of a vector of as many entries of the same mean square, so that blocks
-        of unequal size compare.
-    Large gradients mark an undertrained block. Raises ValueError naming the matrix if a Gram is not finite.
+    Large gradients mark an undertrained block. A Gram that is not finite is refused by the name of its matrix.
+
+    Attributes:
+        normalisation: `none`, or `numel`: the size for each of the block's parameters, so that blocks of unequal size
+            compare.
     """
 
-    needs: ClassVar[str] = "grams"
+    needs: ClassVar[Request] = Grams()
 
     normalisation: Normalisation = "none"
 
     def __post_init__(self) -> None:
-        check_choice("estimator.normalisation", self.normalisation, get_args(Normalisation))
+        check_fields(self, "estimator")
 
     def size(self, train_train: Tensor, *, numel: int) -> float:
-        """Of gradients with these inner products K (N×N), for each of `numel` parameters."""
+        """Gives the size of gradients with inner products K (N×N), for each of `numel` parameters."""
         raise NotImplementedError
 
     def score(self, evidence: LayerGrams, /) -> LayerScores:
@@ -155,36 +165,43 @@ class NormEstimator:
 
 
 def by_block(influences: Mapping[str, Tensor], layers: LayerMap) -> dict[str, Tensor]:
-    """I (M×N) of every block: the sum over what `layers.params` names in it."""
-    blocks = zip(layers.names, layers.params, strict=True)
-    return {block: reduce(add, (influences[name] for name in params)) for block, params in blocks}
+    """Gives I (M×N) of every block: the sum over its matrices."""
+    return {block: reduce(add, (influences[param] for param in params)) for block, params in layers.by_block.items()}
 
 
 def described(estimator: Any) -> str:
-    """An estimator by its file's name, and its settings: `datainf(aggregation=all, …, damping=0.1)`."""
+    """Names an estimator by its file, with its settings: `datainf(aggregation=all, …, damping=0.1)`."""
     settings = ", ".join(f"{field.name}={getattr(estimator, field.name)}" for field in fields(estimator))
     return f"{type(estimator).__module__.rpartition('.')[2]}({settings})"
 
 
 def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
-    """λ = damping · tr K / (N·P): damping times the mean squared entry of the train gradients."""
+    """Gives λ = damping · tr K / (N·P): damping times the mean squared entry of the train gradients."""
     return float(damping_lambdas(train_train, numel=numel, damping=damping))
 
 
 def damping_lambdas(train_train: Tensor, *, numel: int, damping: float) -> Tensor:
-    """`damping_lambda` of each matrix of a batch (…×N×N) of the same size: (…), float64."""
-    check_damping(damping)
-    if numel < 1:
-        raise ValueError(f"numel={numel} must be the number of parameters behind the Gram, at least 1")
+    """Gives `damping_lambda` of each matrix in a batch of the same size.
+
+    Args:
+        train_train: K of each (…×N×N).
+        numel: P, the number of parameters behind each.
+        damping: above 0.
+
+    Returns:
+        The λ of each (…), in float64.
+    """
+    check_value("estimator.damping", damping, Damping)
+    check_value("numel", numel, Count)
     square_N = train_train.diagonal(dim1=-2, dim2=-1).double()
     return damping * square_N.sum(dim=-1) / (square_N.shape[-1] * numel)
 
 
 def eigenbasis(train_train: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectrum (N, ascending, >= 0) and eigenvectors (N×N, columns) of K in float64.
+    """Gives the spectrum of K (N, ascending, >= 0) and its eigenvectors (N×N, in columns), in float64.
 
-    Remembered as long as the tensor lives and is not changed in place: it is nearly all that exact and LiSSA cost, and
-    the same at every damping.
+    They are remembered as long as the tensor lives and is not changed in place: they are nearly all the cost of exact
+    and LiSSA, and the same at every damping.
     """
     version = None if train_train.is_inference() else train_train._version
     known = _EIGENBASES.get(train_train)
@@ -199,16 +216,12 @@ def eigenbasis(train_train: Tensor) -> tuple[Tensor, Tensor]:
     return found
 
 
-# Of K by its identity: (version, eigenbasis).
+# (version, eigenbasis) of each K, by its identity.
 _EIGENBASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def check_damping(damping: float) -> None:
-    if not (math.isfinite(damping) and damping > 0):
-        raise ValueError(f"estimator.damping={damping} must be finite and > 0; the reference uses 0.1")
-
-
 def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
+    """Warns of matrices whose train or validation gradients are all zero, by their names."""
     zero = [name for name, gram in grams.items() if not (gram.train_train.diagonal().any() and gram.val_norms.any())]
     if zero:
         listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")

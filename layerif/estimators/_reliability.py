@@ -1,4 +1,4 @@
-"""How far scores can be trusted to rank layers: by halves of the samples, and against exact Grams."""
+"""Figures of trust in scores: agreement of halves of the samples, and agreement with exact Grams."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 
 from layerif.estimators import Estimator
+from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Diverges
 from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
 
 
 def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerInfluences) -> float | None:
-    """Do disjoint samples rank the layers alike? Spearman of every other sample's scores against the others'.
+    """Compares the scores of two disjoint halves of the samples.
 
-    None where a half ranks nothing (all layers equal), and, with a warning, where a fixed step diverges on one.
+    Returns:
+        Spearman's rank correlation; None where a half ranks nothing (all layers are equal) and, with a warning, where
+        a fixed step diverges on a half.
     """
     try:
         with warnings.catch_warnings():
@@ -30,18 +33,20 @@ def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | Layer
 
 
 def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
-    """Spearman's rank correlation of the layer `scores`, and of the entries of each matrix's influence (their mean).
+    """Compares scores and influences with those on exact Grams of the same samples.
 
-    estimator: one on Grams; one that takes no influence of them has none to compare. Empty, with a warning,
-    where its fixed step diverges on these Grams.
+    Returns:
+        Spearman's rank correlation of the layer `scores` and, for an estimator that takes influence from Grams, of
+        the entries of each matrix's influence (`influences`, a mean over the matrices). Empty, with a warning, where a
+        fixed step diverges on these Grams.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # they would be of fewer samples than the scores are
+            warnings.simplefilter("ignore", RuntimeWarning)  # they would concern fewer samples than the scores do
             found = {"scores": rank_correlation(estimator.score(grams).values, estimator.score(reference).values)}
-            if hasattr(estimator, "influences"):
-                first, second = (estimator.solvable(each) for each in (grams, reference))  # type: ignore[attr-defined]
-                ours, theirs = (estimator.influences(each.grams) for each in (first, second))  # type: ignore[attr-defined]
+            if isinstance(estimator, GramEstimator):
+                solvable = [estimator.solvable(each) for each in (grams, reference)]
+                ours, theirs = (estimator.influences(each.grams) for each in solvable)
                 each = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
                 ranked = [value for value in each if value is not None]
                 found["influences"] = sum(ranked) / len(ranked) if ranked else None
@@ -52,7 +57,7 @@ def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) ->
 
 
 def rank_correlation(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> float | None:
-    """Spearman's; None where either ranks nothing (all equal)."""
+    """Gives Spearman's rank correlation; None where either ranks nothing (all values are equal)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
         found = float(spearmanr(first, second)[0])  # type: ignore[arg-type]

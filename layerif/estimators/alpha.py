@@ -1,4 +1,4 @@
-"""Power-law exponents of the weights' spectra (AlphaLoRA, AlphaPruning): no data, no pass.
+"""Power-law exponents of the weights' spectra (AlphaLoRA, AlphaPruning): without data and without a pass.
 
 Letters: λ_1 ≤ … ≤ λ_N the non-zero eigenvalues of WᵀW, i the start of the tail, n = N − i + 1 its length.
 """
@@ -11,8 +11,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from layerif.checks import check_choice
+from layerif.checks import check_choice, check_fields
 from layerif.evidence import LayerSpectra
+from layerif.probe.request import Request
+from layerif.probe.spectra import Spectra
 from layerif.scores import LayerScores
 
 Fit = Literal["mid", "peak", "peak_upstream"]
@@ -22,9 +24,14 @@ _BINS = 100
 
 
 def hill(eigenvalues: Tensor, start: int) -> float:
-    """α = 1 + n/(Σ_{j≥i} ln λ_j − n·ln λ_i), Hill's estimate for a density ∝ λ^−α above λ_i.
+    """Gives α = 1 + n/(Σ_{j≥i} ln λ_j − n·ln λ_i), Hill's estimate for a density ∝ λ^−α above λ_i.
 
-    eigenvalues: ascending, all above zero; start: i, from 0. Infinite where the tail is a single value, repeated.
+    Args:
+        eigenvalues: ascending, all above zero.
+        start: i, counted from 0.
+
+    Returns:
+        The exponent; infinite where the tail is a single value, repeated.
     """
     logs_n = eigenvalues[start:].double().log()
     excess = float((logs_n - logs_n[0]).sum())
@@ -32,7 +39,7 @@ def hill(eigenvalues: Tensor, start: int) -> float:
 
 
 def distance(eigenvalues: Tensor, start: int) -> float:
-    """Kolmogorov–Smirnov: max_j |1 − (λ_j/λ_i)^(1−α) − (j−i)/n| over the tail, with α its Hill estimate."""
+    """Gives the Kolmogorov–Smirnov distance max_j |1 − (λ_j/λ_i)^(1−α) − (j−i)/n| of a tail to its Hill estimate."""
     tail_n = eigenvalues[start:].double()
     fitted_n = 1 - (tail_n / tail_n[0]) ** (1 - hill(eigenvalues, start))
     empirical_n = torch.arange(len(tail_n), dtype=torch.float64, device=tail_n.device) / len(tail_n)
@@ -40,14 +47,17 @@ def distance(eigenvalues: Tensor, start: int) -> float:
 
 
 def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
-    """The exponent of one matrix. eigenvalues: of WᵀW, in any order.
+    """Fits the exponent of one matrix.
 
-    mid: the tail starts at the median, i = N/2.
-    peak: of the starts from 0.95 to 1.5 times the mode of log₁₀ λ (left edge of the fullest of 100 bins) the one whose
-        tail fits best by `distance`, the lower of equals.
-    peak_upstream: as released with AlphaLoRA and AlphaPruning, whose lower bound is log₁₀(0.95·mode), compared with the
-        eigenvalues themselves: starts far below the mode are tried as well.
-    Raises ValueError for fewer than ten non-zero eigenvalues, and where no tail has any spread.
+    Args:
+        eigenvalues: those of WᵀW, in any order.
+        fit: the start of the tail. `mid` takes the median, i = N/2. `peak` takes the start between 0.95 and 1.5 times
+            the mode of log₁₀ λ (the left edge of the fullest of 100 bins) whose tail fits best by `distance`, the lower
+            of equals. `peak_upstream` is the code released with AlphaLoRA and AlphaPruning, whose lower bound is
+            log₁₀(0.95·mode), compared with the eigenvalues themselves, so that it tries starts far below the mode.
+
+    Raises:
+        ValueError: for fewer than ten non-zero eigenvalues, and where no tail has any spread.
     """
     check_choice("estimator.fit", fit, get_args(Fit))
     sorted_N = eigenvalues.double().sort().values
@@ -70,19 +80,22 @@ def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Alpha:
-    """A block's α is the mean over its matrices (all its linear layers, whatever `probe.scope` says).
+    """Scores a block by the mean α of its matrices: all its linear layers, under every `probe.scope`.
 
-    A large α, a light tail, marks a block that training changed little: undertrained. AlphaLoRA's experts are α^β
-    without shift, `allocator.shift=none`; AlphaPruning's sparsities the linear map of `allocator=sparsity` without
+    A large α, a light tail, marks a block that training changed little: it is undertrained. AlphaLoRA's experts are α^β
+    without shift, `allocator.shift=none`; AlphaPruning's sparsities are the linear map of `allocator=sparsity` without
     smoothing.
+
+    Attributes:
+        fit: see `alpha`.
     """
 
-    needs: ClassVar[str] = "weights"
+    needs: ClassVar[Request] = Spectra()
 
     fit: Fit = "mid"
 
     def __post_init__(self) -> None:
-        check_choice("estimator.fit", self.fit, get_args(Fit))
+        check_fields(self, "estimator")
 
     def score(self, evidence: LayerSpectra, /) -> LayerScores:
         values = []

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
+from layerif.checks import Positive, check_fields
 from layerif.evidence import LayerActivations
+from layerif.probe.activations import EPSILON, Activations
 from layerif.scores import LayerScores
 
 
 def avss(variances: Tensor, sparsities: Tensor, *, num_entries: int) -> Tensor:
-    """(σ²_l/p_l) / Σ_k (σ²_k/p_k): (L), summing to 1 (to 0 where nothing varies).
+    """Gives (σ²_l/p_l) / Σ_k (σ²_k/p_k) of every block.
 
-    variances: σ² of the block's output; sparsities: the fraction of its `num_entries` entries near zero. One more entry
-    near zero is counted, so that a block without any is not divided by zero: p = (count + 1)/(num_entries + 1).
+    One more entry near zero is counted, so that nothing is divided by zero: p = (count + 1)/(num_entries + 1).
+
+    Args:
+        variances: σ² of each block's output (L).
+        sparsities: the fraction of its entries near zero (L).
+        num_entries: the number of its entries.
+
+    Returns:
+        Numbers (L) that sum to 1, or to 0 where nothing varies.
     """
     ratios_L = variances / ((sparsities * num_entries + 1) / (num_entries + 1))
     total = ratios_L.sum()
@@ -25,18 +32,20 @@ def avss(variances: Tensor, sparsities: Tensor, *, num_entries: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Avss:
-    """epsilon: an entry of the block's output counts as zero where |a| < ε; in the unit of the hidden state.
+    """Scores a block by AVSS. A block whose output varies much and is seldom zero is important.
 
-    A block whose output varies much and is seldom zero is important.
+    Attributes:
+        epsilon: an entry of the block's output counts as zero where |a| < ε; in the unit of the hidden state.
     """
 
-    needs: ClassVar[str] = "activations"
-
-    epsilon: float = 0.01
+    epsilon: Positive = EPSILON
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"estimator.epsilon={self.epsilon} must be finite and > 0")
+        check_fields(self, "estimator")
+
+    @property
+    def needs(self) -> Activations:
+        return Activations(self.epsilon)
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         if evidence.epsilon != self.epsilon:

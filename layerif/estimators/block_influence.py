@@ -1,4 +1,4 @@
-"""Block influence (ShortGPT, Men et al., 2024): how far a block turns the hidden state."""
+"""Block influence (ShortGPT, Men et al., 2024): the angle by which a block turns the hidden state."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerif.evidence import LayerActivations
+from layerif.probe.activations import Activations
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInfluence:
-    """1 − E_t cos(x_in, x_out), between the block's own input and output, in [0, 2]; 0 for a block that does nothing.
+    """Scores a block by 1 − E_t cos(x_in, x_out) of its input and output; a block that turns it is important.
 
-    A block that changes its input is important.
+    The score lies in [0, 2] and is 0 for a block that does nothing.
     """
 
-    needs: ClassVar[str] = "activations"
+    needs: ClassVar[Request] = Activations()
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
-        values = tuple(
-            max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist()
-        )  # rounding may exceed a cosine of 1
+        values = tuple(max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist())  # rounding may exceed 1
         return LayerScores(evidence.layers.names, values, "important", "block_influence", evidence.fingerprint)

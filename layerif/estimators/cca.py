@@ -8,22 +8,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from layerif.checks import check_choice, did_you_mean
+from layerif.checks import Count, check_fields, did_you_mean
 from layerif.evidence import Classes, LayerActivations
+from layerif.probe.activations import Activations
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
 def pwcca(first: Tensor, second: Tensor, *, components: int) -> float:
-    """Σ_c a_c ρ_c / Σ_c a_c, a_c = Σ_j |⟨h_c, x_j⟩|: the mean canonical correlation of two views (R×H, R×K), in [0, 1],
-    each weighted by how much of the first view its direction h_c accounts for.
+    """Gives Σ_c a_c ρ_c / Σ_c a_c with a_c = Σ_j |⟨h_c, x_j⟩|, the mean canonical correlation of two views.
 
-    Columns are centred. components: either view is first reduced to at most so many principal directions; near R, any
-    two views would correlate perfectly. 0 for a view that does not vary.
+    Each correlation is weighted by the part of the first view that its direction h_c accounts for. Columns are centred.
+
+    Args:
+        first: R×H.
+        second: R×K.
+        components: both views are first reduced to at most so many principal directions. Near R, any two views would
+            correlate perfectly.
+
+    Returns:
+        A number in [0, 1]; 0 for a view that does not vary.
     """
     view_RH = first.double() - first.double().mean(dim=0)
     basis_RC, other_RC = _principal(view_RH, components), _principal(second.double(), components)
@@ -36,23 +45,24 @@ def pwcca(first: Tensor, second: Tensor, *, components: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Cca:
-    """reference: what every block's output is compared with, `labels` (one column a class) or a block by its name.
-    classes: the rows, see `linear_probe`. components: principal directions kept; None: a tenth of the rows.
+    """Scores a block by the correlation of its output with a reference; a block that correlates is important.
 
-    An analysis of representations, not made for allocation: a block whose output goes with the reference is taken as
-    important.
+    This is an analysis of representations and was not made for allocation.
+
+    Attributes:
+        reference: `labels` (one column for each class), or the name of a block.
+        classes: the rows, see `linear_probe`.
+        components: the principal directions that are kept; None: a tenth of the rows.
     """
 
-    needs: ClassVar[str] = "activations"
+    needs: ClassVar[Request] = Activations()
 
     reference: str = "labels"
     classes: Classes = "truth"
-    components: int | None = None
+    components: Count | None = None
 
     def __post_init__(self) -> None:
-        check_choice("estimator.classes", self.classes, get_args(Classes))
-        if self.components is not None and self.components < 1:
-            raise ValueError(f"estimator.components={self.components} must be at least 1, or null")
+        check_fields(self, "estimator")
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         layers = evidence.layers.names
@@ -81,7 +91,7 @@ class Cca:
 
 
 def _principal(view: Tensor, components: int) -> Tensor:
-    """Orthonormal coordinates (R×C) of the rows along the leading principal directions that vary."""
+    """Gives orthonormal coordinates (R×C) of the rows along the leading principal directions that vary."""
     centred = view - view.mean(dim=0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
     # Against the size before centring: what is left of a constant column is rounding.

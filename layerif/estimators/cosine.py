@@ -1,4 +1,4 @@
-"""Gradient cosine: how far train and validation gradients point the same way. M, N, K, C: see `gram.py`."""
+"""Gradient cosine: the agreement in direction of train and validation gradients. M, N, K, C: see `_base.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from layerif.evidence import MatrixGram
 
 
 def cosine(train_train: Tensor, val_train: Tensor, val_norms: Tensor) -> Tensor:
-    """I_ji = −C_ji / (‖v_j‖·√k_i), k = diag K: (M×N), float64, in [−1, 1]. Negative: helpful.
+    """Gives I_ji = −C_ji / (‖v_j‖·√k_i) with k = diag K. A sample with a zero gradient has no influence.
 
-    train_train: K; val_train: C; val_norms: ‖v_j‖ (M). A sample with a zero gradient has influence zero.
+    Args:
+        train_train: K (N×N).
+        val_train: C (M×N).
+        val_norms: ‖v_j‖ (M).
+
+    Returns:
+        I (M×N) in float64, in [−1, 1]; negative is helpful.
     """
     norms_MN = val_norms.double()[:, None] * train_train.double().diagonal().sqrt()
     return torch.where(norms_MN > 0, -val_train.double() / norms_MN, 0.0)
@@ -22,7 +28,7 @@ def cosine(train_train: Tensor, val_train: Tensor, val_norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(GramEstimator):
-    """Gradient dot without the gradients' lengths; it does not grow with the number of parameters."""
+    """The gradient dot product without the gradients' lengths. It does not grow with the number of parameters."""
 
     def influence(self, gram: MatrixGram) -> Tensor:
         return cosine(gram.train_train, gram.val_train, gram.val_norms)

@@ -1,6 +1,6 @@
 """DataInf (Kwon et al., ICLR 2024): influence with the inverse moved inside the average over samples.
 
-H⁻¹ ≈ (1/N) Σ_i (g_i g_iᵀ + λ)⁻¹, where Sherman–Morrison solves every term. N, M, P, K, C: see `gram.py`.
+H⁻¹ ≈ (1/N) Σ_i (g_i g_iᵀ + λ)⁻¹, where Sherman–Morrison solves every term. N, M, P, K, C: see `_base.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from layerif.evidence import MatrixGram
 
 
 def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:
-    """I = −(1/λ)·[C − (1/N)·C·diag(1/(λ + k))·K], k = diag K, λ = damping · tr K/(N·P): (M×N), float64.
+    """Gives I = −(1/λ)·[C − (1/N)·C·diag(1/(λ + k))·K] with k = diag K and λ = damping · tr K/(N·P).
 
-    train_train: K; val_train: C; both may be batches of matrices of the same size, (…×N×N) and (…×M×N); numel: P.
-    Negative: helpful. Zero train gradients (λ = 0) give zero.
+    Args:
+        train_train: K (N×N), or a batch of matrices of the same size (…×N×N).
+        val_train: C (M×N), or a batch (…×M×N).
+        numel: P, the number of parameters behind each Gram.
+        damping: above 0, in units of the mean squared gradient entry.
+
+    Returns:
+        I (…×M×N) in float64; negative is helpful. Zero train gradients (λ = 0) give zero.
     """
     lam_11 = damping_lambdas(train_train, numel=numel, damping=damping)[..., None, None]
     gram_NN, gram_MN = train_train.double(), val_train.double()
@@ -28,7 +34,7 @@ def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: floa
 
 @dataclass(frozen=True, kw_only=True)
 class DataInf(DampedEstimator):
-    """The paper's estimator; one product of small matrices, no eigendecomposition."""
+    """The paper's estimator. It takes one product of small matrices and no eigendecomposition."""
 
     def influence(self, gram: MatrixGram) -> Tensor:
         return datainf(gram.train_train, gram.val_train, numel=gram.numel, damping=self.relative_damping(gram))

@@ -1,23 +1,29 @@
-"""Dynamic layerwise pruning (DLP): a block of a small typical Wanda metric is important."""
+"""Dynamic layerwise pruning (DLP): a block with a small typical Wanda metric is important."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
-from layerif.checks import check_choice
+from layerif.checks import check_fields
 from layerif.evidence import LayerActivations
+from layerif.probe.activations import Activations
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 Centre = Literal["mean", "median"]
 
 
 def relative_importance(centres: Sequence[float]) -> list[float]:
-    """1 − s_l/Σs: in [0, 1], summing to L − 1. Raises ValueError where all centres are zero."""
+    """Gives 1 − s_l/Σs of every block: numbers in [0, 1] that sum to L − 1.
+
+    Raises:
+        ValueError: where all centres are zero.
+    """
     total = math.fsum(centres)
     if total == 0:
         raise ValueError("all blocks have a Wanda metric of zero: weights or activations are zero; check the model")
@@ -26,18 +32,20 @@ def relative_importance(centres: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Dlp:
-    """centre: a block's s is the mean or the median of the Wanda metric over all entries of its matrices.
+    """Scores a block by 1 − s/Σs, which is high for an important block.
 
-    The score 1 − s/Σs is high for an important block. DLP's sparsities are `allocator=sparsity
-    allocator.rule=shifted allocator.epsilon=0.15 allocator.smoothing=false`.
+    DLP's sparsities are `allocator=sparsity allocator.rule=shifted allocator.epsilon=0.15 allocator.smoothing=false`.
+
+    Attributes:
+        centre: a block's s is the mean or the median of the Wanda metric over all entries of its matrices.
     """
 
-    needs: ClassVar[str] = "activations"
+    needs: ClassVar[Request] = Activations()
 
     centre: Centre = "mean"
 
     def __post_init__(self) -> None:
-        check_choice("estimator.centre", self.centre, get_args(Centre))
+        check_fields(self, "estimator")
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         values = relative_importance([self._centre(evidence, params) for params in evidence.layers.params])

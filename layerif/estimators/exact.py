@@ -1,4 +1,4 @@
-"""Exact influence under the damped empirical Fisher, F = GᵀG/N. N, M, P, K, C: see `gram.py`."""
+"""Exact influence under the damped empirical Fisher, F = GᵀG/N. N, M, P, K, C: see `_base.py`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from layerif.evidence import MatrixGram
 
 
 def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:
-    """I = −V (F + λ)⁻¹ Gᵀ = −N·C·(K + Nλ)⁻¹, λ = damping · tr K/(N·P): (M×N), float64.
+    """Gives I = −V (F + λ)⁻¹ Gᵀ = −N·C·(K + Nλ)⁻¹ with λ = damping · tr K/(N·P).
 
-    Solved in the eigenbasis of K, which is remembered: all dampings share one eigendecomposition. train_train: K;
-    val_train: C; numel: P.
-    Negative: helpful. Zero train gradients (λ = 0) give zero.
+    It is solved in the eigenbasis of K, which is remembered: all dampings share one eigendecomposition.
+
+    Args:
+        train_train: K (N×N).
+        val_train: C (M×N).
+        numel: P, the number of parameters behind the Gram.
+        damping: above 0, in units of the mean squared gradient entry.
+
+    Returns:
+        I (M×N) in float64; negative is helpful. Zero train gradients (λ = 0) give zero.
     """
     lam = damping_lambda(train_train, numel=numel, damping=damping)
     num_train, gram_MN = len(train_train), val_train.double()
@@ -28,7 +35,7 @@ def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float)
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(DampedEstimator):
-    """What DataInf and LiSSA approximate; on Grams it costs an eigendecomposition (N×N) per matrix."""
+    """The influence that DataInf and LiSSA approximate. On Grams it costs an eigendecomposition (N×N) per matrix."""
 
     def influence(self, gram: MatrixGram) -> Tensor:
         return exact(gram.train_train, gram.val_train, numel=gram.numel, damping=self.relative_damping(gram))

@@ -1,13 +1,15 @@
-"""Saved scores in place of measured ones: those of an earlier run, or of your own making."""
+"""Saved scores in place of measured ones: those of an earlier run, or scores written by hand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from layerif.checks import check_choice, check_unique
 from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
+from layerif.probe.nothing import Nothing
+from layerif.record.older import in_todays_shape
 from layerif.scores import Direction, LayerScores
 
 
@@ -15,14 +17,18 @@ from layerif.scores import Direction, LayerScores
 class File:
     """Reads scores by layer name, in any order.
 
-    path: a JSON file, either the `record.json` of an earlier run or
-        {"layers": [names], "values": [numbers >= 0], "higher_means": "undertrained" | "important"}.
-    Raises ValueError if the file is missing, broken or incomplete, or if its names are not the model's layers.
+    A file that is missing, broken or incomplete is refused, and so are names that are not the model's layers.
+
+    Attributes:
+        path: a JSON file, either the `record.json` of an earlier run or
+            {"layers": [names], "values": [numbers >= 0], "higher_means": "undertrained" | "important"}.
     """
 
-    needs: ClassVar[str] = "nothing"
-
     path: str
+
+    @property
+    def needs(self) -> Nothing:
+        return Nothing((self.path,))
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
         what = f"scores file {self.path!r}"
@@ -35,10 +41,12 @@ class File:
 
 
 def _saved_scores(content: Any, what: str) -> dict[str, Any]:
-    """`layers`, `values`, `higher_means` and, if there, `source` and `fingerprint`."""
-    saved = dict(content) if isinstance(content, dict) else {}
-    if "scores" in saved:  # a record
-        saved["values"] = saved["scores"]
+    """Finds `layers`, `values`, `higher_means` and, if they are there, `source` and `fingerprint`."""
+    saved = in_todays_shape(content) if isinstance(content, dict) else {}
+    if "decision" in saved:  # a record
+        decision = saved["decision"] or {}
+        fingerprint = saved.get("fingerprint") or "none"
+        saved = {**(decision.get("scores") or {}), "source": decision.get("source"), "fingerprint": fingerprint}
     missing = [key for key in ("layers", "values", "higher_means") if saved.get(key) is None]
     if missing:
         raise ValueError(

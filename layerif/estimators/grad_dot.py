@@ -1,4 +1,4 @@
-"""Gradient dot product: influence with the identity for the Hessian. M, N, C: see `gram.py`."""
+"""The gradient dot product: influence with the identity for the Hessian. M, N, C: see `_base.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerif.evidence import MatrixGram
 
 
 def grad_dot(val_train: Tensor) -> Tensor:
-    """I = −C: (M×N), float64. Negative: helpful."""
+    """Gives I = −C (M×N) in float64; negative is helpful."""
     return -val_train.double()
 
 

@@ -1,24 +1,37 @@
-"""Linear probes (Alain and Bengio, 2017): what can be read off a block's output by a straight line?"""
+"""Linear probes (Alain and Bengio, 2017): the classes that a straight line tells apart in a block's output."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge
 from torch import Tensor
 
-from layerif.checks import check_choice
+from layerif.checks import check_fields
 from layerif.evidence import Classes, LayerActivations
+from layerif.probe.activations import Activations
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
 def probe_accuracy(features: Tensor, labels: Sequence[str], samples: Sequence[int], *, folds: int) -> float:
-    """Accuracy (0–1) of logistic regression on standardised features (R×H), mean over rows of `folds` parts.
+    """Cross-validates a logistic regression on standardised features.
 
-    samples: the sample each row belongs to; rows of one sample are never on both sides, classes are spread evenly.
-    Raises ValueError for a class of fewer samples than folds.
+    Args:
+        features: R×H.
+        labels: the class of each row.
+        samples: the sample that each row belongs to. Rows of one sample are never on both sides, and classes are
+            spread evenly.
+        folds: the parts of the cross-validation.
+
+    Returns:
+        The accuracy (0–1) over all rows.
+
+    Raises:
+        ValueError: for a class with fewer samples than folds.
     """
     from sklearn.linear_model import LogisticRegression  # a second that start-up does not pay
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -39,24 +52,25 @@ def probe_accuracy(features: Tensor, labels: Sequence[str], samples: Sequence[in
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """classes: `truth` tells the right output from a wrong one, on outputs averaged over the answer's tokens (chance
-        is ½ on every task); `answer` tells which label is right from the prompt alone, for tasks whose questions
-        share their labels.
-    folds: of the cross-validation.
+    """Scores a block by the accuracy of a linear probe; a block whose output tells the classes apart is important.
 
-    An analysis of representations, not made for allocation: a block whose output already tells the classes apart is
-    taken as important. It sees what a block passes on, its input included.
+    This is an analysis of representations and was not made for allocation. It sees a block's output, which includes
+    its input.
+
+    Attributes:
+        classes: `truth` tells the right output from a wrong one, on outputs averaged over the answer's tokens (chance
+            is ½ on every task); `answer` tells which label is right from the prompt alone, for tasks whose questions
+            share their labels.
+        folds: of the cross-validation.
     """
 
-    needs: ClassVar[str] = "activations"
+    needs: ClassVar[Request] = Activations()
 
     classes: Classes = "truth"
-    folds: int = 5
+    folds: Annotated[int, Ge(2)] = 5
 
     def __post_init__(self) -> None:
-        check_choice("estimator.classes", self.classes, get_args(Classes))
-        if self.folds < 2:
-            raise ValueError(f"estimator.folds={self.folds} must be at least 2")
+        check_fields(self, "estimator")
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         features_LRH, labels, samples = evidence.labelled(self.classes)

@@ -5,7 +5,7 @@ With u (M×N) for the products of the iterates with the train gradients, T steps
     u₀ = C;    u ← C + (1 − αλ)·u − (α/N)·u·K;    I = −α·u.
 
 In K's eigenbasis, where F + λ has the eigenvalues s = σ/N + λ, they are the filter (1 − (1 − αs)^(T+1))/s, so that any
-number of steps costs one eigendecomposition, that of `exact`. N, M, P, K, C: see `gram.py`.
+number of steps costs one eigendecomposition, that of `exact`. N, M, P, K, C: see `_base.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
+from layerif.checks import check_value
 from layerif.estimators._base import DampedEstimator, damping_lambda, eigenbasis
 from layerif.evidence import MatrixGram
+
+Steps = Annotated[int, Ge(1), "the reference uses 10"]
+StepSize = Annotated[float, Gt(0), "null derives it from the spectrum"]
 
 _TOLERATED = 0.1  # residual above which an influence is called unconverged
 
@@ -34,42 +40,50 @@ def lissa(
     num_steps: int,
     step_size: float | None = None,
 ) -> Tensor:
-    """I after T steps = −C·(1 − (1 − α(K/N + λ))^(T+1))·(K/N + λ)⁻¹, λ = damping · tr K/(N·P): (M×N), float64.
+    """Gives I after T steps, −C·(1 − (1 − α(K/N + λ))^(T+1))·(K/N + λ)⁻¹ with λ = damping · tr K/(N·P).
 
-    train_train: K; val_train: C; numel: P; num_steps: T, at least 1.
-    step_size: α. It converges, to `exact`, iff 0 < α < 2/(σmax/N + λ). None takes half of that bound: every factor
-    1 − αs then lies in [0, 1), so that no direction oscillates and the rounding of σmax cannot make it diverge.
-    Negative: helpful. Zero train gradients (λ = 0) give zero. Raises Diverges, a ValueError, naming the bound.
+    Args:
+        train_train: K (N×N).
+        val_train: C (M×N).
+        numel: P, the number of parameters behind the Gram.
+        damping: above 0, in units of the mean squared gradient entry.
+        num_steps: T.
+        step_size: α. The series converges, to `exact`, if and only if 0 < α < 2/(σmax/N + λ). None takes half of that
+            bound: every factor 1 − αs then lies in [0, 1), so that no direction oscillates and the rounding of σmax
+            cannot make it diverge.
+
+    Returns:
+        I (M×N) in float64; negative is helpful. Zero train gradients (λ = 0) give zero.
+
+    Raises:
+        Diverges: a ValueError that names the bound.
     """
     return _solve(train_train, val_train, numel, damping, num_steps, step_size)[0]
 
 
 def step_bound(train_train: Tensor, *, numel: int, damping: float) -> float:
-    """2/(σmax/N + λ), which every converging step size is below; infinite for zero gradients."""
+    """Gives 2/(σmax/N + λ); every converging step size lies below it. It is infinite for zero gradients."""
     lam = damping_lambda(train_train, numel=numel, damping=damping)
     curvature = float(eigenbasis(train_train)[0][-1]) / len(train_train) + lam
     return 2 / curvature if curvature > 0 else math.inf
 
 
 class Diverges(ValueError):
-    """The step size is not below the bound of some matrix; another sample's Grams have another bound."""
+    """A step size that is not below the bound of some matrix. Grams of other samples have another bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lissa(DampedEstimator):
-    """num_steps: T. Steps cost nothing here, and the 10 of the reference leave 97 % of the influence out on the
-        attention weights of SmolLM2-135M; 100,000 leave 10 % in the worst of its matrices.
-    step_size: α, the same for every matrix; None: half of the largest converging one, matrix by matrix.
+    """LiSSA in closed form. Where more than a tenth of the influence is left out, a RuntimeWarning names the matrix.
 
-    Where more than a tenth is left out, a RuntimeWarning names the worst matrix.
+    Attributes:
+        num_steps: T. Steps cost nothing here, and the 10 of the reference leave 97 % of the influence out on the
+            attention weights of SmolLM2-135M; 100,000 leave 10 % in the worst of its matrices.
+        step_size: α, the same for every matrix; None: half of the largest converging one, matrix by matrix.
     """
 
-    num_steps: int = 100_000
-    step_size: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_steps(self.num_steps, self.step_size)
+    num_steps: Steps = 100_000
+    step_size: StepSize | None = None
 
     def influence(self, gram: MatrixGram) -> Tensor:
         return self.solve(gram)[0]
@@ -81,15 +95,15 @@ class Lissa(DampedEstimator):
         return {name: influence_MN for name, (influence_MN, _) in solved.items()}
 
     def solve(self, gram: MatrixGram) -> tuple[Tensor, float]:
-        """`lissa` and its residual ‖I − I_exact‖/‖I_exact‖ (Frobenius), what the steps after T would still add.
+        """Gives `lissa` and its residual ‖I − I_exact‖/‖I_exact‖ (Frobenius), which the steps after T would still add.
 
-        0 is converged, 1 is as far from exact as zero influence is. Zero influence has residual 0.
+        A residual of 0 is converged, and 1 is as far from exact as zero influence is. Zero influence has residual 0.
         """
         damping = self.relative_damping(gram)
         return _solve(gram.train_train, gram.val_train, gram.numel, damping, self.num_steps, self.step_size)
 
     def _refuse_divergence(self, grams: Mapping[str, MatrixGram]) -> None:
-        """Before anything is solved, and by the matrix that allows the least: what suits it suits all."""
+        """Refuses a diverging step before anything is solved, by the matrix with the smallest bound."""
         if self.step_size is None:
             return
         bounds = {
@@ -132,9 +146,9 @@ def _solve(
 
 
 def _filter(step_N: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """1 − (1 − x)^(T+1) and (1 − x)^(T+1) for 0 < x = αs < 2.
+    """Gives 1 − (1 − x)^(T+1) and (1 − x)^(T+1) for 0 < x = αs < 2.
 
-    By logarithms: x is about the damping over the largest eigenvalue, and 1 − x would round it away.
+    It works with logarithms: x is about the damping over the largest eigenvalue, and 1 − x would round it away.
     """
     log_N = torch.where(step_N <= 1, (-step_N.clamp(max=1)).log1p(), (step_N - 1).clamp(min=0).log())
     power_N = (num_steps + 1) * log_N
@@ -144,10 +158,8 @@ def _filter(step_N: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_steps(num_steps: int, step_size: float | None) -> None:
-    if num_steps < 1:
-        raise ValueError(f"estimator.num_steps={num_steps} must be at least 1; the reference uses 10")
-    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
-        raise ValueError(f"estimator.step_size={step_size} must be finite and > 0; null derives it from the spectrum")
+    check_value("estimator.num_steps", num_steps, Steps)
+    check_value("estimator.step_size", step_size, StepSize | None)
 
 
 def _check_converges(step_size: float, bound: float, whose: str = "") -> None:

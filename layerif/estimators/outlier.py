@@ -1,4 +1,4 @@
-"""Outlier ratio of a block (OWL, Yin et al., ICML 2024): how many of its weights stand far above the rest."""
+"""The outlier ratio of a block (OWL, Yin et al., ICML 2024): the share of its weights that stand far above the rest."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Gt
 from torch import Tensor
 
+from layerif.checks import check_fields
 from layerif.evidence import LayerActivations
+from layerif.probe.activations import Activations
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
 def outlier_ratio(metrics: Sequence[Callable[[], Tensor]], *, multiple: float) -> float:
-    """D = 100 · the fraction of entries above `multiple` times their mean, both over all matrices together: percent.
+    """Gives D, the percentage of entries above `multiple` times their mean, both over all matrices together.
 
-    metrics: each gives the Wanda metric of one matrix; made twice rather than kept.
+    Args:
+        metrics: each gives the Wanda metric of one matrix. It is called twice, so that no metric is kept.
+        multiple: of the mean, above which an entry is an outlier.
     """
     sums = [(float(metric.double().sum()), metric.numel()) for metric in (make() for make in metrics)]
     numel = sum(count for _, count in sums)
@@ -27,19 +33,21 @@ def outlier_ratio(metrics: Sequence[Callable[[], Tensor]], *, multiple: float) -
 
 @dataclass(frozen=True, kw_only=True)
 class Outlier:
-    """multiple: M, how many times the mean of the block's Wanda metric makes an outlier (OWL: 5, or 7).
+    """Scores a block by its outlier ratio. A block with many outliers is important.
 
-    A block with many outliers is important. OWL's sparsities are `allocator=sparsity allocator.rule=shifted
-    allocator.epsilon=0.08 allocator.smoothing=false`: S minus a min-max in [0, 2ε] plus its mean.
+    OWL's sparsities are `allocator=sparsity allocator.rule=shifted allocator.epsilon=0.08 allocator.smoothing=false`:
+    S minus a min-max in [0, 2ε] plus its mean.
+
+    Attributes:
+        multiple: M. An entry of the Wanda metric is an outlier above M times the mean of its block.
     """
 
-    needs: ClassVar[str] = "activations"
+    needs: ClassVar[Request] = Activations()
 
-    multiple: float = 5.0
+    multiple: Annotated[float, Gt(0), "OWL used 5 and 7"] = 5.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.multiple) and self.multiple > 0):
-            raise ValueError(f"estimator.multiple={self.multiple} must be finite and > 0; OWL used 5 and 7")
+        check_fields(self, "estimator")
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         values = tuple(

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerif.layers import LayerMap
+from layerif.probe.nothing import Nothing
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """A number drawn from [0, 1) for every layer, a function of the seed and the layer's name alone."""
+    """Draws a score from [0, 1) for every layer, a function of the seed and the layer's name alone."""
 
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[Request] = Nothing()
 
     seed: int = 0
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerif.layers import LayerMap
+from layerif.probe.nothing import Nothing
+from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Score 1 for every layer."""
+    """Gives every layer the score 1."""
 
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[Request] = Nothing()
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
         return LayerScores(evidence.names, (1.0,) * len(evidence.names), "undertrained", "uniform", "none")

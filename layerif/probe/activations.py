@@ -1,14 +1,17 @@
-"""One forward pass over a task's samples leaves, per block, what every forward-pass estimator needs.
+"""The statistics of one forward pass over a task's train samples: the evidence of every forward-pass estimator.
 
 Letters in shape suffixes: B batch, T tokens, V the real tokens of a batch (no padding), H hidden size, L blocks, S
-samples. Sums are taken in float64 over real tokens alone: no batch size and no padding shows.
+samples. Sums are taken in float64 over real tokens alone, so that batch size and padding change nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache
+from random import Random
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,73 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerif.data.batches import Encoded, Encodings, batches
+from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import evaluating
+from layerif.probe.measurements import Load, Measurements, hash_of
+from layerif.probe.request import Part, Request
+from layerif.probe.store import Kind
+from layerif.versions import VERSIONS
+
+EPSILON = 0.01  # in the unit of the hidden state
+ACTIVATIONS: Kind[Mapping[str, Tensor]] = Kind("activations", "forward passes")
+
+
+@dataclass(frozen=True)
+class Activations(Request):
+    """A request for the statistics of one forward pass over the train samples.
+
+    Attributes:
+        epsilon: an entry of a block's output counts as zero below it. All requests with the same bound share a pass.
+    """
+
+    samples: ClassVar[tuple[Part, ...]] = ("train",)
+
+    epsilon: float = EPSILON
+
+    def take(self, measurements: Measurements, load: Load) -> tuple[LayerActivations, bool]:
+        layers, model = measurements.layers(), cache(lambda: measurements.merged(load))
+        right, wrong = measurements.samples()[0], wrong_answers(measurements)
+        tensors, key, reused = measurements.by_the_first(
+            ACTIVATIONS,
+            lambda: observe(
+                model(),
+                layers,
+                right,
+                wrong,
+                epsilon=self.epsilon,
+                batch_size=measurements.probe.batch_size,
+                pad_id=measurements.pad_id,
+            ),
+            activations=VERSIONS["activations"],
+            epsilon=self.epsilon,
+            samples=hash_of([sample and (sample.input_ids, sample.prompt_length) for sample in (*right, *wrong)]),
+        )
+        seen = LayerActivations(
+            layers=layers,
+            input_square_norms={param: tensors[f"input_square_norms/{param}"] for param in layers.matrices},
+            weight=lambda param: model().get_parameter(param),
+            num_entries=int(tensors["num_entries"]),
+            epsilon=self.epsilon,
+            answers=tuple(example.labels[example.answer] for example in measurements.chosen("train")),
+            fingerprint=key,
+            **{name: tensors[name] for name in ("cosines", "variances", "sparsities", "prompts", "right", "wrong")},
+        )
+        return seen, reused
+
+
+def wrong_answers(measurements: Measurements) -> list[Encoded | None]:
+    """Gives each train sample with a wrong option in place of the right one, None where it has no other option."""
+    examples = measurements.chosen("train")
+    wrong = [[index for index in range(len(e.options)) if index != e.answer] for e in examples]
+    changed = [
+        replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(others))
+        for example, others in zip(examples, wrong, strict=True)
+        if others
+    ]
+    encoded = iter(measurements.encoded(changed))
+    return [next(encoded) if others else None for others in wrong]
 
 
 def observe(
@@ -31,10 +98,23 @@ def observe(
     batch_size: int = 8,
     pad_id: int = 0,
 ) -> dict[str, Tensor]:
-    """The tensors of `LayerActivations` by its fields' names, with `input_square_norms/<parameter>` for each matrix.
+    """Runs every sample forward once and sums up what each block and each matrix sees.
 
-    right: the samples; wrong: each with a wrong output in its place (None: it has none), for the pooled outputs alone.
-    epsilon: below it an entry counts as zero. Raises ValueError naming the block whose output is not finite.
+    Args:
+        model: a causal language model; it is left as it was.
+        layers: the blocks and matrices to look at.
+        right: the samples.
+        wrong: each sample with a wrong output in its place, None where it has no other; for the pooled outputs alone.
+        epsilon: an entry of a block's output counts as zero below it.
+        batch_size: the samples that the model sees at once.
+        pad_id: the token that fills shorter samples.
+
+    Returns:
+        The tensors of `LayerActivations` by the names of its fields, and `input_square_norms/<parameter>` for each
+        matrix.
+
+    Raises:
+        ValueError: names the block whose output is not finite.
     """
     seen = _Seen(layers, len(right), epsilon)
     device = next(model.parameters()).device
@@ -57,7 +137,7 @@ def observe(
 
 
 class _Seen:
-    """What accumulates over the batches, and the hooks that add to it."""
+    """The sums over the batches, and the hooks that add to them."""
 
     def __init__(self, layers: LayerMap, num_samples: int, epsilon: float) -> None:
         self.layers, self.num_samples, self.epsilon = layers, num_samples, epsilon
@@ -65,19 +145,27 @@ class _Seen:
         self.pooled: dict[str, dict[int, Tensor]] = {"prompts": {}, "right": {}, "wrong": {}}
 
     def start(self, indices: list[int], samples: Sequence[Encoded], mask_BT: Tensor, what: str) -> None:
-        """The next batch: positions of its samples, where its real tokens are, and whether it is `right` or `wrong`."""
+        """Prepares for the next batch.
+
+        Args:
+            indices: the positions of its samples.
+            samples: its samples.
+            mask_BT: True where a token is real.
+            what: `right` or `wrong`.
+        """
         lengths_B = torch.tensor([sample.prompt_length for sample in samples], device=mask_BT.device)
         of_output_BT = mask_BT & (mask_BT.cumsum(1) > lengths_B[:, None])
         self.indices, self.mask_BT, self.is_counted = indices, mask_BT, what == "right"
         self.parts = {what: of_output_BT} | ({"prompts": mask_BT & ~of_output_BT} if self.is_counted else {})
 
     def hooks(self) -> dict[str, Any]:
-        """A forward hook by the module's name."""
+        """Gives a forward hook for each module, by the module's name."""
         of_blocks = {name: self._block(number) for number, name in enumerate(self.layers.names)}
-        params = [param for params in self.layers.params for param in params] if self.is_counted else []
-        return of_blocks | {param.removesuffix(".weight"): self._linear(param) for param in params}
+        matrices = self.layers.matrices if self.is_counted else ()
+        return of_blocks | {param.removesuffix(".weight"): self._linear(param) for param in matrices}
 
     def tensors(self) -> dict[str, Tensor]:
+        """Turns the sums into the tensors that `observe` returns."""
         numbers = range(len(self.layers.names))
         sums = {name: value.cpu() for name, value in self.sums.items()}
         first_L, second_L, cosine_L, zero_L = (
@@ -131,7 +219,7 @@ class _Seen:
         return look
 
     def _real(self, values: Tensor) -> Tensor:
-        """The real tokens (V×F) of (B×T×F), or of samples and tokens flattened, as some families (OPT) do."""
+        """Picks the real tokens (V×F) of (B×T×F); some families (OPT) flatten samples and tokens."""
         values_VF = values.detach().reshape(*self.mask_BT.shape, -1)[self.mask_BT]
         return values_VF.to(torch.promote_types(values_VF.dtype, torch.float32))
 

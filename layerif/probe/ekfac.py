@@ -12,15 +12,17 @@ files.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import psutil
@@ -33,8 +35,72 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
+from layerif.probe.measurements import Load, Measurements
+from layerif.probe.request import Part, Request
+from layerif.probe.store import Kind, layers_in
+from layerif.versions import VERSIONS
+
+log = logging.getLogger(__name__)
 
 _SUPPORTED = "1.0.1"  # the one release whose factors were compared with the dense definition
+
+
+@dataclass(frozen=True)
+class Curvature(Request):
+    """A request for the influences of the samples under EK-FAC with this damping, measured by one process alone."""
+
+    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+
+    damping: float
+    damping_rule: str
+
+    def check(self, measurements: Measurements) -> None:
+        measurements.check_adapter_of_lora()
+        check_installed()
+        if measurements.probe.projection is not None:
+            raise ValueError(
+                f"estimator=ekfac has no use for probe.projection={measurements.probe.projection}: it works on whole "
+                "gradients; leave it null, or take an estimator on Grams"
+            )
+
+    def take(self, measurements: Measurements, load: Load) -> tuple[LayerInfluences, bool]:
+        train, validation = measurements.samples()
+        description = measurements.description(ekfac=VERSIONS["ekfac"], damping=[self.damping, self.damping_rule])
+
+        def compute(key: str) -> LayerInfluences:
+            model = load()
+            layers = measurements.measured_layers(model)
+            log.info("EK-FAC of %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
+            return measure(
+                model,
+                layers,
+                train,
+                validation,
+                pad_id=measurements.pad_id,
+                batch_size=measurements.probe.batch_size,
+                damping=self.damping,
+                relative=self.damping_rule == "relative",
+                memory_gb=measurements.probe.memory_gb,
+                fingerprint=key,
+            )
+
+        found, reused = measurements.store.kept(INFLUENCES, description, compute, about=measurements.about())
+        if reused:
+            log.info("scores from the store: %s… was measured before", found.fingerprint[:12])
+        return found, reused
+
+
+def _pack(measured: LayerInfluences) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {param: influence.contiguous() for param, influence in measured.influences.items()}
+    return tensors, {"layers": json.dumps(asdict(measured.layers))}
+
+
+def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerInfluences:
+    layers = layers_in(header)
+    return LayerInfluences(layers, {param: tensors[param] for param in layers.matrices}, key)
+
+
+INFLUENCES = Kind("influences", "EK-FAC influences", _pack, _unpack)
 
 
 def check_installed() -> None:
@@ -79,7 +145,7 @@ def measure(
     from kronfluence.utils.state import State  # type: ignore[import-not-found]
 
     logging.getLogger("kronfluence").setLevel(logging.WARNING)
-    names = [param.removesuffix(".weight") for params in layers.params for param in params]
+    names = [param.removesuffix(".weight") for param in layers.matrices]
     weight = bare(model).get_parameter(f"{names[0]}.weight")
     precise: Any = torch.promote_types(weight.dtype, torch.float32)
     of_samples = {"per_sample_gradient_dtype": precise}

@@ -1,12 +1,13 @@
-"""Learn one gate per block on what a trained adapter changes there, for `estimator=ila`."""
+"""Gates that are learned on the change that a trained adapter makes in each block: the evidence of `estimator=ila`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import islice
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,11 +15,59 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerif.data.batches import Encoded, Encodings, batches
-from layerif.estimators.ila import gated
+from layerif.evidence import LayerGates
 from layerif.layers import LayerMap
 from layerif.models.blocks import blocks
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
+from layerif.probe.measurements import Load, Measurements, hash_of_samples
+from layerif.probe.request import Part, Request
+from layerif.probe.store import Kind
+from layerif.versions import VERSIONS
+
+GATES: Kind[Mapping[str, Tensor]] = Kind("gates", "gates")
+
+
+@dataclass(frozen=True)
+class Gates(Request):
+    """A request for a gate per block, learned on the train samples with the adapter of the model frozen.
+
+    Attributes:
+        num_steps, samples_per_step, learning_rate, start: see `learn_gates`.
+    """
+
+    samples: ClassVar[tuple[Part, ...]] = ("train",)
+
+    num_steps: int
+    samples_per_step: int
+    learning_rate: float
+    start: float
+
+    def check(self, measurements: Measurements) -> None:
+        if measurements.model.adapter is None:
+            raise ValueError(
+                "estimator=ila weighs what a fine-tune changed and needs its adapter; train one (for example "
+                "method=lora allocator=rank) and give its folder with model.adapter=/run/adapter method=none"
+            )
+
+    def take(self, measurements: Measurements, load: Load) -> tuple[LayerGates, bool]:
+        layers, train = measurements.layers(), measurements.samples()[0]
+        settings = {**asdict(self), "seed": measurements.seed}
+        cost = {"batch_size": measurements.probe.batch_size, "pad_id": measurements.pad_id}
+        tensors, key, reused = measurements.by_the_first(
+            GATES,
+            lambda: {"scores": learn_gates(measurements.whole(load), layers, train, **settings, **cost)},
+            gates=VERSIONS["gates"],
+            loss=VERSIONS["loss"],
+            train=hash_of_samples(train),
+            **settings,
+        )
+        return LayerGates(layers, tensors["scores"], key), reused
+
+
+def gated(base: Tensor, adapted: Tensor, score: Tensor) -> Tensor:
+    """Gives base + σ(s)·(adapted − base), the output of a linear layer whose change Δθ counts by σ(s)."""
+    return base + score.sigmoid().to(base.dtype) * (adapted - base)
 
 
 def learn_gates(
@@ -34,13 +83,29 @@ def learn_gates(
     pad_id: int = 0,
     seed: int = 0,
 ) -> Tensor:
-    """The scores s (L, float32) after `num_steps` of plain gradient descent on the mean loss of `samples_per_step`.
+    """Learns the scores s of the gates by plain gradient descent on the mean loss.
 
-    Every adapted linear of block l gives base + σ(s_l)·(adapted − base); nothing else is learned, dropout is off.
-    model: with a PEFT adapter; samples: taken in an order of their own in every round, a function of the seed.
-    batch_size: samples the model sees at once, a matter of memory alone.
-    Raises ValueError for an adapter of no layer in the blocks, or one that changes nothing, and for a loss that is not
-    finite.
+    Every adapted linear layer of block l gives base + σ(s_l)·(adapted − base). Nothing else is learned, and dropout is
+    off.
+
+    Args:
+        model: has a PEFT adapter; it is left as it was.
+        layers: the blocks.
+        samples: taken in a new order in every round; the orders are a function of the seed.
+        num_steps: steps of gradient descent.
+        samples_per_step: samples behind the gradient of one step.
+        learning_rate: of the descent.
+        start: the first value of every s.
+        batch_size: the samples that the model sees at once; it changes the memory alone.
+        pad_id: the token that fills shorter samples.
+        seed: of the orders.
+
+    Returns:
+        The scores (L, float32).
+
+    Raises:
+        ValueError: for an adapter that changes no layer of the blocks or changes nothing, and for a loss that is not
+            finite.
     """
     device = next(model.parameters()).device
     scores_L = torch.full((len(layers.names),), start, device=device, requires_grad=True)
@@ -67,9 +132,9 @@ def learn_gates(
 
 
 def _rounds(count: int, seed: int) -> Iterator[int]:
-    chosen, order = Random(f"{seed} gates"), list(range(count))
+    generator, order = Random(f"{seed} gates"), list(range(count))
     while True:
-        chosen.shuffle(order)
+        generator.shuffle(order)
         yield from order
 
 

@@ -1,8 +1,9 @@
-"""What a probe would cost under each strategy, and which strategy it would take, without running it.
+"""The expected cost of a probe under each strategy, and the strategy that it would take, without running it.
 
-Sizes come from the model's configuration; rates come from a short trial on this machine (`layerif.probe.speed`). Seconds
-are those of forward, backward, products and moving factors at these rates. Costs that come once and do not grow with the
-samples are left out (start-up, loading the model, scoring), and so is the load of other programs on the machine.
+Sizes come from the model's configuration; rates come from a short trial on this machine (`layerif.probe.speed`).
+Seconds are those of forward, backward, products and moving factors at these rates. Costs that come once and do not grow
+with the samples are left out (start-up, loading the model, scoring), and so is the load of other programs on the
+machine.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,18 +25,23 @@ from layerif.probe.grams.measure import budget, wanted_tile_bytes, workload
 from layerif.probe.grams.passes import Passes, Workload, passes
 from layerif.probe.grams.products import FORMS
 from layerif.probe.grams.projection import Projection
+from layerif.probe.measurements import Measurements
 from layerif.probe.speed import Rates, Trial
-
-if TYPE_CHECKING:
-    from layerif.decide import Decider
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to measure. Seconds and gigabytes; operations of forward and backward, and of the products.
+    """One way to measure, with its expected cost.
 
-    device_gb: beside the model and one batch; elsewhere_gb: of factors that wait in main memory or on disk. why: it is
-    chosen, or not, or impossible (then the numbers are zero).
+    Attributes:
+        name: of the strategy.
+        why: the reason why it is chosen, or not, or impossible (then the numbers are zero).
+        chosen: True for the one that a probe would take.
+        passes: passes over the samples.
+        device_gb: on the device, beside the model and one batch.
+        elsewhere_gb: of factors that wait in main memory or on disk.
+        pass_operations, product_operations: of forward and backward, and of the products.
+        seconds: of all of it.
     """
 
     name: str
@@ -49,22 +55,22 @@ class Strategy:
     seconds: float = 0.0
 
 
-def estimate(decider: Decider) -> tuple[Workload, list[Strategy]]:
-    """What is to be measured, and every strategy with its expected cost; one is chosen, as a probe would."""
-    probe, device = decider.probe, torch.device(decider.device)
-    skeleton = decider.model.skeleton(with_adapter=probe.parameters == "lora")
+def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
+    """Gives the workload, and every strategy with its expected cost; one is chosen, as a probe would."""
+    probe, device = measurements.probe, torch.device(measurements.device)
+    skeleton = measurements.model.skeleton(with_adapter=probe.parameters == "lora")
     layers = layer_map(
         skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
     )
     train, validation = (
-        list(batches(part, probe.batch_size, padding_id(decider.tokenizer))) for part in decider.samples()
+        list(batches(part, probe.batch_size, padding_id(measurements.tokenizer))) for part in measurements.samples()
     )
-    trial = Trial(decider, train[0][1])
+    trial = Trial(measurements, train[0][1])
     projection = Projection(probe.projection, probe.projection_seed) if probe.projection else None
-    params = [param for block in layers.params for param in block]
-    load = workload(skeleton, params, train, validation, trial.reads_with(layers), projection, decider.num_processes)
+    reads_with, num_processes = trial.reads_with(layers), measurements.num_processes
+    load = workload(skeleton, layers.matrices, train, validation, reads_with, projection, num_processes)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.parameters())
-    memory, host_memory = budget(device, probe.memory_gb, decider.num_processes, weights)
+    memory, host_memory = budget(device, probe.memory_gb, num_processes, weights)
 
     def arranged(limit: float, offload: Any) -> Passes:
         return passes(
@@ -72,7 +78,7 @@ def estimate(decider: Decider) -> tuple[Workload, list[Strategy]]:
         )
 
     taken = arranged(memory, probe.offload)
-    rates = trial.rates(load, taken, Path(decider.store.root))
+    rates = trial.rates(load, taken, Path(measurements.store.root))
     sizes = _Sizes(rates, layers, sum(layer_map(skeleton, skip_unsupported=True, scope="all").numel), skeleton.config)
     found = []
     for name, limit, offload in (
@@ -111,12 +117,12 @@ _WHY = {
 }
 
 
-def show(decider: Decider, load: Workload, strategies: Sequence[Strategy]) -> None:
+def show(measurements: Measurements, load: Workload, strategies: Sequence[Strategy]) -> None:
     console = Console()
-    probe = decider.probe
+    probe = measurements.probe
     console.print(
         f"{len(load.matrices)} matrices ({probe.parameters}, {probe.scope}); {load.num_train} + {load.num_val} samples"
-        f", {load.num_tokens:,} tokens with padding, the longest {load.longest}; device {decider.device}"
+        f", {load.num_tokens:,} tokens with padding, the longest {load.longest}; device {measurements.device}"
     )
     shapes = Table(title="inner products, by shape (outputs × inputs)")
     for column in ("shape", "matrices", *(f"{form} GFLOP" for form in FORMS), "chosen"):
@@ -150,7 +156,7 @@ def show(decider: Decider, load: Workload, strategies: Sequence[Strategy]) -> No
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Turns passes into seconds. numel: of all linear layers of the blocks, for the operations of a pass."""
+    """Turns passes into seconds; `numel` counts all linear layers of the blocks, for the operations of a pass."""
 
     rates: Rates
     layers: LayerMap
@@ -159,11 +165,11 @@ class _Sizes:
 
     def strategy(self, name: str, arranged: Passes) -> Strategy:
         load, rates, num_blocks = arranged.workload, self.rates, len(self.layers.names)
-        block_of = {param: index for index, params in enumerate(self.layers.params) for param in params}
         head = self.config.vocab_size * self.config.hidden_size
         operations = seconds = 0.0
         for group in arranged.groups:
-            above = num_blocks - block_of[group[0].name]  # the backward ends at the first block that is measured
+            first = self.layers.names.index(self.layers.block_of[group[0].name])
+            above = num_blocks - first  # the backward ends at the first block that is measured
             operations += 2.0 * load.num_tokens * (self.numel * (1 + above / num_blocks) + 2 * head)
             backward = rates.block - rates.forward
             seconds += (

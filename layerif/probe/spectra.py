@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerif.evidence import LayerSpectra
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
+from layerif.probe.measurements import Load, Measurements
+from layerif.probe.request import Request
+from layerif.probe.store import Kind
+from layerif.versions import VERSIONS
+
+SPECTRA: Kind[Mapping[str, Tensor]] = Kind("spectra", "spectra of weights")
+
+
+@dataclass(frozen=True)
+class Spectra(Request):
+    """A request for the spectra of all linear layers of the blocks. No sample stands behind them."""
+
+    def take(self, measurements: Measurements, load: Load) -> tuple[LayerSpectra, bool]:
+        layers = measurements.layers()
+        tensors, key, reused = measurements.by_the_first(
+            SPECTRA, lambda: spectra(measurements.merged(load), layers), spectra=VERSIONS["spectra"]
+        )
+        eigenvalues = {param: tensors[param] for param in layers.matrices}
+        return LayerSpectra(layers, eigenvalues, tuple(tensors["seconds"].tolist()), key), reused
+
+    def notes(self, evidence: LayerSpectra) -> tuple[str, ...]:
+        seconds = sum(evidence.seconds) / len(evidence.seconds)
+        return (f"singular values took {seconds:.3g} s a block",)
 
 
 def spectra(model: nn.Module, layers: LayerMap) -> dict[str, Tensor]:
-    """Eigenvalues of WᵀW (squared singular values, ascending, float64) by parameter name, and `seconds` per block.
+    """Decomposes every matrix in `layers`; half-precision weights are decomposed in float32.
 
-    Half-precision weights are decomposed in float32. Raises ValueError naming a matrix that is not finite.
+    Returns:
+        The eigenvalues of WᵀW (squared singular values, ascending, float64) by parameter name, and `seconds` per block.
+
+    Raises:
+        ValueError: names a matrix that is not finite.
     """
     found: dict[str, Tensor] = {}
     seconds: list[float] = []

@@ -1,4 +1,4 @@
-"""How fast this machine is at what a probe does, from a short trial with random weights of the model's real width."""
+"""The speed of this machine at the work of a probe, from a short trial with random weights of the model's width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerif.decide import Decider
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
@@ -23,15 +22,20 @@ from layerif.models.loss import per_sample_loss
 from layerif.probe.grams.factors import capture, inputs_read_together
 from layerif.probe.grams.passes import Passes, Workload
 from layerif.probe.grams.products import gram
+from layerif.probe.measurements import Measurements
 
 _MOMENT = 0.3  # seconds that a timed product has to take
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured here. block, head: seconds of a forward and backward, for one token; forward: its part of the block.
+    """Rates that were measured on this machine.
 
-    products: operations a second; host, disk: bytes a second to main memory (infinite if the model is there) and disk.
+    Attributes:
+        block, head: seconds of a forward and backward, for one token.
+        forward: the part of `block` that the forward takes.
+        products: operations a second.
+        host, disk: bytes a second to main memory (infinite if the model is there) and to disk.
     """
 
     block: float
@@ -45,32 +49,34 @@ class Rates:
 class Trial:
     """One and two blocks of the model's width with random weights, and one batch of the samples."""
 
-    def __init__(self, decider: Decider, batch: Mapping[str, Tensor]) -> None:
-        self.decider, self.batch = decider, batch
-        self.device = torch.device(decider.device)
-        self.models = [_random_model(decider, num_blocks).to(self.device) for num_blocks in (1, 2)]
+    def __init__(self, measurements: Measurements, batch: Mapping[str, Tensor]) -> None:
+        self.measurements, self.batch = measurements, batch
+        self.device = torch.device(measurements.device)
+        self.models = [_random_model(measurements, num_blocks).to(self.device) for num_blocks in (1, 2)]
 
     def reads_with(self, layers: LayerMap) -> dict[str, str]:
-        """As in the first block of the trial; for an adapter no matrix is taken to read with another."""
-        if self.decider.probe.parameters == "lora":
-            return {param: param for params in layers.params for param in params}
-        trial = layer_map(self.models[0], scope=self.decider.probe.scope, skip_unsupported=True)
+        """Gives the first matrix that reads the same input, for each matrix, as in the first block of the trial.
+
+        The matrices of an adapter are taken to read apart.
+        """
+        if self.measurements.probe.parameters == "lora":
+            return {param: param for param in layers.matrices}
+        trial = layer_map(self.models[0], scope=self.measurements.probe.scope, skip_unsupported=True)
         within = inputs_read_together(self.models[0], trial.params[0])
         start = len(trial.names[0])
-        return {
-            param: name + within.get(trial.names[0] + param[len(name) :], trial.names[0] + param[len(name) :])[start:]
-            for name, params in zip(layers.names, layers.params, strict=True)
-            for param in params
-        }
+        found = {}
+        for param, name in layers.block_of.items():
+            here = trial.names[0] + param[len(name) :]
+            found[param] = name + within.get(here, here)[start:]
+        return found
 
     def rates(self, load: Workload, taken: Passes, folder: Path) -> Rates:
         num_tokens = self.batch["input_ids"].numel()
         both, forward = [], []
         for model in self.models:
             layers = layer_map(model, scope="all", skip_unsupported=True)
-            params = [param for block in layers.params for param in block]
             with frozen(model):
-                both.append(self._seconds(capture, model, params, self.batch, [""] * num_tokens))
+                both.append(self._seconds(capture, model, layers.matrices, self.batch, [""] * num_tokens))
                 with torch.no_grad():
                     here = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
                     forward.append(self._seconds(per_sample_loss, model, here))
@@ -85,7 +91,7 @@ class Trial:
         )
 
     def _product_rate(self, load: Workload, taken: Passes) -> float:
-        """Operations a second on the matrix that costs most, with as many samples as take a moment."""
+        """Times the products of the matrix that costs most, with as many samples as take a moment."""
         matrix = max(load.matrices, key=lambda matrix: load.operations(matrix, taken.forms[matrix.name]))
         form, num_samples = taken.forms[matrix.name], 8
         total = load.num_train + load.num_val
@@ -101,7 +107,7 @@ class Trial:
             num_samples *= 2
 
     def _seconds(self, work: Callable[..., Any], *args: Any) -> float:
-        """The median of three, after one to warm up."""
+        """Gives the median of three runs, after one to warm up."""
         measured = []
         for _ in range(4):
             start = time.perf_counter()
@@ -112,17 +118,17 @@ class Trial:
         return statistics.median(measured[1:])
 
 
-def _random_model(decider: Decider, num_blocks: int) -> Any:
+def _random_model(measurements: Measurements, num_blocks: int) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(decider.model.skeleton().config)
+    config = copy.deepcopy(measurements.model.skeleton().config)
     config.num_hidden_layers = num_blocks
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_blocks]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, decider.model.dtype), attn_implementation=decider.model.attention
+            config, dtype=getattr(torch, measurements.model.dtype), attn_implementation=measurements.model.attention
         )
     return model.eval()
 

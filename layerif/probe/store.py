@@ -1,10 +1,10 @@
 """Measurements on disk, named by a hash of everything that determines them.
 
-One safetensors file a measurement, `<root>/grams/<key>.safetensors` (a folder a kind: `influences/`, `spectra/` …); its
-header holds the format's version, the description that was hashed, the layer map, what a person wants to know of it,
-and a checksum of all that and the tensors. A file is written under a temporary name and then renamed, so that a reader
-sees the whole or nothing; a lock lets one of several jobs that want the same key compute it. `layerif-store`
-(`inventory.py`) lists and clears what is here.
+Each measurement is one safetensors file, `<root>/grams/<key>.safetensors`, and each kind has a folder (`influences/`,
+`spectra/` …). The header holds the version of the format, the description that was hashed, the layer map, entries for
+people to read, and a checksum of all that and the tensors. A file is written under a temporary name and then renamed,
+so that a reader sees the whole file or nothing. A lock lets one of several jobs that want the same key compute it.
+`layerif-store` lists and clears the files.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,21 +28,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
 from layerif.files import whole
 from layerif.layers import LayerMap
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
-_FIELDS = ("train_train", "val_train", "val_norms")
 _MINUTE = 60.0  # seconds; far below what processes wait for one another (30 minutes by default)
 
-Measured = TypeVar("Measured", LayerGrams, LayerInfluences, Mapping[str, Tensor])
+Measured = TypeVar("Measured")
+
+
+def _pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {}
+
+
+def _unpack_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> Mapping[str, Tensor]:
+    return tensors
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Measured]):
+    """A kind of measurement, and the form in which its files hold it.
+
+    Attributes:
+        folder: the folder below the store.
+        called: the plural that a sweep's balance uses: `gradient passes`.
+        pack: turns a measurement into named tensors and entries of the header. By default a measurement is a mapping
+            of named tensors itself.
+        unpack: turns tensors, header and key back into the measurement.
+    """
+
+    folder: str
+    called: str
+    pack: Callable[[Measured], tuple[dict[str, Tensor], dict[str, str]]] = _pack_tensors  # type: ignore[assignment]
+    unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured] = _unpack_tensors  # type: ignore[assignment]
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of a description: equal descriptions, equal keys."""
+    """Hashes the canonical JSON of a description (SHA-256): equal descriptions have equal keys."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
@@ -50,93 +74,78 @@ def fingerprint(description: Mapping[str, Any]) -> str:
 class Store:
     """A folder of measurements.
 
-    A measurement is found by its description, and computed if it is not here; then `compute(key)` makes it. A file
-    that is corrupted, foreign or of another version is recomputed, with a warning. Interrupted or out of disk, no half
-    file remains. about: for the eyes of whoever lists the store; two descriptions that differ in it alone are the same.
-    taken: what was asked of it so far, in order: `kind`, `key`, whether it was `reused`, and the `seconds` it took to
-    compute, then or now (None where an older version did not note them).
+    A measurement is found by its description; if it is not here, it is computed and kept. A file that is corrupted,
+    foreign or of another version is computed anew, with a warning. An interrupted or failed write leaves no half file.
 
-    while_waiting: called every minute as long as another job measures what is asked for here.
+    Attributes:
+        root: the folder.
+        taken: everything that was asked of the store so far, in order: the `kind`, what a sweep's balance has it
+            `called`, its `key`, whether it was `reused`, and the `seconds` that it took to compute, then or now (None
+            where an older version did not note them).
+        while_waiting: called every minute as long as another job measures what is asked for here.
     """
 
     root: Path | str
     taken: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
     while_waiting: Callable[[], object] = lambda: None
 
-    def grams(
+    def kept(
         self,
-        description: Mapping[str, Any],
-        compute: Callable[[str], LayerGrams],
-        *,
-        about: Mapping[str, str] | None = None,
-    ) -> tuple[LayerGrams, bool]:
-        """The Grams of `description`, and whether they were already here."""
-        return self._kept("grams", _pack_grams, _unpack_grams, description, compute, about)
-
-    def influences(
-        self,
-        description: Mapping[str, Any],
-        compute: Callable[[str], LayerInfluences],
-        *,
-        about: Mapping[str, str] | None = None,
-    ) -> tuple[LayerInfluences, bool]:
-        """The influences of `description`, and whether they were already here."""
-        return self._kept("influences", _pack_influences, _unpack_influences, description, compute, about)
-
-    def tensors(
-        self,
-        kind: str,
-        description: Mapping[str, Any],
-        compute: Callable[[], Mapping[str, Tensor]],
-        *,
-        about: Mapping[str, str] | None = None,
-    ) -> tuple[Mapping[str, Tensor], str, bool]:
-        """Named tensors of another kind (a folder of its own), their key, and whether they were already here."""
-        tensors, reused = self._kept(kind, _pack_tensors, _unpack_tensors, description, lambda _: compute(), about)
-        return tensors, self.key(description), reused
-
-    def _kept(
-        self,
-        kind: str,
-        pack: Callable[[Measured], tuple[dict[str, Tensor], dict[str, str]]],
-        unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured],
+        kind: Kind[Measured],
         description: Mapping[str, Any],
         compute: Callable[[str], Measured],
-        about: Mapping[str, str] | None,
+        *,
+        about: Mapping[str, str] | None = None,
     ) -> tuple[Measured, bool]:
+        """Reads the measurement of this description, or makes and keeps it.
+
+        Args:
+            kind: the kind of measurement.
+            description: everything that determines the measurement.
+            compute: makes the measurement, given its key.
+            about: entries for `layerif-store` to show. They are no part of the key.
+
+        Returns:
+            The measurement, and whether it was here already.
+        """
         key = self.key(description)
-        file = Path(self.root) / kind / f"{key}.safetensors"
+        file = Path(self.root) / kind.folder / f"{key}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock"), key, self.while_waiting):
             if file.exists():
                 try:
-                    measured, seconds = _read(file, unpack)
-                    self.taken.append({"kind": kind, "key": key, "reused": True, "seconds": seconds})
+                    measured, seconds = _read(file, kind.unpack)
+                    self._note(kind, key, reused=True, seconds=seconds)
                     return measured, True
                 except (SafetensorError, KeyError, ValueError, OSError) as error:
                     warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=3)
             start = time.perf_counter()
             measured = compute(key)
             seconds = time.perf_counter() - start
-            tensors, header = pack(measured)
+            tensors, header = kind.pack(measured)
             header["seconds"] = str(seconds)
             header["version"] = str(VERSIONS["store"])
             header["description"] = json.dumps(dict(description), sort_keys=True)
             header["about"] = json.dumps(dict(about or {}))
             _write(tensors, header, file)
             shutil.rmtree(self.partial(key), ignore_errors=True)
-            self.taken.append({"kind": kind, "key": key, "reused": False, "seconds": seconds})
+            self._note(kind, key, reused=False, seconds=seconds)
         return measured, False
+
+    def _note(self, kind: Kind[Any], key: str, *, reused: bool, seconds: float | None) -> None:
+        self.taken.append(
+            {"kind": kind.folder, "called": kind.called, "key": key, "reused": reused, "seconds": seconds}
+        )
 
     def key(self, description: Mapping[str, Any]) -> str:
         return fingerprint({**description, "store": VERSIONS["store"]})
 
     def files(self, key: str) -> list[Path]:
-        """What is here under this key: at most one measurement of a kind."""
+        """Lists the files under this key: at most one measurement of each kind."""
         return sorted(Path(self.root).glob(f"*/{key}.safetensors")) if key else []
 
     def partial(self, key: str) -> Path:
-        """Where an interrupted measurement leaves what it has; gone once the Grams are stored."""
+        """Names the folder for the parts of an interrupted measurement; it goes once the measurement is stored."""
         return Path(self.root) / "grams" / f".{key}.partial"
 
 
@@ -166,7 +175,7 @@ def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> No
     try:
         with whole(file) as unfinished:
             save_file(tensors, unfinished, metadata=header)
-    except SafetensorError as error:  # what a full disk becomes in there
+    except SafetensorError as error:  # safetensors turns a full disk into this error
         raise OSError(
             f"cannot write {file}: {error}; free some space and give the command again, or set store=/another/folder"
         ) from error
@@ -175,7 +184,7 @@ def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> No
 def _read(
     file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured]
 ) -> tuple[Measured, float | None]:
-    """What a file holds, and the seconds it took to compute."""
+    """Reads a measurement, and the seconds that it took to compute."""
     stat = file.stat()
     return _read_once(file, unpack, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
 
@@ -184,7 +193,7 @@ def _read(
 def _read_once(
     file: Path, unpack: Callable[..., Measured], state: tuple[int, int, int]
 ) -> tuple[Measured, float | None]:
-    """Read and checked once in a process as long as the file stays the same: what is derived of it is kept, too."""
+    """Reads and checks a file once in a process as long as it stays the same, so that derived values are kept, too."""
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
@@ -206,42 +215,7 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _pack_grams(grams: LayerGrams) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {
-        f"{param}/{field}": getattr(gram, field).contiguous()
-        for param, gram in grams.grams.items()
-        for field in _FIELDS
-    }
-    numel = {param: gram.numel for param, gram in grams.grams.items()}
-    return tensors, {"layers": json.dumps(asdict(grams.layers)), "numel": json.dumps(numel)}
-
-
-def _unpack_grams(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerGrams:
-    grams = {
-        param: MatrixGram(*(tensors[f"{param}/{field}"] for field in _FIELDS), numel=numel)
-        for param, numel in json.loads(header["numel"]).items()
-    }
-    return LayerGrams(_layer_map(header), grams, key)
-
-
-def _pack_influences(measured: LayerInfluences) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {param: influence.contiguous() for param, influence in measured.influences.items()}
-    return tensors, {"layers": json.dumps(asdict(measured.layers))}
-
-
-def _unpack_influences(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerInfluences:
-    layers = _layer_map(header)
-    return LayerInfluences(layers, {name: tensors[name] for params in layers.params for name in params}, key)
-
-
-def _pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {}
-
-
-def _unpack_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> Mapping[str, Tensor]:
-    return tensors
-
-
-def _layer_map(header: Mapping[str, str]) -> LayerMap:
+def layers_in(header: Mapping[str, str]) -> LayerMap:
+    """Reads the layer map that a header holds."""
     layers = json.loads(header["layers"])
     return LayerMap(tuple(layers["names"]), tuple(map(tuple, layers["params"])), tuple(layers["numel"]))

@@ -21,12 +21,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from layerif.allocate.allocation import Allocation
-from layerif.allocate.experts import Experts, to_experts
+from layerif.allocate import Allocation, to_experts, to_rank, to_sparsity
+from layerif.allocate.experts import Experts
 from layerif.allocate.file import File
-from layerif.allocate.rank import Rank, to_rank
+from layerif.allocate.rank import Rank
 from layerif.allocate.shape import Shape
-from layerif.allocate.sparsity import Sparsity, to_sparsity
+from layerif.allocate.sparsity import Sparsity
 from layerif.app.schema import from_conf
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
@@ -306,7 +306,7 @@ def test_scores_must_be_finite_and_not_negative(bad):
     ("refused", "message"),
     [
         (lambda: to_experts([], 4, beta=1), "at least one layer"),
-        (lambda: to_experts([1.0], 4.5, beta=1), "budget must be a whole number"),  # pyright: ignore
+        (lambda: to_experts([1.0], 4.5, beta=1), "budget=4.5 is not allowed"),  # pyright: ignore
         (lambda: to_experts([1.0], 4, beta=-1), "beta=-1"),
         (lambda: to_experts([1.0], 4, beta=1, shift="max"), "min, none"),  # pyright: ignore
         (lambda: to_experts([1.0], 4, beta=1, rounding="up"), "largest_remainder, upstream"),  # pyright: ignore
@@ -314,15 +314,10 @@ def test_scores_must_be_finite_and_not_negative(bad):
         (lambda: to_sparsity([1.0], [1, 1], 0.5, epsilon=0.1), "sizes"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=1.5), r"epsilon=1\.5"),
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=2), "max_sparsity=2"),
-        (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=1), r"max_sparsity=1 must be in \(0, 1\)"),
-        (lambda: Experts(beta=math.nan), "beta=nan"),
-        (lambda: Experts(floor=0), "floor must be a whole number >= 1"),
-        (lambda: to_experts([1.0], 4, beta=1, floor=0), "floor must be a whole number >= 1"),
-        (lambda: to_rank([1.0], 4, floor=0), "floor must be a whole number >= 1"),
-        (lambda: Experts(rounding="largest_remain"), "did you mean 'largest_remainder'"),  # pyright: ignore
-        (lambda: Rank(budget=-3), "budget must be a whole number >= 1"),
+        (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=1), "max_sparsity=1 is not allowed"),
+        (lambda: to_experts([1.0], 4, beta=1, floor=0), "floor=0 is not allowed"),
+        (lambda: to_rank([1.0], 4, floor=0), "floor=0 is not allowed"),
         (lambda: Sparsity(target=1.2), "0 to 0.99"),
-        (lambda: File(path="x.json", kind="expert"), "did you mean 'experts'"),  # pyright: ignore
     ],
 )
 def test_bad_settings_are_refused_by_name(refused, message):
@@ -417,12 +412,16 @@ def test_file_reads_counts_by_name_as_list_and_from_a_record(tmp_path):
     counts = [1, 2, 3, 4, 5, 6, 7, 8]
     allocation = Allocation(NAMES, "experts", tuple(counts), 36)
     by_name = dict(zip(NAMES[::-1], counts[::-1], strict=True))
-    record = {
+    of_0_1_0 = {
+        "config": {},
         "layers": list(NAMES),
         "scores": [1] * 8,
         "allocation": {"kind": "experts", "budget": 36, "values": counts},
     }
-    for content in (by_name, counts, record, allocation.to_dict(), {"allocation": allocation.to_dict()}):
+    today = {"version": 2, "config": {}, "decision": {"scores": None, "allocation": allocation.to_dict()}}
+    by_hand = {"layers": list(NAMES), "values": counts}
+    alone = allocation.to_dict()
+    for content in (by_name, counts, of_0_1_0, today, by_hand, alone, {"allocation": alone}):
         assert File(path=write(tmp_path, content))(SCORES, LAYERS) == allocation
 
 
@@ -441,7 +440,7 @@ def test_file_reads_sparsities(tmp_path):
         ([1, 2], "2 for 8 layers"),
         ([1, 2, 3, 4, 5, 6, 7, "8"], "numbers, got '8'"),
         ([1, 2, 3, 4, 5, 6, 7, 0], r"'layers\.7' must be a whole number >= 1, got 0"),
-        ({"allocation": {"kind": "rank", "values": [1] * 8}, "layers": list(NAMES)}, r"use allocator\.kind=rank"),
+        ({"allocation": {"kind": "rank", "values": [1] * 8, "units": list(NAMES)}}, r"use allocator\.kind=rank"),
         ({"allocation": {}}, "holds no allocation"),
         ([1, 2], "there must be one value per layer, at least one, in allocation file"),
         ([1, 2, 3, 4, 5, 6, 7, 2.5], r"saved\.json': experts of layer 'layers\.7'.*got 2\.5"),
@@ -505,15 +504,10 @@ def test_groups_may_be_given_and_ranks_have_shapes_too():
         ({"shape": 2468}, 3, "4 counts for 3 layers"),
         ({"shape": [1, 2], "groups": [1, 2]}, 4, "hold 3 layers, the model has 4"),
         ({"shape": [1, 2], "groups": [4]}, 4, "each of the 2 counts"),
-        ({"shape": [1, 2], "groups": [4, 0]}, 4, "at least 1"),
+        ({"shape": [1, 2], "groups": [4, 0]}, 4, "groups=0 is not allowed"),
         ({"shape": "2x"}, 4, "digits such as 2468"),
-        ({"shape": 2048}, 32, r"allocator\.shape must be a whole number >= 1, got 0"),
+        ({"shape": 2048}, 32, r"allocator\.shape=0 is not allowed"),
         ({"shape": []}, 32, "is empty"),
-        (
-            {"shape": [1, 2], "kind": "sparsity"},
-            4,
-            r"allocator\.kind='sparsity' is not allowed; allowed: experts, rank",
-        ),
     ],
 )
 def test_impossible_shapes_are_refused(settings, depth, message):
@@ -551,11 +545,6 @@ def test_shifted_sparsities_without_clipping_are_owls_formula():
     scores = LayerScores(NAMES[:4], tuple(outliers), "important", "outlier", "f")
     allocation = Sparsity(target=target, epsilon=owl_lambda, smoothing=False, rule="shifted")(scores, layers)
     assert allocation.values == pytest.approx(expected, abs=1e-12)
-
-
-def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match=r"allocator\.rule.*did you mean 'shifted'"):
-        Sparsity(rule="shift")  # type: ignore[arg-type]
 
 
 # Files: every allocator has its configuration

@@ -16,6 +16,8 @@ from filelock import FileLock
 from rich.console import Console
 
 from layerif.app.store import entries, main, show
+from layerif.probe.grams.request import GRAMS
+from layerif.probe.spectra import SPECTRA
 from layerif.probe.store import Store
 from layerif.versions import VERSIONS
 from tests.probe.test_store import rewritten, some_grams
@@ -28,7 +30,7 @@ def store(tmp_path) -> Path:
     """Two measurements, a converted model, a half-written measurement and a half-converted model, and a stranger."""
     root = tmp_path / "store"
     for model in ("first", "second"):
-        Store(root).grams({**DESCRIPTION, "model": model}, some_grams, about={"model": f"org/{model}"})
+        Store(root).kept(GRAMS, {**DESCRIPTION, "model": model}, some_grams, about={"model": f"org/{model}"})
     for name in ("models/tiny-0123456789ab", "models/.tiny-ba9876543210.x1y2"):
         (root / name).mkdir(parents=True)
         (root / name / "config.json").write_text("{}")
@@ -87,7 +89,7 @@ def test_other_versions_are_called_by_name(store, monkeypatch):
 
 def test_a_measurement_without_samples_is_listed_too_and_its_version_compared(store, monkeypatch):
     description = {"spectra": VERSIONS["spectra"], "model": "third"}
-    Store(store).tensors("spectra", description, lambda: {"seconds": torch.ones(3)}, about={"model": "org/third"})
+    Store(store).kept(SPECTRA, description, lambda _: {"seconds": torch.ones(3)}, about={"model": "org/third"})
     (line,) = [line for line in listing(store).splitlines() if "org/third" in line]
     assert [cell.strip() for cell in line.split("│")][2:7] == ["spectra", "org/third", "", "", ""]
     assert "unreadable" not in line

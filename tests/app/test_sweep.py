@@ -319,8 +319,11 @@ def test_a_missing_plugin_is_named_with_its_extra(missing):
 
 
 def test_a_balance_states_what_it_knows():
-    measured = [{"kind": "grams", "key": "a", "reused": reused, "seconds": 90.0} for reused in (False, True, True)]
-    measured += [{"kind": "spectra", "key": "b", "reused": True, "seconds": None}]
+    measured = [
+        {"kind": "grams", "called": "gradient passes", "key": "a", "reused": reused, "seconds": 90.0}
+        for reused in (False, True, True)
+    ]
+    measured += [{"kind": "spectra", "called": "spectra of weights", "key": "b", "reused": True, "seconds": None}]
     text = str(Balance(run=["a"], failed_before={"b": "no"}, measurements=measured))
     assert "gradient passes: 1 made in 90.0 s, 2 taken from the store, which saved 3 min" in text
     assert "spectra of weights: 0 made, 1 taken from the store, which saved at least 0.0 s" in text

@@ -14,9 +14,12 @@ from filelock import FileLock
 
 from layerif.models.pretrained import Local
 from layerif.probe import activations, store
+from layerif.probe.activations import Activations, wrong_answers
 from layerif.probe.grams.processes import Shards
+from layerif.probe.grams.request import Grams
 from layerif.probe.measurements import Measurements
 from layerif.probe.settings import Probe
+from layerif.probe.spectra import Spectra
 from layerif.probe.store import Store
 from tests.tiny import shipped_task
 
@@ -40,42 +43,42 @@ def measured(model_folder, task_folder, tmp_path) -> Measurements:
 
 
 def test_what_changes_cost_alone_finds_the_same_grams(measured):
-    grams, reused = measured.grams(measured.model.load)
+    grams, reused = Grams().take(measured, measured.model.load)
     assert not reused
     cheaper = replace(measured.probe, form="pairwise", memory_gb=1.0, offload="disk", batch_size=3)
-    again, reused = replace(measured, probe=cheaper).grams(measured.model.load)
+    again, reused = Grams().take(replace(measured, probe=cheaper), measured.model.load)
     assert reused
     assert again.fingerprint == grams.fingerprint
-    _, reused = replace(measured, probe=replace(measured.probe, projection=8)).grams(measured.model.load)
+    _, reused = Grams().take(replace(measured, probe=replace(measured.probe, projection=8)), measured.model.load)
     assert not reused
     assert not list(Path(measured.store.root).rglob("*.partial"))
 
 
 def test_a_wrong_answer_stands_in_for_the_right_one(measured):
     examples = measured.chosen("train")
-    for right, wrong, example in zip(measured.samples()[0], measured._wrong(), examples, strict=True):
+    for right, wrong, example in zip(measured.samples()[0], wrong_answers(measured), examples, strict=True):
         assert wrong is not None
         assert wrong.input_ids != right.input_ids
         assert wrong.input_ids[: wrong.prompt_length] == right.input_ids[: wrong.prompt_length]
         assert len(example.options) == 4
-    assert measured._wrong() == measured._wrong()
+    assert wrong_answers(measured) == wrong_answers(measured)
 
 
 def test_spectra_are_of_the_model_and_activations_of_the_samples_too(measured):
     other = replace(measured, probe=replace(measured.probe, num_train=4))
     load = measured.model.load
-    assert not measured.spectra(load)[1]
-    assert other.spectra(load)[1]
-    assert not measured.activations(load, epsilon=0.01)[1]
-    assert not other.activations(load, epsilon=0.01)[1]
-    assert not measured.activations(load, epsilon=0.1)[1]
-    assert measured.activations(load, epsilon=0.01)[1]
+    assert not Spectra().take(measured, load)[1]
+    assert Spectra().take(other, load)[1]
+    assert not Activations(0.01).take(measured, load)[1]
+    assert not Activations(0.01).take(other, load)[1]
+    assert not Activations(0.1).take(measured, load)[1]
+    assert Activations(0.01).take(measured, load)[1]
 
 
 def looks(measured: Measurements) -> Iterator[torch.Tensor]:
-    spectra, _ = measured.spectra(measured.model.load)
+    spectra, _ = Spectra().take(measured, measured.model.load)
     yield from spectra.eigenvalues.values()
-    seen, _ = measured.activations(measured.model.load, epsilon=0.01)
+    seen, _ = Activations(0.01).take(measured, measured.model.load)
     yield from (seen.cosines, seen.prompts, seen.wrong)
     yield from seen.input_square_norms.values()
 
@@ -126,7 +129,7 @@ def _waiting_process(rank: int, model_folder: Path, task_folder: Path, folder: P
     store._MINUTE, Shards.share = 0.01, heard
     if rank == 0:
         lock.acquire()
-    grams, reused = measured.grams(measured.model.load)
+    grams, reused = Grams().take(measured, measured.model.load)
     assert not reused
     assert len(shared) > 3
     torch.save([gram.train_train for gram in grams.grams.values()], folder / f"{rank}.pt")
@@ -134,7 +137,7 @@ def _waiting_process(rank: int, model_folder: Path, task_folder: Path, folder: P
 
 
 def test_processes_are_told_that_the_first_waits_for_another_job(measured, model_folder, task_folder, tmp_path):
-    alone, _ = measured.grams(measured.model.load)
+    alone, _ = Grams().take(measured, measured.model.load)
     (tmp_path / "both" / "grams").mkdir(parents=True)
     arguments = model_folder, task_folder, tmp_path, alone.fingerprint
     mp.spawn(_waiting_process, arguments, nprocs=SIZE)  # type: ignore[attr-defined]

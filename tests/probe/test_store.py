@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
 from layerif.layers import LayerMap
 from layerif.probe import store as store_module
+from layerif.probe.ekfac import INFLUENCES
+from layerif.probe.gates import GATES
+from layerif.probe.grams.request import GRAMS
+from layerif.probe.spectra import SPECTRA
 from layerif.probe.store import Store, fingerprint
 
 ROOT = Path(__file__).parents[2]
@@ -50,22 +54,23 @@ def assert_same(first: LayerGrams, second: LayerGrams) -> None:
 
 def test_computed_once_then_read_back_equal(tmp_path):
     store = Store(tmp_path)
-    first, reused = store.grams({"model": "a"}, some_grams)
+    first, reused = store.kept(GRAMS, {"model": "a"}, some_grams)
     assert not reused
-    second, reused = store.grams({"model": "a"}, never)
+    second, reused = store.kept(GRAMS, {"model": "a"}, never)
     assert reused
     assert_same(first, second)
     made, taken = store.taken
     assert (made["kind"], made["reused"], taken["reused"]) == ("grams", False, True)
+    assert made["called"] == "gradient passes"
     assert made["key"] == taken["key"] == first.fingerprint
     assert made["seconds"] == taken["seconds"] > 0  # what was saved is what it had cost
 
 
 def test_any_change_of_the_description_is_another_key(tmp_path):
-    Store(tmp_path).grams({"model": "a", "scope": "attention"}, some_grams)
+    Store(tmp_path).kept(GRAMS, {"model": "a", "scope": "attention"}, some_grams)
     for other in ({"model": "b", "scope": "attention"}, {"model": "a", "scope": "mlp"}, {"model": "a"}):
         with pytest.raises(AssertionError, match="must not be computed"):
-            Store(tmp_path).grams(other, never)
+            Store(tmp_path).kept(GRAMS, other, never)
 
 
 def test_fingerprint_ignores_the_order_of_keys():
@@ -76,10 +81,10 @@ def test_influences_come_back_equal_and_are_another_kind(tmp_path):
     torch.manual_seed(0)
     influences = {param: torch.randn(3, 4, dtype=torch.float64) for params in LAYERS.params for param in params}
     store = Store(tmp_path)
-    store.grams({"model": "a"}, some_grams)
-    first, reused = store.influences({"model": "a"}, lambda key: LayerInfluences(LAYERS, influences, key))
+    store.kept(GRAMS, {"model": "a"}, some_grams)
+    first, reused = store.kept(INFLUENCES, {"model": "a"}, lambda key: LayerInfluences(LAYERS, influences, key))
     assert not reused
-    second, reused = store.influences({"model": "a"}, never)  # type: ignore[arg-type]
+    second, reused = store.kept(INFLUENCES, {"model": "a"}, never)  # type: ignore[arg-type]
     assert reused
     assert (first.layers, first.fingerprint) == (second.layers, second.fingerprint)
     assert all(torch.equal(influences[param], second.influences[param]) for param in influences)
@@ -87,12 +92,12 @@ def test_influences_come_back_equal_and_are_another_kind(tmp_path):
 
 def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path):
     store = Store(tmp_path)
-    store.grams({"model": "a"}, some_grams)
-    first, _ = store.grams({"model": "a"}, never)
-    assert store.grams({"model": "a"}, never)[0] is first
+    store.kept(GRAMS, {"model": "a"}, some_grams)
+    first, _ = store.kept(GRAMS, {"model": "a"}, never)
+    assert store.kept(GRAMS, {"model": "a"}, never)[0] is first
     (file,) = tmp_path.rglob("*.safetensors")
     file.write_bytes(file.read_bytes())
-    second, _ = store.grams({"model": "a"}, never)
+    second, _ = store.kept(GRAMS, {"model": "a"}, never)
     assert second is not first
     assert_same(first, second)
 
@@ -116,25 +121,25 @@ def rewritten(file: Path, change) -> None:
 )
 def test_a_whole_file_of_another_version_or_measurement_is_recomputed_with_a_warning(tmp_path, change, reason):
     store = Store(tmp_path)
-    first, _ = store.grams({"model": "a"}, some_grams)
+    first, _ = store.kept(GRAMS, {"model": "a"}, some_grams)
     (file,) = tmp_path.rglob("*.safetensors")
     rewritten(file, lambda header: header)
-    assert store.grams({"model": "a"}, never)[1]  # it is the change that is found out
+    assert store.kept(GRAMS, {"model": "a"}, never)[1]  # it is the change that is found out
     rewritten(file, change)
     with pytest.warns(UserWarning, match=reason):
-        second, reused = store.grams({"model": "a"}, some_grams)
+        second, reused = store.kept(GRAMS, {"model": "a"}, some_grams)
     assert not reused
     assert_same(first, second)
 
 
 def test_what_is_said_about_a_measurement_is_no_part_of_its_key(tmp_path):
-    Store(tmp_path).grams({"model": "a"}, some_grams, about={"model": "one name"})
-    assert Store(tmp_path).grams({"model": "a"}, never, about={"model": "another"})[1]
+    Store(tmp_path).kept(GRAMS, {"model": "a"}, some_grams, about={"model": "one name"})
+    assert Store(tmp_path).kept(GRAMS, {"model": "a"}, never, about={"model": "another"})[1]
 
 
 def test_nothing_in_the_store_is_pickled(tmp_path):
     """A pickle runs code when it is read: safetensors is a JSON header and plain bytes."""
-    Store(tmp_path).grams({"model": "a"}, some_grams)
+    Store(tmp_path).kept(GRAMS, {"model": "a"}, some_grams)
     files = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
     assert [file.suffix for file in files] == [".safetensors"]
     content = files[0].read_bytes()
@@ -144,7 +149,7 @@ def test_nothing_in_the_store_is_pickled(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped", "empty", "header"])
 def test_a_corrupted_file_is_recomputed_with_a_warning(tmp_path, damage):
     store = Store(tmp_path)
-    first, _ = store.grams({"model": "a"}, some_grams)
+    first, _ = store.kept(GRAMS, {"model": "a"}, some_grams)
     (file,) = tmp_path.rglob("*.safetensors")
     before = file.read_bytes()
     content = bytearray(before)
@@ -160,10 +165,10 @@ def test_a_corrupted_file_is_recomputed_with_a_warning(tmp_path, damage):
     assert len(damaged) < len(content) or damaged != before
     file.write_bytes(damaged)
     with pytest.warns(UserWarning, match="corrupted and is computed anew"):
-        second, reused = store.grams({"model": "a"}, some_grams)
+        second, reused = store.kept(GRAMS, {"model": "a"}, some_grams)
     assert not reused
     assert_same(first, second)
-    assert store.grams({"model": "a"}, never)[1]
+    assert store.kept(GRAMS, {"model": "a"}, never)[1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -174,7 +179,7 @@ def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path, monkeypatch, er
 
     monkeypatch.setattr(store_module, "save_file", fail)
     with pytest.raises(error):
-        Store(tmp_path).grams({"model": "a"}, some_grams)
+        Store(tmp_path).kept(GRAMS, {"model": "a"}, some_grams)
     assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
 
 
@@ -184,7 +189,7 @@ def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
         "from tests.probe.test_store import *\n"
-        f"try: Store({str(tmp_path)!r}).grams({{}}, some_grams)\n"
+        f"try: Store({str(tmp_path)!r}).kept(GRAMS, {{}}, some_grams)\n"
         "except OSError as error: print('refused:', error)"
     )
     done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -197,14 +202,14 @@ def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
 JOB = """
 import logging, sys, time
 logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO)
-from tests.probe.test_store import Store, some_grams
+from tests.probe.test_store import GRAMS, Store, some_grams
 
 def compute(key):
     print("computing", flush=True)
     time.sleep(float(sys.argv[2]))
     return some_grams(key)
 
-grams, reused = Store(sys.argv[1]).grams({"model": "a"}, compute)
+grams, reused = Store(sys.argv[1]).kept(GRAMS, {"model": "a"}, compute)
 print("reused" if reused else "computed", float(grams.grams["block.1.q.weight"].train_train.sum()), flush=True)
 """
 
@@ -232,7 +237,7 @@ def test_the_lock_of_a_killed_job_is_broken(tmp_path):
     holder.kill()  # -9: nothing in it can clean up
     assert waiting.communicate(timeout=60)[0].split()[:2] == ["computing", "computed"]
     holder.wait(timeout=60)
-    assert Store(tmp_path).grams({"model": "a"}, never)[1]
+    assert Store(tmp_path).kept(GRAMS, {"model": "a"}, never)[1]
 
 
 def test_a_waiting_job_says_so_again_and_again(tmp_path, monkeypatch):
@@ -247,26 +252,26 @@ def test_a_waiting_job_says_so_again_and_again(tmp_path, monkeypatch):
             held.release()
 
     with held:
-        assert not Store(tmp_path, while_waiting=wait).grams({"model": "a"}, some_grams)[1]
+        assert not Store(tmp_path, while_waiting=wait).kept(GRAMS, {"model": "a"}, some_grams)[1]
     assert said == [True] * 3
 
 
 def test_named_tensors_are_kept_by_kind_and_read_back_equal(tmp_path):
     store, made = Store(tmp_path), []
 
-    def compute() -> dict[str, torch.Tensor]:
+    def compute(_: str) -> dict[str, torch.Tensor]:
         made.append(1)
         return {"scores": torch.tensor([1.5, float("nan")]), "count": torch.tensor(3)}
 
-    first, key, reused = store.tensors("gates", {"model": "a"}, compute)
-    again, same_key, reused_again = store.tensors("gates", {"model": "a"}, compute)
-    assert (reused, reused_again, same_key) == (False, True, key)
+    first, reused = store.kept(GATES, {"model": "a"}, compute)
+    again, reused_again = store.kept(GATES, {"model": "a"}, compute)
+    assert (reused, reused_again) == (False, True)
     torch.testing.assert_close(again, first, equal_nan=True)
-    assert store.tensors("spectra", {"model": "a"}, compute)[1:] != (key, True)
+    assert not store.kept(SPECTRA, {"model": "a"}, compute)[1]  # another kind
     assert len(made) == 2
     (file,) = (tmp_path / "gates").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
     with pytest.warns(UserWarning, match="corrupted and is computed anew"):
-        repaired, *_ = store.tensors("gates", {"model": "a"}, compute)
+        repaired, *_ = store.kept(GATES, {"model": "a"}, compute)
     torch.testing.assert_close(repaired, first, equal_nan=True)
     assert len(made) == 3

@@ -22,8 +22,8 @@ from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.estimators.tracin import TracIn
 from layerif.files import claim_folder
+from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
 FILE = "diagnose.json"
@@ -138,10 +138,10 @@ class Diagnose:
 
 def _check_estimator(decider: Decider) -> None:
     estimator = decider.estimator
-    if not isinstance(estimator, GramEstimator) or isinstance(estimator, TracIn):
+    if not isinstance(estimator, GramEstimator) or estimator.needs != Grams():
         raise ValueError(
             f"method=diagnose examines influence taken from the Grams of one model, and {type(estimator).__name__} "
-            "takes other evidence; use estimator=datainf, exact, lissa, grad_dot or cosine"
+            f"takes {type(estimator.needs).__name__}; use estimator=datainf, exact, lissa, grad_dot or cosine"
         )
     if isinstance(estimator, Lissa) and estimator.step_size is not None:
         raise ValueError(

@@ -222,7 +222,8 @@ class Prune:
 
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
-    if pruner.n is not None and decider.measures:
+    measures = decider.estimator.needs.is_measured and decider.allocator.needs_scores
+    if pruner.n is not None and measures:
         raise ValueError(
             f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same from every layer and leaves nothing to allocate; "
             "use estimator=uniform, or pruner.n=null for an n per block from the scores"

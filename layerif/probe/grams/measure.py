@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
 
+PARTS = ("train_train", "val_train", "val_norms")  # of a Gram, as a file names them
+
 
 def measure(
     model: nn.Module,
@@ -73,7 +75,7 @@ def measure(
     shards = Shards.current()
     measurement = _Measurement(model, batches, num_train, num_samples, names, projection, partial, shards)
     grams = measurement.finished()
-    todo = [param for block in layers.params for param in block if param not in grams]
+    todo = [param for param in layers.matrices if param not in grams]
     if grams:
         log.info("%d of %d matrices were measured before the interruption", len(grams), len(grams) + len(todo))
     if todo:
@@ -89,7 +91,7 @@ def measure(
             log.info("%.2f GB of factors: %d passes, kept in %s", size, len(chosen.groups), where)
         for number, group in enumerate(chosen.groups, 1):
             grams |= measurement.run(chosen, group, f"gradients {number}/{len(chosen.groups)}")
-    return LayerGrams(layers, {param: grams[param] for block in layers.params for param in block}, fingerprint)
+    return LayerGrams(layers, {param: grams[param] for param in layers.matrices}, fingerprint)
 
 
 def workload(
@@ -263,15 +265,12 @@ class _Measurement:
                     continue
                 for param in {name.rpartition("/")[0] for name in tensors}:
                     numel = bare(self.model).get_parameter(param).numel()
-                    found[param] = MatrixGram(*(tensors[f"{param}/{field}"] for field in _FIELDS), numel=numel)
+                    found[param] = MatrixGram(*(tensors[f"{param}/{field}"] for field in PARTS), numel=numel)
         return self.shards.share(found)[0]
 
 
-_FIELDS = ("train_train", "val_train", "val_norms")
-
-
 def _keep(grams: Mapping[str, MatrixGram], folder: Path) -> None:
-    tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in _FIELDS}
+    tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in PARTS}
     name = hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / f"grams-{name}.safetensors") as unfinished:

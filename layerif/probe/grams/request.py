@@ -1,0 +1,127 @@
+"""The request for Grams, and the form in which the store keeps them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerif.data.batches import batches
+from layerif.evidence import LayerGrams, MatrixGram
+from layerif.probe.grams.measure import PARTS, measure
+from layerif.probe.grams.processes import Shards, spread
+from layerif.probe.grams.projection import Projection
+from layerif.probe.measurements import Load, Measurements
+from layerif.probe.request import NotCompared, Part, Request
+from layerif.probe.store import Kind, layers_in
+from layerif.versions import VERSIONS
+
+log = logging.getLogger(__name__)
+
+_WAIT = "another job has the lock"  # the first process tells the others so meanwhile
+
+
+@dataclass(frozen=True)
+class Grams(Request):
+    """A request for the Grams of the samples' gradients. All processes measure them together."""
+
+    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+
+    def check(self, measurements: Measurements) -> None:
+        measurements.check_adapter_of_lora()
+
+    def take(self, measurements: Measurements, load: Load) -> tuple[LayerGrams, bool]:
+        probe, store = measurements.probe, measurements.store
+        projection = [probe.projection, probe.projection_seed] if probe.projection else None
+        description = measurements.description(probe=VERSIONS["probe"], projection=projection)
+        shards = Shards.current()
+        if shards.rank > 0:
+            while (found := shards.share(None)[0]) == _WAIT:
+                pass
+            return found or (_measured(measurements, load, store.key(description)), False)
+
+        def compute(key: str) -> LayerGrams:
+            shards.share(None)  # nothing is stored: all begin to measure
+            return _measured(measurements, load, key)
+
+        # Another job may hold the lock for longer than the other processes would wait without a message.
+        store = replace(store, while_waiting=lambda: shards.share(_WAIT))
+        grams, reused = store.kept(GRAMS, description, compute, about=measurements.about())
+        if reused:
+            shards.share((grams, reused))
+            log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
+        return grams, reused
+
+    def approximations(self, measurements: Measurements) -> list[str]:
+        size = measurements.probe.projection
+        return [
+            *super().approximations(measurements),
+            *([] if size is None else [f"a projection to {size} dimensions"]),
+        ]
+
+    def with_exact(self, measurements: Measurements, evidence: LayerGrams) -> tuple[LayerGrams, LayerGrams]:
+        """Measures `probe.fidelity_samples` of the samples without projection and in float32."""
+        model, probe = measurements.model, measurements.probe
+        exact = replace(
+            measurements,
+            model=replace(model, dtype="float64" if model.dtype == "float64" else "float32"),
+            probe=replace(
+                probe,
+                projection=None,
+                num_train=min(probe.num_train, probe.fidelity_samples),
+                num_validation=min(probe.num_validation, probe.fidelity_samples // 2),
+            ),
+        )
+        try:
+            reference, _ = self.take(exact, lambda: exact.model.load().to(exact.device))  # type: ignore[arg-type]
+        except torch.cuda.OutOfMemoryError as error:
+            raise NotCompared(
+                "a second model, in float32, does not fit the device; probe.fidelity_samples=0 does not try"
+            ) from error
+        rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.samples]
+        return evidence.select(*rows), reference
+
+
+def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
+    probe = measurements.probe
+    model = spread(measurements.model.load(), measurements.device) if measurements.is_spread else load()
+    layers = measurements.measured_layers(model)
+    train, validation = measurements.samples()
+    log.info("gradient pass: %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
+    return measure(
+        model,
+        layers,
+        list(batches(train, probe.batch_size, measurements.pad_id)),
+        list(batches(validation, probe.batch_size, measurements.pad_id)),
+        form=probe.form,
+        memory_gb=probe.memory_gb,
+        offload=probe.offload,
+        projection=Projection(probe.projection, probe.projection_seed) if probe.projection else None,
+        partial=measurements.store.partial(key),
+        fingerprint=key,
+        names=[f"{part} row {row.id}" for part in Grams.samples for row in measurements.chosen(part)],
+    )
+
+
+def _pack(grams: LayerGrams) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {
+        f"{param}/{part}": getattr(gram, part).contiguous() for param, gram in grams.grams.items() for part in PARTS
+    }
+    numel = {param: gram.numel for param, gram in grams.grams.items()}
+    return tensors, {"layers": json.dumps(asdict(grams.layers)), "numel": json.dumps(numel)}
+
+
+def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerGrams:
+    grams = {
+        param: MatrixGram(*(tensors[f"{param}/{part}"] for part in PARTS), numel=numel)
+        for param, numel in json.loads(header["numel"]).items()
+    }
+    return LayerGrams(layers_in(header), grams, key)
+
+
+GRAMS = Kind("grams", "gradient passes", _pack, _unpack)
