@@ -16,9 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from layerif.adapt.module import AdapterModule
-from layerif.app.methods._steps import fit
 from layerif.app.schema import check, register
-from layerif.app.setup import Parts
+from layerif.app.setup import Setup
 from layerif.files import conf_folder
 from layerif.record.record import RunRecord
 
@@ -40,9 +39,9 @@ def trained(overrides: list[str], folder: Path) -> RunRecord:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose("config", [*overrides, *SETTINGS])
     check(config)
-    parts = Parts(config)
+    setup = Setup(config)
     record = RunRecord(name="test", seed=0, config={}, overrides=[])
-    fit(parts, parts.method(), record, folder)
+    setup.method.run(setup, record, folder)
     return record
 
 

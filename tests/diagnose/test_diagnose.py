@@ -16,7 +16,6 @@ from sklearn.metrics import roc_auc_score
 from layerif.diagnose.agreement import agreement, layer_influences, panel, total_influence
 from layerif.diagnose.conclusions import Verdict, above, conclusions
 from layerif.diagnose.convex import convex_check
-from layerif.diagnose.diagnose import plain
 from layerif.diagnose.estimate import Estimate, percentile, spearman
 from layerif.diagnose.gradients import common_share, gradient_health
 from layerif.diagnose.leave_out import (
@@ -29,6 +28,7 @@ from layerif.diagnose.leave_out import (
     seed_agreement,
 )
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
+from layerif.diagnose.report import plain
 from layerif.diagnose.solver import residual, solver_residuals
 from layerif.diagnose.stability import (
     bootstrap_scores,

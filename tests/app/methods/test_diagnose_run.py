@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from layerif.app.methods.diagnose import Diagnose
 from layerif.data.batches import Encoded, Encodings
 from layerif.decide import Decider
-from layerif.diagnose.diagnose import Diagnose
 from layerif.diagnose.retrain import Recipe, Retrainer, losses, schedule
 from layerif.diagnose.retrainings import Retrainings
 from layerif.estimators.datainf import DataInf
@@ -25,6 +27,7 @@ from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.estimators.uniform import Uniform
 from layerif.models.blocks import layer_map
+from layerif.probe.grams.request import Grams
 from layerif.probe.settings import Probe
 from layerif.probe.store import Store
 from layerif.record.record import RunRecord
@@ -140,13 +143,19 @@ def test_the_grams_at_an_adapter_are_those_of_its_file(decider, tmp_path):
     grams = kept.grams()[0]
     model = replace(decider.model, adapter=str(tmp_path / "work" / "adapter-0")).load()
     assert grams.layers == layer_map(model, parameters="lora")
-    anew, _ = replace(
+    elsewhere = replace(
         decider,
         model=replace(decider.model, adapter=str(tmp_path / "work" / "adapter-0")),
         store=Store(tmp_path / "another"),
-    ).grams(lambda: model)
+    )
+    anew, _ = Grams().take(elsewhere, lambda: model)
     for name, gram in anew.grams.items():
         torch.testing.assert_close(gram.train_train, grams.grams[name].train_train, rtol=1e-4, atol=1e-7)
+
+
+def setup_of(decider: Decider, *, before: bool = False) -> Any:
+    """The part of a setup that the report looks at."""
+    return SimpleNamespace(decider=decider, model=decider.model, evaluation=SimpleNamespace(before=before))
 
 
 SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_size": 4, "resamples": 20}
@@ -155,37 +164,33 @@ SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({}, {"num_train": 21}, "method.num_train=21 rows asked for, the task has 20 in train"),
+        ({}, {"num_train": 21}, "method.num_train=21 rows are asked for, and the task has 20 in train"),
         ({}, {"num_validation": 9}, "the task has 8 in validation; use method.num_validation<=8"),
         ({}, {"removed": 0.99}, "leaving 12 of 12 training rows out is impossible"),
         ({}, {"removed": 0.01, "subsets": 13}, "method.subsets=13 different sets of 1 of 12 rows do not exist"),
         ({}, {"flipped": 0.99}, "method.flipped=0.99"),
-        ({"estimator": Uniform()}, {}, "examines influence taken from Grams, and Uniform takes it from nothing"),
-        ({"estimator": Lissa(step_size=1e-9)}, {}, "estimator.step_size=1e-09 need not converge on all of them"),
+        (
+            {"estimator": Uniform()},
+            {},
+            "examines influence taken from the Grams of one model, and Uniform takes Nothing",
+        ),
+        ({"estimator": Lissa(step_size=1e-9)}, {}, "estimator.step_size=1e-09 may not converge on all of them"),
         ({"num_processes": 2}, {}, "method=diagnose works in one process, got 2; use trainer.devices=1"),
         ({"probe": Probe(num_train=3)}, {}, "probe.num_train must be at least 4"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(decider, changes, settings, message):
     with pytest.raises(ValueError, match=message):
-        Diagnose(**{**SMALL, **settings}).plan(replace(decider, **changes))
+        Diagnose(**{**SMALL, **settings}).check(setup_of(replace(decider, **changes)))
 
 
 def test_a_model_with_an_adapter_is_refused(decider):
     with pytest.raises(ValueError, match=r"cannot build on model\.adapter='/somewhere'"):
-        Diagnose(**SMALL).plan(replace(decider, model=replace(decider.model, adapter="/somewhere")))
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"), [("seeds", 0), ("removed", 1.0), ("flipped", 0), ("learning_rate", 0), ("num_train", 3)]
-)
-def test_settings_are_checked(setting, value):
-    with pytest.raises(ValueError, match=f"method.{setting}={value}"):
-        Diagnose(**{setting: value})
+        Diagnose(**SMALL).check(setup_of(replace(decider, model=replace(decider.model, adapter="/somewhere"))))
 
 
 def test_a_dry_run_tells_the_cost_in_steps(decider):
-    plan = Diagnose(**SMALL, seeds=2).plan(decider)
+    plan = Diagnose(**SMALL, seeds=2).preview(setup_of(decider))
     assert "2 seeds × (1 + 4 sets of 6 of 12 rows left out) × 2 steps" in plan["retraining"]
     assert "= 20 steps" in plan["retraining"]
     assert not list(decider.store.root.glob("*"))  # type: ignore[union-attr]
@@ -193,13 +198,13 @@ def test_a_dry_run_tells_the_cost_in_steps(decider):
 
 def report_of(decider: Decider, folder, **settings) -> tuple[dict, RunRecord]:
     folder.mkdir(exist_ok=True)
-    config = {
-        "model": {"dtype": decider.model.dtype},
-        "probe": {"num_train": 12, "num_validation": 6},
-        "evaluation": {"before": False},
-    }
-    record = RunRecord(name="test", seed=0, config=config, overrides=[])
-    Diagnose(**SMALL, **settings)(replace(decider, probe=replace(decider.probe, parameters="weights")), record, folder)
+    record = RunRecord(name="test", seed=0, config={}, overrides=[])
+    setup, method = (
+        setup_of(replace(decider, probe=replace(decider.probe, parameters="weights"))),
+        Diagnose(**SMALL, **settings),
+    )
+    method.check(setup)
+    method.run(setup, record, folder)
     return json.loads((folder / "diagnose.json").read_text()), record
 
 
@@ -226,9 +231,8 @@ def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
     blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
     sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
     assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
-    record = RunRecord(name="test", seed=0, config={"evaluation": {"before": True}}, overrides=[])
     with pytest.raises(ValueError, match=r"looks at no evaluated row; use evaluation\.before=false"):
-        Diagnose(**SMALL)(decider, record, tmp_path)
+        Diagnose(**SMALL).check(setup_of(decider, before=True))
 
 
 def test_half_precision_is_examined_like_any_other(decider, tmp_path):
@@ -250,9 +254,9 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
     assert all(each["claim"] in text for each in report["conclusions"])
     assert whole.metrics["convex_lds"] > 0.95
     assert whole.metrics["lds"] == report["leave_out"]["lds"]["datainf"]["value"]
-    assert whole.allocation["budget"] == 15
-    assert len(whole.scores) == len(report["stability"]["ranks"]) == 3
-    assert whole.questions == {}
+    assert whole.decision.allocation.budget == 15
+    assert len(whole.decision.scores.values) == len(report["stability"]["ranks"]) == 3
+    assert whole.answers == {}
     assert not (tmp_path / "run" / "checkpoints").exists()
 
     killed = tmp_path / "killed"
