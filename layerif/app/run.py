@@ -32,8 +32,8 @@ from layerif.models.blocks import layer_map
 from layerif.pruning.module import PruneModule
 from layerif.record.job import choices_of_run, settings_of
 from layerif.record.record import FAILURE, FILE, RunRecord
+from layerif.record.text import print_run
 from layerif.record.tracking import tracked
-from layerif.report import print_run
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def run(config: DictConfig) -> float | None:
         record.notes.append("this folder held another job's record; other files of it may be left")
         log.warning("%s: %s", folder, record.notes[-1])
     try:
-        with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store):
+        with _noting_warnings(record.notes), tracked(parts.loggers, record, folder, parts.decider.store.files):
             _execute(parts, record, folder)
     except KeyboardInterrupt:
         if not is_swept():  # a sweep's jobs are found by the sweep
