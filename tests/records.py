@@ -1,4 +1,4 @@
-"""Records as a run would write them, for the tests of what reads them."""
+"""Records as a run would write them, for the tests of their readers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from layerif.record.record import Failure, RunRecord
+from layerif.record.record import AllocationRecord, DecisionRecord, Failure, Job, RunRecord, ScoresRecord
 
-CLASSES = {"datainf": "DataInf"}
 LAYERS = ["block.0", "block.1", "block.2", "block.3"]
 
 
+def choices_of(estimator: str, *, task: str = "capital", **others: str) -> dict[str, str]:
+    """The choices of a run by group: those given, and the defaults of the rest."""
+    groups = {"model": "smollm2", "task": task, "estimator": estimator, "allocator": "experts", "method": "lora_moe"}
+    return groups | {"pruner": "wanda"} | others
+
+
 def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings: Mapping[str, object] | None = None):
-    """settings: `section.key` of the configuration -> value."""
+    """A resolved configuration; settings: values by `section.key`."""
     config: dict[str, Any] = {
-        "model": {"_target_": "layerif.models.embedded.Embedded", "cache": "outputs/store/models", "dtype": "float32"},
-        "task": {"_target_": "layerif.data.task.Task", "name": task, "path": None, "num_train": None, "seed": seed},
-        "estimator": {"_target_": f"layerif.estimators.{estimator}.{CLASSES.get(estimator, estimator.title())}"},
-        "allocator": {"_target_": "layerif.allocate.experts.Experts", "budget": None, "beta": 2.5},
-        "method": {"_target_": "layerif.adapt.adapters.LoRAMoEModule", "r": 8, "seed": seed},
-        "pruner": {"_target_": "layerif.pruning.wanda.Wanda", "n": None},
-        "probe": {"_target_": "layerif.probe.settings.Probe", "scope": "attention", "num_train": 100},
-        "evaluation": {"_target_": "layerif.evaluate.evaluation.Evaluation", "before": False, "num_questions": None},
+        "model": {"cache": "outputs/store/models", "dtype": "float32"},
+        "task": {"name": task, "path": None, "num_train": None, "seed": seed},
+        "estimator": {} if estimator == "uniform" else {"damping": 0.1},
+        "allocator": {"budget": None, "beta": 2.5},
+        "method": {"r": 8, "seed": seed},
+        "pruner": {"n": None},
+        "probe": {"scope": "attention", "num_train": 100},
+        "evaluation": {"before": False, "num_questions": None},
         "seed": seed,
         "small": False,
     }
-    if estimator != "uniform":
-        config["estimator"]["damping"] = 0.1
     for key, value in (settings or {}).items():
         section, _, name = key.partition(".")
         if name:
@@ -41,53 +44,82 @@ def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings:
     return config
 
 
+def decision_of(
+    values: Sequence[float] = (1, 2, 3, 2),
+    *,
+    scores: Sequence[float] = (1.0, 3.0, 2.0, 4.0),
+    layers: Sequence[str] = LAYERS,
+    kind: str = "experts",
+    budget: float = 8,
+    source: str = "datainf",
+    higher_means: str = "undertrained",
+    reliability: float | None = None,
+) -> DecisionRecord:
+    """A decision; one without scores has an empty sequence of them."""
+    return DecisionRecord(
+        source=source,
+        allocation=AllocationRecord(kind=kind, units=list(layers), values=list(values), budget=budget),
+        scores=ScoresRecord(layers=list(layers), values=list(scores), higher_means=higher_means) if scores else None,
+        reliability=reliability,
+    )
+
+
 def record(
     estimator: str,
     right: Sequence[bool],
     *,
-    scores: Sequence[float] = (1.0, 3.0, 2.0, 4.0),
     task: str = "capital",
     seed: int = 0,
     settings: Mapping[str, object] | None = None,
+    choices: Mapping[str, str] | None = None,
+    decision: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> RunRecord:
+    """A finished run that answered its questions so; decision: arguments of `decision_of`."""
     accuracy = float(np.mean(right))
     fields: dict[str, Any] = {
         "name": "test",
         "seed": seed,
+        "choices": choices_of(estimator, task=task) | dict(choices or {}),
         "config": config_of(estimator, task=task, seed=seed, settings=settings),
         "overrides": [f"estimator={estimator}", f"task={task}", f"seed={seed}"],
-        "layers": LAYERS,
-        "scores": list(scores),
-        "higher_means": "undertrained",
-        "source": estimator,
-        "allocation": {"kind": "experts", "values": [1, 2, 3, 2], "budget": 8, "layers": LAYERS},
+        "decision": decision_of(**{"source": estimator} | dict(decision or {})),
         "metrics": {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1},
-        "questions": {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}},
+        "answers": {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}},
         "seconds": {"evidence": 2.0, "fit": 3.0},
         "memory_gb": 1.5,
     }
     return RunRecord(**(fields | options))
 
 
-def failure(estimator: str, *, error: str = "out of memory", seed: int = 0, **options: Any) -> Failure:
-    config = config_of(estimator, seed=seed, **options)
-    return Failure(name="test", seed=seed, config=config, overrides=[], error=error, traceback="…")
+def failure(
+    estimator: str,
+    *,
+    error: str = "out of memory",
+    seed: int = 0,
+    choices: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Failure:
+    """A job that failed."""
+    config, made_of = config_of(estimator, seed=seed, **options), choices_of(estimator) | dict(choices or {})
+    return Failure(name="test", seed=seed, config=config, choices=made_of, overrides=[], error=error, traceback="…")
 
 
 def with_before(one: RunRecord, right: Sequence[bool]) -> RunRecord:
+    """The run, which also evaluated its untouched model."""
     one.metrics |= {"before/accuracy": float(np.mean(right)), "before/accuracy_low": 0.1, "before/accuracy_high": 0.4}
-    one.questions["before/options"] = {f"q{number}": answer for number, answer in enumerate(right)}
+    one.answers["before/options"] = {f"q{number}": answer for number, answer in enumerate(right)}
     return one
 
 
 def from_file(path: str, right: Sequence[bool], **options: Any) -> RunRecord:
-    settings = {"allocator._target_": "layerif.allocate.file.File", "allocator.path": path}
-    return record("datainf", right, scores=(), settings=settings, source=f"file({path})", higher_means="", **options)
+    """A run that took its allocation from a file."""
+    given = {"choices": {"allocator": "file"}, "settings": {"allocator.path": path}}
+    return record("datainf", right, decision={"scores": (), "source": f"file({path})"}, **given, **options)
 
 
-def written(folder: Path, jobs: Sequence[RunRecord | Failure]) -> Path:
-    """Each job in a folder of its own."""
+def written(folder: Path, jobs: Sequence[Job]) -> Path:
+    """The folder, with each job in a folder of its own."""
     for number, job in enumerate(jobs):
         (folder / str(number)).mkdir(parents=True)
         job.write(folder / str(number))

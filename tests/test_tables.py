@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from math import sqrt
 from pathlib import Path
@@ -29,7 +30,7 @@ from layerif.data.render import Example
 from layerif.data.task import Splits
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
-from layerif.record.record import FILE, RunRecord
+from layerif.record.record import FILE, Failure, RunRecord
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
 from layerif.report.reading import read
@@ -101,6 +102,12 @@ def plain(job: DictConfig) -> dict[str, Any]:
     }
 
 
+def as_record(job: DictConfig) -> Failure:
+    """The job as the report sees it."""
+    choices = {group: choice for group, choice in job.hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    return Failure(name="", seed=0, config=plain(job), choices=choices, overrides=[], error="", traceback="")
+
+
 @cache
 def choice(group: str, name: str) -> tuple[Any, Any]:
     return identity(compose("config", [f"{group}={name}", "outputs=/nowhere", "logger=none"])[group])
@@ -167,7 +174,7 @@ def test_what_is_expected_names_every_job_once(experiment):
             if meets(config, of_arm | of_column)
         ]
         assert len(found) == 1
-        assert meets(config, expected["of"]) == (not config["small"]) == Expected(**expected).is_of(config)
+        assert meets(config, expected["of"]) == (not config["small"]) == Expected(**expected).is_of(as_record(job))
         cells += found
     assert {arm for arm, _ in cells} == set(expected["arms"])
     assert {column for _, column in cells} == set(expected["columns"])
@@ -283,9 +290,9 @@ def test_the_released_recipe_is_an_addition(arm, rounding):
     assert other["evaluation"]["metrics"] == ["generation"]
     assert other["model"] == mine["model"]
     paper = Expected(**expected_of("table1_experts_mistral"))
-    assert paper.is_of(mine)
-    assert paper.is_of(other)
-    assert paper.value(mine) == paper.value(other) == paper.values[arm]["mrpc"]
+    for job in (ours, theirs):
+        assert paper.is_of(as_record(job))
+        assert paper.value(as_record(job)) == paper.values[arm]["mrpc"]
     assert other["estimator"] == mine["estimator"]
     assert (mine.get("recipe"), other["recipe"]) == (None, "upstream")
 
@@ -395,7 +402,8 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
     arms = RUNS[experiment][0].partition("=")[2].split(",")
     assert len(records) == len(arms)
     for record in records:
-        assert len(record.allocation["values"]) == 30
+        assert record.decision is not None
+        assert len(record.decision.allocation.values) == 30
         assert record.metrics or not record.config["method"]
         assert record.config["small"] is True
         assert ("score_task" in record.config) == ("score_task" in record.inputs) == (experiment == "task_specificity")
@@ -403,15 +411,15 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
         changes: dict[str, Any] = {"of": {"model": "mistral_7b", "method": "lora_moe"}, "metric": "accuracy"}
         paper = Expected(**expected_of(experiment) | changes)
         for record in records:
-            assert not paper.is_of(record.config)
-            assert paper.is_of({**record.config, "small": False})
-        sweep = read(folders[0].parent)
-        said = summary(sweep, runs_of(sweep.jobs, paper), paper)
+            assert not paper.is_of(record)
+            assert paper.is_of(replace(record, config={**record.config, "small": False}))
+        found = read(folders[0].parent)
+        said = summary(found, runs_of(found.jobs, paper), paper)
         assert "; small variants, which stand in for runs of full size." in said[0]
-        assert said[-1].startswith("Differences to them are taken only of such runs at full size")
+        assert said[-1].startswith("Differences to them are shown only for such runs at full size")
     if experiment == "task_specificity":
         assert records[0].config["score_task"]["name"] == "capital"
-        assert records[0].samples["train"] > 8  # of all capitals, where eight regions are learned from
+        assert records[0].decision.samples["train"] > 8  # of all capitals, where eight regions are learned from
 
 
 def test_scores_of_another_task_may_not_see_what_is_evaluated():

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 
 from layerif.record.record import FILE, RunRecord
 from layerif.report.comparisons import verdict
-from layerif.report.statistics import holm, paired_by_question, smallest_difference
+from layerif.stats import holm, paired_by_question, smallest_difference
 
 REFERENCE, BEFORE = "uniform", "before"
 COLOURS = {REFERENCE: "#d55e00", BEFORE: "#999999"}

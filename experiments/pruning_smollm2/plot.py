@@ -21,7 +21,7 @@ from matplotlib.ticker import LogFormatter
 
 from layerif.record.record import FILE, RunRecord
 from layerif.record.text import markdown
-from layerif.report.statistics import holm, paired_by_question, paired_by_seed, t_interval
+from layerif.stats import holm, paired_by_question, paired_by_seed, t_interval
 
 matplotlib.use("Agg")
 

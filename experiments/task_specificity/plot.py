@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from layerif.record.record import FILE, RunRecord
 from layerif.record.text import markdown
 from layerif.report.arms import QUESTIONS
-from layerif.report.statistics import t_interval
+from layerif.stats import t_interval
 
 matplotlib.use("Agg")
 

@@ -28,8 +28,8 @@ from layerif.models.blocks import layer_map
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
 from layerif.record.record import FAILURE, FILE, RunRecord
+from layerif.record.text import print_run
 from layerif.record.tracking import tracked
-from layerif.report import print_run
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def run(config: DictConfig) -> float | None:
         record.notes.append("this folder held another job's record; other files of it may be left")
         log.warning("%s: %s", folder, record.notes[-1])
     try:
-        with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.decider.store):
+        with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.decider.store.files):
             _execute(setup, record, folder)
     except KeyboardInterrupt:
         if not is_swept():  # a sweep finds the folders of its jobs by itself

@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor
 
 import layerif.estimators
-from layerif.diagnose.estimate import spearman
 from layerif.estimators._base import DampedEstimator, GramEstimator, by_block
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.scores import Aggregation
+from layerif.stats import spearman_matrix
 
 
 def panel(own: GramEstimator) -> dict[str, GramEstimator]:
@@ -64,8 +64,7 @@ def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tup
         for how in get_args(Aggregation):
             scores[f"{name} {how}"] = replace(estimator, aggregation=how).score(grams).values
     values_LC = np.array(list(scores.values())).T
-    columns = [spearman(values_LC, np.broadcast_to(column_L[:, None], values_LC.shape)) for column_L in values_LC.T]
-    return list(scores), np.array(columns)
+    return list(scores), spearman_matrix(values_LC)
 
 
 def _stands_alone(cls: type[GramEstimator]) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from layerif.decide import Decider
 from layerif.diagnose.agreement import agreement, layer_influences, total_influence
 from layerif.diagnose.convex import convex_check
-from layerif.diagnose.estimate import mean, percentile
 from layerif.diagnose.gradients import gradient_health
 from layerif.diagnose.leave_out import lds, lds_estimates, membership, noise, predicted_change, seed_agreement
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
@@ -32,6 +31,7 @@ from layerif.diagnose.stability import (
 from layerif.estimators._base import DampedEstimator, GramEstimator
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
+from layerif.stats import known_mean, percentile
 
 Panel = Mapping[str, GramEstimator]  # the user's own comes first
 
@@ -162,7 +162,7 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
         "num_train": num_train,
         "num_validation": len(validation),
         "left_out": len(retrainings.sets[0]),
-        "loss": {"untrained": mean(untrained_M), "trained": full_EM.mean(axis=1)},
+        "loss": {"untrained": known_mean(untrained_M), "trained": full_EM.mean(axis=1)},
         "lds": scores,
         "lds_of_mean": of_mean,
         "beyond_grad_dot": beyond,

@@ -19,8 +19,8 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from layerif.diagnose.estimate import LEVEL, Estimate
 from layerif.evidence import LayerGrams
+from layerif.stats import LEVEL, UNDETERMINED, Estimate
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def gradient_health(grams: LayerGrams) -> Gradients:
             dead.append(name)
         total_NN += gram.train_train
     if not total_NN.any():
-        unknown = Estimate(math.nan, math.nan, math.nan)
-        return Gradients(train_norms, val_norms, dead, unknown, math.nan, 1 / math.sqrt(num_train))
+        return Gradients(train_norms, val_norms, dead, UNDETERMINED, math.nan, 1 / math.sqrt(num_train))
     length = math.sqrt(max(0.0, float(total_NN.mean())) / float(total_NN.diagonal().mean()))
     return Gradients(train_norms, val_norms, dead, common_share(total_NN), length, 1 / math.sqrt(num_train))
 
@@ -63,7 +62,7 @@ def common_share(gram_NN: Tensor) -> Estimate:
     """
     num = len(gram_NN)
     if num < 3:
-        return Estimate(math.nan, math.nan, math.nan)
+        return UNDETERMINED
     gram_NN = gram_NN.double()
     diagonal_N = gram_NN.diagonal()
     total, trace = gram_NN.sum(), diagonal_N.sum()

@@ -22,7 +22,7 @@ from random import Random
 import numpy as np
 from torch import Tensor
 
-from layerif.diagnose.estimate import RESAMPLES, Estimate, mean, percentile, spearman
+from layerif.stats import INTERVAL_RESAMPLES, Estimate, known_mean, percentile, spearman
 
 
 def left_out_sets(num_rows: int, size: int, count: int, *, seed: int) -> list[tuple[int, ...]]:
@@ -61,11 +61,11 @@ def predicted_change(influence_MN: Tensor, left_out_SN: np.ndarray) -> np.ndarra
 
 def lds(predicted_SM: np.ndarray, actual_SM: np.ndarray) -> float:
     """The mean over validation rows of Spearman's correlation over sets; NaN where nothing was predicted."""
-    return mean(spearman(predicted_SM, actual_SM))
+    return known_mean(spearman(predicted_SM, actual_SM))
 
 
 def lds_draws(
-    predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, seed: int, resamples: int = RESAMPLES
+    predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, seed: int, resamples: int = INTERVAL_RESAMPLES
 ) -> dict[str, np.ndarray]:
     """The LDS of every prediction under a bootstrap of sets and of validation rows; the trained seeds stay as they are.
 
@@ -99,7 +99,7 @@ def seed_agreement(actual_ESM: np.ndarray) -> float:
     Predictions are compared with the mean over seeds, which is more reliable, and may exceed this. NaN for one seed.
     """
     pairs = combinations(actual_ESM, 2)
-    return mean(np.array([lds(first_SM, second_SM) for first_SM, second_SM in pairs]))
+    return known_mean(np.array([lds(first_SM, second_SM) for first_SM, second_SM in pairs]))
 
 
 def noise(actual_ESM: np.ndarray, full_EM: np.ndarray) -> tuple[float, float]:

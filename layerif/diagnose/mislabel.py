@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from layerif.data.render import Example
-from layerif.diagnose.estimate import RESAMPLES, mean
+from layerif.stats import INTERVAL_RESAMPLES, known_mean
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ def detection(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> Detection:
 
 
 def auc_draws(
-    influences: Sequence[np.ndarray], is_flipped: Sequence[np.ndarray], *, seed: int, resamples: int = RESAMPLES
+    influences: Sequence[np.ndarray],
+    is_flipped: Sequence[np.ndarray],
+    *,
+    seed: int,
+    resamples: int = INTERVAL_RESAMPLES,
 ) -> np.ndarray:
     """The mean AUC over trials under a bootstrap of train and of validation rows, which all trials share: one draw of
     rows for them all. influences: I (M×N) of each trial, is_flipped: (N) of each.
@@ -83,7 +87,7 @@ def auc_draws(
             is_bad_N = is_flipped_N[drawn_N]
             if is_bad_N.any() and not is_bad_N.all():
                 draws[trial, number] = _auc(harm_N[drawn_N[is_bad_N]], harm_N[drawn_N[~is_bad_N]])
-    return np.array([mean(draw_T) for draw_T in draws.T])
+    return np.array([known_mean(draw_T) for draw_T in draws.T])
 
 
 def curve(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> np.ndarray:

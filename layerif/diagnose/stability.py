@@ -16,9 +16,9 @@ import torch
 from scipy.stats import kendalltau, rankdata, t
 from tqdm import tqdm
 
-from layerif.diagnose.estimate import LEVEL, Estimate, mean, percentile, spearman
 from layerif.estimators._base import DampedEstimator, GramEstimator
 from layerif.evidence import LayerGrams
+from layerif.stats import LEVEL, UNDETERMINED, Estimate, known_mean, percentile, spearman
 
 _GROUPS = 10  # of samples left out in turn
 
@@ -80,11 +80,11 @@ def halves(estimator: GramEstimator, grams: LayerGrams, *, draws: int, seed: int
         without = []
         for group in tqdm(range(num_groups), desc="jackknife of the halves", disable=None, leave=False):
             kept = [of_sample != group for of_sample in groups]
-            without.append(mean(np.array([_half_agreement(estimator, grams, split, kept) for split in splits])))
+            without.append(known_mean(np.array([_half_agreement(estimator, grams, split, kept) for split in splits])))
     error = np.sqrt((num_groups - 1) * np.var(without)) * t.ppf((1 + LEVEL) / 2, num_groups - 1)
-    value = mean(found)
+    value = known_mean(found)
     if np.isnan(value + error):
-        return found, Estimate(np.nan, np.nan, np.nan)
+        return found, UNDETERMINED
     return found, Estimate(value, max(-1.0, value - float(error)), min(1.0, value + float(error)))
 
 
@@ -100,8 +100,8 @@ def _half_agreement(
         rows = [order[part::2] for order in split]
         if kept is not None:
             rows = [row[is_kept[row]] for row, is_kept in zip(rows, kept, strict=True)]
-        scores.append(_column(estimator.score(grams.select(*rows)).values))
-    return float(spearman(*scores)[0])
+        scores.append(estimator.score(grams.select(*rows)).values)
+    return spearman(*scores)
 
 
 def stepped_up(half: Estimate) -> Estimate:
@@ -129,13 +129,9 @@ def correlations(profiles: Mapping[str, Sequence[float]]) -> list[Correlation]:
     found = []
     for (first, one), (second, other) in combinations(profiles.items(), 2):
         constant = len(set(one)) == 1 or len(set(other)) == 1
-        rho, tau = (np.nan, np.nan) if constant else (spearman(_column(one), _column(other))[0], _kendall(one, other))
+        rho, tau = (np.nan, np.nan) if constant else (spearman(one, other), _kendall(one, other))
         found.append(Correlation(first, second, float(rho), float(tau)))
     return found
-
-
-def _column(values: Sequence[float]) -> np.ndarray:
-    return np.asarray(values, dtype=float)[:, None]
 
 
 def _kendall(one: Sequence[float], other: Sequence[float]) -> float:

@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 
 from layerif.estimators import Estimator
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Diverges
 from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
+from layerif.stats import spearman
 
 
 def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerInfluences) -> float | None:
@@ -29,7 +29,7 @@ def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | Layer
     except Diverges as error:
         warnings.warn(f"no reliability: on a half of the samples {error}", RuntimeWarning, stacklevel=2)
         return None
-    return rank_correlation(first, second)
+    return known_spearman(first, second)
 
 
 def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
@@ -43,11 +43,11 @@ def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # they would concern fewer samples than the scores do
-            found = {"scores": rank_correlation(estimator.score(grams).values, estimator.score(reference).values)}
+            found = {"scores": known_spearman(estimator.score(grams).values, estimator.score(reference).values)}
             if isinstance(estimator, GramEstimator):
                 solvable = [estimator.solvable(each) for each in (grams, reference)]
                 ours, theirs = (estimator.influences(each.grams) for each in solvable)
-                each = [rank_correlation(ours[name].flatten(), theirs[name].flatten()) for name in ours]
+                each = [known_spearman(ours[name].flatten(), theirs[name].flatten()) for name in ours]
                 ranked = [value for value in each if value is not None]
                 found["influences"] = sum(ranked) / len(ranked) if ranked else None
     except Diverges as error:
@@ -56,9 +56,7 @@ def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) ->
     return {name: value for name, value in found.items() if value is not None}
 
 
-def rank_correlation(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> float | None:
-    """Gives Spearman's rank correlation; None where either ranks nothing (all values are equal)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        found = float(spearmanr(first, second)[0])  # type: ignore[arg-type]
+def known_spearman(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> float | None:
+    """Gives Spearman's rank correlation as a record holds it: None where a side is constant and so ranks nothing."""
+    found = spearman(first, second)
     return None if math.isnan(found) else found

@@ -1,26 +1,30 @@
-"""What one record holds, as frames: for a run's own folder and for its loggers."""
+"""The content of one record as frames: for the folder of a run and for its loggers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 
+from layerif.record.names import UNTOUCHED, arm_name
 from layerif.record.record import RunRecord
+
+# Metrics that are means over questions whose answers are kept, and the name that they are kept by.
+QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
+BEFORE = "before/"  # opens the names of everything that was measured of the untouched model
+_LEFT_OUT_IF_EMPTY = ("questions", "prune s", "fit s", "trainable", "memory GB", "state")
 
 
 def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
-    """By name; what the record does not hold is left out."""
+    """The frames of a record by name: layers, metrics, questions, routing and sparsity, as far as it holds them."""
     found: dict[str, pd.DataFrame] = {}
-    if record.allocation:
-        scores = {"score": record.scores} if record.scores else {}  # none with an allocation from a file
-        values = {record.allocation["kind"]: record.allocation["values"]}
-        found["layers"] = pd.DataFrame({"depth": range(len(record.layers)), "layer": record.layers, **scores, **values})
+    if record.decision:
+        found["layers"] = _layers(record)
     if metrics := numbers(record.metrics):
         found["metrics"] = pd.DataFrame({"metric": list(metrics), "value": list(metrics.values())})
-    if record.questions:
-        found["questions"] = pd.DataFrame(record.questions).rename_axis("question").reset_index()
+    if record.answers:
+        found["questions"] = pd.DataFrame(record.answers).rename_axis("question").reset_index()
     if record.routing:
         found["routing"] = pd.DataFrame(routing_rows(record.routing))
     if record.sparsity:
@@ -28,12 +32,24 @@ def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
     return found
 
 
+def _layers(record: RunRecord) -> pd.DataFrame:
+    """One row for each unit of the allocation, with the score of its layer where there are scores."""
+    assert record.decision is not None
+    given, scores = record.decision.allocation, record.decision.scores
+    found: dict[str, Any] = {"depth": range(len(given.units)), "layer": given.units}
+    if scores is not None:
+        score_of = dict(zip(scores.layers, scores.values, strict=True))
+        found["score"] = [score_of.get(unit) for unit in given.units]
+    return pd.DataFrame(found | {given.kind: given.values})
+
+
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are numbers."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def routing_rows(routing: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of `RunRecord.routing`, one row a block."""
+    """One row for each block of `RunRecord.routing`."""
     return [
         {
             "layer": block,
@@ -44,3 +60,68 @@ def routing_rows(routing: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
         }
         for block, usage in routing.items()
     ]
+
+
+def metrics_of(record: RunRecord, prefix: str = "") -> dict[str, float]:
+    """The numbers that a run measured, or with the prefix `BEFORE` those of its untouched model, without the prefix."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in record.metrics.items()
+        if isinstance(value, int | float) and name.startswith(BEFORE) == bool(prefix)
+    }
+
+
+def is_logarithmic(metric: str) -> bool:
+    """Tells perplexities, which are averaged and compared by logarithms: a change of model changes their ratio."""
+    return "perplexity" in metric.rpartition("/")[2]
+
+
+def headline(names: Iterable[str]) -> list[str]:
+    """The metrics that get a table of their own; variants, such as the accuracy per token, do not."""
+    found = list(dict.fromkeys(names))
+    last = {name: name.rpartition("/")[2] for name in found}
+    shown = [name for name in found if last[name] in QUESTIONS or is_logarithmic(name)]
+    harness = [name for name in found if name.startswith("lm_eval/")]
+    return shown + ([name for name in harness if "zero_shot_mean" in name] or harness)
+
+
+def measured(record: RunRecord, prefix: str = "", *, every_metric: bool = False) -> dict[str, object]:
+    """The measurements and the cost of a run, or with the prefix `BEFORE` of its untouched model, as one row."""
+    metrics = metrics_of(record, prefix)
+    shown: dict[str, object] = dict(metrics)
+    if not every_metric:
+        kept = {*headline(metrics), "accuracy_per_token", "sparsity"}
+        shown = {name: value for name, value in metrics.items() if name in kept}
+        low, high = (metrics.get(f"accuracy_{end}") for end in ("low", "high"))
+        if low is not None and high is not None:
+            shown = {"accuracy": shown.pop("accuracy"), "95 % interval": f"{low:.3f} to {high:.3f}"} | shown
+    is_trained, seconds = not prefix and bool(record.config["method"]), record.seconds
+    return shown | {
+        "questions": len(record.answers.get(f"{prefix}{QUESTIONS['accuracy']}", {})) or None,
+        "trainable": record.parameters.get("trainable") if is_trained else 0,
+        "evidence s": None if prefix else seconds.get("evidence"),
+        "fit s": seconds.get("fit") if is_trained else None,
+        "prune s": seconds.get("prune") if is_trained else None,
+        "all s": None if prefix else sum(value for name, value in seconds.items() if not name.startswith(BEFORE)),
+        "memory GB": None if prefix else record.memory_gb or None,
+    }
+
+
+def runs_frame(record: RunRecord) -> pd.DataFrame:
+    """The row of a run, below that of its untouched model where this was evaluated, too."""
+    rows = []
+    if any(name.startswith(BEFORE) for name in record.metrics):
+        rows.append(_place(record, UNTOUCHED) | measured(record, BEFORE))
+    if record.config["method"] or not rows:
+        rows.append(_place(record, arm_name(record)) | measured(record))
+    return without_empty(pd.DataFrame(rows, dtype=object))  # whole numbers stay whole beside what is missing
+
+
+def without_empty(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame without columns of cost that no row has."""
+    empty = [name for name in _LEFT_OUT_IF_EMPTY if name in frame and frame[name].isna().all()]
+    return frame.drop(columns=empty)
+
+
+def _place(record: RunRecord, run: str) -> dict[str, object]:
+    return {"run": run, "task": record.config["task"]["name"], "seed": record.seed}

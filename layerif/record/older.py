@@ -60,6 +60,11 @@ def choices_of_targets(config: Mapping[str, Any]) -> dict[str, str]:
             found[group] = "none"
         elif isinstance(node, Mapping) and isinstance(node.get("_target_"), str):
             found[group] = _choice(group, node)
+    reversed_one = (config.get("estimator") or {}).get("of")
+    if reversed_one:
+        found["estimator@estimator.of"] = _choice("estimator", reversed_one)
+    if scored := config.get("score_task"):
+        found["task@score_task"] = _choice("task", scored)
     return found
 
 

@@ -1,9 +1,10 @@
-"""Frames as text: on the console, in Markdown, and cell by cell."""
+"""Text of records and frames: on the console, in Markdown, and cell by cell."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,16 +12,49 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from layerif.record.frames import frames, runs_frame
+from layerif.record.plots import plots_of_run
+from layerif.record.record import RunRecord
+
 WRAPPED = ("run", "model", "arm", "from", "to", "both with", "profile", "and", "finding", "note", "command", "state")
 
 
 def console() -> Console:
-    """As wide as the terminal; a log file has no width, and a table cut to 80 columns cannot be read."""
+    """A console as wide as the terminal, and wide enough for a table where the output is a log file."""
     found = _Console()
     return found if found.is_terminal else _Console(width=140)
 
 
+def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> None:
+    """Prints the summary of one run, and leaves its layers and plots in its folder.
+
+    Args:
+        record: of a run that decided something.
+        folder: where `layers.csv`, `scores.png` and `allocation.png` go.
+        on: the console; None: a new one.
+    """
+    assert record.decision is not None
+    on, given, scores = on or console(), record.decision.allocation, record.decision.scores
+    ranking = ""
+    if scores is not None and len(set(scores.values)) > 1:
+        highest = np.argsort(scores.values)[::-1][:3]
+        ranking = f"; highest: {', '.join(scores.layers[index] for index in highest)}"
+    on.print(f"\n{record.decision.source}{ranking}", highlight=False, markup=False)
+    on.print(f"{given.kind} {given.values} (budget {given.budget})", highlight=False)
+    if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
+        show(runs_frame(record), record.config["task"]["name"], on)
+    for name, value in record.metrics.items():
+        if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
+            on.print(f"  {name}: {spelt(value)}", highlight=False)
+    for note in record.notes:
+        on.print(f"  note: {note}", highlight=False)
+    frames(record)["layers"].to_csv(folder / "layers.csv", index=False)
+    for name, plot in plots_of_run(record).items():
+        plot.save(folder / f"{name}.png")
+
+
 def show(frame: pd.DataFrame, title: str, on: Console) -> None:
+    """Prints a frame as a table; only columns of long texts wrap."""
     shown = Table(title=title, title_justify="left")
     for column in frame.columns:
         texts = [value for value in frame[column] if isinstance(value, str)]
@@ -35,6 +69,7 @@ def show(frame: pd.DataFrame, title: str, on: Console) -> None:
 
 
 def spelt(value: object) -> str:
+    """Spells a cell as it is shown, a number with three decimals or with separators."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "–"
     if isinstance(value, float | np.floating):
@@ -47,6 +82,7 @@ def spelt(value: object) -> str:
 
 
 def markdown(frame: pd.DataFrame, spell: Callable[[object], str] = spelt) -> str:
+    """Spells a frame as a table in Markdown; line breaks within a cell become semicolons."""
     header, rule = list(map(str, frame.columns)), ["---"] * len(frame.columns)
     rows = [header, rule, *([spell(value) for value in row] for row in frame.itertuples(index=False))]
     lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
@@ -55,6 +91,6 @@ def markdown(frame: pd.DataFrame, spell: Callable[[object], str] = spelt) -> str
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """`| head` reads no further: rich turns quiet, and what is left to do is done."""
+        """Turns quiet where `| head` reads no further, so that the work goes on to its end."""
         with suppress(SystemExit):
             super().on_broken_pipe()

@@ -1,14 +1,14 @@
-"""What loggers carry besides training curves: configuration, layers, metrics, answers, routing, artifacts.
+"""The content of loggers besides training curves: configuration, layers, metrics, answers, routing, artifacts.
 
-Of a run's folder `record.json` and the tables beside it hold everything already, so `logger=csv` adds the curves alone.
-TensorBoard and wandb get all of it, whatever the method, from the record as it stands when the run ends or fails.
+`record.json` and the tables beside it hold everything already, so `logger=csv` adds the curves alone. TensorBoard and
+wandb get all of it under every method, from the record as it stands when the run ends or fails.
 """
 
 from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,23 +17,29 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from layerif.probe.store import Store
 from layerif.record.frames import frames, numbers, routing_rows
+from layerif.record.plots import plots_of_run
 from layerif.record.record import RunRecord
 from layerif.record.text import markdown
-from layerif.report.plots import plots_of_run
 
 ROUTING = "routing.csv"
+StoredFiles = Callable[[str], Sequence[Path]]  # the files of a measurement, by its fingerprint
 
 
 class Wandb(WandbLogger):
-    """Lightning's, named after the run's folder, with the tables and artifacts of `tracked`.
+    """Lightning's logger for wandb, named after the run's folder, with the tables and artifacts of `tracked`.
 
-    mode: `offline` writes below the run's folder, for `wandb sync`; `online` needs a key (`wandb login`, or
-    WANDB_API_KEY) and a network; `disabled` does nothing. fallback: what becomes, before any work, of an online run
-    that cannot start: None stops with a message, `offline` goes on, with a warning. artifacts: also keep the measured
-    Grams (or other evidence), the adapter and sparsity.csv; they are read from where they lie when they are uploaded.
-    init: further arguments of `wandb.init`.
+    Args:
+        save_dir: the run's folder.
+        project: of wandb.
+        group: of wandb; the runs of a sweep share one.
+        mode: `offline` writes below the run's folder, for `wandb sync`; `online` needs a key (`wandb login`, or
+            WANDB_API_KEY) and a network; `disabled` does nothing.
+        fallback: for an online run that cannot start, which shows before any work. None stops with a message,
+            `offline` goes on with a warning.
+        artifacts: also keeps the measured Grams (or other evidence), the adapter and sparsity.csv. They are uploaded
+            from where they lie.
+        **init: further arguments of `wandb.init`.
     """
 
     def __init__(
@@ -58,7 +64,14 @@ class Wandb(WandbLogger):
         self.fallback, self.artifacts = fallback, artifacts
 
     def start(self) -> str | None:
-        """Start the run; the address of its page, or the name of its folder. None where wandb is disabled."""
+        """Starts the run.
+
+        Returns:
+            The address of its page, or the name of its folder; None where wandb is disabled.
+
+        Raises:
+            ValueError: wandb cannot start, and there is no fallback.
+        """
         from wandb.errors import Error
 
         mode = self._wandb_init["mode"]
@@ -80,11 +93,17 @@ class Wandb(WandbLogger):
 
 
 @contextmanager
-def tracked(loggers: Sequence[Logger], record: RunRecord, folder: Path, store: Store) -> Iterator[None]:
-    """Give all loggers the configuration, then on leaving, also by an error or Ctrl-C, what the record says by then.
+def tracked(loggers: Sequence[Logger], record: RunRecord, folder: Path, files: StoredFiles) -> Iterator[None]:
+    """Gives all loggers the configuration and, on leaving, the record as it stands then.
 
-    Every logger is closed in the end, wandb's run with the exit code of the process. A logger that fails on leaving
-    warns: the run's result does not depend on it.
+    Leaving by an error or Ctrl-C counts, too. Every logger is closed in the end, wandb's run with the exit code of the
+    process. A logger that fails on leaving gives a warning, because the run's result does not depend on it.
+
+    Args:
+        loggers: of this run.
+        record: filled in while the run goes on.
+        folder: of the run.
+        files: finds what the store holds under a fingerprint, see `layerif.probe.store.Store.files`.
     """
     if rank_zero_only.rank > 0:
         yield
@@ -101,7 +120,7 @@ def tracked(loggers: Sequence[Logger], record: RunRecord, folder: Path, store: S
         raise
     finally:
         for logger in started:
-            for leave in (partial(_write, logger, record, folder, store), partial(_finish, logger, exit_code)):
+            for leave in (partial(_write, logger, record, folder, files), partial(_finish, logger, exit_code)):
                 try:
                     leave()
                 except Exception as error:
@@ -110,7 +129,7 @@ def tracked(loggers: Sequence[Logger], record: RunRecord, folder: Path, store: S
 
 
 def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, Any]], step: int) -> None:
-    """`load/<block>/<expert>` and `entropy/<block>`; with csv a file of its own, one row a block, for its columns."""
+    """Logs `load/<block>/<expert>` and `entropy/<block>`; the csv logger gets a file of its own, one row a block."""
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             _append_routing(Path(logger.log_dir, ROUTING), routing, step)
@@ -125,7 +144,7 @@ def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, An
 
 
 def log_again(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows that `layerif.adapt.progress.Curves` kept of an earlier process."""
+    """Logs the rows that `layerif.adapt.progress.Curves` kept from an earlier process."""
     for row in rows:
         if "routing" in row:
             log_routing(loggers, row["routing"], row["step"])
@@ -144,11 +163,11 @@ def _start(logger: Logger, record: RunRecord) -> None:
     logger.log_hyperparams(dict(record.config))
 
 
-def _write(logger: Logger, record: RunRecord, folder: Path, store: Store) -> None:
+def _write(logger: Logger, record: RunRecord, folder: Path, files: StoredFiles) -> None:
     if isinstance(logger, TensorBoardLogger):
         _to_tensorboard(logger, record)
     elif isinstance(logger, Wandb):
-        _to_wandb(logger, record, folder, store)
+        _to_wandb(logger, record, folder, files)
 
 
 def _finish(logger: Logger, exit_code: int) -> None:
@@ -166,31 +185,33 @@ def _to_tensorboard(logger: TensorBoardLogger, record: RunRecord) -> None:
     logger.log_hyperparams(dict(record.config), numbers(record.metrics))
 
 
-def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, store: Store) -> None:
+def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFiles) -> None:
     import wandb
 
     run: Any = logger.experiment
     found = frames(record)
     shown: dict[str, Any] = {name: wandb.Table(dataframe=frame) for name, frame in found.items()}
-    if "layers" in found:
+    if record.decision is not None:
+        scores = record.decision.scores
         for column in found["layers"].columns[2:]:
-            title = f"{column} (higher: {record.higher_means})" if column == "score" else f"allocated {column}"
+            is_score = column == "score" and scores is not None
+            title = f"score (higher: {scores.higher_means})" if is_score else f"allocated {column}"
             table = wandb.Table(dataframe=found["layers"])
             shown[f"layers/{column}"] = wandb.plot.line(table, "depth", column, title=title)
     if shown:
         run.log(shown)
     run.summary.update(numbers(record.metrics) | {f"seconds/{name}": value for name, value in record.seconds.items()})
     if logger.artifacts:
-        for kind, name, path in _files(record, folder, store):
+        for kind, name, path in _artifacts(record, folder, files):
             artifact = wandb.Artifact(f"{kind}-{name or run.id}", type=kind)
             add = artifact.add_dir if path.is_dir() else artifact.add_file
             add(str(path), policy="immutable")  # not copied: wandb reads it where it is
             run.log_artifact(artifact)
 
 
-def _files(record: RunRecord, folder: Path, store: Store) -> Iterator[tuple[str, str, Path]]:
-    """Kind, name (of the run where empty) and path of what is worth keeping."""
-    for file in store.files(record.fingerprint):
+def _artifacts(record: RunRecord, folder: Path, files: StoredFiles) -> Iterator[tuple[str, str, Path]]:
+    """Kind, name (where empty, that of the run) and path of each file worth keeping."""
+    for file in files(record.fingerprint):
         yield file.parent.name, record.fingerprint[:12], file
     for path in (folder / "adapter", folder / "sparsity.csv"):
         if path.exists():

@@ -1,9 +1,9 @@
-"""`layerif-report FOLDER`: what the runs below a folder found, as one page, with the statistics it takes to say so.
+"""`layerif-report FOLDER`: the runs below a folder as one page, with the statistics that its findings rest on.
 
-`reading` and `expected` read; `arms` names; `statistics` are pure functions; `comparisons` and `tables` make frames, as
-`frames` does of one record; `plots`, `text` and `page` show them; `report` does it all.
+`reading` and `expected` read files, `arms` names runs, `comparisons` and `tables` make frames of them, `plots` draws
+them, `sections` puts them in order, `page` renders them, and `report` does it all.
 """
 
-from layerif.report.report import main, print_run, write
+from layerif.report.report import main, write
 
-__all__ = ["main", "print_run", "write"]
+__all__ = ["main", "write"]

@@ -1,4 +1,7 @@
-"""Which run is which: arm, column and seed of every job, with names as short as tell them apart."""
+"""The arm, column and seed of every job, with names as short as tell them apart.
+
+Names come from choices and settings, never from the paths of classes.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,28 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from layerif.record.record import Failure, RunRecord
-from layerif.report.expected import Expected, chosen
-
-UNTOUCHED = "untouched model"
-Job = RunRecord | Failure
+from layerif.record.frames import BEFORE, QUESTIONS, metrics_of
+from layerif.record.names import UNTOUCHED, allocator_choice, arm_name, called, estimator_choice, origins
+from layerif.record.record import Failure, Job, RunRecord
+from layerif.report.expected import Expected
 
 _SIZE = ("allocator.budget", "allocator.target")  # of an allocation
-
-# Metrics that are means over questions whose answers are kept, and where.
-QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
-
-
-def is_logarithmic(metric: str) -> bool:
-    """Perplexities are averaged and compared by their logarithms: their ratio is what a change of model changes."""
-    return "perplexity" in metric.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one job says of one arm.
+    """The part of one job that belongs to one arm.
 
-    arm: what was tried, by its name; untouched models are an arm, too. model: empty where all jobs share one. task: the
-    column of the table. seeds: whatever tells repetitions apart, by key; none of an untouched model that answered the
-    same every time. factors: see `comparable`. prefix: of its metrics in the record.
+    Attributes:
+        job: its record or failure.
+        arm: the name of what was tried; untouched models are an arm, too.
+        model: its name; empty where all jobs share one model.
+        task: the column of the table.
+        seeds: everything that tells repetitions apart, by key; empty for an untouched model that always answered alike.
+        factors: see `comparable`.
+        prefix: of its metrics in the record.
     """
 
     job: Job
@@ -46,33 +44,29 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        if isinstance(self.job, Failure):
-            return {}
-        found = {name.removeprefix(self.prefix): value for name, value in self.job.metrics.items() if self._owns(name)}
-        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+        """The metrics that are numbers; empty for a failed job."""
+        return {} if isinstance(self.job, Failure) else metrics_of(self.job, self.prefix)
 
     def answers(self, metric: str) -> dict[str, bool]:
-        """Whether each question was answered right; none where the metric has no questions."""
-        kept = {} if isinstance(self.job, Failure) else self.job.questions
+        """The answers behind a metric, right or not, by question; empty where the metric has no questions."""
+        kept = {} if isinstance(self.job, Failure) else self.job.answers
         return kept.get(f"{self.prefix}{QUESTIONS.get(metric)}", {})
 
     @property
     def seed(self) -> str:
-        """In words; bare where it is the only one."""
+        """The seeds in words; the number alone where there is only one."""
         if len(self.seeds) == 1:
             return str(next(iter(self.seeds.values())))
         return ", ".join(f"{key}={value}" for key, value in self.seeds.items())
 
     @property
     def is_trained(self) -> bool:
+        """Tells fine-tuned and pruned models from untouched ones."""
         return not self.prefix and bool(self.job.config["method"])
-
-    def _owns(self, metric: str) -> bool:
-        return metric.startswith(self.prefix) if self.prefix else not metric.startswith("before/")
 
 
 def comparable(first: Run, second: Run) -> bool:
-    """Whether the two differ in one thing: how the allocation was made, its size, or all the rest of the settings.
+    """Tells if two runs differ in one thing: how the allocation was made, its size, or all other settings.
 
     Everything is compared with an untouched model.
     """
@@ -83,12 +77,12 @@ def comparable(first: Run, second: Run) -> bool:
 
 
 def same_repetition(first: Run, second: Run) -> bool:
-    """No seed that both have differs."""
+    """Tells if all seeds that both runs have are equal."""
     return all(second.seeds.get(key, value) == value for key, value in first.seeds.items())
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """Without the repetitions of an arm that measured the very same in everything: no seed touches them."""
+    """The runs without those repetitions of an arm that measured the very same: no seed touches them."""
 
     def measured(run: Run) -> tuple:
         routing = {} if isinstance(run.job, Failure) else run.job.routing  # seeds may differ and all answers be alike
@@ -98,7 +92,7 @@ def distinct(runs: Sequence[Run]) -> list[Run]:
 
 
 def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
-    """Every job as a run of its arm, and every untouched model (the same one once); no run hides another.
+    """Every job as a run of its arm, and each untouched model once. No run hides another.
 
     Arms and columns are called as in `expected` where they meet its conditions. Otherwise an arm is called after what
     made its allocation, and after those settings that not all arms share.
@@ -119,7 +113,7 @@ def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
 def _untouched(jobs: Sequence[Job], models, columns, seeds) -> list[Run]:
     places: dict[tuple[str, str], list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
-        if any(name.startswith("before/") for name in job_metrics(job)):
+        if any(name.startswith(BEFORE) for name in job_metrics(job)):
             places[models[number], columns[number]].append(number)
     found = []
     for (model, column), numbers in places.items():
@@ -130,18 +124,18 @@ def _untouched(jobs: Sequence[Job], models, columns, seeds) -> list[Run]:
             distinct = _distinct(alike, key=lambda number: _before(jobs[number]))
             for number in distinct:
                 place = {"model": model, "task": column, "seeds": {} if len(distinct) == 1 else seeds[number]}
-                found.append(Run(job=jobs[number], arm=label, factors=("", "", ""), prefix="before/", **place))
+                found.append(Run(job=jobs[number], arm=label, factors=("", "", ""), prefix=BEFORE, **place))
     return found
 
 
 def _before(job: Job) -> dict[str, Any]:
     assert isinstance(job, RunRecord)
-    values = {**job.questions, **job.metrics}
-    return {name: value for name, value in values.items() if name.startswith("before/")}
+    values = {**job.answers, **job.metrics}
+    return {name: value for name, value in values.items() if name.startswith(BEFORE)}
 
 
 def _numbered(runs: list[Run]) -> list[Run]:
-    """The same job run twice is two arms, not two seeds."""
+    """The runs with a number behind the arm where the same job was run twice: two arms, not two seeds."""
     places = [(run.model, run.task, run.arm, run.seed) for run in runs]
     times, counts = Counter(places), defaultdict(lambda: itertools.count(1))
     return [
@@ -151,11 +145,12 @@ def _numbered(runs: list[Run]) -> list[Run]:
 
 
 def job_metrics(job: Job) -> Mapping[str, Any]:
+    """The metrics of a job; empty for a failed one."""
     return {} if isinstance(job, Failure) else job.metrics
 
 
 def _arm_names(jobs: Sequence[Job], columns: Sequence[str], expected: Expected | None) -> list[str]:
-    given = [None if expected is None else expected.arm(job.config) for job in jobs]
+    given = [None if expected is None else expected.arm(job) for job in jobs]
     names = [name or arm_name(job) for name, job in zip(given, jobs, strict=True)]
     own = [number for number, name in enumerate(given) if name is None]
     groups = [own] if own else []
@@ -169,7 +164,10 @@ def _arm_names(jobs: Sequence[Job], columns: Sequence[str], expected: Expected |
 
 
 def _apart(found: Sequence[Mapping[Hashable, dict[str, object]]], columns: Sequence[str]):
-    """Of one arm, less what its column decides: a pruner, and what an experiment gives it. A size is always told."""
+    """The settings of the jobs of one arm, without those that follow from the column, such as the pruner.
+
+    The size of an allocation always stays.
+    """
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
     for sections, column in zip(found, columns, strict=True):
         for key, value in itertools.chain.from_iterable(section.items() for section in sections.values()):
@@ -183,12 +181,12 @@ def _apart(found: Sequence[Mapping[Hashable, dict[str, object]]], columns: Seque
 
 
 def _columns(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
-    given = [None if expected is None else expected.column(job.config) for job in jobs]
+    given = [None if expected is None else expected.column(job) for job in jobs]
     return [name or title for name, title in zip(given, titles(jobs, "task"), strict=True)]
 
 
 def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
-    """By job: its root seed, and other seeds where they are swept (the root one goes where it is the same for all)."""
+    """The root seed of each job, and other seeds where they are swept; the root one goes where all jobs share it."""
     every = [{key: value for key, value in flat(job.config).items() if key.endswith(".seed")} for job in jobs]
     swept = set()
     for key in {key for values in every for key in values}:
@@ -203,57 +201,23 @@ def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
     return found
 
 
-def arm_name(job: Job) -> str:
-    """After what made the allocation; by the configuration alone, which failed jobs have, too."""
-    allocator = job.config["allocator"]
-    which = allocator["_target_"].rpartition(".")[2]
-    if which == "File":
-        name = "allocation from file"
-    elif which == "Shape":  # it looks at no scores
-        shape = allocator["shape"]
-        counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)
-        name = f"shape({'-'.join(map(str, counts))}) {allocator.get('kind', 'experts')}"
-    else:
-        name = f"{estimator_name(job)} {which.lower()}"
-    if scored := job.config.get("score_task"):
-        name = f"{name} by scores of {called(scored)}"
-    return name if job.config["method"] else f"{name} (not trained)"
-
-
-def estimator_name(job: Job) -> str:
-    return _estimator_of(job.config["estimator"])
-
-
-def _estimator_of(chosen: Mapping) -> str:
-    name = chosen["_target_"].split(".")[-2]
-    if "of" in chosen:  # reversed
-        return f"{name} {_estimator_of(chosen['of'])}"
-    aggregation = chosen.get("aggregation", "all")
-    return name if aggregation == "all" else f"{name} {aggregation}"
-
-
 def titles(jobs: Sequence[Job], section: str) -> list[str]:
-    """What each job's model or task is called; a model that all share needs no name."""
+    """The name of the model or task of each job; empty where all share one model."""
     contents = [content(job, section) for job in jobs]
     distinct = _distinct(contents)
     if section == "model" and len(distinct) == 1:
         return [""] * len(jobs)
-    names = [called(one) for one in distinct]
+    names = [called(one, str(one["choice"])) for one in distinct]
     given = [{key: value for key, value in flat(one).items() if value is not None} for one in distinct]
     labels = labelled(names, [{name: one} for name, one in zip(names, given, strict=True)])
     return [labels[distinct.index(one)] for one in contents]
 
 
 def content(job: Job, section: str) -> dict[str, object]:
-    """What makes it the same model or task: not where it is kept, nor how many samples are learned from."""
-    incidental = ("cache", "num_train", "num_validation", "seed")
-    return {key: value for key, value in job.config[section].items() if key not in incidental}
-
-
-def called(one: Mapping) -> str:
-    given = [one.get(key) for key in ("name", "path")]  # "???" where a failed job was given none
-    named = next((value for value in given if value not in (None, "", "???")), one["_target_"].split(".")[-1].lower())
-    return Path(named).name
+    """The settings that make it the same model or task: not how many samples are learned from."""
+    incidental = ("num_train", "num_validation", "seed")
+    settings = {key: value for key, value in job.identity["settings"][section].items() if key not in incidental}
+    return {**settings, "choice": origins(section, job.choices.get(section, ""))[-1]}
 
 
 def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
@@ -263,31 +227,28 @@ def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
 def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     """The configuration by section (all, or those given), without seeds and what has a name or a column already.
 
-    Methods, estimators, allocators and pruners are compared with their like: what follows from the choice is no news.
+    Methods, estimators, allocators and pruners are compared with their like, because the settings of another choice
+    follow from that choice.
     """
-    config, method = job.config, method_name(job)
-    is_given = config["allocator"]["_target_"].endswith((".File", ".Shape"))
+    config = job.identity["settings"]
+    method, allocator = job.choices.get("method", ""), allocator_choice(job)
     told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
     told += ["pruner."] * (method != "prune")
     told += ["estimator.aggregation.", "estimator.of.aggregation."]
     told += [f"score_task.{key}." for key in config.get("score_task") or () if key != "path"]
-    told += [f"task.{key}." for key in content(job, "task")] + ["estimator.", "probe.", "allocator.shape."] * is_given
-    pruner = chosen("pruner", config["pruner"]) if method == "prune" else None
-    choices = {"method": method, "pruner": pruner}
+    told += [f"task.{key}." for key in content(job, "task")]
+    told += ["estimator.", "probe.", "allocator.shape."] * (allocator in ("file", "shape"))
+    choices = {"method": method, "pruner": job.choices.get("pruner") if method == "prune" else None}
     found: dict[Hashable, dict[str, object]] = defaultdict(dict)
     if not sections:
         found["choice", None] = dict(choices)
-    choices |= {"estimator": estimator_name(job).split()[0], "allocator": config["allocator"]["_target_"]}
+    choices |= {"estimator": estimator_choice(job), "allocator": allocator}
     for key, value in flat(config).items():
         section = key.split(".")[0]
         is_told = f"{key}.".startswith(tuple(told)) or key.split(".")[-1] == "seed"
         if section in (sections or (section,)) and not is_told and (key, value) != ("score_task", None):
             found[section, choices.get(section)][key] = value
     return found
-
-
-def method_name(job: Job) -> str | None:
-    return chosen("method", job.config["method"]) if job.config["method"] else None
 
 
 def _factors(job: Job) -> tuple[str, str, str]:
@@ -300,13 +261,14 @@ def _factors(job: Job) -> tuple[str, str, str]:
         (made if section in ("method", "estimator", "probe", "allocator", "score_task") else rest).append(
             [section, choice, kept]
         )
-    size = None if isinstance(job, Failure) else [job.allocation.get("kind"), job.allocation.get("budget")]
+    decision = job.decision if isinstance(job, RunRecord) else None
+    size = [decision.allocation.kind, decision.allocation.budget] if decision else None
     allocation, size, rest = (json.dumps(part, sort_keys=True, default=str) for part in (made, size, rest))
     return allocation, size, rest
 
 
 def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """Keys as on the command line: `a.b.c`."""
+    """The values by keys as on the command line: `a.b.c`."""
     found: dict[str, object] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -316,7 +278,7 @@ def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def labelled(
     names: Sequence[str], found: Sequence[Mapping[Hashable, Mapping[str, object]]], *, number_alike: bool = True
 ) -> list[str]:
-    """Each name with those of its settings that differ from another's; a number for what is alike even so."""
+    """The names with those of their settings that differ from another's; a number tells apart what is alike even so."""
     labels = []
     for name, sections in zip(names, found, strict=True):
         for section, values in sections.items():
@@ -331,6 +293,6 @@ def labelled(
 
 
 def _spelt_setting(key: str, value: object) -> str:
-    """As on the command line; of a long one the end, where paths differ."""
+    """The setting as on the command line; of a long value the end, where paths differ."""
     text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
     return f"{key}={text}" if len(text) <= 40 else f"{key}=…{text[-39:]}"

@@ -1,4 +1,4 @@
-"""Arms compared: paired by question or by seed, corrected for their number, said in words that the figures carry."""
+"""Comparisons of arms: paired by question or by seed, corrected for their number, and put into words."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerif.report.arms import QUESTIONS, Run, comparable, distinct, is_logarithmic, same_repetition
-from layerif.report.statistics import (
-    LEVEL,
+from layerif.record.frames import QUESTIONS, is_logarithmic
+from layerif.report.arms import Run, comparable, distinct, same_repetition
+from layerif.stats import (
+    ALPHA,
     Difference,
     Variance,
     anova,
@@ -28,9 +29,13 @@ from layerif.report.statistics import (
 
 
 def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[str]]:
-    """One row per two comparable arms of a model and task, and a remark on each two that could not be paired.
+    """Compares every two comparable arms of a model and task.
 
-    Paired by question where the answers were kept, by seed otherwise. p Holm is corrected for all rows tested.
+    Arms are paired by question where the answers were kept, and by seed otherwise. p Holm is corrected for all rows
+    that were tested.
+
+    Returns:
+        One row for every two arms, and a remark on every two that could not be paired.
     """
     paired: list[tuple[bool, list[tuple[Run, Run]]]] = []
     remarks = []
@@ -60,7 +65,7 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
 
 
 def num_tested(table: pd.DataFrame) -> int:
-    """Of the rows of `comparisons`, those whose seeds tell chance from effect: what is corrected for."""
+    """The number of rows of `comparisons` whose seeds tell chance from effect; p is corrected for them."""
     return int(np.count_nonzero(~np.isnan(table["p"].to_numpy(dtype=float))))
 
 
@@ -98,7 +103,7 @@ def _by_seed(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]
 def _row(pairs: Sequence[tuple[Run, Run]], found: Difference) -> dict[str, object]:
     first, second = pairs[0]
     place = ({"model": first.model} if first.model else {}) | {"task": first.task}
-    row = {"from": first.arm, "to": second.arm, "seeds": len(pairs), "difference": found.mean, "low": found.low}
+    row = {"from": first.arm, "to": second.arm, "seeds": len(pairs), "difference": found.value, "low": found.low}
     return {**place, **row, "high": found.high, "p": found.p, "found": found}
 
 
@@ -107,19 +112,19 @@ def _place(run: Run) -> str:
 
 
 def verdict(low: float, high: float, p: float) -> str:
-    """What may be said of a difference: its interval must exclude zero, and its corrected p must be below 0.05.
+    """Puts a difference into words: it counts where its interval excludes zero and its corrected p is below 0.05.
 
-    NaN, of what seeds without spread cannot tell, supports nothing.
+    NaN, which comes from seeds without spread, supports nothing.
     """
-    if p < LEVEL and low > 0:
+    if p < ALPHA and low > 0:
         return "higher than"
-    if p < LEVEL and high < 0:
+    if p < ALPHA and high < 0:
         return "lower than"
     return "not distinguishable from"
 
 
 def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
-    """One sentence about one row of `comparisons`, with what it rests on and how far it reaches."""
+    """Puts one row of `comparisons` into a sentence, with its grounds and its limits."""
     where = " ".join(str(row[key]) for key in ("model", "task") if key in row)
     what = f"ln {metric}" if is_logarithmic(metric) else metric
     if np.isnan(row["p"]):
@@ -134,25 +139,30 @@ def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     if said.startswith("not"):
         least = row["smallest found"]
         if np.isinf(least):
-            return f"{sentence}; whatever there is would mostly have been missed"
+            return f"{sentence}; any difference would mostly have been missed"
         return sentence if np.isnan(least) else f"{sentence}; less than {least:.3f} would mostly have been missed"
     return f"{sentence}; one seed, which says nothing of others" if row["seeds"] == 1 else sentence
 
 
 def interval(low: float, high: float) -> str:
+    """Spells the bounds of an interval of differences."""
     return f"{low:+.3f} to {high:+.3f}"
 
 
 def p_text(p: float) -> str:
+    """Spells a p value."""
     return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, str, Variance, pd.DataFrame]]:
-    """ANOVA over allocation × task and Tukey's HSD of every two arms, for each group of arms alike in all else.
+    """Analyses the variance over allocation × task, and compares every two arms by Tukey's HSD.
 
-    Of fine-tuned or pruned runs, and of those arms that ran on all tasks of the group: others would be compared across
-    tasks. The texts say where that is, and which runs they are. Repetitions that no seed touched are one run. None of a
-    group with a single arm, or without repetitions.
+    Each group of arms that are alike in all else has an analysis of its own. It holds the fine-tuned or pruned runs of
+    those arms that ran on all tasks of the group, since others would be compared across tasks. Repetitions that no seed
+    touched are one run. A group with a single arm, or without repetitions, is left out.
+
+    Returns:
+        For each group its place, a text that says which runs are in it, the analysis and the comparisons.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in distinct([run for run in runs if run.is_trained and metric in run.metrics]):

@@ -1,18 +1,17 @@
-"""`expected.json` of an experiment: the published numbers, and which runs they are to be held against."""
+"""`expected.json` of an experiment: the published numbers, and the runs that they are held against."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-
 from layerif.checks import did_you_mean
 from layerif.files import conf_folder
+from layerif.record.names import name_in_conf, origins
+from layerif.record.record import Job
 
 _GROUPS = ("model", "task", "estimator", "allocator", "method", "pruner")
 _EXAMPLE = '"of": {"model": "mistral_7b", "method": "lora_moe", "allocator.budget": 160}'
@@ -20,15 +19,22 @@ _EXAMPLE = '"of": {"model": "mistral_7b", "method": "lora_moe", "allocator.budge
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """source: where the numbers are printed. metric: as in records, a fraction.
+    """Published numbers, with the conditions that a run must meet to be held against them.
 
-    of: what was run for all of the numbers: model, method, budget or target, and what else the source fixes. Of a small
-    variant (`small=true`) they never are. arms, columns: by name, what was run for theirs. values: arm → column →
-    number; what was not published is left out. A column without conditions is a mean over others: no run is of it.
+    A condition is written as on the command line. A bare group (`estimator`) stands for the choice; it is also met by a
+    choice that starts from the given one (`experts_gemma` from `experts`), and a model of the hub by a folder called
+    like it. A dotted key stands for a value of the resolved configuration. Conditions on the pruner are met only by a
+    method that prunes.
 
-    Conditions are as on the command line: a bare group (`estimator`) means the choice, a dotted key a value of the
-    resolved configuration. A model of the hub is also met by a folder called like it, a pruner only by a method that
-    prunes.
+    Attributes:
+        source: where the numbers are printed.
+        metric: its name in records; a fraction.
+        of: what was run for all of the numbers: model, method, budget or target, and what else the source fixes. A
+            small variant (`small=true`) never meets it.
+        arms: the conditions of each arm, by name.
+        columns: the conditions of each column, by name. A column without conditions is a mean over others: no run
+            belongs to it.
+        values: arm → column → number; what was not published is left out.
     """
 
     source: str
@@ -40,7 +46,11 @@ class Expected:
 
     @classmethod
     def read(cls, file: Path) -> Expected:
-        """Raises ValueError naming the key that is wrong."""
+        """Reads and checks a file.
+
+        Raises:
+            ValueError: names the key that is wrong.
+        """
         try:
             content = json.loads(file.read_text())
         except (OSError, ValueError) as error:
@@ -48,53 +58,58 @@ class Expected:
         _check(content, file)
         return cls(**content)
 
-    def arm(self, config: Mapping[str, Any]) -> str | None:
-        """The first arm whose conditions a resolved configuration meets, all of them."""
-        return next((name for name, conditions in self.arms.items() if meets(config, conditions)), None)
+    def arm(self, job: Job) -> str | None:
+        """The first arm whose conditions the job meets, all of them."""
+        return next((name for name, conditions in self.arms.items() if meets(job, conditions)), None)
 
-    def column(self, config: Mapping[str, Any]) -> str | None:
-        """The first column whose conditions a resolved configuration meets."""
-        return next((name for name, needed in self.columns.items() if needed and meets(config, needed)), None)
+    def column(self, job: Job) -> str | None:
+        """The first column whose conditions the job meets."""
+        return next((name for name, needed in self.columns.items() if needed and meets(job, needed)), None)
 
-    def is_of(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run is of what the numbers are of, and so may be held against them."""
-        return meets(config, {"small": False, **self.of})
+    def is_of(self, job: Job) -> bool:
+        """Tells if the job ran what the numbers are of, and so may be held against them."""
+        return meets(job, {"small": False, **self.of})
 
-    def value(self, config: Mapping[str, Any]) -> float | None:
-        """What was published of the arm and column that a resolved configuration belongs to."""
-        return self.values.get(self.arm(config) or "", {}).get(self.column(config) or "")
+    def value(self, job: Job) -> float | None:
+        """The number that was published for the arm and column of the job."""
+        return self.values.get(self.arm(job) or "", {}).get(self.column(job) or "")
 
     @property
     def said_of(self) -> str:
-        """The model by its own name, the other conditions as on the command line."""
+        """The conditions of all numbers in words: the model by its own name, the others as on the command line."""
         others = [f"{key}={_spelt(value)}" for key, value in self.of.items() if key != "model"]
-        model = [choice("model", name).get("name", name) for key, name in self.of.items() if key == "model"]
+        model = [name_in_conf("model", name) or name for key, name in self.of.items() if key == "model"]
         return " with ".join([*model, *filter(None, [", ".join(others)])])
 
 
-def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
-    return all(_meets(config, key, value) for key, value in conditions.items())
+def meets(job: Job, conditions: Mapping[str, Any]) -> bool:
+    """Tells if a job meets all conditions, see `Expected`."""
+    return all(_meets(job, key, value) for key, value in conditions.items())
 
 
-def _meets(config: Mapping[str, Any], key: str, value: Any) -> bool:
-    if key.split(".")[0] == "pruner" and not _meets(config, "method", "prune"):
+def _meets(job: Job, key: str, value: Any) -> bool:
+    if key.split(".")[0] == "pruner" and not _meets(job, "method", "prune"):
         return False  # every configuration has the group, and no other method looks at it
-    node: Any = config
+    if key in _GROUPS and isinstance(value, str):
+        return _is_choice(job, key, value)
+    node: Any = job.config
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
             return value is None and part not in (node or ())
         node = node[part]
-    if key not in _GROUPS or not isinstance(value, str):
-        return _same(node, value)
-    wanted = choice(key, value)
-    if key == "model" and "name" in wanted:  # from the hub or from a folder, it is the same
-        name, folder = str(node.get("name")), Path(str(node.get("path"))).name
-        return name.lower() == wanted["name"].lower() or folder.lower() == Path(wanted["name"]).name.lower()
-    return not node if not wanted else all((node or {}).get(name) == content for name, content in wanted.items())
+    return _same(node, value)
+
+
+def _is_choice(job: Job, group: str, wanted: str) -> bool:
+    published = name_in_conf(group, wanted) if group == "model" else None
+    if published is not None:  # from the hub or from a folder, it is the same
+        name, folder = str(job.config["model"].get("name")), Path(str(job.config["model"].get("path"))).name
+        return name.lower() == published.lower() or folder.lower() == Path(published).name.lower()
+    return wanted in origins(group, job.choices.get(group, ""))
 
 
 def _same(one: Any, other: Any) -> bool:
-    """2468 and "2468" are the same on the command line."""
+    """Compares two values as the command line does, where 2468 and "2468" are the same."""
     return one == other or str(one) == str(other)
 
 
@@ -102,33 +117,13 @@ def _spelt(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def chosen(group: str, node: Mapping[str, Any]) -> str:
-    """The choice that a resolved node was made by: the YAML with its class, and its name where it has one."""
-    target = str(node.get("_target_"))
-    files = sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
-    alike = [name for name in files if choice(group, name).get("_target_") == target]
-    named = [name for name in alike if choice(group, name).get("name", node.get("name")) == node.get("name")]
-    exact = [name for name in named if "name" in choice(group, name)]
-    return (exact or named or [target.rpartition(".")[2].lower()])[0]
-
-
-@cache
-def choice(group: str, name: str) -> dict[str, Any]:
-    """`_target_` and `name` of a choice, from its YAML and those it starts from. ValueError for an unknown one."""
-    folder = conf_folder() / group
-    file = folder / f"{name}.yaml"
-    if not file.exists():
-        available = sorted(file.stem for file in folder.glob("*.yaml"))
+def _check_choice(group: str, name: str) -> None:
+    available = sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+    if name not in available:
         nearest = did_you_mean(name, available)
         raise ValueError(
-            f"{group}={name} is no choice of the group {group!r}{nearest}; available: {', '.join(available)}"
+            f"{group}={name} is not a choice of the group {group!r}{nearest}; available: {', '.join(available)}"
         )
-    content: Any = OmegaConf.to_container(OmegaConf.load(file))
-    found: dict[str, Any] = {}
-    for default in content.get("defaults", []):
-        if isinstance(default, str) and default != "_self_" and "@" not in default:
-            found |= choice(group, default)
-    return found | {key: content[key] for key in ("_target_", "name") if content.get(key) not in (None, MISSING)}
 
 
 def _check(content: Any, file: Path) -> None:
@@ -140,8 +135,8 @@ def _check(content: Any, file: Path) -> None:
     if "model" in content:
         given = json.dumps(content["model"])[:80]
         raise ValueError(
-            f"{file}: model ({given}) is no key of its own; name it in 'of', with all that the numbers were measured "
-            f"with, as on the command line, such as {_EXAMPLE}"
+            f"{file}: model ({given}) is not a key of its own; name it in 'of', with all that the numbers were "
+            f"measured with, as on the command line, such as {_EXAMPLE}"
         )
     names = [field.name for field in fields(Expected)]
     for key in names:
@@ -169,7 +164,7 @@ def _check(content: Any, file: Path) -> None:
                 if not isinstance(value, str):
                     refuse(f"{place}.{key}", value, "the name of a choice")
                 try:
-                    choice(key, value)
+                    _check_choice(key, value)
                 except ValueError as error:
                     raise ValueError(f"{file}: {place}: {error}") from error
     _check_values(content, refuse)
@@ -188,7 +183,7 @@ def _check_values(content: Mapping[str, Any], refuse: Any) -> None:
                 refuse(f"values.{arm}.{column}", value, "a fraction (published percentages divided by 100)")
 
 
-def columns_of(expected: Expected, configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns that some run belongs to."""
-    met = {expected.column(config) for config in configs}
+def columns_of(expected: Expected, jobs: Sequence[Job]) -> list[str]:
+    """The columns that some job belongs to."""
+    met = {expected.column(job) for job in jobs}
     return [name for name in expected.columns if name in met]

@@ -17,6 +17,7 @@ TEMPLATE = "page.html.jinja"  # beside this file; autoescaped, since names and e
 
 
 def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
+    """Renders the report as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -29,12 +30,12 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
 
 
 def cells(frame: pd.DataFrame) -> list[list[list[str]]]:
-    """Rows of cells of lines."""
+    """The cells of each row, and the lines of each cell."""
     return [[spelt(value).split("\n") for value in row] for row in frame.itertuples(index=False)]
 
 
 def breadth(section: Section) -> str:
-    """How it prints: many columns small, few rows on one page."""
+    """The classes that decide how a section prints: many columns small, few rows on one page."""
     if section.table is None:
         return "whole"
     num_rows, num_columns = section.table.shape
@@ -42,13 +43,13 @@ def breadth(section: Section) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """With places to break after every = and . and within what is long without either; copied text has none of them."""
+    """The text with places to break after every = and . and within long words; copied text has none of them."""
     words = [re.findall(r"[^=./,]{1,24}[=./,]*|[=./,]+", word) for word in text.split(" ")]
     return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
 
 
 def kinds(frame: pd.DataFrame) -> list[str]:
-    """By column, its class: numbers stand right, long texts wrap."""
+    """The class of each column: numbers stand right, long texts wrap."""
     found = []
     for name in frame.columns:
         is_text = any(isinstance(value, str) for value in frame[name])

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerif.checks import did_you_mean
-from layerif.record.record import FAILURE, FILE, Failure, RunRecord
+from layerif.record.names import called
+from layerif.record.record import FAILURE, FILE, Failure, Job, RunRecord
 
-_SECTIONS = {
-    "model": ("_target_",),
-    "task": ("name",),
-    "estimator": ("_target_",),
-    "allocator": ("_target_",),
-    "method": (),
-}
+_GROUPS = ("model", "task", "estimator", "allocator", "method")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What a folder holds.
+class FinishedJobs:
+    """The jobs that ended below a folder, and what else lies there.
 
-    failed_again: jobs that failed when they were run again, with their errors; their records are of before. unfinished:
-    those that began and left neither. left_out: why each file that is no record or failure of ours was left out.
+    Attributes:
+        name: of the folder.
+        records: of the jobs that finished.
+        failures: of those that failed.
+        failed_again: the errors of jobs that failed when they were run again; their records stem from before.
+        unfinished: jobs that began and left neither a record nor a failure.
+        left_out: the reason for each file that was left out, because it is not a record or failure of layerif.
     """
 
     name: str
@@ -35,12 +34,17 @@ class Sweep:
     left_out: list[str]
 
     @property
-    def jobs(self) -> list[RunRecord | Failure]:
+    def jobs(self) -> list[Job]:
+        """Finished jobs, then failed ones."""
         return [*self.records, *self.failures]
 
 
-def read(folder: Path) -> Sweep:
-    """Raises ValueError where nothing below `folder` can be read."""
+def read(folder: Path) -> FinishedJobs:
+    """Reads all records and failures below a folder.
+
+    Raises:
+        ValueError: there are none, or none can be read.
+    """
     if not folder.is_dir():
         raise ValueError(_no_folder(folder))
     records, failures, failed_again, left_out = [], [], [], []
@@ -68,7 +72,7 @@ def read(folder: Path) -> Sweep:
             left_out.append(str(error))
     if not records and not failures:
         raise ValueError(f"none of the {len(files)} records below {str(folder)!r} can be read; {left_out[0]}")
-    return Sweep(
+    return FinishedJobs(
         name=folder.resolve().name,
         records=sorted(records, key=_order),
         failures=sorted(failures, key=_order),
@@ -79,41 +83,40 @@ def read(folder: Path) -> Sweep:
 
 
 def _no_folder(given: Path) -> str:
-    """What to give instead: the nearest of the folders beside it."""
+    """The message for a folder that does not exist, with the nearest of those beside it."""
     if given.is_file():
         return f"{str(given)!r} is a file: give the folder that holds it, {str(given.parent)!r}"
     above = next(parent for parent in given.parents if parent.is_dir())
     names = sorted(path.name for path in above.iterdir() if path.is_dir() and not path.name.startswith("."))
     nearest = did_you_mean(given.relative_to(above).parts[0], names)
     there = f"; {str(above)!r} holds {', '.join(names[:8]) + ', …' * (len(names) > 8) or 'no folder'}"
-    return f"{str(given)!r} is no folder{nearest}{there}: give the folder of a run or a sweep"
+    return f"{str(given)!r} is not a folder{nearest}{there}: give the folder of a run or a sweep"
 
 
 def _unfinished(folder: Path, ended: set[Path]) -> list[str]:
-    """Of the folders that Hydra made for a job, a dry run apart, those where none ended."""
+    """The folders that Hydra made for a job which never ended; dry runs do not count."""
     began = {file: file.parents[1] for file in sorted(folder.rglob(".hydra/overrides.yaml"))}
     lasting = [job for file, job in began.items() if "dry_run=true" not in file.read_text().lower()]
     return [_job(job, folder) for job in lasting if job not in ended]
 
 
 def _job(of: Path, folder: Path) -> str:
-    """What a job is called: its folder below the sweep's, or that one itself."""
+    """The name of a job: its folder below the one that is read, or this one itself."""
     return of.name if of == folder else str(of.relative_to(folder))
 
 
-def _check(job: RunRecord | Failure, file: Path) -> None:
-    """JSON of the right keys may still be another program's."""
-    config = job.config if isinstance(job.config, Mapping) else {}
-    for section, keys in _SECTIONS.items():
-        node = config.get(section) if config.get(section) is not None or section != "method" else {}
-        if not isinstance(node, Mapping) or any(not isinstance(node.get(key), str) for key in keys):
-            raise ValueError(
-                f"{file} is not a readable record of layerif: its config has no {'.'.join([section, *keys])}"
-            )
+def _check(job: Job, file: Path) -> None:
+    """Refuses the JSON of another program, even one with the right keys."""
+    for group in _GROUPS:
+        lacks = "choices" if group not in job.choices else "config"
+        if lacks == "choices" or not isinstance(job.config.get(group) or {}, Mapping):
+            raise ValueError(f"{file} is not a readable record of layerif: it lacks {lacks}.{group}")
+    if not isinstance((job.config.get("task") or {}).get("name"), str):
+        raise ValueError(f"{file} is not a readable record of layerif: it lacks config.task.name")
 
 
-def _order(job: Any) -> tuple:
-    """Baselines before what is compared with them."""
-    model = job.config["model"]
-    place = str(model.get("name") or model["_target_"]), job.config["task"]["name"], job.seed
-    return *place, bool(job.config["method"]), not job.config["estimator"]["_target_"].endswith("Uniform")
+def _order(job: Job) -> tuple:
+    """The place of a job: baselines stand before what is compared with them."""
+    model = called(job.config["model"], job.choices["model"])
+    place = model, job.config["task"]["name"], job.seed
+    return *place, bool(job.config["method"]), job.choices["estimator"] != "uniform"

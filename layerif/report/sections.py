@@ -1,4 +1,4 @@
-"""What the report says, section by section, before anyone asks whether as a page, as Markdown or on the console."""
+"""The content of the report, section by section, for the page, Markdown and the console alike."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from layerif.record.record import Failure
+from layerif.record.frames import headline, is_logarithmic
+from layerif.record.names import called
+from layerif.record.plots import Plot
+from layerif.record.record import Failure, Job
 from layerif.record.text import spelt
 from layerif.report import comparisons as compare
 from layerif.report import plots, tables
-from layerif.report.arms import Job, Run, called, is_logarithmic
-from layerif.report.expected import Expected, chosen, columns_of
-from layerif.report.plots import Plot
-from layerif.report.reading import Sweep
-from layerif.report.statistics import num_resamples
+from layerif.report.arms import Run
+from layerif.report.expected import Expected, columns_of
+from layerif.report.reading import FinishedJobs
+from layerif.stats import num_resamples
 
 _LOADS = (
     "Shares of the evaluated tokens, means over the routers of a block: 1 is an even share, 0 an expert that no token "
@@ -27,7 +29,16 @@ _LOADS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """title; table with its caption; plot; findings: one sentence each; said: how to read it all."""
+    """One section of the report.
+
+    Attributes:
+        title: its heading.
+        table: a frame, with its caption.
+        findings: one sentence each.
+        said: how to read it all.
+        plot: below the table.
+        console: the columns of the table that fit on a console; None: all.
+    """
 
     title: str
     table: pd.DataFrame | None = None
@@ -35,34 +46,34 @@ class Section:
     findings: Sequence[str] = ()
     said: Sequence[str] = ()
     plot: Plot | None = None
-    console: Sequence[str] | None = None  # the columns that fit there; None: all
+    console: Sequence[str] | None = None
 
 
 def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
-    """The published numbers, and with them the names of arms and columns; none where all are of columns not run."""
+    """The published numbers, which also name arms and columns; None where no job belongs to one of their columns."""
     if expected is None or not expected.values or not any(expected.columns.values()):
         return expected
-    return expected if columns_of(expected, [job.config for job in jobs]) else None
+    return expected if columns_of(expected, jobs) else None
 
 
-def summary(sweep: Sweep, runs: Sequence[Run], expected: Expected | None) -> list[str]:
-    """What this is of, everything wrong with it, and what it is held against, in a few lines."""
-    models = sorted({_model(job.config) for job in sweep.jobs})
+def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) -> list[str]:
+    """The runs, everything wrong with them, and the numbers they are held against, in a few lines."""
+    models = sorted({_model(job) for job in jobs.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     of = f"{', '.join(models)} on {', '.join(tasks)}"
-    lines = [f"{_count(sweep.records, 'finished run')} of {of}, {_seeds(runs)}{_small(sweep.jobs)}."]
-    if sweep.failures:
-        lines.append(f"{_count(sweep.failures, 'run')} failed; the errors are below.")
-    if sweep.failed_again:
-        again = _count(sweep.failed_again, "run")
-        lines.append(f"{again} failed when run again; the numbers are of before, the errors are below.")
-    if sweep.unfinished:
-        lines.append(f"{_count(sweep.unfinished, 'run')} began and did not end: killed, or still at work.")
+    lines = [f"{_count(jobs.records, 'finished run')} of {of}, {_seeds(runs)}{_small(jobs.jobs)}."]
+    if jobs.failures:
+        lines.append(f"{_count(jobs.failures, 'run')} failed; the errors are below.")
+    if jobs.failed_again:
+        again = _count(jobs.failed_again, "run")
+        lines.append(f"{again} failed when run again; the numbers stem from before, the errors are below.")
+    if jobs.unfinished:
+        lines.append(f"{_count(jobs.unfinished, 'run')} began and did not end: killed, or still at work.")
     if holes := tables.grid(runs, expected):
         lines.append(f"Missing of the grid of arms, tasks and seeds: {_count(holes, 'run')}.")
-    if sweep.left_out:
-        lines.append(f"Left out, since not readable: {_count(sweep.left_out, 'file')}.")
-    return lines + ([] if expected is None else _about_paper(expected, sweep.jobs, runs))
+    if jobs.left_out:
+        lines.append(f"Left out, because they cannot be read: {_count(jobs.left_out, 'file')}.")
+    return lines + ([] if expected is None else _about_paper(expected, jobs.jobs, runs))
 
 
 def _small(jobs: Sequence[Job]) -> str:
@@ -73,9 +84,9 @@ def _small(jobs: Sequence[Job]) -> str:
     return f"; {some}small variants, which stand in for runs of full size"
 
 
-def _model(config) -> str:
-    name = chosen("model", config["model"])
-    return name if name not in ("hub", "local") else called(config["model"])
+def _model(job: Job) -> str:
+    name = job.choices["model"]
+    return name if name not in ("hub", "local") else called(job.config["model"], name)
 
 
 def _count(items: Sequence, what: str) -> str:
@@ -90,8 +101,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -> list[str]:
-    """Where the published numbers are from, and what is to be said where they are not of these runs."""
-    configs = [job.config for job in jobs]
+    """The source of the published numbers, and a remark where they do not belong to these runs."""
     if not expected.values:
         return [f"No published numbers: {expected.source}."]
     lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.said_of}."]
@@ -101,29 +111,29 @@ def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -
     columns = [name for name, conditions in expected.columns.items() if conditions]
     if not columns:
         return lines
-    if not columns_of(expected, configs):
+    if not columns_of(expected, jobs):
         have = ", ".join(dict.fromkeys(run.task for run in runs))
         return [*lines, f"They are for {', '.join(columns)}; these runs are on {have}, so none is shown here."]
     if not any(expected.metric in run.metrics for run in runs):
-        have = ", ".join(dict.fromkeys(name for run in runs for name in tables.metrics_of([run]))) or "nothing"
+        have = ", ".join(dict.fromkeys(name for run in runs for name in headline(run.metrics))) or "nothing"
         lines.append(f"These runs did not measure {expected.metric} (they measured {have}), so none is shown here.")
-    elif not any(expected.arm(config) for config in configs):
-        lines.append(f"No run is of one of its arms, {', '.join(expected.arms)}.")
-    elif not all(expected.is_of(config) for config in configs):
-        lines.append("Differences to them are taken only of such runs at full size; others are not comparable.")
+    elif not any(expected.arm(job) for job in jobs):
+        lines.append(f"No run belongs to one of its arms, {', '.join(expected.arms)}.")
+    elif not all(expected.is_of(job) for job in jobs):
+        lines.append("Differences to them are shown only for such runs at full size; others are not comparable.")
     return lines
 
 
-def sections(sweep: Sweep, runs: Sequence[Run], expected: Expected | None = None) -> list[Section]:
-    """Every section that has something to show."""
+def sections(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None = None) -> list[Section]:
+    """The sections that have something to show."""
     found, after = [], []
     metrics = tables.metrics_of(runs, expected)
     for metric in metrics:
         found.append(_results(runs, metric, expected))
         after += _comparisons(runs, metric) + _variance(runs, metric)
-    if not metrics and sweep.failures:
+    if not metrics and jobs.failures:
         found.append(_results(runs, "accuracy", expected))
-    return [*found, *after, *_layers(sweep, runs), *_runs(sweep, runs)]
+    return [*found, *after, *_layers(jobs, runs), *_runs(jobs, runs)]
 
 
 def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Section:
@@ -195,7 +205,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
 
 
 def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Settings that both arms of a row have, in a column of their own: what differs is then in sight."""
+    """The pairs with the settings that both arms have in a column of their own, so that what differs is in sight."""
     rows = []
     for row in pairs.to_dict("records"):
         first, second = str(row.pop("from")).split(), str(row.pop("to")).split()
@@ -241,47 +251,47 @@ def _intervals(table: pd.DataFrame) -> list[str]:
     return ["–" if np.isnan(low) else compare.interval(low, high) for low, high in bounds]
 
 
-def _layers(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
-    drawn = [plots.plot_scores(sweep.records), plots.plot_allocations(runs), plots.plot_routing(runs)]
+def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
+    drawn = [plots.plot_scores(jobs.records), plots.plot_allocations(runs), plots.plot_routing(runs)]
     found = [Section(title=plot.title, plot=plot) for plot in drawn if plot is not None]
     if len(loads := tables.loads(runs)):
         caption = "Least and most used expert, as a multiple of an even share of the tokens, and where"
         found.append(Section(title="Expert load", table=loads, caption=caption, said=[_LOADS]))
-    correlations = tables.correlations(sweep.records)
+    correlations = tables.correlations(jobs.records)
     if len(correlations):
         of, title = "Spearman's rank correlation of layer scores", "Rank correlation of layer profiles"
-        plot = plots.plot_correlations(sweep.records) if len(correlations) > 12 else None
+        plot = plots.plot_correlations(jobs.records) if len(correlations) > 12 else None
         if plot is not None:  # as numbers, only how well each agrees with itself
             correlations = correlations.loc[[other == tables.ITSELF for other in correlations["and"]]]
         found.append(Section(title=title, table=correlations, caption=of, plot=plot))
     return found
 
 
-def _runs(sweep: Sweep, runs: Sequence[Run]) -> list[Section]:
+def _runs(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
     table, narrow = tables.in_full(runs), ("run", "model", "task", "seed", *tables.metrics_of(runs), "all s", "state")
     narrow = [name for name in narrow if name in table]
     found = [Section(title="Every run", table=table, caption="Measurements and cost by seed", console=narrow)]
-    if sweep.records:
-        found.append(Section(title="Cost", table=tables.cost(sweep.records), caption="Summed over all runs"))
-    if sweep.failures:
+    if jobs.records:
+        found.append(Section(title="Cost", table=tables.cost(jobs.records), caption="Summed over all runs"))
+    if jobs.failures:
         lines = [
             {"run": r.arm, "task": r.task, "seed": r.seed, "error": r.job.error}
             for r in runs
             if isinstance(r.job, Failure)
         ]
         found.append(Section(title="Failed runs", table=pd.DataFrame(lines), caption="rerun=failed runs them again"))
-    if sweep.failed_again:
-        said = ["Above stand the numbers of before. rerun=true runs them again."]
-        found.append(Section(title="Failed when run again", findings=sweep.failed_again, said=said))
-    if sweep.unfinished:
-        found.append(Section(title="Unfinished", findings=sweep.unfinished))
-    if sweep.left_out:
-        found.append(Section(title="Left out", findings=sweep.left_out))
-    if len(notes := tables.notes(sweep.records)):
-        found.append(Section(title="Notes and warnings", table=notes, caption="What the runs said of themselves"))
-    if sweep.records:
-        table = tables.versions(sweep.records)
+    if jobs.failed_again:
+        said = ["The numbers above stem from before. rerun=true runs them again."]
+        found.append(Section(title="Failed when run again", findings=jobs.failed_again, said=said))
+    if jobs.unfinished:
+        found.append(Section(title="Unfinished", findings=jobs.unfinished))
+    if jobs.left_out:
+        found.append(Section(title="Left out", findings=jobs.left_out))
+    if len(notes := tables.notes(jobs.records)):
+        found.append(Section(title="Notes and warnings", table=notes, caption="Remarks of the runs on themselves"))
+    if jobs.records:
+        table = tables.versions(jobs.records)
         found.append(Section(title="Versions", table=table, caption="Software of the finished runs"))
-    again = pd.DataFrame({"command": [shlex.join(["layerif", *job.overrides]) for job in sweep.jobs]})
+    again = pd.DataFrame({"command": [shlex.join(["layerif", *job.overrides]) for job in jobs.jobs]})
     found.append(Section(title="How to reproduce", table=again, caption="Each run as a command, failed ones last"))
     return found

@@ -1,4 +1,4 @@
-"""The report's tables, as frames: results by arm and task, every run in full, cost, correlations, notes, versions."""
+"""The tables of the report, as frames: results by arm and task, every run, cost, correlations, notes, versions."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from layerif.record.record import Failure, RunRecord
+from layerif.record.frames import headline, is_logarithmic, measured, without_empty
+from layerif.record.names import called, estimator_name
+from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
-from layerif.report.arms import Run, called, content, estimator_name, is_logarithmic, labelled, settings, titles
+from layerif.report.arms import Run, content, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
-from layerif.report.statistics import t_interval
-from layerif.stats import wilson
+from layerif.stats import spearman, t_interval, wilson
 
 ITSELF = "itself, on disjoint halves of its samples"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Of one arm on one task: the mean over seeds and how sure it is, or why there is none.
+    """The result of one arm on one task: the mean over seeds and its interval, or the reason why there is none.
 
-    basis: what the interval is of. failed, missing: seeds. paper: the published number; to_paper: ours minus it, only
-    where all of its runs are of what the number is of (`Expected.is_of`).
+    Attributes:
+        basis: what the interval was computed from.
+        failed: the seeds of failed jobs.
+        missing: the seeds that were never run.
+        paper: the published number.
+        to_paper: our mean minus the published number; only where the number belongs to all runs (`Expected.is_of`).
     """
 
     mean: float | None = None
@@ -39,7 +44,7 @@ class Cell:
     to_paper: float | None = None
 
     def lines(self) -> list[str]:
-        """The mean first, then whatever is to be said of it."""
+        """The mean first, then the remarks on it."""
         found = [spelt(self.mean)]
         if self.mean is not None:
             found.append(self.basis if np.isnan(self.low) else f"{spelt(self.low)} to {spelt(self.high)}, {self.basis}")
@@ -56,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Arms down, tasks (of each model) across; cells by arm and column."""
+    """The cells of a metric by arm and column; a column is a task of a model."""
 
     metric: str
     arms: list[str]
@@ -64,27 +69,26 @@ class Results:
     cells: dict[tuple[str, str], Cell]
 
     def frame(self) -> pd.DataFrame:
+        """One row an arm, one column a task."""
         rows = [[arm, *("\n".join(self.cells[arm, column].lines()) for column in self.columns)] for arm in self.arms]
         return pd.DataFrame(rows, columns=["arm", *self.columns])
 
     def count(self, state: str) -> int:
+        """The number of seeds that `failed` or are `missing`."""
         return sum(len(getattr(cell, state)) for cell in self.cells.values())
 
 
 def metrics_of(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
-    """The measurements that get a table of their own; variants (accuracy per token, …) are in the full one."""
-    found = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    last = {name: name.rpartition("/")[2] for name in found}
-    shown = [name for name in found if last[name] in ("accuracy", "generation_accuracy") or is_logarithmic(name)]
-    harness = [name for name in found if name.startswith("lm_eval/")]
-    shown += [name for name in harness if "zero_shot_mean" in name] or harness
+    """The metrics that get a table of their own, the published one first."""
+    found = [name for run in runs for name in run.metrics]
+    shown = headline(found)
     if expected is not None and expected.metric in found:
         shown = [expected.metric, *(name for name in shown if name != expected.metric)]
     return shown
 
 
 def results(runs: Sequence[Run], metric: str, expected: Expected | None = None) -> Results:
-    """Mean over seeds of every arm on every task, and the cells of the grid that failed or were never run."""
+    """The mean over seeds of every arm on every task, and the cells of the grid that failed or were never run."""
     of_metric = expected if expected is not None and expected.metric == metric else None
     shown = [run for run in runs if metric in run.metrics or isinstance(run.job, Failure)]
     places = {(run.arm, _column(run)): [] for run in shown}
@@ -111,25 +115,25 @@ def _place(name: str | None, order: list[str]) -> int:
 
 
 def _published_names(runs: Sequence[Run], expected: Expected | None) -> tuple[dict[str, str | None], ...]:
-    """Of the report's arms and columns, what `expected` calls them: a row's name also says what sets it apart."""
+    """The name in `expected` of each arm and column; a row's own name also says what sets it apart."""
     if expected is None:
         return {}, {}
     models = dict.fromkeys(run.model for run in runs)
     arms: dict[str, str | None] = {arm: arm for arm in expected.arms}
     columns: dict[str, str | None] = {_named(model, column): column for model in models for column in expected.columns}
     for run in runs:
-        arms[run.arm] = None if run.prefix else expected.arm(run.job.config)
-        columns[_column(run)] = expected.column(run.job.config)
+        arms[run.arm] = None if run.prefix else expected.arm(run.job)
+        columns[_column(run)] = expected.column(run.job)
     return arms, columns
 
 
 def _paper(runs: Sequence[Run], expected: Expected | None, arm: str | None, column: str | None) -> float | None:
-    """The number of a cell, by what its runs are of; without runs, by what those of its row and column are of."""
+    """The published number of a cell, by its runs; without runs, by those of its row and column."""
     if expected is None:
         return None
     if not runs:
         return expected.values.get(arm or "", {}).get(column or "")
-    found = {None if run.prefix else expected.value(run.job.config) for run in runs}
+    found = {None if run.prefix else expected.value(run.job) for run in runs}
     return found.pop() if len(found) == 1 else None
 
 
@@ -156,7 +160,7 @@ def _cell(
         low, high = wilson(sum(answers.values()), len(answers)) if answers else (np.nan, np.nan)
         seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds alike"
         basis = f"Wilson over {len(answers)} questions, {seeds}" if answers else f"{seeds}, no interval"
-    same = paper is not None and expected is not None and all(expected.is_of(run.job.config) for run in runs)
+    same = paper is not None and expected is not None and all(expected.is_of(run.job) for run in runs)
     to_paper = mean - paper if same and paper is not None else None
     return Cell(
         mean=mean, low=low, high=high, basis=basis, failed=failed, missing=missing, paper=paper, to_paper=to_paper
@@ -164,11 +168,11 @@ def _cell(
 
 
 def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[str, str, str]]:
-    """Arm, column and seed of what was never run: the holes in arms × tasks × seeds.
+    """The arm, column and seed of everything that was never run: the holes in arms × tasks × seeds.
 
     The arms of one grid share all settings but how their allocation was made; a pruner without seeds of its own leaves
-    no holes. `expected` adds the cells it has numbers of, once what they are of was run on one of its columns; an arm
-    that ran in several settings lacks them in each.
+    no holes. `expected` adds the cells that it has numbers for, once a run of its model and settings belongs to one of
+    its columns; an arm that ran in several settings lacks them in each.
     """
     trained = [run for run in runs if not run.prefix and run.job.config["method"]]
     grids: dict[tuple[str, str], list[Run]] = {}
@@ -179,11 +183,11 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     for of_grid in grids.values():
         arms, columns, seeds = (list(dict.fromkeys(map(key, of_grid))) for key in (_arm, _column, _seed))
         found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
-    published = [] if expected is None else [run for run in trained if expected.is_of(run.job.config)]
-    if expected is not None and columns_of(expected, [run.job.config for run in published]):
+    published = [] if expected is None else [run for run in trained if expected.is_of(run.job)]
+    if expected is not None and columns_of(expected, [run.job for run in published]):
         seeds = list(dict.fromkeys(map(_seed, published)))
-        ran = {(expected.arm(run.job.config), expected.column(run.job.config)) for run in published}
-        rows = {(run.model, expected.arm(run.job.config), run.arm): None for run in published}
+        ran = {(expected.arm(run.job), expected.column(run.job)) for run in published}
+        rows = {(run.model, expected.arm(run.job), run.arm): None for run in published}
         cells = [(arm, task) for arm, row in expected.values.items() for task in row if expected.columns[task]]
         models = dict.fromkeys(run.model for run in published)
         for (arm, task), model in itertools.product([cell for cell in cells if cell not in ran], models):
@@ -201,7 +205,7 @@ def _seed(run: Run) -> str:
 
 
 def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
-    """One row a run: what it measured and what it cost; a failed one with its error."""
+    """One row a run, with its measurements and its cost; a failed one with its error."""
     rows = []
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
     for run in sorted(runs, key=lambda run: places.index((run.model, run.task))):
@@ -214,42 +218,14 @@ def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
         if isinstance(run.job, Failure):
             rows.append(row | {"state": f"failed: {run.job.error}"})
             continue
-        low, high = (run.metrics.get(f"accuracy_{end}") for end in ("low", "high"))
-        shown = run.metrics if every_metric else {key: run.metrics[key] for key in _shown(run)}
-        seconds = run.job.seconds
-        if low is not None and high is not None and not every_metric:
-            shown = {"accuracy": shown.pop("accuracy"), "95 % interval": f"{low:.3f} to {high:.3f}"} | shown
-        cost = {
-            "questions": len(run.answers("accuracy")) or None,
-            "trainable": run.job.parameters.get("trainable") if run.is_trained else 0,
-            "evidence s": None if run.prefix else seconds.get("evidence"),
-            "fit s": seconds.get("fit") if run.is_trained else None,
-            "prune s": seconds.get("prune") if run.is_trained else None,
-            "all s": None if run.prefix else sum(v for key, v in seconds.items() if not key.startswith("before/")),
-            "memory GB": None if run.prefix else run.job.memory_gb or None,
-        }
-        rows.append(row | shown | cost | {"state": None})
+        shown = measured(run.job, run.prefix, every_metric=every_metric)
+        rows.append(row | shown | {"state": None})
     frame = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside what is missing
-    return frame if every_metric else frame.drop(columns=[name for name in frame if _is_empty(name, frame)])
-
-
-def _shown(run: Run) -> list[str]:
-    return [name for name in run.metrics if name in metrics_of([run]) or name in ("accuracy_per_token", "sparsity")]
-
-
-def _is_empty(name: str, frame: pd.DataFrame) -> bool:
-    return all(value is None or value != value for value in frame[name]) and name in (
-        "questions",
-        "prune s",
-        "fit s",
-        "trainable",
-        "memory GB",
-        "state",
-    )
+    return frame if every_metric else without_empty(frame)
 
 
 def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Seconds of every phase over all runs, and what reusing stored evidence saved."""
+    """The seconds of every phase over all runs, and those that stored evidence saved."""
     seconds: Counter[str] = Counter()
     for record in records:
         seconds.update(record.seconds)
@@ -264,13 +240,13 @@ def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def _saved(records: Sequence[RunRecord]) -> tuple[int, float]:
-    """How many measurements came from the store, and the seconds they took when they were taken, as far as known."""
+    """The number of measurements from the store, and the seconds that they once took, as far as these are known."""
     taken = [one for record in records for one in record.measurements if one["reused"]]
     return len(taken), sum(one["seconds"] or 0.0 for one in taken)
 
 
 def loads(runs: Sequence[Run]) -> pd.DataFrame:
-    """By run of a LoRA-MoE, the least and the most used expert of all blocks: multiples of an even share, 1/E."""
+    """The least and the most used expert of every run of a LoRA-MoE, as multiples of an even share, 1/E."""
     rows = []
     for run in runs:
         if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
@@ -282,39 +258,53 @@ def loads(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def profiles(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
-    """The distinct measured layer profiles by what they are of; constant ones say nothing and are left out."""
-    found: dict[tuple, RunRecord] = {}
+class MeasuredProfile(NamedTuple):
+    """The scores of the layers, and the record of the run that measured them first."""
+
+    record: RunRecord
+    scores: ScoresRecord
+
+
+def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
+    """The distinct layer profiles by model, task and estimator; constant ones say nothing and are left out."""
+    found: dict[tuple, MeasuredProfile] = {}
     for record, model, task in zip(records, titles(records, "model"), titles(records, "task"), strict=True):
-        if len(set(record.scores)) > 1:
+        scores = record.decision.scores if record.decision else None
+        if scores is not None and len(set(scores.values)) > 1:
             scored = record.config.get("score_task")
-            name = " ".join(filter(None, [model, called(scored) if scored else task, estimator_name(record)]))
-            found.setdefault((name, *record.scores), record)
-    kept = list(found.values())
-    measured = [{**settings(one, "task", "probe", "estimator"), "seed": {"seed": one.seed}} for one in kept]
-    return dict(zip(labelled([name for name, *_ in found], measured), kept, strict=True))
+            task = called(scored, record.choices.get("task@score_task", "")) if scored else task
+            name = " ".join(filter(None, [model, task, estimator_name(record)]))
+            found.setdefault((name, *scores.values), MeasuredProfile(record, scores))
+    how = [
+        {**settings(one.record, "task", "probe", "estimator"), "seed": {"seed": one.record.seed}}
+        for one in found.values()
+    ]
+    return dict(zip(labelled([name for name, *_ in found], how), found.values(), strict=True))
 
 
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Spearman's rank correlation of the layer profiles of one model, and of each with itself on other samples."""
+    """The rank correlation of every two layer profiles of one model, and of each with itself on other samples."""
     found = profiles(records)
     rows = []
     for (first, one), (second, other) in itertools.combinations(found.items(), 2):
-        if one.layers == other.layers and content(one, "model") == content(other, "model"):
-            rows.append({"profile": first, "and": second, "Spearman": stats.spearmanr(one.scores, other.scores)[0]})
-    measured_twice = [(name, one.reliability) for name, one in found.items() if one.reliability is not None]
-    rows += [{"profile": name, "and": ITSELF, "Spearman": reliability} for name, reliability in measured_twice]
+        is_one_model = content(one.record, "model") == content(other.record, "model")
+        if one.scores.layers == other.scores.layers and is_one_model:
+            alike = spearman(one.scores.values, other.scores.values)
+            rows.append({"profile": first, "and": second, "Spearman": alike})
+    for name, one in found.items():
+        if one.record.decision and one.record.decision.reliability is not None:
+            rows.append({"profile": name, "and": ITSELF, "Spearman": one.record.decision.reliability})
     return pd.DataFrame(rows)
 
 
 def notes(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Every note and warning of the runs, and how many of them have it."""
+    """Each note and warning, and the number of runs that have it."""
     counted = Counter(note for record in records for note in dict.fromkeys(record.notes))
     return pd.DataFrame([{"note": note, "runs": number} for note, number in counted.items()])
 
 
 def versions(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Each package with its version, or its versions; the commit of layerif where it is known."""
+    """The version or versions of each package; the commit of layerif where it is known."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for package, version in {**record.versions, "commit of layerif": record.git_sha or "unknown"}.items():

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from layerif.record.names import UNTOUCHED
 from layerif.report import main, write
-from layerif.report.arms import UNTOUCHED, runs_of
-from layerif.report.expected import Expected, chosen, meets
+from layerif.report.arms import runs_of
+from layerif.report.expected import Expected, meets
 from layerif.report.tables import grid, results
-from tests.records import config_of, record, with_before, written
+from tests.records import failure, record, with_before, written
 
 PAPER: dict[str, Any] = {
     "source": "A paper, table 1",
@@ -28,7 +29,7 @@ PAPER: dict[str, Any] = {
     "columns": {"countries": {"task": "capital"}, "others": {"task": "region"}},
     "values": {"layerif": {"countries": 0.9}},
 }
-MISTRAL = {"model": {"_target_": "layerif.models.pretrained.Hub", "name": "mistralai/Mistral-7B-v0.1"}}
+MISTRAL = {"model": {"name": "mistralai/Mistral-7B-v0.1"}}
 
 
 def expected(folder: Path, **changes: Any) -> Path:
@@ -42,47 +43,49 @@ def runs(**options: Any):
 
 
 def test_conditions_are_those_of_the_command_line():
-    config = config_of("datainf", settings={"allocator.budget": 160})
-    assert meets(config, {"estimator": "datainf", "task": "capital", "model": "smollm2", "method": "lora_moe"})
-    assert meets(config, {"allocator.budget": "160", "estimator.damping": 0.1})
+    job = failure("datainf", settings={"allocator.budget": 160})
+    assert meets(job, {"estimator": "datainf", "task": "capital", "model": "smollm2", "method": "lora_moe"})
+    assert meets(job, {"allocator.budget": "160", "estimator.damping": 0.1})
     for other in ({"estimator": "uniform"}, {"task": "region"}, {"model": "mistral_7b"}, {"allocator.budget": 80}):
-        assert not meets(config, other)
-    assert not meets(config, {"allocator.shape": "2468"})
-    assert meets(config_of("datainf", settings={"method": {}}), {"method": "none"})
-    assert not meets(config, {"method": "none"})
-    pruned = config | {"method": {"_target_": "layerif.pruning.module.PruneModule"}}
-    for pruner in (
-        {"pruner": "wanda"},
-        {"pruner._target_": "layerif.pruning.wanda.Wanda"},
-    ):  # is in every configuration
+        assert not meets(job, other)
+    assert not meets(job, {"allocator.shape": "2468"})
+    assert meets(failure("datainf", choices={"method": "none"}, settings={"method": {}}), {"method": "none"})
+    assert not meets(job, {"method": "none"})
+    pruned = failure("datainf", choices={"method": "prune"})
+    for pruner in ({"pruner": "wanda"}, {"pruner.n": None}):  # is in every configuration
         assert meets(pruned, pruner)
-        assert not meets(config, pruner)
+        assert not meets(job, pruner)
 
 
 @pytest.mark.parametrize(
     ("model", "is_it"),
     [
-        (("Hub", {"name": "mistralai/Mistral-7B-v0.1"}), True),
-        (("Hub", {"name": "mistralai/mistral-7b-v0.1"}), True),
-        (("Local", {"path": "/models/Mistral-7B-v0.1"}), True),
-        (("Hub", {"name": "else/Mistral-7B-v0.1"}), False),
-        (("Local", {"path": "/models/Mistral-7B-v0.1/pruned"}), False),
-        (("Embedded", {}), False),
+        (("mistral_7b", {"name": "mistralai/Mistral-7B-v0.1"}), True),
+        (("mistral_7b", {"name": "mistralai/another"}), False),
+        (("hub", {"name": "mistralai/mistral-7b-v0.1"}), True),
+        (("local", {"path": "/models/Mistral-7B-v0.1"}), True),
+        (("hub", {"name": "else/Mistral-7B-v0.1"}), False),
+        (("local", {"path": "/models/Mistral-7B-v0.1/pruned"}), False),
+        (("smollm2", {}), False),
     ],
 )
 def test_a_model_is_the_same_from_the_hub_and_from_a_folder(tmp_path, model, is_it):
-    target, where = model
-    config = config_of("datainf", settings={"model": {"_target_": f"layerif.models.{target}", **where}})
-    assert meets(config, {"model": "mistral_7b"}) == is_it
-    assert Expected.read(expected(tmp_path)).is_of(config) == is_it
+    choice, where = model
+    job = failure("datainf", choices={"model": choice}, settings={"model": where})
+    assert meets(job, {"model": "mistral_7b"}) == is_it
+    assert Expected.read(expected(tmp_path)).is_of(job) == is_it
 
 
-def test_a_choice_is_found_by_its_class_and_name():
-    assert chosen("model", MISTRAL["model"]) == "mistral_7b"
-    assert chosen("model", {"_target_": "layerif.models.pretrained.Hub", "name": "org/other"}) == "hub"
-    assert chosen("method", {"_target_": "elsewhere.Own"}) == "own"
-    other = config_of("datainf", settings={"model": {"_target_": "layerif.models.pretrained.Hub", "name": "org/other"}})
+def test_a_choice_counts_as_those_it_starts_from_and_not_the_other_way_round():
+    gemma, experts = (failure("datainf", choices={"allocator": name}) for name in ("experts_gemma", "experts"))
+    assert meets(gemma, {"allocator": "experts"})
+    assert meets(gemma, {"allocator": "experts_gemma"})
+    assert not meets(experts, {"allocator": "experts_gemma"})
+    other = failure("datainf", choices={"model": "mistral_7b"}, settings={"model.name": "org/other"})
     assert meets(other, {"model": "hub", "model.name": "org/other"})
+    own = failure("my_estimator", choices={"method": "my_method"})  # from a folder of the user's
+    assert meets(own, {"estimator": "my_estimator"})
+    assert not meets(own, {"method": "lora_moe"})
 
 
 def test_the_papers_number_and_the_difference_to_it_are_shown_for_its_model_and_task(tmp_path):
@@ -104,7 +107,7 @@ def test_no_difference_is_taken_to_another_model_of_a_small_variant_or_in_other_
     )
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "A paper, table 1, accuracy of mistralai/Mistral-7B-v0.1 with allocator.beta=2.5." in page
-    assert "Differences to them are taken only of such runs at full size" in page
+    assert "Differences to them are shown only for such runs at full size" in page
     assert "to the paper" not in page
     assert ("small variants, which stand in for runs of full size" in page) == ("small" in settings)
 
@@ -170,16 +173,16 @@ def test_a_metric_that_was_not_measured_is_named(tmp_path):
             {"method": "lora_moe"},
             "of is .*lora_moe.*; it must be an object.* the model's, such as",
         ),
-        (("of", "model"), "org/x", "of: model=org/x is no choice of the group 'model'; available: .*mistral_7b"),
+        (("of", "model"), "org/x", "of: model=org/x is not a choice of the group 'model'; available: .*mistral_7b"),
         (("of", "model"), 7, "of.model is 7; it must be the name of a choice"),
         (
             ("model",),
             "org/x",
-            r'model \("org/x"\) is no key of its own; name it in .of.,.* such as "of"',
+            r'model \("org/x"\) is not a key of its own; name it in .of.,.* such as "of"',
         ),
         (("arms",), [], r"arms is \[\]; it must be an object"),
         (("arms", "layerif"), "datainf", 'arms.layerif is "datainf"; it must be an object'),
-        (("arms", "layerif", "estimator"), "datainv", "arms.layerif: estimator=datainv is no choice.*datainf"),
+        (("arms", "layerif", "estimator"), "datainv", "arms.layerif: estimator=datainv is not a choice.*datainf"),
         (("values", "layerif", "countries"), 90.1, "values.layerif.countries is 90.1; it must be a fraction"),
         (("values", "layerif", "countries"), "high", "values.layerif.countries is .high.; it must be a number"),
         (("values", "layerif", "mrpc"), 0.5, "values.layerif.mrpc is 0.5; it must be of a column: countries, others"),

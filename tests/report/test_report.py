@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,15 +17,17 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
+from layerif.record.names import UNTOUCHED
 from layerif.record.record import Failure, RunRecord
+from layerif.record.text import print_run
 from layerif.report import comparisons as compare
-from layerif.report import print_run, report, write
-from layerif.report.arms import UNTOUCHED, distinct, runs_of
+from layerif.report import report, write
+from layerif.report.arms import distinct, runs_of
 from layerif.report.page import breakable
 from layerif.report.plots import plot_routing
 from layerif.report.reading import read
-from layerif.report.statistics import t_interval
 from layerif.report.tables import correlations, cost, grid, in_full, loads, results
+from layerif.stats import t_interval
 from tests.records import failure, from_file, record, with_before, written
 
 
@@ -91,12 +94,10 @@ def test_every_setting_tells_runs_apart(key, values):
 
 def test_what_follows_from_a_choice_is_not_in_the_names():
     exact = record("exact", [True] * 2, settings={"estimator.damping": 0.5})
-    rank = record(
-        "datainf", [True] * 2, settings={"allocator._target_": "layerif.allocate.rank.Rank", "allocator.beta": 1.0}
-    )
-    rank.allocation["kind"] = "rank"
-    cached = record("uniform", [True] * 2, settings={"model.cache": "/elsewhere", "evaluation.before": True})
-    runs = [cached, record("datainf", [True] * 2), exact, rank]
+    settings = {"allocator.beta": 1.0}
+    rank = record("datainf", [True] * 2, settings=settings, choices={"allocator": "rank"}, decision={"kind": "rank"})
+    before = record("uniform", [True] * 2, settings={"evaluation.before": True})
+    runs = [before, record("datainf", [True] * 2), exact, rank]
     assert table(runs)["run"].tolist() == ["uniform experts", "datainf experts", "exact experts", "datainf rank"]
 
 
@@ -108,10 +109,13 @@ def test_the_same_job_run_twice_is_two_rows():
 
 
 def test_other_models_are_rows_of_their_own_and_not_paired():
-    models = [
-        {"model.name": f"org/{name}", "model._target_": "layerif.models.pretrained.Hub"} for name in ("large", "small")
+    runs = [
+        with_before(
+            record("datainf", [True] * 4, settings={"model.name": f"org/{name}"}, choices={"model": "hub"}),
+            [True, False],
+        )
+        for name in ("large", "small")
     ]
-    runs = [with_before(record("datainf", [True] * 4, settings=model), [True, False]) for model in models]
     rows = table(runs)
     assert rows["model"].tolist() == ["large", "large", "small", "small"]
     assert rows["run"].tolist() == [UNTOUCHED, "datainf experts"] * 2
@@ -142,7 +146,7 @@ def test_an_untouched_model_is_one_row_unless_it_answered_otherwise():
 
 def test_runs_without_a_common_question_are_named_and_skipped():
     first, second = record("uniform", [True] * 4), record("datainf", [True] * 4)
-    second.questions = {"options": {"other": True}}
+    second.answers = {"options": {"other": True}}
     found, remarks = compare.comparisons(runs_of([first, second, record("exact", [True] * 4)]), "accuracy")
     assert found["to"].tolist() == ["exact experts"]
     assert remarks[0] == "capital: datainf experts and uniform experts share no question, not compared"
@@ -168,33 +172,33 @@ def test_an_allocation_from_a_file_is_called_so_and_needs_no_scores(tmp_path):
 def test_profiles_are_correlated_by_rank_and_constant_ones_left_out():
     found = correlations(
         [
-            record("datainf", [True], scores=(1, 2, 3, 4)),
-            record("datainf", [True], scores=(10, 30, 20, 40), task="region", reliability=0.5),
-            record("uniform", [True], scores=(1, 1, 1, 1)),
+            record("datainf", [True], decision={"scores": (1, 2, 3, 4)}),
+            record("datainf", [True], task="region", decision={"scores": (10, 30, 20, 40), "reliability": 0.5}),
+            record("uniform", [True], decision={"scores": (1, 1, 1, 1)}),
         ]
     )
     assert found["Spearman"].tolist() == pytest.approx([0.8, 0.5])
 
 
 def test_every_distinct_profile_is_kept():
-    runs = [
-        record(
-            "datainf", [True], scores=np.roll([1.0, 2, 3, 4], shift).tolist(), settings={"estimator.damping": damping}
-        )
-        for shift, damping in enumerate((0.001, 0.1, 100))
-    ]
-    runs.append(
-        record("datainf", [True], scores=runs[0].scores, settings={"estimator.damping": 0.001})
-    )  # a budget, say
+    def rolled(shift: int, **options: Any) -> RunRecord:
+        return record("datainf", [True], decision={"scores": np.roll([1.0, 2, 3, 4], shift).tolist()}, **options)
+
+    dampings = [{"estimator.damping": damping} for damping in (0.001, 0.1, 100)]
+    runs = [rolled(shift, settings=settings) for shift, settings in enumerate(dampings)]
+    runs.append(rolled(0, settings=dampings[0]))  # of another budget, say
     found = correlations(runs)
     names = [f"capital datainf estimator.damping={damping}" for damping in ("0.001", "0.1", "100")]
     assert list(zip(found["profile"], found["and"], strict=True)) == list(itertools.combinations(names, 2))
-    seeds = [record("datainf", [True], scores=np.roll([1.0, 2, 3, 4], seed).tolist(), seed=seed) for seed in (0, 1)]
+    seeds = [rolled(seed, seed=seed) for seed in (0, 1)]
     assert correlations(seeds)["and"].tolist() == ["capital datainf seed=1"]
 
 
 def test_profiles_of_other_models_are_not_correlated():
-    runs = [record("datainf", [True], settings={"model.name": f"org/{name}"}, reliability=0.5) for name in "ab"]
+    runs = [
+        record("datainf", [True], settings={"model.name": f"org/{name}"}, decision={"reliability": 0.5})
+        for name in "ab"
+    ]
     assert correlations(runs)["profile"].tolist() == ["a capital datainf", "b capital datainf"]
     assert set(correlations(runs)["and"]) == {"itself, on disjoint halves of its samples"}
 
@@ -214,7 +218,7 @@ def test_a_record_is_written_whole_and_read_back_equal(tmp_path):
     one.write(tmp_path)
     assert RunRecord.read(tmp_path) == one
     with pytest.raises(ValueError, match=r"Out of range float values"):
-        record("datainf", [True], reliability=float("nan")).write(tmp_path)
+        record("datainf", [True], decision={"reliability": float("nan")}).write(tmp_path)
     assert RunRecord.read(tmp_path) == one
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
@@ -234,16 +238,23 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
 
 
+def changed_within(content: Any, changes: Any) -> Any:
+    """The content with the values of `changes` in their places."""
+    if not isinstance(changes, dict) or not isinstance(content, dict):
+        return changes
+    return content | {key: changed_within(content.get(key), change) for key, change in changes.items()}
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"hello": 1}, "unknown key 'hello'; is it another program's file?"),
-        ({"scores": "none"}, "scores='none': input should be a valid array"),
-        ({"scores": [1.0]}, "scores has 1 numbers for 4 layers"),
-        ({"allocation": {"kind": "experts"}}, "it lacks allocation.values"),
-        ({"allocation": {"kind": "experts", "values": [1], "budget": 1}}, "allocation.values has 1 numbers for 4"),
+        ({"decision": {"scores": {"values": "none"}}}, "decision.scores.values='none': input should be a valid array"),
+        ({"decision": {"scores": {"values": [1.0]}}}, "decision.scores.values has 1 numbers for 4 names"),
+        ({"decision": {"allocation": {"values": [1]}}}, "decision.allocation.values has 1 numbers for 4 names"),
+        ({"decision": {"allocation": None}}, "decision.allocation='None'"),
         ({"seed": "zero"}, "seed='zero': input should be a valid integer"),
-        ({"questions": {"accuracy": [1, 2]}}, "questions.accuracy='[1, 2]'"),
+        ({"answers": {"accuracy": [1, 2]}}, "answers.accuracy='[1, 2]'"),
         ({"routing": {"block.0": {"entropy": 1.0}}}, "it lacks routing.block.0.load"),
         ({"measurements": [{"kind": "grams"}]}, "it lacks measurements.0.reused"),
         ({"notes": None}, "notes='None'"),
@@ -252,7 +263,7 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
 def test_a_record_with_another_type_within_is_named_and_left_out(tmp_path, changed, said):
     written(tmp_path, [record("datainf", [True] * 3), record("uniform", [True] * 3)])
     file = tmp_path / "1" / "record.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    file.write_text(json.dumps(changed_within(json.loads(file.read_text()), changed)))
     console = Console(record=True, width=300)
     write(tmp_path, console)
     (reason,) = read(tmp_path).left_out
@@ -273,9 +284,9 @@ def test_what_is_wrong_with_a_file_says_what_to_do(tmp_path):
 
 def test_what_is_no_folder_names_the_nearest(tmp_path):
     (tmp_path / "sweeps" / "table1").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"tabel1' is no folder \(did you mean 'table1'\?\); .*sweeps' holds table1"):
+    with pytest.raises(ValueError, match=r"tabel1' is not a folder \(did you mean 'table1'\?\); .*' holds table1"):
         read(tmp_path / "sweeps" / "tabel1")
-    with pytest.raises(ValueError, match=r"is no folder \(did you mean 'sweeps'\?\)"):
+    with pytest.raises(ValueError, match=r"is not a folder \(did you mean 'sweeps'\?\)"):
         read(tmp_path / "sweep" / "table1")
     (tmp_path / "report.md").touch()
     with pytest.raises(ValueError, match=rf"is a file: give the folder that holds it, '{tmp_path}'"):
@@ -334,8 +345,10 @@ def test_a_folder_in_the_reports_place_is_said_so(tmp_path, capsys):
 
 
 def test_a_model_that_was_never_given_has_no_name_of_question_marks(tmp_path):
-    local = {"model._target_": "layerif.models.pretrained.Local", "model.path": "???"}
-    jobs = [failure("datainf", settings=local), failure("datainf", seed=1, settings={**local, "model.path": "/m/tiny"})]
+    jobs = [
+        failure("datainf", seed=seed, choices={"model": "local"}, settings={"model.path": path})
+        for seed, path in enumerate(("???", "/m/tiny"))
+    ]
     console = Console(record=True, width=200)
     write(written(tmp_path, jobs), console)
     said = console.export_text()
@@ -400,7 +413,7 @@ def test_a_metric_without_questions_is_paired_by_seed_in_logarithms():
     runs = []
     for seed in range(3):
         for name, perplexity in (("uniform", 20.0 + seed), ("datainf", (2 + seed) * (20.0 + seed))):
-            runs.append(record(name, [True], seed=seed, metrics={"perplexity_256": perplexity}, questions={}))
+            runs.append(record(name, [True], seed=seed, metrics={"perplexity_256": perplexity}, answers={}))
     (row,) = compare.comparisons(runs_of(runs), "perplexity_256")[0].to_dict("records")
     assert row["difference"] == pytest.approx(np.log([2, 3, 4]).mean())
     assert (row["low"], row["high"]) == pytest.approx(t_interval(np.log([2, 3, 4])))
@@ -433,9 +446,8 @@ def test_only_arms_that_differ_in_one_thing_are_compared():
     runs = []
     for budget in (8, 16):
         for name in ("uniform", "datainf"):
-            one = record(name, [True] * 4, settings={"allocator.budget": budget})
-            one.allocation["budget"] = budget
-            runs.append(one)
+            size = {"settings": {"allocator.budget": budget}, "decision": {"budget": budget}}
+            runs.append(record(name, [True] * 4, **size))
     pairs = comparisons(runs)
     assert len(pairs) == 4
     assert all(
@@ -446,8 +458,8 @@ def test_only_arms_that_differ_in_one_thing_are_compared():
 def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
     jobs = [record(name, [True, False], seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)]
     jobs = [*jobs[:3], failure("datainf", seed=1, error="<b>out of memory</b>"), record("uniform", [True], seed=2)]
-    sweep = read(written(tmp_path, jobs))
-    runs = runs_of([*sweep.records, *sweep.failures])
+    found = read(written(tmp_path, jobs))
+    runs = runs_of([*found.records, *found.failures])
     cell = results(runs, "accuracy").cells["datainf experts", "capital"]
     assert (cell.failed, cell.missing) == (("1",), ("2",))
     assert grid(runs) == [("datainf experts", "capital", "2")]
@@ -541,7 +553,7 @@ def test_how_evenly_routers_spread_is_shown_where_the_record_has_it():
 
 def test_arms_by_scores_of_another_task_are_called_after_it():
     def of(task: str, path: str | None = None) -> dict[str, object]:
-        return {"score_task": {"_target_": "layerif.data.task.Task", "name": task, "path": path, "pattern": task}}
+        return {"score_task": {"name": task, "path": path, "pattern": task}}
 
     runs = [record("datainf", [True] * 4, settings=of(task)) for task in ("cola", "region")]
     runs.append(record("datainf", [True] * 4))
@@ -555,7 +567,7 @@ def test_arms_by_scores_of_another_task_are_called_after_it():
 
 
 def test_perplexities_are_averaged_by_their_logarithms():
-    runs = [record("datainf", [True], seed=n, metrics={"perplexity_256": 10.0**n}, questions={}) for n in range(3)]
+    runs = [record("datainf", [True], seed=n, metrics={"perplexity_256": 10.0**n}, answers={}) for n in range(3)]
     cell = results(runs_of(runs), "perplexity_256").cells["datainf experts", "capital"]
     assert cell.mean == pytest.approx(10)
     assert cell.low > 0
@@ -565,13 +577,13 @@ def test_perplexities_are_averaged_by_their_logarithms():
 def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
     written(tmp_path, [record("datainf", [True])])
     failure("datainf").write(tmp_path / "0")
-    sweep = read(tmp_path)
-    assert (len(sweep.records), sweep.failures, sweep.left_out) == (1, [], [])
-    assert sweep.failed_again == ["0: out of memory"]
+    found = read(tmp_path)
+    assert (len(found.records), found.failures, found.left_out) == (1, [], [])
+    assert found.failed_again == ["0: out of memory"]
     console = Console(record=True, width=200)
     write(tmp_path, console)
     said = console.export_text()
-    assert "1 run failed when run again; the numbers are of before, the errors are below." in said
+    assert "1 run failed when run again; the numbers stem from before, the errors are below." in said
     assert "Failed when run again:\n  0: out of memory" in said
     for text in (said, (tmp_path / "report.md").read_text()):
         assert "readable" not in text
@@ -581,5 +593,5 @@ def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
 def test_a_run_that_failed_again_beside_an_unreadable_record_is_a_failed_one(tmp_path):
     written(tmp_path, [failure("datainf")])
     (tmp_path / "0" / "record.json").write_text("{")
-    sweep = read(tmp_path)
-    assert (len(sweep.failures), sweep.failed_again, len(sweep.left_out)) == (1, [], 1)
+    found = read(tmp_path)
+    assert (len(found.failures), found.failed_again, len(found.left_out)) == (1, [], 1)

@@ -16,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
 
 from layerif.report.comparisons import finding, verdict
-from layerif.report.statistics import (
+from layerif.stats import (
     anova,
     cohens_h,
     holm,
@@ -58,7 +58,7 @@ def test_the_sign_test_of_several_seeds_counts_all_signs():
 
 def test_identical_runs_do_not_differ_and_nothing_calls_them_different():
     found = paired_by_question(np.zeros((3, 50)))
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
     assert verdict(found.low, found.high, found.p) == "not distinguishable from"
     assert smallest_difference(found) == pytest.approx(7.85 / 150, rel=0.01)  # eight answers, all one way
 
@@ -66,7 +66,7 @@ def test_identical_runs_do_not_differ_and_nothing_calls_them_different():
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_seeds_without_spread_are_one_run_and_decide_nothing(shift):
     same = paired_by_seed([shift] * 3)
-    assert same.mean == pytest.approx(shift)
+    assert same.value == pytest.approx(shift)
     assert np.isnan([same.low, same.high, same.p, smallest_difference(same)]).all()
     assert np.isnan(t_interval([shift] * 3)).all()
     assert verdict(same.low, same.high, same.p) == "not distinguishable from"
@@ -80,7 +80,7 @@ def test_the_bootstrap_interval_of_one_seed_is_that_of_the_mean():
     difference = answers(1, 400, gain=0.1)
     found = paired_by_question(difference)
     half = 1.96 * difference.std() / 20
-    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.01)
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.01)
     assert found.error == pytest.approx(difference.std() / 20, rel=0.05)
     assert paired_by_question(difference) == found
 
@@ -90,7 +90,7 @@ def test_clustering_by_seed_widens_the_interval_where_seeds_differ():
     apart = answers(5, 100, seed_spread=0.2, rng=rng)
     pooled = paired_by_question(apart.reshape(1, -1))
     found = paired_by_question(apart)
-    assert found.mean == pytest.approx(pooled.mean)
+    assert found.value == pytest.approx(pooled.value)
     assert found.high - found.low > 1.5 * (pooled.high - pooled.low)
 
 
@@ -119,8 +119,8 @@ def test_a_difference_that_is_not_there_is_seldom_found():
 def test_questions_that_not_every_seed_asked_are_weighed_by_who_asked():
     difference = np.array([[1.0, 0.0, np.nan, np.nan], [np.nan, np.nan, 1.0, 1.0]])
     found = paired_by_question(difference)
-    assert found.mean == pytest.approx(0.75)
-    assert -1 <= found.low <= found.mean <= found.high <= 1
+    assert found.value == pytest.approx(0.75)
+    assert -1 <= found.low <= found.value <= found.high <= 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 40])

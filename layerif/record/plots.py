@@ -1,0 +1,142 @@
+"""Plots of one run, its scores and its allocation, and the drawing that the plots of a sweep share with them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from layerif.record.names import arm_name, estimator_name
+from layerif.record.record import AllocationRecord, RunRecord, ScoresRecord
+
+matplotlib.use("Agg")
+matplotlib.rcParams |= {"svg.hashsalt": "layerif", "svg.fonttype": "none"}  # the same picture gives the same bytes
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by everybody
+WIDTH = 8.0  # inches, of every plot
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure with its title and, for readers who cannot see it, its content in words."""
+
+    figure: Figure
+    title: str
+    alt: str
+
+    def save(self, file: Path) -> None:
+        """Writes the figure to a file, in the format of its name."""
+        self.figure.savefig(file, dpi=120)
+
+    def data_uri(self) -> str:
+        """The figure as SVG for an `img`. Its text stays text: outlines would weigh ten times as much."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plots_of_run(record: RunRecord) -> dict[str, Plot]:
+    """The plots of a record by name, `scores` and `allocation`, as far as it holds them."""
+    if record.decision is None:
+        return {}
+    scores, given = record.decision.scores, record.decision.allocation
+    found = {"allocation": plot_allocations({arm_name(record): given})}
+    if scores is not None and len(set(scores.values)) > 1:  # constant ones say nothing
+        name = f"{record.config['task']['name']} {estimator_name(record)}"
+        found = {"scores": plot_scores({name: scores}), **found}
+    return found
+
+
+def plot_scores(profiles: Mapping[str, ScoresRecord]) -> Plot:
+    """Draws the scores of every layer, each profile as a fraction of its largest."""
+    means = " or ".join(sorted({scores.higher_means for scores in profiles.values()}))
+    alt = "; ".join(f"{name}: highest at blocks {', '.join(_highest(one.values))}" for name, one in profiles.items())
+    values = {name: np.array(scores.values) / max(scores.values) for name, scores in profiles.items()}
+    return profiles_plot(values, f"Layer scores (higher = {means})", "score, as a fraction of the largest", alt)
+
+
+def plot_allocations(allocations: Mapping[str, AllocationRecord]) -> Plot:
+    """Draws what each layer gets, one row or colour for each allocation."""
+    kinds = " or ".join(dict.fromkeys(given.kind for given in allocations.values()))
+    values = {f"{name} (budget {one.budget})": np.array(one.values, dtype=float) for name, one in allocations.items()}
+    told = "; ".join(
+        f"{name}: {min(one.values):g} to {max(one.values):g}, most at blocks {', '.join(_highest(one.values))}"
+        for name, one in allocations.items()
+    )
+    title = f"Allocated {kinds} per layer"
+    if len(values) > 4:  # bars would be hairs
+        return heat_map(values, title, kinds, told)
+    figure, axes = _axes(title, "layer (decoder block)", kinds)
+    width = 0.8 / len(values)
+    for number, ((name, given), colour) in enumerate(zip(values.items(), itertools.cycle(COLOURS))):
+        shifted = np.arange(len(given)) + (number - (len(values) - 1) / 2) * width
+        axes.bar(shifted, given, width, color=colour, label=name)
+    return finished(figure, title, told, legend_of=axes)
+
+
+def profiles_plot(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -> Plot:
+    """Draws one line for each name, or one row of a heat map where there are more names than colours."""
+    return (_lines if len(values) <= len(COLOURS) else heat_map)(values, title, label, alt)
+
+
+def _lines(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -> Plot:
+    figure, axes = _axes(title, "layer (decoder block)", label)
+    for (name, given), colour in zip(values.items(), itertools.cycle(COLOURS)):
+        axes.plot(range(len(given)), given, marker="o", markersize=4, color=colour, label=name)
+    axes.set_ylim(0, 1.05)
+    return finished(figure, title, alt, legend_of=axes)
+
+
+def heat_map(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -> Plot:
+    """Draws one row for each name; rows of fewer layers end early."""
+    depth = max(map(len, values.values()))
+    rows = [np.pad(given, (0, depth - len(given)), constant_values=np.nan) for given in values.values()]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.22 * len(rows) + 1.3), layout="constrained")
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_yticks(range(len(rows)), [shortened(name, 64) for name in values], fontsize=8)
+    axes.set_xlabel("layer (decoder block)")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.colorbar(image, ax=axes, label=label, pad=0.01)
+    return finished(figure, title, alt)
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure, axes
+
+
+def finished(figure: Figure, title: str, alt: str, *, legend_of: Axes | None = None) -> Plot:
+    """The figure as a plot, with its legend, which may be long, below the data.
+
+    Margins are given in inches: a layout engine measures every text to fit them, which takes as long as drawing.
+    """
+    if legend_of is not None:
+        legend = 0.1 + 0.2 * len(legend_of.get_legend_handles_labels()[1])
+        height = 3.5 + legend
+        figure.set_size_inches(WIDTH, height)
+        figure.subplots_adjust(left=0.09, right=0.985, top=1 - 0.32 / height, bottom=(0.5 + legend) / height)
+        figure.legend(loc="lower left", frameon=False, fontsize=9, borderaxespad=0.2)
+    plt.close(figure)  # of pyplot's own list; it can still be drawn
+    return Plot(figure, title, alt)
+
+
+def _highest(values: Sequence[float]) -> list[str]:
+    return [str(index) for index in np.argsort(values, kind="stable")[::-1][:3]]
+
+
+def shortened(name: str, length: int) -> str:
+    """The name with its middle left out where it is longer than `length` characters."""
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[-length // 2 :]}"
