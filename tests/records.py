@@ -17,7 +17,11 @@ LAYERS = ["block.0", "block.1", "block.2", "block.3"]
 def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings: Mapping[str, object] | None = None):
     """settings: `section.key` of the configuration -> value."""
     config: dict[str, Any] = {
-        "model": {"_target_": "layerif.models.embedded.Embedded", "cache": "outputs/store/models", "dtype": "float32"},
+        "model": {
+            "_target_": "layerif.models.embedded.EmbeddedModel",
+            "cache": "outputs/store/models",
+            "dtype": "float32",
+        },
         "task": {"_target_": "layerif.data.task.Task", "name": task, "path": None, "num_train": None, "seed": seed},
         "estimator": {"_target_": f"layerif.estimators.{estimator}.{CLASSES.get(estimator, estimator.title())}"},
         "allocator": {"_target_": "layerif.allocate.experts.Experts", "budget": None, "beta": 2.5},
@@ -82,7 +86,7 @@ def with_before(one: RunRecord, right: Sequence[bool]) -> RunRecord:
 
 
 def from_file(path: str, right: Sequence[bool], **options: Any) -> RunRecord:
-    settings = {"allocator._target_": "layerif.allocate.file.File", "allocator.path": path}
+    settings = {"allocator._target_": "layerif.allocate.file.SavedAllocation", "allocator.path": path}
     return record("datainf", right, scores=(), settings=settings, source=f"file({path})", higher_means="", **options)
 
 

@@ -13,7 +13,7 @@ from layerif.scores import Kind, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class SavedAllocation:
     """An allocation written by hand or by an earlier run.
 
     path: a JSON file with one of

@@ -142,9 +142,9 @@ def _preview(parts: Parts, folder: Path) -> None:
     train, validation = parts.decider.samples()
     allocation = parts.decider.rehearse(everything)
     example = splits.train[0]
+    kind = type(parts.model).__name__.removesuffix("Model").lower()
     lines = {
-        "model": f"{type(parts.model).__name__.lower()}, {len(layers.names)} layers of {sum(everything.numel):,} "
-        "parameters together",
+        "model": f"{kind}, {len(layers.names)} layers of {sum(everything.numel):,} parameters together",
         "task": f"{parts.task.name}: {len(splits.train)} train, {len(splits.validation)} validation, "
         f"{len(splits.test)} test rows",
         "probe": f"{sum(map(len, layers.params))} matrices ({config.probe.scope}), {sum(layers.numel):,} parameters; "

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layerif.data.render import Example, Template
 
-Side = Literal["left", "right"]
+PaddingSide = Literal["left", "right"]
 
 
 # template -> (what stands around the instruction, what stands before the output)
@@ -126,7 +126,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return found
 
 
-def collate(encodings: Sequence[Encoded], pad_id: int, side: Side = "right") -> dict[str, Tensor]:
+def collate(encodings: Sequence[Encoded], pad_id: int, side: PaddingSide = "right") -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (samples × longest); labels are -100 where nothing counts.
 
     side: where the padding goes; a sample's loss is the same on either.
@@ -145,7 +145,7 @@ def collate(encodings: Sequence[Encoded], pad_id: int, side: Side = "right") -> 
 
 
 def batches(
-    encodings: Sequence[Encoded], batch_size: int, pad_id: int, side: Side = "right"
+    encodings: Sequence[Encoded], batch_size: int, pad_id: int, side: PaddingSide = "right"
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of samples of similar length, longest first (memory runs out at once or not at all).
 

@@ -29,7 +29,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl:
+class JsonlFolder:
     """A folder with one `<split>.jsonl` per split, one JSON object with the dataset's columns a line."""
 
     path: str
@@ -60,7 +60,7 @@ class Jsonl:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub:
+class HubDataset:
     """A dataset of the Hugging Face hub, read through `datasets` (and so from its cache, when it is there)."""
 
     name: str

@@ -12,7 +12,7 @@ from random import Random
 from typing import get_args
 
 from layerif.data.render import Example, RenderedRow, Renderer, Template, answer_parser
-from layerif.data.source import Jsonl, Source
+from layerif.data.source import JsonlFolder, Source
 
 PARTS = ("train", "validation", "test")
 
@@ -117,7 +117,7 @@ class Task:
         return hash(repr(self))  # mappings among the fields have no hash of their own
 
     def _source(self) -> Source:
-        source = Jsonl(path=self.path) if self.path is not None else self.source
+        source = JsonlFolder(path=self.path) if self.path is not None else self.source
         if source is None:
             raise ValueError(
                 f"task {self.name} has no rows to read; set task.path=/folder with the files "

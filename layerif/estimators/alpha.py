@@ -15,7 +15,7 @@ from layerif.checks import check_choice
 from layerif.evidence import LayerSpectra
 from layerif.scores import LayerScores
 
-Fit = Literal["mid", "peak", "peak_upstream"]
+Tail = Literal["mid", "peak", "peak_upstream"]
 
 LEAST = 10  # non-zero eigenvalues an exponent may be fitted to
 _BINS = 100
@@ -39,7 +39,7 @@ def distance(eigenvalues: Tensor, start: int) -> float:
     return float((fitted_n - empirical_n).abs().max())
 
 
-def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
+def alpha(eigenvalues: Tensor, fit: Tail = "mid") -> float:
     """The exponent of one matrix. eigenvalues: of WᵀW, in any order.
 
     mid: the tail starts at the median, i = N/2.
@@ -49,7 +49,7 @@ def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
         eigenvalues themselves: starts far below the mode are tried as well.
     Raises ValueError for fewer than ten non-zero eigenvalues, and where no tail has any spread.
     """
-    check_choice("estimator.fit", fit, get_args(Fit))
+    check_choice("estimator.fit", fit, get_args(Tail))
     sorted_N = eigenvalues.double().sort().values
     if not bool(sorted_N.isfinite().all()):
         raise ValueError("the eigenvalues are not finite, so the weights are not; look at the checkpoint")
@@ -79,10 +79,10 @@ class Alpha:
 
     needs: ClassVar[str] = "weights"
 
-    fit: Fit = "mid"
+    fit: Tail = "mid"
 
     def __post_init__(self) -> None:
-        check_choice("estimator.fit", self.fit, get_args(Fit))
+        check_choice("estimator.fit", self.fit, get_args(Tail))
 
     def score(self, evidence: LayerSpectra, /) -> LayerScores:
         values = []

@@ -12,7 +12,7 @@ from layerif.scores import Direction, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class SavedScores:
     """Reads scores by layer name, in any order.
 
     path: a JSON file, either the `record.json` of an earlier run or

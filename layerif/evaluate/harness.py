@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from layerif.checks import did_you_mean
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.render import Example, Template
-from layerif.data.source import Hub
+from layerif.data.source import HubDataset
 from layerif.data.task import Task
 from layerif.evaluate.questions import questions_of, require_some
 from layerif.models.blocks import context_length
@@ -152,7 +152,7 @@ def _configs(wanted: str | Mapping[str, Any], index: Mapping[str, Any]) -> Itera
 def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[Task]) -> None:
     evaluated = config.get("test_split") or config.get("validation_split")
     for task in learned:
-        if not (evaluated and isinstance(task.source, Hub) and _is_from(task.source, config)):
+        if not (evaluated and isinstance(task.source, HubDataset) and _is_from(task.source, config)):
             continue
         for part in ("train", "validation"):
             split = task.splits[part]
@@ -166,7 +166,7 @@ def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[Task
                 )
 
 
-def _is_from(source: Hub, config: Mapping[str, Any]) -> bool:
+def _is_from(source: HubDataset, config: Mapping[str, Any]) -> bool:
     """Whether both name one dataset, whoever hosts it; one with a single configuration need not name that."""
     ours, theirs = (str(path).rpartition("/")[2].casefold() for path in (source.name, config.get("dataset_path")))
     configs = {source.config, config.get("dataset_name")} - {None}

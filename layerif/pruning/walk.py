@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from layerif.files import whole
+from layerif.files import save_tensors
 from layerif.models.blocks import bare, blocks, linears
 from layerif.models.contexts import evaluating, full_precision
+from layerif.models.hooks import hooked
 from layerif.pruning import Pruner
 from layerif.pruning.targets import Target
 
@@ -91,7 +92,7 @@ class Walk:
         return self.folder / f"block-{index:03d}.safetensors"
 
     def _capture(self) -> None:
-        hidden, self._calls = capture(self.model, self.batches)
+        hidden, self._calls = capture_inputs(self.model, self.batches)
         self._hidden = HiddenStates(
             hidden, self.device if self.offload == "device" else "cpu", self.folder if self.offload == "disk" else None
         )
@@ -136,14 +137,10 @@ class Walk:
 
             return keep
 
-        handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-        try:
+        with hooked([(module, hook(name)) for name, module in modules.items()], before=True):
             for index in range(len(self.batches)):
                 latest.clear()
                 self._call(block_name, block, index)
-        finally:
-            for handle in handles:
-                handle.remove()
         for name in modules:
             if name not in leaders:
                 raise ValueError(f"no calibration token reaches {block_name}.{name}; give more calibration windows")
@@ -170,7 +167,7 @@ class Walk:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def capture(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
+def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
     """The first block's hidden states (B×T×H) of every batch, and for every block its further arguments.
 
     One forward a batch in which the blocks hand on what they are given. Tensors that are equal are kept once.
@@ -256,18 +253,12 @@ def _header(file: Path) -> Mapping[str, str]:
         return opened.metadata() or {}
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
-    """Whole or not at all."""
-    try:
-        with whole(file) as unfinished:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header
-            )
-    except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
-        raise OSError(
-            f"cannot write {file}: {error}; free some space, use method.offload=cpu, or set outputs=/another/folder; "
-            "the same command carries on from the last finished block"
-        ) from error
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    advice = (
+        "free some space, use method.offload=cpu, or set outputs=/another/folder; "
+        "the same command carries on from the last finished block"
+    )
+    save_tensors(tensors, file, metadata, advice=advice)
 
 
 def _not_finite(what: str) -> str:

@@ -207,7 +207,7 @@ def arm_name(job: Job) -> str:
     """After what made the allocation; by the configuration alone, which failed jobs have, too."""
     allocator = job.config["allocator"]
     which = allocator["_target_"].rpartition(".")[2]
-    if which == "File":
+    if which in ("File", "SavedAllocation"):
         name = "allocation from file"
     elif which == "Shape":  # it looks at no scores
         shape = allocator["shape"]
@@ -252,7 +252,10 @@ def content(job: Job, section: str) -> dict[str, object]:
 
 def called(one: Mapping) -> str:
     given = [one.get(key) for key in ("name", "path")]  # "???" where a failed job was given none
-    named = next((value for value in given if value not in (None, "", "???")), one["_target_"].split(".")[-1].lower())
+    named = next(
+        (value for value in given if value not in (None, "", "???")),
+        one["_target_"].split(".")[-1].removesuffix("Model").lower(),
+    )
     return Path(named).name
 
 
@@ -266,7 +269,7 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     Methods, estimators, allocators and pruners are compared with their like: what follows from the choice is no news.
     """
     config, method = job.config, method_name(job)
-    is_given = config["allocator"]["_target_"].endswith((".File", ".Shape"))
+    is_given = config["allocator"]["_target_"].endswith((".File", ".SavedAllocation", ".Shape"))
     told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
     told += ["pruner."] * (method != "prune")
     told += ["estimator.aggregation.", "estimator.of.aggregation."]

@@ -15,7 +15,7 @@ from layerif.adapt.adapters import LoRAMoEModule
 from layerif.adapt.data import TaskDataModule
 from layerif.adapt.progress import Curves
 from layerif.adapt.train import Fit, callbacks
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from tests.tiny import shipped_task
 
 ALLOCATION = {"model.layers.0": 1, "model.layers.1": 4, "model.layers.2": 2}
@@ -51,9 +51,9 @@ def train(model_folder, splits, tmp_path):
             num_sanity_val_steps=0,
         )
         (folder / "routing.csv").unlink(missing_ok=True)  # as `tracked` does
-        model = {"_target_": "layerif.models.pretrained.Local", "path": str(model_folder)}
+        model = {"_target_": "layerif.models.pretrained.LocalModel", "path": str(model_folder)}
         module = LoRAMoEModule(model, allocation=ALLOCATION, learning_rate=0.02, seed=1)
-        data = TaskDataModule(splits, Local(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
+        data = TaskDataModule(splits, LocalModel(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
         last = checkpoints / "last.ckpt"
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         return module, curves

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts, to_experts
-from layerif.allocate.file import File
+from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank, to_rank
 from layerif.allocate.shape import Shape
 from layerif.allocate.sparsity import Sparsity, to_sparsity
@@ -322,7 +322,7 @@ def test_scores_must_be_finite_and_not_negative(bad):
         (lambda: Experts(rounding="largest_remain"), "did you mean 'largest_remainder'"),  # pyright: ignore
         (lambda: Rank(budget=-3), "budget must be a whole number >= 1"),
         (lambda: Sparsity(target=1.2), "0 to 0.99"),
-        (lambda: File(path="x.json", kind="expert"), "did you mean 'experts'"),  # pyright: ignore
+        (lambda: SavedAllocation(path="x.json", kind="expert"), "did you mean 'experts'"),  # pyright: ignore
     ],
 )
 def test_bad_settings_are_refused_by_name(refused, message):
@@ -423,12 +423,12 @@ def test_file_reads_counts_by_name_as_list_and_from_a_record(tmp_path):
         "allocation": {"kind": "experts", "budget": 36, "values": counts},
     }
     for content in (by_name, counts, record, allocation.to_dict(), {"allocation": allocation.to_dict()}):
-        assert File(path=write(tmp_path, content))(SCORES, LAYERS) == allocation
+        assert SavedAllocation(path=write(tmp_path, content))(SCORES, LAYERS) == allocation
 
 
 def test_file_reads_sparsities(tmp_path):
     allocation = Sparsity()(SCORES, LAYERS)
-    read = File(path=write(tmp_path, allocation.to_dict()), kind="sparsity")(SCORES, LAYERS)
+    read = SavedAllocation(path=write(tmp_path, allocation.to_dict()), kind="sparsity")(SCORES, LAYERS)
     assert read.values == allocation.values
     assert read.budget == pytest.approx(0.5)
 
@@ -451,7 +451,7 @@ def test_file_reads_sparsities(tmp_path):
 )
 def test_file_refuses_an_allocation_of_another_model_or_shape(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        File(path=write(tmp_path, content))(SCORES, LAYERS)
+        SavedAllocation(path=write(tmp_path, content))(SCORES, LAYERS)
 
 
 # Shapes over depth
@@ -561,7 +561,7 @@ def test_an_unknown_rule_is_refused():
 # Files: every allocator has its configuration
 
 
-ALLOCATORS = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": File, "shape": Shape}
+ALLOCATORS = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": SavedAllocation, "shape": Shape}
 
 
 @pytest.mark.parametrize("stem", ALLOCATORS)

@@ -28,7 +28,7 @@ PAPER: dict[str, Any] = {
     "columns": {"countries": {"task": "capital"}, "others": {"task": "region"}},
     "values": {"layerif": {"countries": 0.9}},
 }
-MISTRAL = {"model": {"_target_": "layerif.models.pretrained.Hub", "name": "mistralai/Mistral-7B-v0.1"}}
+MISTRAL = {"model": {"_target_": "layerif.models.pretrained.HubModel", "name": "mistralai/Mistral-7B-v0.1"}}
 
 
 def expected(folder: Path, **changes: Any) -> Path:
@@ -62,12 +62,12 @@ def test_conditions_are_those_of_the_command_line():
 @pytest.mark.parametrize(
     ("model", "is_it"),
     [
-        (("Hub", {"name": "mistralai/Mistral-7B-v0.1"}), True),
-        (("Hub", {"name": "mistralai/mistral-7b-v0.1"}), True),
-        (("Local", {"path": "/models/Mistral-7B-v0.1"}), True),
-        (("Hub", {"name": "else/Mistral-7B-v0.1"}), False),
-        (("Local", {"path": "/models/Mistral-7B-v0.1/pruned"}), False),
-        (("Embedded", {}), False),
+        (("HubModel", {"name": "mistralai/Mistral-7B-v0.1"}), True),
+        (("HubModel", {"name": "mistralai/mistral-7b-v0.1"}), True),
+        (("LocalModel", {"path": "/models/Mistral-7B-v0.1"}), True),
+        (("HubModel", {"name": "else/Mistral-7B-v0.1"}), False),
+        (("LocalModel", {"path": "/models/Mistral-7B-v0.1/pruned"}), False),
+        (("EmbeddedModel", {}), False),
     ],
 )
 def test_a_model_is_the_same_from_the_hub_and_from_a_folder(tmp_path, model, is_it):
@@ -79,9 +79,11 @@ def test_a_model_is_the_same_from_the_hub_and_from_a_folder(tmp_path, model, is_
 
 def test_a_choice_is_found_by_its_class_and_name():
     assert chosen("model", MISTRAL["model"]) == "mistral_7b"
-    assert chosen("model", {"_target_": "layerif.models.pretrained.Hub", "name": "org/other"}) == "hub"
+    assert chosen("model", {"_target_": "layerif.models.pretrained.HubModel", "name": "org/other"}) == "hub"
     assert chosen("method", {"_target_": "elsewhere.Own"}) == "own"
-    other = config_of("datainf", settings={"model": {"_target_": "layerif.models.pretrained.Hub", "name": "org/other"}})
+    other = config_of(
+        "datainf", settings={"model": {"_target_": "layerif.models.pretrained.HubModel", "name": "org/other"}}
+    )
     assert meets(other, {"model": "hub", "model.name": "org/other"})
 
 

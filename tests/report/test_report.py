@@ -109,7 +109,8 @@ def test_the_same_job_run_twice_is_two_rows():
 
 def test_other_models_are_rows_of_their_own_and_not_paired():
     models = [
-        {"model.name": f"org/{name}", "model._target_": "layerif.models.pretrained.Hub"} for name in ("large", "small")
+        {"model.name": f"org/{name}", "model._target_": "layerif.models.pretrained.HubModel"}
+        for name in ("large", "small")
     ]
     runs = [with_before(record("datainf", [True] * 4, settings=model), [True, False]) for model in models]
     rows = table(runs)
@@ -334,7 +335,7 @@ def test_a_folder_in_the_reports_place_is_said_so(tmp_path, capsys):
 
 
 def test_a_model_that_was_never_given_has_no_name_of_question_marks(tmp_path):
-    local = {"model._target_": "layerif.models.pretrained.Local", "model.path": "???"}
+    local = {"model._target_": "layerif.models.pretrained.LocalModel", "model.path": "???"}
     jobs = [failure("datainf", settings=local), failure("datainf", seed=1, settings={**local, "model.path": "/m/tiny"})]
     console = Console(record=True, width=200)
     write(written(tmp_path, jobs), console)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors import SafetensorError
 from torch import nn
 
 from layerif.adapt.adapters import LoRAMoEModule
@@ -20,8 +19,9 @@ from layerif.app.methods._steps import evaluate, keeping
 from layerif.app.setup import Parts
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider
+from layerif.files import full_disk_explained
 from layerif.models.blocks import blocks
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from layerif.pruning import Pruner
 from layerif.pruning.module import PruneModule, log
 from layerif.pruning.semi_structured import speed_of_two_four
@@ -107,7 +107,7 @@ def check_pruning(parts: Parts, module: PruneModule) -> str:
             if given.kind != "experts":
                 raise ValueError(f"method.experts must allocate experts, got {given.kind}")
             experts = given.by_name()
-        _adapted(module, Local(path=""), None).rehearse(skeleton, experts)
+        _adapted(module, LocalModel(path=""), None).rehearse(skeleton, experts)
     return said
 
 
@@ -159,13 +159,9 @@ def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, fol
 
 
 def _save(model: nn.Module, parts: Parts, folder: Path) -> None:
-    try:
+    advice = "free some space and give the same command again (no block is pruned twice), or use method.save=false"
+    with full_disk_explained(f"the pruned model to {folder}", advice):
         model.save_pretrained(folder)  # type: ignore[operator]
-    except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
-        raise OSError(
-            f"cannot write the pruned model to {folder}: {error}; free some space and give the same "
-            "command again (no block is pruned twice), or use method.save=false"
-        ) from error
     parts.tokenizer.save_pretrained(folder)
 
 
@@ -180,7 +176,7 @@ def _measure_two_four(model: nn.Module, module: PruneModule, record: RunRecord) 
 
 def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path) -> None:
     """Fine-tune the pruned model in `folder`/model on the task."""
-    pruned = Local(path=str(folder / "model"), dtype=module.source.dtype, attention=module.source.attention)
+    pruned = LocalModel(path=str(folder / "model"), dtype=module.source.dtype, attention=module.source.attention)
     one_each = dict.fromkeys(parts.decider.layers().names, 1)
     adapted = _adapted(module, pruned, one_each if module.recover == "lora" else None)
     influence = InfluenceCallback(
@@ -195,7 +191,7 @@ def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path)
         "decision": influence.state_dict(),
     }
     if module.recover == "lora":
-        zeros = {name: linear.weight == 0 for name, linear in matrices(Local(path=pruned.path).load()).items()}
+        zeros = {name: linear.weight == 0 for name, linear in matrices(LocalModel(path=pruned.path).load()).items()}
         model = model.cpu().merge_and_unload()
         for name, linear in matrices(model).items():
             assert bool((linear.weight[zeros[name]] == 0).all()), name
@@ -203,11 +199,11 @@ def _recover(parts: Parts, module: PruneModule, record: RunRecord, folder: Path)
     evaluate(model.to(parts.decider.device), parts, record, "")
 
 
-def _adapted(module: PruneModule, pruned: Local, allocation: Mapping[str, int] | None) -> LoRAMoEModule:
+def _adapted(module: PruneModule, pruned: LocalModel, allocation: Mapping[str, int] | None) -> LoRAMoEModule:
     """What fine-tunes the pruned model."""
     assert module.adapter is not None
     kept = {key: getattr(pruned, key) for key in ("path", "dtype", "attention")}
-    config = {"_target_": "layerif.models.pretrained.Local", **kept}
+    config = {"_target_": "layerif.models.pretrained.LocalModel", **kept}
     adapted = module.adapter(model=config, allocation=allocation)
     if not adapted.hparams["keep_zeros"]:
         raise ValueError(
