@@ -18,6 +18,7 @@ from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule
 from layerif.adapt.progress import Curves
 from layerif.app.setup import Parts
+from layerif.compat import validates_now
 from layerif.files import carried_on
 from layerif.record.record import RunRecord
 
@@ -113,8 +114,7 @@ class StepCheckpoint(ModelCheckpoint):
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        loop = trainer.fit_loop
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        if not validates_now(trainer):
             super().on_train_batch_end(trainer, *rest)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

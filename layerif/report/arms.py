@@ -252,10 +252,8 @@ def content(job: Job, section: str) -> dict[str, object]:
 
 def called(one: Mapping) -> str:
     given = [one.get(key) for key in ("name", "path")]  # "???" where a failed job was given none
-    named = next(
-        (value for value in given if value not in (None, "", "???")),
-        one["_target_"].split(".")[-1].removesuffix("Model").lower(),
-    )
+    kind = one["_target_"].split(".")[-1].removesuffix("Model").lower()
+    named = next((value for value in given if value not in (None, "", "???")), kind)
     return Path(named).name
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from layerif.models.blocks import blocks, linears
-from layerif.pruning import Pruner, walk
+from layerif.pruning import Pruner
 from layerif.pruning.magnitude import Magnitude
 from layerif.pruning.sparsegpt import SparseGPT
 from layerif.pruning.targets import matrices, targets
@@ -184,7 +184,7 @@ def test_a_full_disk_says_what_to_do_and_leaves_no_half_file(tmp_path, monkeypat
         file.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(walk, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"No space left.* method\.offload=cpu.* carries on"):
         walked(tiny_model(), SparseGPT(), tmp_path, offload="disk")
     assert list(tmp_path.iterdir()) == []
