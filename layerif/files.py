@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-if TYPE_CHECKING:
-    pass
 from layerif import PACKAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -32,6 +33,44 @@ def whole(file: Path) -> Iterator[Path]:
         raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None, *, advice: str
+) -> None:
+    """Writes tensors and texts to a safetensors file, which is there as a whole or not at all.
+
+    Args:
+        tensors: by name, on any device.
+        file: the file to write.
+        metadata: texts that the file's header holds.
+        advice: says what to do where the disk is full, see `full_disk_explained`.
+
+    Raises:
+        OSError: names the file and the cause, and ends with `advice`.
+    """
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with full_disk_explained(str(file), advice), whole(file) as unfinished:
+        save_file(plain, unfinished, dict(metadata) if metadata else None)
+
+
+@contextmanager
+def full_disk_explained(what: str, advice: str) -> Iterator[None]:
+    """Turns the error of a write that failed into an OSError that says what could not be written, why and what to do.
+
+    Safetensors reports a full disk as an error of its own. An OSError of another cause than a full disk passes as it
+    is: `explained` finds the setting behind it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _FULL:
+            raise
+        raise OSError(f"cannot write {what}: {error}; {advice}") from error
 
 
 def claim_folder(folder: Path, job: Any) -> bool:
@@ -65,7 +104,7 @@ def claim_folder(folder: Path, job: Any) -> bool:
 def explained(error: OSError, folders: Mapping[str, str]) -> str:
     """What the file system refused, and what to do. folders: settings by name, one of which may be the cause."""
     where = f" for {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return f"no space is left on the disk{where}; free some and give the same command again"
     if error.errno not in _REFUSED or not isinstance(error.filename, str):
         return str(error) or type(error).__name__
@@ -79,6 +118,7 @@ def explained(error: OSError, folders: Mapping[str, str]) -> str:
     return f"{setting}={folders[setting]} cannot be used: {wrong}; give a folder that can be written"
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 

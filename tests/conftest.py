@@ -54,12 +54,12 @@ def decider(model_folder, task_folder, tmp_path):
     from layerif.allocate.experts import Experts
     from layerif.decide import Decider
     from layerif.estimators.grad_dot import GradDot
-    from layerif.models.pretrained import Local
+    from layerif.models.pretrained import LocalModel
     from layerif.probe.settings import Probe
     from layerif.probe.store import Store
     from tests.tiny import shipped_task
 
-    model = Local(path=str(model_folder))
+    model = LocalModel(path=str(model_folder))
     return Decider(
         model=model,
         tokenizer=model.tokenizer(),

@@ -28,7 +28,7 @@ from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from layerif.moe import LoraMoeConfig
 from layerif.probe import activations
 from layerif.probe.gates import Gates
@@ -165,7 +165,7 @@ def test_checkpoints_may_be_whole_models(decider, tmp_path):
         tiny_model("llama", seed=seed, attn_implementation="sdpa").save_pretrained(folder)
     decision = replace(decider, estimator=tracin_of(folders, 1.0, 1e-12))()
     assert not decision.reused
-    alone = replace(decider, model=Local(path=folders[0]))()
+    alone = replace(decider, model=LocalModel(path=folders[0]))()
     assert alone.reused
     assert decision.scores.values == pytest.approx(alone.scores.values, rel=1e-6)
 

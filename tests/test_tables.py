@@ -141,7 +141,7 @@ def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment
     for job in found:
         config = OmegaConf.create(plain(job))
         check(config)
-        is_embedded = config.model._target_.endswith("Embedded")
+        is_embedded = config.model._target_.endswith("EmbeddedModel")
         assert is_embedded == (small == "true")
         for part in ("model", "task", "estimator", "allocator", "probe", "fit"):
             instantiate(config[part])

@@ -26,7 +26,7 @@ from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
-from layerif.models.embedded import Embedded
+from layerif.models.embedded import EmbeddedModel
 from layerif.models.loss import per_sample_loss
 from layerif.probe.grams.measure import IndexedBatch, measure
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 def scoring(device: str) -> LayerGrams:
     """All blocks of SmolLM2-135M against a plain forward + backward (all weight gradients) of the same batches."""
-    embedded = Embedded(cache="outputs/store/models")
+    embedded = EmbeddedModel(cache="outputs/store/models")
     model: Any = embedded.load()
     model.to(device)
     tokenizer = embedded.tokenizer()

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from layerif.models.blocks import blocks, linears
-from layerif.models.embedded import Embedded
+from layerif.models.embedded import EmbeddedModel
 from layerif.pruning import Pruner
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.magnitude import Magnitude
 from layerif.pruning.sparsegpt import SparseGPT
 from layerif.pruning.targets import targets
-from layerif.pruning.walk import HiddenStates, Walk, capture
+from layerif.pruning.walk import HiddenStates, Walk, capture_inputs
 from layerif.pruning.wanda import Wanda
 from layerif.record.record import RunRecord
 
@@ -93,14 +93,14 @@ class Bench:
     """The block in the middle of SmolLM2-135M, and what it is given."""
 
     def __init__(self) -> None:
-        embedded = Embedded(cache=MODELS)
+        embedded = EmbeddedModel(cache=MODELS)
         self.model: Any = embedded.load()
         self.batches = Calibration().batches(embedded.tokenizer())
         self.name = list(blocks(self.model))[15]
         self.block = blocks(self.model)[self.name]
         self.dense = {key: value.clone() for key, value in self.block.state_dict().items()}
         with torch.no_grad():
-            self.hidden, self.calls = capture(self.model, self.batches)
+            self.hidden, self.calls = capture_inputs(self.model, self.batches)
 
     def work(self, way: str, pruner: Pruner) -> None:
         with torch.no_grad():

@@ -27,7 +27,7 @@ import torch
 from experiments.timing import machine, timed
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
-from layerif.probe.grams.factors import capture
+from layerif.probe.grams.factors import capture_factors
 from layerif.probe.grams.measure import IndexedBatch, measure
 
 START = {"train": 64, "validation": 16, "tokens": 64, "blocks": 4}
@@ -101,7 +101,7 @@ def point(
     before = _resident_mb()
     _reset_peak()
     with frozen(model):  # what every forward and backward needs, whatever is kept of it
-        capture(model, [layers.params[0][0]], both[0][0][1], [""] * 8)
+        capture_factors(model, [layers.params[0][0]], both[0][0][1], [""] * 8)
     batch = _peak_mb() - before
     _reset_peak()
     found = [timed(lambda: measure(model, layers, *both, memory_gb=memory_gb))[1]]

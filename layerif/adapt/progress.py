@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from layerif.compat import logged_step, set_logged_step
 from layerif.files import whole
 from layerif.moe import measure_usage
 from layerif.moe.usage import UsageMeter, by_block
@@ -65,7 +66,7 @@ class TrainingCurves(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # Lightning counts one step too many for curves in a run that resumes from the end of an epoch.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        set_logged_step(trainer, trainer.global_step)
         pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
         self._begun = time.perf_counter()
 
@@ -96,14 +97,14 @@ class TrainingCurves(L.Callback):
         usage = self._meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
         if usage and trainer.is_global_zero:
             routing = by_block(usage, list(pl_module.allocation.units))
-            log_routing(trainer.loggers, routing, _step(trainer))
-            self._keep({"step": _step(trainer), "routing": routing})
+            log_routing(trainer.loggers, routing, logged_step(trainer))
+            self._keep({"step": logged_step(trainer), "routing": routing})
 
     def _keep_logged(self, trainer: L.Trainer, prefix: str) -> None:
         """Keep the values that Lightning has for the loggers, or has given them."""
         values = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(prefix)}
         if values and trainer.is_global_zero:
-            self._keep({"step": _step(trainer), "metrics": {**values, "epoch": trainer.current_epoch}})
+            self._keep({"step": logged_step(trainer), "metrics": {**values, "epoch": trainer.current_epoch}})
 
     def _keep(self, row: dict[str, Any]) -> None:
         with self._file.open("a") as opened:
@@ -117,8 +118,3 @@ class TrainingCurves(L.Callback):
             unfinished.write_text("".join(f"{line}\n" for line in lines))
         self._num_rows = len(lines)
         return [json.loads(line) for line in lines]
-
-
-def _step(trainer: L.Trainer) -> int:
-    """Give the step at work or just done as Lightning counts it for its own curves, from 0."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -19,6 +19,7 @@ from layerif.adapt.data import TaskDataModule
 from layerif.adapt.module import AdapterModule
 from layerif.adapt.progress import TrainingCurves
 from layerif.checks import Count, check_fields
+from layerif.compat import validates_now
 from layerif.files import claim_folder
 from layerif.record.record import RunRecord
 
@@ -130,8 +131,7 @@ class StepCheckpoint(ModelCheckpoint):
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        loop = trainer.fit_loop
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        if not validates_now(trainer):
             super().on_train_batch_end(trainer, *rest)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,7 +14,7 @@ from layerif.scores import Kind, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class SavedAllocation:
     """Reads an allocation that was written by hand or by an earlier run.
 
     The budget is the one that the values spend.

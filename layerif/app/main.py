@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from layerif.app import sweep
 from layerif.app.messages import explain, of_the_user
 from layerif.app.schema import register
+from layerif.compat import hydra_options
 from layerif.files import conf_folder
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -71,7 +71,7 @@ def _leave(error: Exception) -> NoReturn:
 
 def _check_options() -> None:
     """A setting written as an option: argparse would only call it unrecognized."""
-    options = [option for option in get_args_parser()._option_string_actions if option.startswith("--")]
+    options = hydra_options()
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if name.startswith("--") and not any(option.startswith(name) for option in options):

@@ -142,8 +142,8 @@ def check_unseen(scored: Splits, splits: Splits) -> None:
     seen = sum(example.question in asked for example in (*scored.train, *scored.validation))
     if seen:
         raise ValueError(
-            f"{seen} train or validation rows of score_task ask what test rows of the task ask, so the scores would see "
-            "what they are judged by; name another score_task, or null for the task's own rows"
+            f"{seen} train or validation rows of score_task ask what test rows of the task ask, so the scores would "
+            "see what they are judged by; name another score_task, or null for the task's own rows"
         )
 
 

@@ -1,21 +1,24 @@
-"""From examples to token tensors: what stands around a prompt, where it ends, and how samples share a batch."""
+"""Examples become token tensors: the text around a prompt, the end of the prompt, and batches of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from layerif.data.render import Example, Template
 
-Side = Literal["left", "right"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
+PaddingSide = Literal["left", "right"]
 
-# template -> (what stands around the instruction, what stands before the output)
+IGNORED = -100  # the label of a token that does not count
+
+# By template: the text around the instruction, and the text before the output.
 _TEMPLATES: dict[str, tuple[str, str]] = {
     "plain": ("{instruction}", " "),
     "alpaca": (
@@ -28,7 +31,14 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample. The first `prompt_length` tokens are the prompt; the loss counts tokens from `loss_from` on."""
+    """A sample as token ids.
+
+    Args:
+        input_ids: prompt and output.
+        prompt_length: the number of tokens of the prompt, which come first.
+        loss_from: the first token that the loss counts.
+        is_truncated: the sample was longer than the limit and lost its end.
+    """
 
     input_ids: tuple[int, ...]
     prompt_length: int
@@ -44,17 +54,17 @@ class Encodings(tuple[Encoded, ...]):
 
     @property
     def num_truncated(self) -> int:
-        """How many samples were longer than the limit and lost their end."""
+        """The number of samples that were longer than the limit and lost their end."""
         return sum(sample.is_truncated for sample in self)
 
 
 def prompt_text(example: Example, template: Template) -> str:
-    """All that a model sees before it answers."""
+    """Returns the text that a model reads before it answers."""
     return _TEMPLATES[template][0].replace("{instruction}", example.instruction)
 
 
 def output_text(output: str, template: Template) -> str:
-    """An output as it follows the prompt."""
+    """Returns an output as it follows the prompt."""
     return _TEMPLATES[template][1] + output
 
 
@@ -67,12 +77,21 @@ def encode(
     loss_on: Literal["all", "output"] = "all",
     eos: bool,
 ) -> Encodings:
-    """Prompt and right output of every example as token ids, in the examples' order.
+    """Turns prompt and right output of every example into token ids, in the order of the examples.
 
-    The text is tokenised whole; BOS is there if the tokenizer puts it there by itself, and never counts. The prompt
-    ends where the ids of the prompt alone and of the whole text part.
-    max_length: longer samples lose their end and are marked (None: no limit); eos: append the end-of-text token first.
-    Raises ValueError where truncation leaves nothing to learn.
+    The text is tokenised as a whole. BOS is there if the tokenizer adds it by itself, and the loss never counts it. The
+    prompt ends where the ids of the whole text begin to differ from those of the prompt alone.
+
+    Args:
+        examples: the examples.
+        tokenizer: the tokenizer of the model.
+        template: the text around each instruction.
+        max_length: the most tokens of a sample; a longer one loses its end and is marked. None sets no limit.
+        loss_on: the tokens that the loss counts, all or those of the output.
+        eos: append the end-of-text token, before samples are cut.
+
+    Raises:
+        ValueError: a cut sample has no token left to learn, or the tokenizer has no end-of-text token.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} leaves no token to predict; use 2 or more")
@@ -103,7 +122,7 @@ def encode(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Ids of each text, with BOS if the tokenizer adds it, and never an EOS of its own accord."""
+    """Returns the ids of each text, with BOS if the tokenizer adds it, and without an EOS that it adds by itself."""
     if not texts:
         return []
     rows: Any = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False)["input_ids"]
@@ -112,24 +131,28 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two texts have in common from the start."""
+    """Counts the ids that two texts have in common from the start."""
     return next(
         (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token, or the end-of-text token: masks come from lengths, so the two may be one."""
+    """Returns the padding token, or the end-of-text token: masks come from lengths, so both may be the same.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
     found: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
         raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
     return found
 
 
-def collate(encodings: Sequence[Encoded], pad_id: int, side: Side = "right") -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (samples × longest); labels are -100 where nothing counts.
+def collate(encodings: Sequence[Encoded], pad_id: int, side: PaddingSide = "right") -> dict[str, Tensor]:
+    """Pads samples to a batch of `input_ids`, `attention_mask` and `labels`, each (samples × longest).
 
-    side: where the padding goes; a sample's loss is the same on either.
+    Labels are -100 where a token does not count. A sample's loss is the same for either `side` of the padding.
     """
     shape = len(encodings), max(map(len, encodings))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
@@ -145,16 +168,13 @@ def collate(encodings: Sequence[Encoded], pad_id: int, side: Side = "right") -> 
 
 
 def batches(
-    encodings: Sequence[Encoded], batch_size: int, pad_id: int, side: Side = "right"
+    encodings: Sequence[Encoded], batch_size: int, pad_id: int, side: PaddingSide = "right"
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of samples of similar length, longest first (memory runs out at once or not at all).
+    """Yields batches of samples of similar length, each with the positions of its samples in `encodings`.
 
-    Each comes with the positions of its samples in `encodings`, to put results back into their order.
+    The longest samples come first, so that memory runs out at once or not at all.
     """
     order = sorted(range(len(encodings)), key=lambda index: (-len(encodings[index]), index))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         yield indices, collate([encodings[index] for index in indices], pad_id, side)
-
-
-IGNORED = -100

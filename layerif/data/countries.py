@@ -1,6 +1,6 @@
 """Four-way questions on the countries of the world: the embedded tasks, which need neither hub nor account.
 
-The facts are those of the package `countryinfo` (MIT); its data files are read, its code is never imported.
+The facts come from the data files of the package `countryinfo` (MIT); its code is never imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from layerif.data.source import Row
 
 NUM_OPTIONS = 4
 
-# Per kind of question: the data file's field and the wording.
+# By kind of question: the field of the data file and the wording.
 KINDS: Mapping[str, tuple[str, str]] = {
     "capital": ("capital", "What is the capital of {country}?"),
     "region": ("region", "Which region of the world is {country} in?"),
@@ -32,14 +32,17 @@ SPLIT_BOUNDS: Mapping[str, tuple[float, float]] = {"train": (0.0, 0.5), "validat
 
 @dataclass(frozen=True, kw_only=True)
 class Countries:
-    """Rows `id, question, options (4 texts), answer (a text)` about one kind of fact.
+    """A source of rows `id, question, options (4 texts), answer (a text)` about one kind of fact.
 
-    A country belongs to one split, the same for every kind: by a hash of its code, about 50 / 20 / 30 % train /
-    validation / test. Wrong options are the facts of three other countries of the same split (so no split shows what
-    another asks), drawn by country: a value is a wrong option as often as it is a right one, which leaves no cue in its
-    frequency. Countries without the fact are left out.
-    seed: chooses the wrong options and the order. It is part of the data set and apart from the run's seed, so that
-    runs with several seeds answer the same questions.
+    A hash of a country's code puts it into one split, the same for every kind: about 50 % train, 20 % validation and
+    30 % test. Wrong options are the facts of three other countries of the same split, so that no split shows the
+    answers of another. They are drawn by country: a value is a wrong option as often as it is a right one, and its
+    frequency gives no cue. Countries without the fact are left out.
+
+    Args:
+        kind: the kind of fact, one of KINDS.
+        seed: chooses the wrong options and the order. It belongs to the dataset and not to the run, so that runs with
+            several seeds answer the same questions.
     """
 
     kind: str
@@ -47,10 +50,10 @@ class Countries:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is no kind of country question; use one of {', '.join(KINDS)}")
+            raise ValueError(f"kind={self.kind!r} is not a kind of country question; use one of {', '.join(KINDS)}")
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Rows in the order of the hash, which is as good as shuffled and never changes."""
+        """Yields the rows in the order of the hash, which is as good as shuffled and never changes."""
         if split not in SPLIT_BOUNDS:
             raise ValueError(f"the country tasks have no split {split!r}; use one of {', '.join(SPLIT_BOUNDS)}")
         field, question = KINDS[self.kind]
@@ -76,7 +79,7 @@ class Countries:
 
 
 def _facts(field: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(code, country, its right answers) for every country that has the field; one entry a code."""
+    """Yields code, name and right answers of every country that has the field, once per code."""
     seen = set()
     for file in sorted(_data_folder().glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -88,13 +91,13 @@ def _facts(field: str) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _texts(value: Any) -> list[str]:
-    """The non-empty texts of a field that is a text, a list of texts, or missing."""
+    """Returns the non-empty texts of a field that is a text, a list of texts, or missing."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
 
 def _place(code: str) -> float:
-    """A number in [0, 1) that depends on nothing but the code."""
+    """Returns a number in [0, 1) that depends on the code alone."""
     return int.from_bytes(sha256(code.encode()).digest()[:6], "big") / 2**48
 
 

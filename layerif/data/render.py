@@ -1,4 +1,4 @@
-"""Rows become examples: templates are filled in, the right option is found."""
+"""Rows become examples: the task's templates are filled in, and the right option is found."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 
 def answer_parser(pattern: str) -> re.Pattern[str]:
-    """The compiled `pattern` of a task. Raises ValueError if it is no expression or holds no group."""
+    """Compiles the `pattern` of a task.
+
+    Raises:
+        ValueError: the pattern is not a regular expression, or has no group.
+    """
     try:
         parser = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"task.pattern={pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"task.pattern={pattern!r} is not a regular expression: {error}") from error
     if parser.groups < 1:
         raise ValueError(f"task.pattern={pattern!r} has no group; put the answer in parentheses, as in 'is ([A-Z])'")
     return parser
@@ -33,10 +37,15 @@ Template = Literal["plain", "alpaca"]
 
 @dataclass(frozen=True)
 class Example:
-    """One question. options: the full outputs ("Answer: The answer is B."), labels: their short names ("B").
+    """One question with its options.
 
-    answer: index of the right one in both. question: what it asks, equal for rows that ask the same; of an example that
-    no task has rendered, its instruction but for case and blanks.
+    Args:
+        id: names the example within its split.
+        instruction: the text that asks the question.
+        options: the full outputs, for example "Answer: The answer is B."
+        labels: the short names of the options, for example "B".
+        answer: the index of the right option.
+        question: a text that is equal for rows that ask the same; by default the folded instruction.
     """
 
     id: str
@@ -51,13 +60,13 @@ class Example:
 
     @property
     def output(self) -> str:
-        """The right output."""
+        """The output of the right option."""
         return self.options[self.answer]
 
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """An example, and where its row stands."""
+    """An example, and the place of its row, for messages."""
 
     example: Example
     where: str
@@ -68,7 +77,7 @@ class Renderer:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        # Task files are shared: they may format rows, never reach into Python.
+        # People share task files. A template may format rows, but must not reach into Python.
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
         )
@@ -77,7 +86,7 @@ class Renderer:
             try:
                 return compile(getattr(task, field), **options)
             except TemplateError as error:
-                raise ValueError(f"task.{field}={getattr(task, field)!r} is no Jinja: {error.message}") from error
+                raise ValueError(f"task.{field}={getattr(task, field)!r} is not Jinja: {error.message}") from error
 
         self.instruction = compiled("instruction", environment.from_string)
         self.output = compiled("output", environment.from_string)
@@ -88,7 +97,7 @@ class Renderer:
         }
 
     def read(self, row: Row, default_id: str) -> RenderedRow | None:
-        """The example of a row, None where `keep` is false."""
+        """Renders the example of a row; returns None where `keep` is false."""
         names = self._names(row)
         if "keep" in self.expressions and not self._value("keep", names, row):
             return None
@@ -105,7 +114,7 @@ class Renderer:
         return RenderedRow(example, row.where)
 
     def _question(self, instruction: str, names: Mapping[str, Any], row: Row) -> str:
-        """The instruction in lower case, blanks made one, its options sorted."""
+        """Returns the instruction, folded, with its options sorted."""
         if self.task.columns.get("options"):
             options, letters = (sorted(map(folded, names[name])) for name in ("options", "letters"))
             names = {**names, "options": options, "letters": letters}
@@ -113,7 +122,7 @@ class Renderer:
         return folded(instruction)
 
     def _names(self, row: Row) -> dict[str, Any]:
-        """What templates see: the row's columns, then the task's own names."""
+        """Returns the names that templates see: the row's columns, then the task's own names."""
         names = dict(row.fields)
         for name, column in self.task.columns.items():
             if column is not None:
@@ -125,9 +134,7 @@ class Renderer:
     def _labels(self, names: Mapping[str, Any], row: Row) -> tuple[str, ...]:
         labels = self._value("labels", names, row)
         if not isinstance(labels, list | tuple) or not labels:
-            raise ValueError(
-                f"{row.where}: task.labels={self.task.labels!r} gave {labels!r}; it should give a list of texts"
-            )
+            raise ValueError(f"{row.where}: task.labels={self.task.labels!r} gave {labels!r}; give a list of texts")
         labels = tuple(str(label) for label in labels)
         if len(set(labels)) < len(labels):
             raise ValueError(f"{row.where}: labels {list(labels)} repeat; each option needs its own label")
@@ -140,7 +147,7 @@ class Renderer:
             if str(answer) in labels and found != {labels.index(str(answer))}:
                 raise ValueError(
                     f"{row.where}: the answer {answer} is a whole number and so an index from 0, and it is the label "
-                    f"'{answer}' of {list(labels)}, which is not the same one; say what it is: the label, by "
+                    f"'{answer}' of {list(labels)}, which is another option; say which is meant: the label, by "
                     f"task.answer='({self.task.answer})|string', or the index, by "
                     f"task.answer='({self.task.labels})[{self.task.answer}]'"
                 )
@@ -153,9 +160,9 @@ class Renderer:
             return found.pop()
         problem = "fits more than one of" if found else "is none of"
         raise ValueError(
-            f"{row.where}: the answer {answer!r} {problem} the labels {list(labels)}; it should be one label, "
-            f"the text of one option, or an index from 0 to {len(labels) - 1}. Are the labels of this split hidden? "
-            "Then name another in task.splits"
+            f"{row.where}: the answer {answer!r} {problem} the labels {list(labels)}; use one label, "
+            f"the text of one option, or an index from 0 to {len(labels) - 1}; if this split hides its labels, "
+            "name another one in task.splits"
         )
 
     def _value(self, field: str, names: Mapping[str, Any], row: Row) -> Any:
@@ -164,7 +171,7 @@ class Renderer:
         except (TemplateError, TypeError) as error:
             raise self._error(field, error, names, row) from error
         if isinstance(value, Undefined):
-            raise self._error(field, f"it names nothing known in {getattr(self.task, field)!r}", names, row)
+            raise self._error(field, f"{getattr(self.task, field)!r} uses an unknown name", names, row)
         return value
 
     def _text(self, field: str, template: Any, names: Mapping[str, Any], row: Row) -> str:
@@ -183,7 +190,7 @@ class Renderer:
 
 
 class _Null(TemplateError):
-    """A template would write `None`."""
+    """Says that a template would write `None`."""
 
 
 def _not_null(value: Any) -> Any:
@@ -193,5 +200,5 @@ def _not_null(value: Any) -> Any:
 
 
 def folded(text: str) -> str:
-    """What is compared of two texts: case and blanks count for nothing."""
+    """Returns a text in lower case with single blanks, so that texts compare without case and blanks."""
     return " ".join(text.casefold().split())

@@ -1,4 +1,4 @@
-"""Where rows come from (JSONL files or a hub dataset), and what their columns hold."""
+"""Sources of rows, which are JSONL files or a dataset of the hub, and the values in their columns."""
 
 from __future__ import annotations
 
@@ -12,63 +12,67 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Row:
-    """One raw row and where it stands, for messages: `train.jsonl:3`."""
+    """A raw row and its place, for messages: `train.jsonl:3`."""
 
     where: str
     fields: Mapping[str, Any]
 
 
 class Source(Protocol):
-    """Anything that gives the rows of a named split, in a fixed order."""
+    """A source gives the rows of a named split in a fixed order."""
 
-    def rows(self, split: str) -> Iterator[Row]: ...
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields the rows of a split. Raises ValueError where they cannot be read."""
+        ...
 
     def files(self) -> list[Path] | None:
-        """What the rows are read from, as far as it is there: the same files, the same rows. None: cannot be told."""
+        """Lists the files that the rows are read from; while they stay the same, so do the rows. None: unknown."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl:
-    """A folder with one `<split>.jsonl` per split, one JSON object with the dataset's columns a line."""
+class JsonlFolder:
+    """A folder with a file `<split>.jsonl` per split, in which each line is a JSON object of the dataset's columns."""
 
     path: str
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Raises ValueError, with file and line, for a missing, empty or broken file."""
+        """Yields the rows of a file. Raises ValueError, with file and line, where it is missing, empty or broken."""
         folder = Path(self.path).expanduser()
         if not self.path:
             raise ValueError(f"task.path is empty; give the folder that holds files such as {split}.jsonl")
         if not folder.is_dir():
-            raise ValueError(f"task.path={self.path} is not a folder; it should hold files such as {split}.jsonl")
+            raise ValueError(
+                f"task.path={self.path} is not a folder; give the folder that holds files such as {split}.jsonl"
+            )
         file = folder / f"{split}.jsonl"
         if not file.is_file():
             found = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
             raise ValueError(
-                f"{file} does not exist; the folder holds {found}. "
-                "Add the file, or name the one to read: task.splits.<train|validation|test>=<file without .jsonl>"
+                f"{file} does not exist; the folder holds {found}; "
+                "add the file, or name the one to read: task.splits.<train|validation|test>=<file without .jsonl>"
             )
         number = 0
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield Row(f"{file}:{number}", _json_object(line, f"{file}:{number}"))
         if number == 0:
-            raise ValueError(f"{file} is empty; it should hold one JSON object a line")
+            raise ValueError(f"{file} is empty; it must hold a JSON object per line")
 
     def files(self) -> list[Path]:
         return sorted(Path(self.path).expanduser().glob("*.jsonl"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub:
-    """A dataset of the Hugging Face hub, read through `datasets` (and so from its cache, when it is there)."""
+class HubDataset:
+    """A dataset of the Hugging Face hub, read through `datasets`, and so from its cache where it is filled."""
 
     name: str
     config: str | None = None
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Raises ValueError when the dataset or split cannot be had, saying how to use a local copy."""
-        import datasets  # heavy, and needed by hub tasks only
+        """Yields the rows of a split. Raises ValueError, with how to use a local copy, where it cannot be read."""
+        import datasets
 
         try:
             dataset = datasets.load_dataset(self.name, self.config, split=split)
@@ -76,7 +80,7 @@ class Hub:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"cannot read split {split!r} of {self} from the hub: {reason}. Without the hub, set task.path=/folder "
-                f"with files such as {split}.jsonl that hold the dataset's columns, one JSON object a line"
+                f"with files such as {split}.jsonl that hold a JSON object with the dataset's columns per line"
             ) from error
         index = 0
         table: Any
@@ -87,25 +91,33 @@ class Hub:
                 index += 1
 
     def files(self) -> None:
-        """The hub may have other rows the next time."""
+        """Returns None, because the hub may have other rows the next time."""
 
     def __str__(self) -> str:
         return self.name if self.config is None else f"{self.name}/{self.config}"
 
 
 def column_of(row: Row, dotted: str, setting: str) -> Any:
-    """The value under a dotted column name."""
+    """Returns the value under a dotted column name.
+
+    Raises:
+        ValueError: the row has no such column; names `setting`, where another one can be given.
+    """
     value: Any = row.fields
     for key in dotted.split("."):
         if not isinstance(value, Mapping) or key not in value:
             have = ", ".join(row.fields) or "none"
-            raise ValueError(f"{row.where} has no column {dotted!r} (columns: {have}); set {setting}=<one of them>")
+            raise ValueError(f"{row.where} has no column {dotted!r} (columns: {have}); set {setting} to one of them")
         value = value[key]
     return value
 
 
 def options_of(value: Any, row: Row) -> tuple[list[str], list[str]]:
-    """(texts, letters) of an options column in any of the shapes data sets have."""
+    """Returns texts and letters of an options column in any of the shapes that datasets use.
+
+    Raises:
+        ValueError: the column has another shape.
+    """
     if isinstance(value, Mapping) and {"text", "label"} <= set(value):
         texts, letters = value["text"], value["label"]
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
@@ -122,7 +134,7 @@ def options_of(value: Any, row: Row) -> tuple[list[str], list[str]]:
         or not all(isinstance(text, str) for text in (*texts, *letters))
     ):
         raise ValueError(
-            f"{row.where}: the options {str(value)[:80]} are not usable; they should be a list of 2 to 26 texts, "
+            f"{row.where}: the options {str(value)[:80]} are not usable; they must be a list of 2 to 26 texts, "
             'or {"label": [...], "text": [...]} of equal lengths'
         )
     return texts, letters
@@ -143,8 +155,8 @@ def _json_object(line: str, where: str) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is not valid JSON ({error.msg} at column {error.colno}): {shown!r}; "
-            "is the file truncated? It should hold one complete JSON object a line"
+            "a line must hold one whole JSON object, so see if the file is truncated"
         ) from error
     if not isinstance(fields, dict):
-        raise ValueError(f'{where} is not a JSON object: {shown!r}; it should look like {{"column": value, ...}}')
+        raise ValueError(f'{where} is not a JSON object: {shown!r}; it must look like {{"column": value, ...}}')
     return fields

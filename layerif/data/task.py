@@ -1,4 +1,4 @@
-"""A task: rows turned into prompts and answers, split so that nothing evaluated is ever learned or scored from."""
+"""A task: its settings, its splits, and the rules that keep test rows out of training and scoring."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from random import Random
-from typing import get_args
+from typing import Annotated
 
+from annotated_types import Ge
+
+from layerif.checks import check_fields
 from layerif.data.render import Example, RenderedRow, Renderer, Template, answer_parser
-from layerif.data.source import Jsonl, Source
+from layerif.data.source import JsonlFolder, Source
 
 PARTS = ("train", "validation", "test")
+Limit = Annotated[int, Ge(1), "null takes all rows"]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a task. num_dropped: train rows dropped because test or validation ask the same, and validation
-    rows dropped because test does.
+    """The examples of a task.
+
+    Args:
+        train: the examples to learn and to score from.
+        validation: the examples that scores are measured on.
+        test: the examples to evaluate on.
+        num_dropped: the number of train rows dropped because validation or test ask the same, and of validation rows
+            dropped because test does.
     """
 
     train: tuple[Example, ...]
@@ -30,33 +40,43 @@ class Splits:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every example, less what follows from the rest."""
+        """A hash of every example, without the fields that follow from the others."""
         content = asdict(self, dict_factory=lambda items: {key: value for key, value in items if key != "question"})
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """How rows become examples; every field is the configuration of the same name.
+    """The settings that turn rows into examples.
 
-    path: folder of `<split>.jsonl` files with the dataset's columns; null reads `source` (a hub dataset, say).
-    columns: name in the templates -> column of the dataset, dotted where nested; null leaves a name out. Other columns
-        keep their own name. Two names mean something: `id` names the example, and `options` (a list of texts, or of
-        {label, text}, or the hub's {label: [...], text: [...]}) becomes the list of texts, with `letters` beside it
-        (the dataset's labels, or A, B, C …).
-    instruction: Jinja template of the instruction; output: of the output, over `label`.
-    labels, answer, keep: Jinja expressions: the list of labels, the right one (a whole number: its index from 0, as hub
-        datasets mean it, refused where it is also another one's label; a text: its label, or, where it is none of the
-        labels, the text of its option), and which rows stay (null: all).
-    pattern: regular expression whose first group is the answer in a generated text.
-    splits: part (train, validation, test) -> the dataset's split. Null for validation holds part of train out: a tenth,
-        or `num_validation`, copies of a question all on one side. One split for two parts is refused.
-    template: what stands around instruction and output, see `data/batches.py`.
-    num_train, num_validation, num_test: at most so many rows, chosen by `seed` (a smaller choice is part of a larger).
-    drop_overlap: drop train rows that ask what validation or test ask, and validation rows that ask what test asks,
-        rather than refuse. Two rows ask the same where their instructions are equal but for case, blanks and the order
-        of `options`, whatever their labels. Not found: other wording, other wrong options where the instruction shows
-        them, options outside the name `options`.
+    Args:
+        name: the name of the task in results.
+        path: a folder of `<split>.jsonl` files with the dataset's columns; null reads `source`.
+        source: the source of the rows, for example a dataset of the hub.
+        columns: by name in the templates, the column of the dataset, with dots where it is nested; null leaves a name
+            out. Other columns keep their own name. Two names have a meaning: `id` names the example, and `options` (a
+            list of texts, or of {label, text}, or the hub's {label: [...], text: [...]}) becomes the list of texts,
+            with the dataset's labels, or A, B, C and so on, in `letters`.
+        instruction: the Jinja template of the instruction.
+        output: the Jinja template of the output, which uses `label`.
+        labels: a Jinja expression for the list of labels.
+        answer: a Jinja expression for the right option. A whole number is its index from 0, as in the hub's datasets,
+            and is refused where it is also the label of another option. A text is the option's label, or, where no
+            label is equal, the option's text.
+        keep: a Jinja expression that is true for the rows to keep; null keeps all.
+        pattern: a regular expression whose first group is the answer in a generated text.
+        splits: by part (train, validation, test), the split of the dataset. Null for validation holds a part of train
+            out: a tenth of it, or `num_validation` rows; all copies of a question stay together. Two parts cannot
+            have the same split.
+        template: the text around instruction and output, see `layerif.data.batches`.
+        num_train: the most train rows, chosen by `seed`; a smaller choice is part of a larger one.
+        num_validation: the most validation rows.
+        num_test: the most test rows.
+        drop_overlap: drop train rows that ask what validation or test ask, and validation rows that ask what test
+            asks, instead of refusing them. Two rows ask the same if their instructions are equal but for case, blanks
+            and the order of `options`. Other wording, other wrong options in the instruction, and options outside the
+            name `options` are not found.
+        seed: chooses the rows.
     """
 
     name: str
@@ -71,18 +91,17 @@ class Task:
     pattern: str
     splits: Mapping[str, str | None]
     template: Template = "alpaca"
-    num_train: int | None = None
-    num_validation: int | None = None
-    num_test: int | None = None
+    num_train: Limit | None = None
+    num_validation: Limit | None = None
+    num_test: Limit | None = None
     drop_overlap: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # What does not parse fails here, before any row is read.
+        check_fields(self, "task")
+        # A template or pattern that does not parse fails here, before any row is read.
         Renderer(self)
         answer_parser(self.pattern)
-        if self.template not in get_args(Template):
-            raise ValueError(f"task.template={self.template} is unknown; use one of {', '.join(get_args(Template))}")
         if set(self.splits) != set(PARTS):
             raise ValueError(f"task.splits names {sorted(self.splits)}; it needs exactly train, validation and test")
         for part in ("train", "test"):
@@ -95,17 +114,15 @@ class Task:
                     "the same rows would be learned or scored from and evaluated on; name another split, "
                     "or set task.splits.validation=null to hold part of train out"
                 )
-        for part in PARTS:
-            limit = getattr(self, f"num_{part}")
-            if limit is not None and limit < 1:
-                raise ValueError(f"task.num_{part}={limit} leaves no row; use 1 or more, or null for all")
 
     def load(self) -> Splits:
-        """Read, render and check all three parts.
+        """Reads, renders and checks all three parts.
 
-        Raises ValueError for rows that cannot be read or rendered, for an id twice in a part, and for rows that ask
-        what a later part asks, which train (before validation) and validation (before test) must not (unless
-        `drop_overlap`). Rows are read once in a process as long as the files of the source stay; of a hub every time.
+        A process reads the rows of files once, as long as the files stay the same, and those of the hub every time.
+
+        Raises:
+            ValueError: a row cannot be read or rendered, an id comes twice in a part, or (unless `drop_overlap`) a
+                train row asks what validation or test ask, or a validation row asks what test asks.
         """
         files = self._source().files()
         if files is None:
@@ -114,10 +131,10 @@ class Task:
         return _load_once(self, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
     def __hash__(self) -> int:
-        return hash(repr(self))  # mappings among the fields have no hash of their own
+        return hash(repr(self))  # some fields are mappings, which have no hash
 
     def _source(self) -> Source:
-        source = Jsonl(path=self.path) if self.path is not None else self.source
+        source = JsonlFolder(path=self.path) if self.path is not None else self.source
         if source is None:
             raise ValueError(
                 f"task {self.name} has no rows to read; set task.path=/folder with the files "
@@ -166,7 +183,7 @@ class Task:
     def _apart(
         self, part: str, rows: list[RenderedRow], other: str, others: list[RenderedRow]
     ) -> tuple[list[RenderedRow], int]:
-        """`rows` without those that ask what `others` ask, and how many those were."""
+        """Returns `rows` without those that ask what `others` ask, and the number of those."""
         asked = {row.example.question for row in others}
         kept = [row for row in rows if row.example.question not in asked]
         num_dropped = len(rows) - len(kept)

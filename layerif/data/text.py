@@ -13,17 +13,23 @@ from layerif.checks import did_you_mean
 
 NAMED = ("documentation", "wikitext2", "c4")
 
-
-_NUM_C4_DOCUMENTS = 1100  # of its validation files: what perplexities on C4 are usually taken on
+_NUM_C4_DOCUMENTS = 1100  # of the first validation file, on which perplexities on C4 are usually measured
 
 
 def text(name: str, part: Literal["calibration", "test"]) -> str:
-    """Documents joined by blank lines.
+    """Returns the documents of a text, joined by blank lines.
 
-    documentation: what every CPython carries, split by topic. wikitext2: WikiText-2-raw, train for calibration and
-    test. c4: the first English training file, or the first 1100 documents of the first validation file; both through
-    the hub's cache where it is filled. Anything else is the path of a file: .txt, or .jsonl with a column "text".
-    Raises ValueError for an unknown name, a missing or broken file, and where the hub cannot be reached.
+    Args:
+        name: one of
+            - documentation: the manual that every CPython carries, split by topic;
+            - wikitext2: WikiText-2-raw, its train split for calibration and its test split for the test;
+            - c4: the first English training file for calibration, the first 1100 documents of the first validation
+              file for the test;
+            - the path of a .txt file, or of a .jsonl file with a column "text".
+        part: the part of the text. A file has only one.
+
+    Raises:
+        ValueError: the name is unknown, the file is missing or broken, or the hub cannot be reached.
     """
     if name == "documentation":
         return documentation_text(part)
@@ -41,7 +47,7 @@ def text(name: str, part: Literal["calibration", "test"]) -> str:
 
 
 def check_disjoint(calibration: str, test: str) -> None:
-    """Raises ValueError where both are the same file: the named texts come in two parts, a file does not."""
+    """Refuses the same file for calibration and test: the named texts have two parts, a file has one."""
     if calibration not in NAMED and test not in NAMED and Path(calibration).resolve() == Path(test).resolve():
         raise ValueError(
             f"method.calibration.text and evaluation.text are the same file {calibration!r}: a model would be measured "
@@ -53,7 +59,7 @@ _SPLITS = {"calibration": "train", "test": "test"}
 
 
 def _hub(name: str, options: dict[str, str], split: str) -> Iterator[str]:
-    import datasets  # heavy, and needed by hub texts only
+    import datasets
 
     try:
         rows = datasets.load_dataset(name, split=split, **options)  # type: ignore[arg-type]
@@ -80,16 +86,16 @@ def _file(path: Path) -> Iterable[str]:
     try:
         return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} must hold one JSON object with a "text" a line; got {error!r}') from error
+        raise ValueError(f'{path} must hold one JSON object with a "text" per line; got {error!r}') from error
 
 
 def documentation_text(part: Literal["calibration", "test"]) -> str:
-    """English technical prose that every CPython carries (`pydoc_data.topics`), split by topic into two parts.
+    """Returns one of two parts of the English prose that every CPython carries (`pydoc_data.topics`).
 
-    No topic is in both parts and each part is about half (by a fixed hash of the topic's name); topics are sorted and
-    joined by a blank line. Topics quote one another: a sixth of the calibration half stands in the test half, too, and
-    is left out of the calibration part, paragraph by paragraph. The text is that of the running Python version: compare
-    perplexities within one version.
+    A fixed hash of a topic's name puts it into one part; each part is about half of the text. Topics are sorted and
+    joined by a blank line. Topics quote one another: paragraphs of the calibration part that the test part holds as
+    well, a sixth of them, are left out. The text belongs to the running version of Python, so perplexities can be
+    compared within one version only.
     """
     from pydoc_data.topics import topics
 
@@ -107,5 +113,5 @@ def _half(topic: str) -> int:
 
 
 def _words(paragraph: str) -> str:
-    """However it is indented and wrapped."""
+    """Returns a paragraph without its indentation and line breaks."""
     return " ".join(paragraph.split())

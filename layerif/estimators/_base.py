@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerif.checks import Count, check_fields, check_value
+from layerif.compat import changes_of
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.layers import LayerMap
 from layerif.probe.grams.request import Grams
@@ -203,7 +204,7 @@ def eigenbasis(train_train: Tensor) -> tuple[Tensor, Tensor]:
     They are remembered as long as the tensor lives and is not changed in place: they are nearly all the cost of exact
     and LiSSA, and the same at every damping.
     """
-    version = None if train_train.is_inference() else train_train._version
+    version = changes_of(train_train)
     known = _EIGENBASES.get(train_train)
     if known is not None and known[0] == version:
         return known[1]

@@ -17,7 +17,7 @@ from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
 from layerif.scores import LayerScores
 
-Fit = Literal["mid", "peak", "peak_upstream"]
+Tail = Literal["mid", "peak", "peak_upstream"]
 
 LEAST = 10  # non-zero eigenvalues an exponent may be fitted to
 _BINS = 100
@@ -46,7 +46,7 @@ def distance(eigenvalues: Tensor, start: int) -> float:
     return float((fitted_n - empirical_n).abs().max())
 
 
-def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
+def alpha(eigenvalues: Tensor, fit: Tail = "mid") -> float:
     """Fits the exponent of one matrix.
 
     Args:
@@ -59,7 +59,7 @@ def alpha(eigenvalues: Tensor, fit: Fit = "mid") -> float:
     Raises:
         ValueError: for fewer than ten non-zero eigenvalues, and where no tail has any spread.
     """
-    check_choice("estimator.fit", fit, get_args(Fit))
+    check_choice("estimator.fit", fit, get_args(Tail))
     sorted_N = eigenvalues.double().sort().values
     if not bool(sorted_N.isfinite().all()):
         raise ValueError("the eigenvalues are not finite, so the weights are not; look at the checkpoint")
@@ -92,7 +92,7 @@ class Alpha:
 
     needs: ClassVar[Request] = Spectra()
 
-    fit: Fit = "mid"
+    fit: Tail = "mid"
 
     def __post_init__(self) -> None:
         check_fields(self, "estimator")

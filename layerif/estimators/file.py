@@ -14,7 +14,7 @@ from layerif.scores import Direction, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class SavedScores:
     """Reads scores by layer name, in any order.
 
     A file that is missing, broken or incomplete is refused, and so are names that are not the model's layers.

@@ -1,64 +1,72 @@
-"""Evaluation of a model on a task: which metrics, and how. One metric is one file.
-
-Every metric is a fraction (0–1), except perplexity.
-"""
+"""The settings of an evaluation, and the loop over its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Protocol
 
+from annotated_types import Ge
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from layerif.checks import did_you_mean
-from layerif.data.batches import padding_id
+from layerif.checks import Count, check_choice, check_fields
 from layerif.data.render import Example
-from layerif.data.task import Task
-from layerif.evaluate.generation import GeneratedAnswer, generation_accuracy
-from layerif.evaluate.harness import check_tasks, lm_eval
-from layerif.evaluate.options import OptionAnswer, option_accuracy
-from layerif.evaluate.perplexity import check_window, perplexity, text_ids
-from layerif.evaluate.questions import prompts_of, questions_of, require_some
+from layerif.evaluate import generation, harness, options, perplexity
+from layerif.evaluate.questions import Answer, Measured, QuestionSet, require_some
 
-Metric = Literal["options", "generation", "perplexity", "lm_eval"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerif.data.task import Task
+
+
+class Metric(Protocol):
+    """The two functions of a metric's file."""
+
+    def check(self, settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None: ...
+
+    def run(self, settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured: ...
+
+
+METRICS: Mapping[str, Metric] = {
+    "options": options,
+    "generation": generation,
+    "perplexity": perplexity,
+    "lm_eval": harness,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured, and how.
+    """The settings of an evaluation.
 
-    metrics: any of options (likelihood of each option), generation (greedy answer, parsed), perplexity (on `text`) and
-        lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
-    before: measure the untouched model as well, before fine-tuning or pruning.
-    batch_size: questions (or windows) at a time; no result depends on it.
-    max_new_tokens: of a generated answer.
-    text: of the perplexity: documentation (which every CPython carries), wikitext2, c4, or the path of a file.
-    window: tokens of a perplexity window; num_windows: only the first so many (None: all).
-    lm_eval_tasks: further tasks by lm-eval's names, for example arc_easy (lm-eval fetches them itself); zero_shot
-        stands for the seven of the pruning literature, whose means are reported, too.
+    Args:
+        metrics: any of options (the likelihood of each option), generation (a greedy answer, parsed), perplexity (on
+            `text`) and lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
+        before: also measure the untouched model, before fine-tuning or pruning.
+        batch_size: the number of questions or windows that a model reads at once; no result depends on it.
+        max_new_tokens: the most tokens of a generated answer.
+        text: the text of the perplexity: documentation (which every CPython carries), wikitext2, c4, or the path of a
+            file.
+        window: the number of tokens in a window of the perplexity.
+        num_windows: the number of windows, from the start of the text; None takes all.
+        lm_eval_tasks: further tasks by their names in lm-eval, for example arc_easy (lm-eval fetches them itself);
+            zero_shot stands for the seven of the pruning literature, and adds their means.
     """
 
     metrics: Sequence[str] = ("options",)
     before: bool = False
-    batch_size: int = 16
-    max_new_tokens: int = 128
+    batch_size: Count = 16
+    max_new_tokens: Count = 128
     text: str = "documentation"
-    window: int = 256
-    num_windows: int | None = None
+    window: Annotated[int, Ge(2), "a window of one token has no token to predict"] = 256
+    num_windows: Annotated[int, Ge(1), "null takes all windows"] | None = None
     lm_eval_tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if unknown := [metric for metric in self.metrics if metric not in get_args(Metric)]:
-            hint = did_you_mean(unknown[0], get_args(Metric))
-            raise ValueError(f"evaluation.metrics holds {unknown[0]!r}{hint}; use any of {', '.join(get_args(Metric))}")
-        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("window", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluation.{name}={getattr(self, name)}; use {least} or more")
-        if self.num_windows is not None and self.num_windows < 1:
-            raise ValueError(f"evaluation.num_windows={self.num_windows}; use 1 or more, or null for all")
+        check_fields(self, "evaluation")
+        for metric in self.metrics:
+            check_choice("evaluation.metrics", metric, METRICS)
 
     def check(
         self,
@@ -69,75 +77,39 @@ class Evaluation:
         *,
         score_task: Task | None = None,
     ) -> None:
-        """Raise ValueError for whatever `run` would refuse on any model of this tokenizer, and for tasks of lm-eval on
-        rows that are learned or scored from, see `layerif.evaluate.harness.check_tasks`. Takes no model.
+        """Refuses what `run` would refuse on any model of this tokenizer; no model is needed for that.
 
-        max_positions: the most tokens the model reads (`config.max_position_embeddings`), None where it has no limit.
-        score_task: whose rows are scored, where they are not the task's own.
+        Args:
+            tokenizer: the tokenizer of the model.
+            examples: the examples to evaluate on.
+            task: the task that the examples are from.
+            max_positions: the most tokens that the model reads (`config.max_position_embeddings`); None where it has
+                no limit.
+            score_task: the task whose rows the scores come from, where it is another one.
+
+        Raises:
+            ValueError: says which question, text or task cannot be evaluated, and what to do.
         """
+        questions = QuestionSet(examples, task, tokenizer, score_task)
         require_some(examples)
-        if "options" in self.metrics or "lm_eval" in self.metrics:
-            questions_of(examples, tokenizer, task.template, max_positions)
-        if "generation" in self.metrics:
-            prompts_of(examples, tokenizer, task.template, self.max_new_tokens, max_positions)
-        if "options" in self.metrics or "generation" in self.metrics:
-            padding_id(tokenizer)
-        if "perplexity" in self.metrics:
-            num_tokens = len(text_ids(self.text, tokenizer))
-            check_window(self.window, num_tokens, max_positions)
-            if self.num_windows is not None and self.num_windows > num_tokens // self.window:
-                raise ValueError(
-                    f"evaluation.num_windows={self.num_windows} are asked for, the text {self.text!r} holds "
-                    f"{num_tokens // self.window} of {self.window} tokens; use at most these, or null for all"
-                )
-        if "lm_eval" in self.metrics:
-            check_tasks(self.lm_eval_tasks, [task, score_task] if score_task else [task])
+        for metric in self.metrics:
+            METRICS[metric].check(self, questions, max_positions)
 
     def run(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
     ) -> EvaluationResult:
-        """Every asked-for metric of `model` on `examples` of `task`."""
-        metrics: dict[str, float] = {}
-        answers: dict[str, tuple[OptionAnswer | GeneratedAnswer, ...]] = {}
-        if "options" in self.metrics:
-            chosen = option_accuracy(model, tokenizer, examples, template=task.template, batch_size=self.batch_size)
-            answers["options"] = chosen.answers
-            metrics |= chosen.metrics()
-        if "generation" in self.metrics:
-            generated = generation_accuracy(
-                model,
-                tokenizer,
-                examples,
-                template=task.template,
-                pattern=task.pattern,
-                batch_size=self.batch_size,
-                max_new_tokens=self.max_new_tokens,
-            )
-            answers["generation"] = generated.answers
-            metrics |= generated.metrics()
-        if "perplexity" in self.metrics:
-            ids = text_ids(self.text, tokenizer)
-            ids = ids if self.num_windows is None else ids[: self.num_windows * self.window]
-            of_text = "" if self.text == "documentation" else f"{Path(self.text).stem}/"
-            metrics[f"{of_text}perplexity_{self.window}"] = perplexity(
-                model, ids, window=self.window, batch_size=self.batch_size
-            )
-        if "lm_eval" in self.metrics:
-            metrics |= lm_eval(
-                model,
-                tokenizer,
-                examples,
-                name=task.name,
-                template=task.template,
-                tasks=self.lm_eval_tasks,
-                batch_size=self.batch_size,
-            )
-        return EvaluationResult(metrics=metrics, answers=answers)
+        """Measures every metric of `model` on `examples` of `task`."""
+        questions = QuestionSet(examples, task, tokenizer)
+        found = {metric: METRICS[metric].run(self, questions, model) for metric in METRICS if metric in self.metrics}
+        return EvaluationResult(
+            metrics={name: value for measured in found.values() for name, value in measured.metrics.items()},
+            answers={metric: tuple(measured.answers) for metric, measured in found.items() if measured.answers},
+        )
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """metrics: name -> value; answers: `options` and `generation` -> one record per question, in their order."""
+    """The values of all metrics by name, and by metric (`options`, `generation`) an answer per question, in order."""
 
     metrics: Mapping[str, float]
-    answers: Mapping[str, tuple[OptionAnswer | GeneratedAnswer, ...]]
+    answers: Mapping[str, tuple[Answer, ...]]

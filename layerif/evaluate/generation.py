@@ -5,23 +5,56 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layerif.data.batches import collate, padding_id
 from layerif.data.render import Example, Template, answer_parser
-from layerif.evaluate.questions import prompts_of, require_some
+from layerif.evaluate.questions import Measured, QuestionSet, prompts_of
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
 from layerif.stats import wilson
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerif.evaluate.evaluation import Evaluation
+
+
+def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
+    """Refuses prompts that leave no room for an answer, and a tokenizer without padding."""
+    template, max_new_tokens = questions.task.template, settings.max_new_tokens
+    prompts_of(questions.examples, questions.tokenizer, template, max_new_tokens, max_positions)
+    padding_id(questions.tokenizer)
+
+
+def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
+    """Measures the accuracy of greedy answers."""
+    found = generation_accuracy(
+        model,
+        questions.tokenizer,
+        questions.examples,
+        template=questions.task.template,
+        pattern=questions.task.pattern,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    return Measured(found.metrics(), found.answers)
+
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """text: what the model wrote; parsed: the answer found in it, None where there is none; answer: the right one."""
+    """The generated answer to one question.
+
+    Args:
+        id: the id of the question.
+        answer: the label of the right option.
+        text: the text that the model wrote.
+        parsed: the answer that the task's pattern finds in it; None where it finds none.
+    """
 
     id: str
     answer: str
@@ -35,7 +68,7 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class GenerationAccuracy:
-    """Answers of all questions, in the examples' order. What cannot be parsed is wrong, and counted."""
+    """The answers to all questions, in the order of the examples. An answer that cannot be parsed is wrong."""
 
     answers: tuple[GeneratedAnswer, ...]
 
@@ -48,6 +81,7 @@ class GenerationAccuracy:
         return sum(answer.parsed is None for answer in self.answers)
 
     def metrics(self) -> dict[str, float]:
+        """The accuracy with its Wilson interval, and the share of answers that cannot be parsed."""
         low, high = wilson(sum(answer.correct for answer in self.answers), len(self.answers))
         return {
             "generation_accuracy": self.accuracy,
@@ -58,7 +92,7 @@ class GenerationAccuracy:
 
 
 def parse_answer(text: str, parser: re.Pattern[str]) -> str | None:
-    """The first group of the first match, stripped; None without a match."""
+    """Returns the first group of the first match without outer blanks, or None without a match."""
     found = parser.search(text)
     return found[1].strip() if found and found[1] is not None else None
 
@@ -73,11 +107,25 @@ def generation_accuracy(
     batch_size: int = 16,
     max_new_tokens: int = 128,
 ) -> GenerationAccuracy:
-    """Greedy answers; the first match of `pattern`, its first group stripped, must equal the right label."""
-    require_some(examples)
+    """Generates a greedy answer to every question and compares it with the label of the right option.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        examples: the questions.
+        template: the text around each instruction.
+        pattern: the regular expression whose first group is the answer; its first match counts.
+        batch_size: the number of questions that the model reads at once.
+        max_new_tokens: the most tokens of an answer.
+
+    Raises:
+        ValueError: a prompt leaves no room for the answer, or the pattern cannot be used.
+    """
+    from transformers import GenerationConfig
+
     parser = answer_parser(pattern)
     prompts = prompts_of(examples, tokenizer, template, max_new_tokens, context_length(model))
-    # Written out in full: a model's own generation settings may sample or penalise.
+    # Every setting is given, because a model's own generation settings may sample or penalise.
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -1,4 +1,4 @@
-"""lm-eval on the same questions and on its own tasks; the package is optional. Every metric is a fraction (0–1)."""
+"""The metric `lm_eval`: the same questions, and its own tasks, in the package lm-eval, which is optional."""
 
 from __future__ import annotations
 
@@ -7,22 +7,47 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from layerif.checks import did_you_mean
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.render import Example, Template
-from layerif.data.source import Hub
+from layerif.data.source import HubDataset
 from layerif.data.task import Task
-from layerif.evaluate.questions import questions_of, require_some
+from layerif.evaluate.questions import Measured, QuestionSet, questions_of
 from layerif.models.blocks import context_length
 from layerif.models.contexts import evaluating
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerif.evaluate.evaluation import Evaluation
+
 ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
+    """Refuses what `options` refuses, a missing lm-eval, and tasks on rows that are learned or scored from."""
+    questions_of(questions.examples, questions.tokenizer, questions.task.template, max_positions)
+    learned = [task for task in (questions.task, questions.score_task) if task is not None]
+    check_tasks(settings.lm_eval_tasks, learned)
+
+
+def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
+    """Measures the accuracy of the same questions in lm-eval, and its own tasks."""
+    found = lm_eval(
+        model,
+        questions.tokenizer,
+        questions.examples,
+        name=questions.task.name,
+        template=questions.task.template,
+        tasks=settings.lm_eval_tasks,
+        batch_size=settings.batch_size,
+    )
+    return Measured(found)
 
 
 def lm_eval(
@@ -35,18 +60,31 @@ def lm_eval(
     tasks: Sequence[str] = (),
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """lm-eval on the model in memory: our examples as a local multiple-choice task, then `tasks` by lm-eval's names,
-    `zero_shot` for all of ZERO_SHOT and their means.
+    """Runs lm-eval on the model in memory: the examples as a local multiple-choice task, then lm-eval's own tasks.
 
-    Keys are those of `metrics_of`. lm-eval moves blanks at the end of a prompt into the options, so its
-    log-likelihoods may differ from ours by a constant per question; the choices are the same. Raises ValueError as
-    `option_accuracy` does (lm-eval itself would cut long questions), without lm-eval, and for tasks it does not know.
+    lm-eval moves blanks at the end of a prompt into the options, so its log-likelihoods may differ from those of
+    `option_accuracy` by a constant per question; the choices are the same.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        examples: the questions of the local task.
+        name: the name of the local task, which becomes `layerif_<name>`.
+        template: the text around each instruction.
+        tasks: further tasks by their names in lm-eval; `zero_shot` stands for all of ZERO_SHOT and adds their means.
+        batch_size: the number of questions that the model reads at once.
+
+    Returns:
+        The metrics, named as by `harness_metrics`.
+
+    Raises:
+        ValueError: as `option_accuracy` (lm-eval itself would cut long questions), or lm-eval is not installed, does
+            not know a task, or cannot read its data.
     """
-    require_some(examples)
     questions_of(examples, tokenizer, template, context_length(model))
     simple_evaluate, wrapped_model, task_manager = _package()
     local, others = f"layerif_{name}", _spelt_out(tasks)
-    # By default lm-eval seeds the whole process, and with it whatever is trained next.
+    # By default lm-eval seeds the whole process, and with it the training that may follow.
     unseeded: dict[str, Any] = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     )
@@ -68,13 +106,14 @@ def lm_eval(
                 f"lm-eval cannot read the data of {others} ({error}); it fetches them from the hub: "
                 "connect, fill its cache beforehand, or set evaluation.lm_eval_tasks=[]"
             ) from error
-    metrics = metrics_of(found["results"])
+    metrics = harness_metrics(found["results"])
     return metrics | zero_shot_means(metrics) if "zero_shot" in tasks else metrics
 
 
-def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """`lm_eval/<task>/<metric>`, with the filter of the answers behind it where there is one
-    (`lm_eval/gsm8k/exact_match,strict-match`); standard errors are left out.
+def harness_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Names lm-eval's results `lm_eval/<task>/<metric>` and leaves its standard errors out.
+
+    The filter of the answers follows where there is one: `lm_eval/gsm8k/exact_match,strict-match`.
     """
     return {
         f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
@@ -85,7 +124,7 @@ def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The mean over the seven zero-shot tasks, of acc, and of acc_norm (acc where a task has no acc_norm)."""
+    """Averages acc over the seven zero-shot tasks, and acc_norm (acc where a task has no acc_norm)."""
     acc = [metrics[f"lm_eval/{task}/acc"] for task in ZERO_SHOT]
     normed = [metrics.get(f"lm_eval/{task}/acc_norm", plain) for task, plain in zip(ZERO_SHOT, acc, strict=True)]
     return {
@@ -95,11 +134,17 @@ def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_tasks(tasks: Sequence[str], learned: Sequence[Task] = ()) -> None:
-    """Raises ValueError without lm-eval, for tasks it does not know, and for tasks that it evaluates on a split from
-    which one of `learned` takes train or validation rows.
+    """Refuses tasks that lm-eval does not know, or evaluates on rows that are learned or scored from.
 
-    Splits are compared as lm-eval's YAML and `source` name them, and nothing is fetched: rows that two datasets share
-    are not found, nor are those of a task that is written in Python.
+    Splits are compared by the names that lm-eval's YAML and `source` give them, and nothing is fetched. Rows that two
+    datasets share are not found, nor are those of a task that is written in Python.
+
+    Args:
+        tasks: names of lm-eval's tasks, tags or groups.
+        learned: the tasks whose train and validation rows are learned or scored from.
+
+    Raises:
+        ValueError: names the task and the split, or says that lm-eval is not installed.
     """
     _, _, task_manager = _package()
     if not tasks:
@@ -116,7 +161,7 @@ def _spelt_out(tasks: Sequence[str]) -> list[str]:
 
 
 def _package() -> tuple[Any, Any, Any]:
-    """lm-eval's simple_evaluate, HFLM and TaskManager; imported only where asked for, as the package is optional."""
+    """Imports lm-eval's simple_evaluate, HFLM and TaskManager."""
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -138,7 +183,7 @@ def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _configs(wanted: str | Mapping[str, Any], index: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The YAML of every task that a task, tag or group of lm-eval, or a member of a group, stands for."""
+    """Yields the YAML of every task that a task, tag or group of lm-eval, or a member of a group, stands for."""
     given = {"task": wanted} if isinstance(wanted, str) else {"task": "", **wanted}
     entry = index.get(given.get("group") or given["task"])
     config = {**given, **(entry.cfg or {"task": sorted(entry.tags)} if entry else {})}
@@ -152,7 +197,7 @@ def _configs(wanted: str | Mapping[str, Any], index: Mapping[str, Any]) -> Itera
 def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[Task]) -> None:
     evaluated = config.get("test_split") or config.get("validation_split")
     for task in learned:
-        if not (evaluated and isinstance(task.source, Hub) and _is_from(task.source, config)):
+        if not (evaluated and isinstance(task.source, HubDataset) and _is_from(task.source, config)):
             continue
         for part in ("train", "validation"):
             split = task.splits[part]
@@ -166,20 +211,20 @@ def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[Task
                 )
 
 
-def _is_from(source: Hub, config: Mapping[str, Any]) -> bool:
-    """Whether both name one dataset, whoever hosts it; one with a single configuration need not name that."""
+def _is_from(source: HubDataset, config: Mapping[str, Any]) -> bool:
+    """Tells if both name one dataset, on any host; a dataset with a single configuration need not name it."""
     ours, theirs = (str(path).rpartition("/")[2].casefold() for path in (source.name, config.get("dataset_path")))
     configs = {source.config, config.get("dataset_name")} - {None}
     return ours == theirs and len(configs) < 2
 
 
 def _whole(splits: str) -> set[str]:
-    """The splits in `datasets`' notation: `train[:10%]+validation` is of both."""
+    """Returns the splits behind the notation of `datasets`: `train` and `validation` for `train[:10%]+validation`."""
     return {split.partition("[")[0].strip() for split in splits.split("+")}
 
 
 def _write_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:
-    """A YAML task and its JSONL rows, as lm-eval reads them."""
+    """Writes a YAML task and its JSONL rows, as lm-eval reads them."""
     rows = folder / f"{name}.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
         for example in examples:

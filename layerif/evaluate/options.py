@@ -1,4 +1,4 @@
-"""The metric `options`: the likelihood of every option, and the accuracy it adds up to.
+"""The metric `options`: the likelihood of every option, and the accuracy that follows.
 
 Letters in shape suffixes: B samples, T tokens, V vocabulary.
 """
@@ -8,24 +8,54 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import Encoded, collate, padding_id
 from layerif.data.render import Example, Template
-from layerif.evaluate.questions import Question, questions_of, require_some
+from layerif.evaluate.questions import Measured, Question, QuestionSet, questions_of
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
 from layerif.stats import wilson
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerif.evaluate.evaluation import Evaluation
+
+
+def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
+    """Refuses questions that are too long or whose options become the same tokens, and a tokenizer without padding."""
+    questions_of(questions.examples, questions.tokenizer, questions.task.template, max_positions)
+    padding_id(questions.tokenizer)
+
+
+def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
+    """Measures the accuracy of the likeliest option, in all and per token."""
+    found = option_accuracy(
+        model,
+        questions.tokenizer,
+        questions.examples,
+        template=questions.task.template,
+        batch_size=settings.batch_size,
+    )
+    return Measured(found.metrics(), found.answers)
+
 
 @dataclass(frozen=True)
 class OptionAnswer:
-    """log_likelihoods: ln p(option | prompt) of each option (nats); num_tokens: of each; answer: the right one."""
+    """The likelihoods of one question's options.
+
+    Args:
+        id: the id of the question.
+        answer: the index of the right option.
+        log_likelihoods: ln p(option | prompt) of each option, in nats.
+        num_tokens: the number of tokens of each option.
+    """
 
     id: str
     answer: int
@@ -34,12 +64,12 @@ class OptionAnswer:
 
     @property
     def choice(self) -> int:
-        """The likeliest option; the first of equals."""
+        """The index of the likeliest option; of equal ones the first."""
         return max(range(len(self.log_likelihoods)), key=lambda option: (self.log_likelihoods[option], -option))
 
     @property
     def choice_per_token(self) -> int:
-        """The option of the highest mean log-likelihood per token; the first of equals."""
+        """The index of the option with the highest mean log-likelihood per token; of equal ones the first."""
         means = [total / num for total, num in zip(self.log_likelihoods, self.num_tokens, strict=True)]
         return max(range(len(means)), key=lambda option: (means[option], -option))
 
@@ -50,7 +80,7 @@ class OptionAnswer:
 
 @dataclass(frozen=True)
 class OptionAccuracy:
-    """Answers of all questions, in the examples' order."""
+    """The answers to all questions, in the order of the examples."""
 
     answers: tuple[OptionAnswer, ...]
 
@@ -63,6 +93,7 @@ class OptionAccuracy:
         return sum(answer.choice_per_token == answer.answer for answer in self.answers) / len(self.answers)
 
     def metrics(self) -> dict[str, float]:
+        """The accuracy with its Wilson interval, and the accuracy per token."""
         low, high = wilson(sum(answer.correct for answer in self.answers), len(self.answers))
         return {
             "accuracy": self.accuracy,
@@ -80,12 +111,14 @@ def option_accuracy(
     template: Template,
     batch_size: int = 16,
 ) -> OptionAccuracy:
-    """Log-likelihood of every option's full output given the prompt.
+    """Computes the log-likelihood of every option's full output given the prompt.
 
-    Each prompt runs once; its options continue from its keys and values. Raises ValueError for a question longer than
-    the model's context, for options that become the same tokens, and for a log-likelihood that is not finite.
+    Each prompt runs once; its options continue from its keys and values.
+
+    Raises:
+        ValueError: a question is longer than the model's context, two options become the same tokens, or a
+            log-likelihood is not finite.
     """
-    require_some(examples)
     questions = questions_of(examples, tokenizer, template, context_length(model))
     order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
     answers: list[OptionAnswer | None] = [None] * len(questions)
@@ -106,7 +139,7 @@ def option_accuracy(
 
 
 def _log_likelihoods(model: nn.Module, questions: Sequence[Question], pad_id: int) -> list[tuple[float, ...]]:
-    """ln p(option | prompt) per question and option."""
+    """Computes ln p(option | prompt) per question and option."""
     device = device_of(model)
     prompts = collate([Encoded(question.prompt, len(question.prompt)) for question in questions], pad_id, side="left")
     owners = [row for row, question in enumerate(questions) for _ in question.options]

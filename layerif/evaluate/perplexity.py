@@ -8,27 +8,63 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from layerif.data.batches import token_ids
 from layerif.data.text import text
+from layerif.evaluate.questions import Measured, QuestionSet
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerif.evaluate.evaluation import Evaluation
 
 _LARGEST_LOSS = math.log(sys.float_info.max)
 
 
-def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size: int = 1) -> float:
-    """exp of the mean next-token loss (nats) over non-overlapping windows of exactly `window` tokens.
+def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
+    """Refuses a window longer than the text or the model's context, and more windows than the text holds."""
+    num_tokens = len(text_ids(settings.text, questions.tokenizer))
+    check_window(settings.window, num_tokens, max_positions)
+    available = num_tokens // settings.window
+    if settings.num_windows is not None and settings.num_windows > available:
+        raise ValueError(
+            f"evaluation.num_windows={settings.num_windows} asks for more than the text {settings.text!r} holds, "
+            f"which is {available} windows of {settings.window} tokens; use at most {available}, or null for all"
+        )
 
-    The first token of a window is not predicted; what is left after the last full window is not used. Perplexities of
-    different windows are different quantities. Raises ValueError for a window longer than the text or the model's
-    context, and for a loss that is not finite.
+
+def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
+    """Measures the perplexity of the text; its name holds the window, and the text where it is another one."""
+    ids = text_ids(settings.text, questions.tokenizer)
+    ids = ids if settings.num_windows is None else ids[: settings.num_windows * settings.window]
+    of_text = "" if settings.text == "documentation" else f"{Path(settings.text).stem}/"
+    value = perplexity(model, ids, window=settings.window, batch_size=settings.batch_size)
+    return Measured({f"{of_text}perplexity_{settings.window}": value})
+
+
+def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size: int = 1) -> float:
+    """Computes exp of the mean next-token loss (nats) over windows of exactly `window` tokens that do not overlap.
+
+    The first token of a window is not predicted, and the tokens after the last full window are not used. Perplexities
+    of different windows are different quantities.
+
+    Args:
+        model: a causal language model.
+        ids: the token ids of the text.
+        window: the number of tokens in a window.
+        batch_size: the number of windows that the model reads at once.
+
+    Raises:
+        ValueError: the window is longer than the text or the model's context, or the loss is not finite.
     """
     check_window(window, len(ids), context_length(model))
     num_windows = len(ids) // window
@@ -50,13 +86,15 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
 
 
 def text_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the token ids of the test part of a text."""
     return token_ids(tokenizer, [text(name, "test")])[0]
 
 
 def check_window(window: int, num_tokens: int, max_positions: int | None) -> None:
+    """Refuses a window that holds no token to predict, or more tokens than the text or the model."""
     most = num_tokens if max_positions is None else min(num_tokens, max_positions)
     if window < 2:
-        raise ValueError(f"evaluation.window={window} holds no token to predict; use 2 or more")
+        raise ValueError(f"evaluation.window={window} has no token to predict; use 2 or more")
     if window > most:
         limit = f"the text has {num_tokens} tokens" if most == num_tokens else f"the model reads at most {most} tokens"
         raise ValueError(f"evaluation.window={window} is too long: {limit}; use evaluation.window<={most}")

@@ -1,19 +1,58 @@
-"""Questions as they are evaluated: what a model reads before and after the answer, and whether it fits."""
+"""Questions as a model reads them: the tokens before and after the answer, and the check that they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Protocol
 
 from layerif.data.batches import Encoded, num_shared, output_text, prompt_text, token_ids
 from layerif.data.render import Example, Template
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerif.data.task import Task
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The examples that are asked, and everything that their wording depends on.
+
+    Args:
+        examples: one per question.
+        task: the task that the examples are from.
+        tokenizer: the tokenizer of the model.
+        score_task: the task whose rows the scores come from, where it is another one.
+    """
+
+    examples: Sequence[Example]
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    score_task: Task | None = None
+
+
+class Answer(Protocol):
+    """A model's answer to the question `id`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def correct(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of one metric: its values by name, and an answer per question where it asks questions."""
+
+    metrics: Mapping[str, float]
+    answers: Sequence[Answer] = ()
+
 
 @dataclass(frozen=True)
 class Question:
-    """prompt: the ids all options share; options: what follows, per option."""
+    """A question as token ids: the prompt that all options share, and the continuation that each option adds."""
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
@@ -22,7 +61,19 @@ class Question:
 def questions_of(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
 ) -> list[Question]:
-    """Raises ValueError for a question longer than `max_positions` tokens, and for options of the same tokens."""
+    """Turns each example into token ids.
+
+    Args:
+        examples: the examples, at least one.
+        tokenizer: the tokenizer of the model.
+        template: the text around the instruction.
+        max_positions: the most tokens that the model reads; None where it has no limit.
+
+    Raises:
+        ValueError: no example is given, a question is longer than `max_positions` tokens, two options become the same
+            tokens, or a prompt is empty.
+    """
+    require_some(examples)
     questions = [_question(example, tokenizer, template) for example in examples]
     for example, question in zip(examples, questions, strict=True):
         _check_length(len(question.prompt) + max(map(len, question.options)), max_positions, example)
@@ -36,7 +87,12 @@ def prompts_of(
     max_new_tokens: int,
     max_positions: int | None,
 ) -> list[Encoded]:
-    """Prompts alone. Raises ValueError for one that leaves no room for `max_new_tokens` more."""
+    """Turns the prompt of each example into token ids.
+
+    Raises:
+        ValueError: no example is given, or a prompt leaves no room for `max_new_tokens` more.
+    """
+    require_some(examples)
     prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples])
     for example, prompt in zip(examples, prompts, strict=True):
         _check_length(len(prompt) + max_new_tokens, max_positions, example)
@@ -44,6 +100,7 @@ def prompts_of(
 
 
 def require_some(examples: Sequence[Example]) -> None:
+    """Refuses an empty list of examples with a ValueError."""
     if not examples:
         raise ValueError("there is no question to evaluate; give at least one example")
 

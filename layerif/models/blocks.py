@@ -1,4 +1,4 @@
-"""The blocks of a loaded model, and the weight matrices of each by name."""
+"""The blocks of a loaded model, and the weight matrices of each block by name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from torch import nn
 from layerif.layers import LayerMap
 
 Scope = Literal["attention", "mlp", "all"]
-
-
 Parameters = Literal["weights", "lora"]
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper: layers are named alike with and without an adapter."""
+    """Returns the transformers model inside a PEFT wrapper, so that layers have one name with and without adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks by their name in the bare model: the module list that holds the most parameters, or none."""
+    """Returns the decoder blocks, the members of the largest module list, by their name in the bare model."""
     lists = [(name, module) for name, module in bare(model).named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         return {}
@@ -32,9 +30,12 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears(block: nn.Module, scope: Scope = "all") -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of one block in `scope`, by their name inside the block.
+    """Yields the linear layers of one block with their names inside the block.
 
-    attention: inside the child module whose name contains `attn` or `attention`; mlp: every other one.
+    Args:
+        block: the block.
+        scope: attention takes the layers inside the child module whose name contains `attn` or `attention`, mlp takes
+            the others.
     """
     adapters = _adapters(block)
     for name, module in block.named_modules():
@@ -49,12 +50,17 @@ def layer_map(
     parameters: Parameters = "weights",
     skip_unsupported: bool = False,
 ) -> LayerMap:
-    """Name the weight matrices to measure in every block.
+    """Names the weight matrices to measure in every block.
 
-    weights: the matrices of the linear layers themselves (biases and norms are left out, as in the paper);
-    lora: the A and B of a loaded PEFT LoRA adapter instead.
-    skip_unsupported: leave out matrices in scope that are no linear layers, such as fused experts.
-    Raises ValueError where a block has no linear layer in scope, or another matrix that may not be skipped.
+    Args:
+        model: the model, with or without weights.
+        scope: the linear layers to take, see `linears`.
+        parameters: weights takes the matrices of the linear layers themselves (biases and norms are left out, as in the
+            paper), lora takes A and B of a loaded PEFT adapter instead.
+        skip_unsupported: leave out matrices in scope that are not linear layers, such as fused experts.
+
+    Raises:
+        ValueError: a block has no linear layer in scope, or a matrix that is not a linear layer and is not skipped.
     """
     found = blocks(model)
     if not found:
@@ -83,7 +89,7 @@ def _in_scope(name: str, scope: Scope) -> bool:
 
 
 def _adapters(block: nn.Module) -> tuple[str, ...]:
-    """Prefixes of everything PEFT put into a block: its layers list what is theirs."""
+    """Returns the prefixes of all modules that PEFT put into a block; PEFT's layers list their own."""
     return tuple(
         f"{name}.{part}"
         for name, module in block.named_modules()
@@ -94,7 +100,7 @@ def _adapters(block: nn.Module) -> tuple[str, ...]:
 def _lora_linears(block: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) and _in_scope(name, scope) and re.search(r"\.lora_(moe_)?[AB]\.", name):
-            yield name, module  # of a LoRA or a LoRA-MoE; a router is neither
+            yield name, module  # A and B of a LoRA or a LoRA-MoE, without the router
 
 
 def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
@@ -110,7 +116,7 @@ def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
 
 
 def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> None:
-    """A fused or convolutional matrix would be missing from the block's score: say so instead."""
+    """Refuses a fused or convolutional matrix, which would be missing from the score of the block."""
     adapters = _adapters(block)
     for name, module in block.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
@@ -125,9 +131,10 @@ def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> N
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most tokens the model reads; None where it sets no limit."""
+    """Returns the most tokens that the model reads; None where it has no limit."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the first parameter."""
     return next(model.parameters()).device

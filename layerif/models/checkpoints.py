@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to a model: the names and shapes of its tensors say so."""
+"""Checks that a checkpoint belongs to a model, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter by its name."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def refuse_other_shapes(
     checkpoint: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
 ) -> None:
+    """Refuses a checkpoint whose names and shapes (`found`) differ from those of the model (`expected`)."""
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(
@@ -29,7 +31,7 @@ def refuse_other_shapes(
 
 
 def refuse_other_adapter(model: Pretrained, folder: Path) -> None:
-    """PEFT itself drops tensors that it finds no place for, and starts those afresh that it does not find."""
+    """Refuses the adapter of another model. PEFT would drop the tensors that do not fit and initialise missing ones."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
@@ -39,7 +41,7 @@ def refuse_other_adapter(model: Pretrained, folder: Path) -> None:
     with torch.device("meta"):
         try:
             adapted = get_peft_model(model.skeleton(), config)
-        except ValueError as error:  # none of the modules it wants
+        except ValueError as error:  # the model has none of the modules that the adapter targets
             raise ValueError(f"the checkpoint {str(folder)!r} is of another model: {error}") from error
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = load_peft_weights(str(folder), device="cpu")

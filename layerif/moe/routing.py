@@ -1,4 +1,4 @@
-"""What the routers of the last forward chose, and the load-balancing loss of that.
+"""The choices of the routers in the last forward, and the load-balancing loss of these choices.
 
 Letters: N counted tokens, E experts, K chosen experts of a token.
 """
@@ -17,15 +17,19 @@ from torch import Tensor, nn
 
 
 def balance_loss(model: nn.Module) -> Tensor:
-    """Mean over the routed linears of E·Σ_e f_e·P_e of the last forward: a scalar, 1 when balanced, at most E/K.
+    """Computes the mean over the routed layers of E·Σ_e f_e·P_e in the last forward.
 
-    f_e: share of the N·K routed assignments that expert e got (no gradient); P_e: mean probability of expert e over
-    the N tokens, before top-k. Padding, where `attention_mask` is 0, counts in neither. Linears with one expert have
-    no router and do not enter the mean; a model without routers gives 0. The usual definition (Switch Transformer),
-    with f normalised over the K choices.
+    f_e is the share of the N·K assignments that expert e got (without a gradient); P_e is the mean probability of
+    expert e over the N tokens, before top-k. Padding, where `attention_mask` is 0, counts in neither. This is the loss
+    of the Switch Transformer with f normalised over the K choices. Layers with one expert have no router and do not
+    enter the mean. A forward keeps its routing where `balance_coefficient` is above 0, and inside
+    `record_routing(model)`.
 
-    Kept by forwards with `balance_coefficient` above 0, or inside `record_routing(model)`. Raises ValueError where
-    nothing was kept, where the mask does not fit the tokens, and where reentrant checkpointing cut the gradient.
+    Returns:
+        A scalar: 1 where the load is balanced, at most E/K, and 0 for a model without routers.
+
+    Raises:
+        ValueError: no routing was kept, the mask does not fit the tokens, or reentrant checkpointing cut the gradient.
     """
     routing = last_forward(model)
     routing.unread = False
@@ -46,7 +50,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[None]:
-    """Forwards inside keep their routing for `expert_usage` and `balance_loss`, whatever the balance coefficient."""
+    """Makes every forward inside the context keep its routing, for `expert_usage` and `balance_loss`."""
     routing = routing_of(model)
     if routing is None:
         raise _no_layers(model)
@@ -58,7 +62,7 @@ def record_routing(model: nn.Module) -> Iterator[None]:
 
 
 class Record(NamedTuple):
-    """One router's part of the last forward; trainable: whether its weight asked for a gradient."""
+    """One router's part of the last forward; `trainable` says that its weight asked for a gradient."""
 
     name: str
     adapter: str
@@ -68,11 +72,11 @@ class Record(NamedTuple):
 
 
 class Routing:
-    """Shared by the LoRA-MoE layers of one model: opened before its forward, closed after it.
+    """The routing that the LoRA-MoE layers of one model share; it opens before a forward and closes after it.
 
-    Blocks that gradient checkpointing runs again during backward find it closed, so their routing neither counts
-    twice nor replaces what the loss was built from. Only references are kept, and no operation is added to the
-    forward: both runs of a checkpointed block stay the same.
+    Blocks that gradient checkpointing runs again during backward find it closed, so their routing does not count twice
+    and does not replace the routing behind the loss. It keeps references only and adds no operation to the forward, so
+    both runs of a checkpointed block are the same.
     """
 
     def __init__(self) -> None:
@@ -82,7 +86,7 @@ class Routing:
         self._forget()
 
     def watch(self, model: nn.Module) -> None:
-        """Follow the forwards of `model`, which every way into it (PEFT's wrappers, generate) goes through."""
+        """Follows the forwards of `model`, which PEFT's wrappers and `generate` call, too."""
         self.unwatch()
         self._handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -94,13 +98,13 @@ class Routing:
             handle.remove()
 
     def keep(self, record: Record, *, wanted: bool) -> None:
-        """Keep a router's part where its adapter balances (`wanted`) or `record_routing` asked."""
+        """Keeps a router's part where its adapter balances (`wanted`) or `record_routing` asks for it."""
         if self.is_open and (wanted or self.asked):
             self.records.append(record)
             self.unread |= wanted and record.trainable and self.with_grad
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled model has run no forward (and a tensor inside a graph cannot be copied)."""
+        """Leaves the last forward out of a copied or pickled model; a tensor inside a graph cannot be copied."""
         return self.__dict__ | {
             "records": [],
             "attention_mask": None,
@@ -136,13 +140,13 @@ class Routing:
 
 
 def routing_of(model: nn.Module) -> Routing | None:
-    """What the LoRA-MoE layers of `model` share; None where it has none."""
+    """Returns the routing of the LoRA-MoE layers of `model`; None where it has no such layer."""
     layers = _routing_layers(model)
     return layers[0].routing if layers else None
 
 
 def last_forward(model: nn.Module) -> Routing:
-    """The routing kept of the last forward. Raises ValueError where routers ran and nothing was kept."""
+    """Returns the routing of the last forward. Raises ValueError where routers ran and kept nothing."""
     layers = _routing_layers(model)
     if not layers:
         raise _no_layers(model)
@@ -170,7 +174,7 @@ def _no_layers(model: nn.Module) -> ValueError:
 
 
 def _probabilities(record: Record, attention_mask: Any) -> tuple[Tensor, Tensor]:
-    """The counted tokens' router probabilities (N × E) and the load f (E), which has no gradient."""
+    """Returns the router probabilities of the counted tokens (N × E) and the load f (E), which has no gradient."""
     logits_NE = record.logits.flatten(0, -2)
     if attention_mask is not None:
         logits_NE = logits_NE[counted(attention_mask, len(logits_NE)).to(logits_NE.device)]
@@ -180,7 +184,7 @@ def _probabilities(record: Record, attention_mask: Any) -> tuple[Tensor, Tensor]
 
 
 def counted(attention_mask: Any, num_tokens: int) -> Tensor:
-    """The mask of the tokens a layer saw: with a cache it also covers the earlier ones, which come first."""
+    """Returns the mask of the tokens that a layer saw, without the earlier ones that a cache holds."""
     shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ()
     if len(shape) != 2 or num_tokens % shape[0] or num_tokens > shape[0] * shape[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How the routers of a LoRA-MoE use their experts, over one forward or many.
+"""The use of the experts by the routers of a LoRA-MoE, over one forward or many.
 
 Letters: R routers of one shape, N tokens, E experts, K chosen experts of a token.
 """
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from layerif.moe.routing import Record, Routing, counted, last_forward, record_routing, routing_of
 
 UNUSED = 0.1  # of an even share, 1/E
-WASTED = 0.25  # of all experts; after a short fine-tuning a third of the routers has an unused one, which is no news
+WASTED = 0.25  # of all experts; after a short fine-tuning a third of the routers has an unused one, which is normal
 
 
 @dataclass(frozen=True)
 class ExpertUsage:
-    """One router over some tokens; padding counts in nothing.
+    """The use of one router's experts over some tokens, without padding.
 
-    load: share of the routed assignments (K a token) each expert got, (E,), summing to 1. weight: mean routing weight
-    of each expert, which is 0 for a token that did not choose it, (E,), summing to 1. entropy: mean over the tokens of
-    −Σ p·ln p of the router's probabilities p before top-k, in nats: ln E where it cannot tell experts apart, 0 where it
-    is certain.
+    Args:
+        load: the share of the assignments (K per token) that each expert got (E,); sums to 1.
+        weight: the mean routing weight of each expert (E,), 0 for a token that did not choose it; sums to 1.
+        entropy: the mean over tokens of −Σ p·ln p, in nats, with the router's probabilities p before top-k: ln E where
+            the router cannot tell experts apart, 0 where it is certain.
     """
 
     load: Tensor
@@ -37,19 +38,19 @@ class ExpertUsage:
 
     @property
     def unused(self) -> list[int]:
-        """Experts with less than a tenth of an even share of the weight.
+        """The experts with less than a tenth of an even share of the weight.
 
-        Of the weight, not the load: where K = E every expert gets the same load whatever the router says. The tenth is
-        ours; that routers left alone come to favour the same few experts, and so train only those, is described by
-        Shazeer et al. (2017), section 4.
+        The weight decides and not the load, because with K = E every expert gets the same load. Shazeer et al. (2017),
+        section 4, describe how routers come to favour a few experts and train only those. The tenth is our choice.
         """
         return [expert for expert, weight in enumerate(self.weight.tolist()) if weight < UNUSED / len(self.weight)]
 
 
 def expert_usage(model: nn.Module) -> dict[str, ExpertUsage]:
-    """Every routed linear in the last forward, by module name in the base model.
+    """Returns the use of every routed layer in the last forward, by module name in the base model.
 
-    Kept and refused like `balance_loss`. With several adapters active at once the name is followed by `.adapter`.
+    Forwards keep their routing as for `balance_loss`, with the same errors. Where several adapters are active at once,
+    `.adapter` follows the name.
     """
     meter = UsageMeter(with_grad=False)
     meter.add(last_forward(model))
@@ -58,9 +59,13 @@ def expert_usage(model: nn.Module) -> dict[str, ExpertUsage]:
 
 @contextmanager
 def measure_usage(model: nn.Module, *, with_grad: bool = False) -> Iterator[UsageMeter]:
-    """A meter of the forwards inside, those that build a graph or those that do not; empty without LoRA-MoE layers.
+    """Gives a meter of the forwards inside the context; it stays empty for a model without LoRA-MoE layers.
 
-    One meter at a time: an inner one takes the place of the outer until it ends.
+    Meters do not add up: an inner one replaces the outer one until it ends.
+
+    Args:
+        model: the model.
+        with_grad: measure the forwards that build a graph, instead of those that do not.
     """
     meter = UsageMeter(with_grad)
     routing = routing_of(model)
@@ -76,7 +81,7 @@ def measure_usage(model: nn.Module, *, with_grad: bool = False) -> Iterator[Usag
 
 
 class UsageMeter:
-    """Sums over forwards, kept where the routers are: adding needs no answer from the device, taking one."""
+    """Sums over forwards, kept on the routers' devices, so that only `take` waits for a device."""
 
     def __init__(self, with_grad: bool) -> None:
         self.with_grad = with_grad
@@ -87,7 +92,7 @@ class UsageMeter:
             self.add(routing)
 
     def add(self, routing: Routing) -> None:
-        """The last forward. Raises ValueError for a mask that does not fit the tokens."""
+        """Adds the last forward. Raises ValueError for a mask that does not fit the tokens."""
         several = len({record.adapter for record in routing.records}) > 1
         alike: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
         for record in routing.records:
@@ -99,7 +104,7 @@ class UsageMeter:
                 self._add(tuple(records), _sums(list(records.values()), routing.attention_mask))
 
     def state(self) -> dict[tuple[str, ...], Tensor]:
-        """What this process has summed since the last `take`, for another meter to `restore`."""
+        """Returns the sums of this process since the last `take`, for another meter to `restore`."""
         return dict(self._sums)
 
     def restore(self, state: Mapping[tuple[str, ...], Tensor]) -> None:
@@ -107,7 +112,7 @@ class UsageMeter:
             self._add(names, sums)
 
     def take(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, ExpertUsage]:
-        """Usage by router since the last `take`. reduce: sums the sums of all processes."""
+        """Returns the use of each router since the last `take`; `reduce` adds the sums of all processes."""
         kept, self._sums = self._sums, {}
         if not kept:
             return {}
@@ -125,7 +130,7 @@ class UsageMeter:
 
 
 def by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`load` and `entropy` of every block that has routers: the means over its routers, as plain numbers."""
+    """Returns, for every block with routers, the mean `load` and `entropy` of its routers as plain numbers."""
     found = {}
     for block in blocks:
         routers = [one for name, one in usage.items() if name.startswith(f"{block}.")]
@@ -136,7 +141,7 @@ def by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[st
 
 
 def describe_unused(usage: Mapping[str, ExpertUsage]) -> str | None:
-    """A sentence where a quarter of the experts or more is unused, with the router of most; None otherwise."""
+    """Returns a sentence where at least a quarter of the experts is unused, and None otherwise."""
     num_experts = sum(len(one.load) for one in usage.values())
     num_unused = sum(len(one.unused) for one in usage.values())
     if not num_unused or num_unused < WASTED * num_experts:
@@ -149,7 +154,7 @@ def describe_unused(usage: Mapping[str, ExpertUsage]) -> str | None:
 
 
 def _sums(records: Sequence[Record], attention_mask: Any) -> Tensor:
-    """Of routers of one shape, over their tokens: load, weight, entropy, and the number of tokens."""
+    """Sums load, weight, entropy and the number of tokens, for routers of one shape."""
     logits_RNE = torch.stack([record.logits.detach().flatten(0, -2) for record in records])
     top_k = records[0].top_k
     top_RNK, chosen_RNK = logits_RNE.topk(top_k, dim=-1)

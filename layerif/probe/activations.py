@@ -6,8 +6,7 @@ samples. Sums are taken in float64 over real tokens alone, so that batch size an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
@@ -23,6 +22,7 @@ from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import evaluating
+from layerif.models.hooks import hooked
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
 from layerif.probe.store import Kind
@@ -125,7 +125,7 @@ def observe(
             for rows, batch in tqdm(list(batches(samples, batch_size, pad_id)), desc=what, disable=None, leave=False):
                 mask_BT = batch["attention_mask"].bool().to(device)
                 seen.start([indices[row] for row in rows], [samples[row] for row in rows], mask_BT, what)
-                with _hooked(model, seen.hooks()):
+                with hooked(seen.hooks(model), with_kwargs=True):
                     model(
                         input_ids=batch["input_ids"].to(device),
                         attention_mask=mask_BT.long(),
@@ -158,11 +158,12 @@ class _Seen:
         self.indices, self.mask_BT, self.is_counted = indices, mask_BT, what == "right"
         self.parts = {what: of_output_BT} | ({"prompts": mask_BT & ~of_output_BT} if self.is_counted else {})
 
-    def hooks(self) -> dict[str, Any]:
-        """Gives a forward hook for each module, by the module's name."""
+    def hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
+        """Pairs every block and every measured linear layer with its forward hook."""
         of_blocks = {name: self._block(number) for number, name in enumerate(self.layers.names)}
         matrices = self.layers.matrices if self.is_counted else ()
-        return of_blocks | {param.removesuffix(".weight"): self._linear(param) for param in matrices}
+        of_linears = {param.removesuffix(".weight"): self._linear(param) for param in matrices}
+        return [(bare(model).get_submodule(name), hook) for name, hook in (of_blocks | of_linears).items()]
 
     def tensors(self) -> dict[str, Tensor]:
         """Turns the sums into the tensors that `observe` returns."""
@@ -225,14 +226,3 @@ class _Seen:
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
-    modules = {name: bare(model).get_submodule(name) for name in hooks}
-    handles = [modules[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

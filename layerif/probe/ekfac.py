@@ -29,6 +29,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from layerif.compat import reset_kronfluence
 from layerif.data.batches import Encodings, collate
 from layerif.evidence import LayerInfluences
 from layerif.layers import LayerMap
@@ -142,7 +143,6 @@ def measure(
     from kronfluence import analyzer as kronfluence  # type: ignore[import-not-found]
     from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found]
     from kronfluence.utils.dataset import DataLoaderKwargs  # type: ignore[import-not-found]
-    from kronfluence.utils.state import State  # type: ignore[import-not-found]
 
     logging.getLogger("kronfluence").setLevel(logging.WARNING)
     names = [param.removesuffix(".weight") for param in layers.matrices]
@@ -165,7 +165,7 @@ def measure(
         score_dtype=precise,
         **of_samples,
     )
-    State._reset_state()  # or the device of an earlier measurement would stay
+    reset_kronfluence()  # or the device of an earlier measurement would stay
     lent = bare(model)
     with frozen(lent), _lent(lent, names), tempfile.TemporaryDirectory(prefix="layerif-ekfac-") as folder, _quiet():
         task = _task(names)

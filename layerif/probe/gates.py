@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from random import Random
@@ -19,6 +18,7 @@ from layerif.evidence import LayerGates
 from layerif.layers import LayerMap
 from layerif.models.blocks import blocks
 from layerif.models.contexts import frozen
+from layerif.models.hooks import hooked
 from layerif.models.loss import per_sample_loss
 from layerif.probe.measurements import Load, Measurements, hash_of_samples
 from layerif.probe.request import Part, Request
@@ -113,7 +113,7 @@ def learn_gates(
     optimizer = torch.optim.SGD([scores_L], lr=learning_rate)
     per_step = min(samples_per_step, len(samples))
     drawn = _rounds(len(samples), seed)
-    with frozen(model), _hooked(model, layers, scores_L), torch.enable_grad():
+    with frozen(model), hooked(_gates(model, layers, scores_L), with_kwargs=True), torch.enable_grad():
         for step in tqdm(range(num_steps), desc="gates", disable=None, leave=False):
             chosen = Encodings(samples[index] for index in islice(drawn, per_step))
             optimizer.zero_grad()
@@ -138,8 +138,9 @@ def _rounds(count: int, seed: int) -> Iterator[int]:
         yield from order
 
 
-@contextmanager
-def _hooked(model: nn.Module, layers: LayerMap, scores_L: Tensor) -> Iterator[None]:
+def _gates(model: nn.Module, layers: LayerMap, scores_L: Tensor) -> list[tuple[nn.Module, Any]]:
+    """Pairs of an adapted linear layer with the forward hook that gates it."""
+
     def hook(number: int) -> Any:
         def gate(module: BaseTunerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], adapted: Tensor) -> Tensor:
             return gated(module.get_base_layer()(*args, **kwargs), adapted, scores_L[number])
@@ -158,9 +159,4 @@ def _hooked(model: nn.Module, layers: LayerMap, scores_L: Tensor) -> Iterator[No
             "model.adapter changes no layer of any block, so there is nothing to gate; give one that does, for example "
             "of method=lora allocator=rank"
         )
-    handles = [module.register_forward_hook(hook(number), with_kwargs=True) for number, module in adapted]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return [(module, hook(number)) for number, module in adapted]

@@ -19,7 +19,7 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
-from layerif.probe.grams.factors import capture, inputs_read_together
+from layerif.probe.grams.factors import capture_factors, inputs_read_together
 from layerif.probe.grams.passes import Passes, Workload
 from layerif.probe.grams.products import gram
 from layerif.probe.measurements import Measurements
@@ -76,7 +76,7 @@ class Trial:
         for model in self.models:
             layers = layer_map(model, scope="all", skip_unsupported=True)
             with frozen(model):
-                both.append(self._seconds(capture, model, layers.matrices, self.batch, [""] * num_tokens))
+                both.append(self._seconds(capture_factors, model, layers.matrices, self.batch, [""] * num_tokens))
                 with torch.no_grad():
                     here = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
                     forward.append(self._seconds(per_sample_loss, model, here))

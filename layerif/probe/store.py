@@ -25,10 +25,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from layerif.files import whole
+from layerif.files import save_tensors
 from layerif.layers import LayerMap
 from layerif.versions import VERSIONS
 
@@ -172,13 +171,9 @@ def _acquired(lock: FileLock, seconds: float) -> bool:
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
     header["checksum"] = _checksum(tensors, header)
-    try:
-        with whole(file) as unfinished:
-            save_file(tensors, unfinished, metadata=header)
-    except SafetensorError as error:  # safetensors turns a full disk into this error
-        raise OSError(
-            f"cannot write {file}: {error}; free some space and give the command again, or set store=/another/folder"
-        ) from error
+    save_tensors(
+        tensors, file, header, advice="free some space and give the command again, or set store=/another/folder"
+    )
 
 
 def _read(

@@ -1,41 +1,53 @@
-"""Windows of text that a pruner looks at."""
+"""The calibration windows that a pruner reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from layerif.checks import Count, check_fields
 from layerif.data.batches import token_ids
 from layerif.data.text import text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Windows of text that pruning looks at.
+    """The settings of the calibration windows.
 
-    text: documentation, wikitext2, c4, or the path of a .txt or .jsonl file. num_windows: of `window` tokens each,
-    chosen by `seed` among the non-overlapping windows of the whole text. batch_size: windows at a time.
+    Args:
+        text: documentation, wikitext2, c4, or the path of a .txt or .jsonl file.
+        num_windows: the number of windows, chosen by `seed` among those of the whole text, which do not overlap.
+        window: the number of tokens in a window.
+        batch_size: the number of windows that a model reads at once.
+        seed: chooses the windows.
     """
 
     text: str = "documentation"
-    num_windows: int = 16
-    window: int = 256
-    batch_size: int = 4
+    num_windows: Count = 16
+    window: Annotated[int, Ge(2)] = 256
+    batch_size: Count = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_windows", 1), ("window", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"method.calibration.{name}={getattr(self, name)} must be at least {least}")
+        check_fields(self, "method.calibration")
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None) -> list[Tensor]:
-        """The chosen windows, in the order of the text, as token ids (batch × window).
+        """Returns the chosen windows, in the order of the text, as token ids (batch × window).
 
-        max_positions: the most tokens the model reads. Raises ValueError for a text or a model that is too short.
+        Args:
+            tokenizer: the tokenizer of the model.
+            max_positions: the most tokens that the model reads; None where it has no limit.
+
+        Raises:
+            ValueError: the text holds too few windows, or the model reads fewer tokens than a window.
         """
         if max_positions is not None and self.window > max_positions:
             raise ValueError(
@@ -46,7 +58,7 @@ class Calibration:
         if available < self.num_windows:
             raise ValueError(
                 f"the calibration text {self.text!r} has {len(ids)} tokens, {available} windows of {self.window}; "
-                f"method.calibration.num_windows={self.num_windows} are asked for: use "
+                f"method.calibration.num_windows={self.num_windows} asks for more: use "
                 + (f"num_windows<={available}, " if available else "")
                 + "a shorter method.calibration.window or a longer text"
             )

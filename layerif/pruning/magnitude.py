@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of each matrix go. No calibration text is looked at."""
+"""Magnitude pruning removes the smallest weights of each matrix. It needs no calibration windows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from layerif.pruning.mask import check_target, lowest, lowest_per_group, num_rem
 def magnitude_mask(
     weight: Tensor, sparsity: float | None = None, *, n: int | None = None, m: int | None = None
 ) -> Tensor:
-    """True where a weight (O×I) is to be removed: the smallest |W_ij| of the matrix, or all but n of every m."""
+    """Marks the weights to remove: the smallest |W_ij| of the matrix, or all but the n largest of every m.
+
+    Args:
+        weight: the weight (O×I).
+        sparsity: the fraction of the weights to remove; None where n and m are given.
+        n: the number of weights to keep of every m consecutive inputs.
+        m: the size of such a group.
+
+    Returns:
+        A mask (O×I), true where a weight is to be removed.
+    """
     check_target(sparsity, n, m)
     metric_OI = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
     if n is not None and m is not None:
@@ -26,7 +36,7 @@ def magnitude_mask(
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Pruner):
-    """|W_ij|, by `magnitude_mask`."""
+    """Prunes by |W_ij|, see `magnitude_mask`."""
 
     needs_inputs: ClassVar[bool] = False
 

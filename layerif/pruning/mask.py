@@ -1,6 +1,7 @@
-"""The lowest entries of a metric: of a whole matrix, of every row, of every group of M. True: to be removed.
+"""Masks of the lowest entries of a metric, in a whole matrix, in every row or in every group of m.
 
-Counts are exact, whatever is equal. Letters in shape suffixes: O outputs, I inputs of a linear layer.
+A mask is true where a weight is to be removed. Counts are exact, also among equal entries. Letters in shape suffixes:
+O outputs, I inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def lowest(metric_OI: Tensor, count: int) -> Tensor:
-    """The `count` lowest entries of the matrix; among equal ones the first."""
+    """Marks the `count` lowest entries of a matrix; among equal ones the first."""
     flat = metric_OI.flatten()
     if count == 0:
         return torch.zeros_like(metric_OI, dtype=torch.bool)
@@ -25,8 +26,10 @@ def lowest(metric_OI: Tensor, count: int) -> Tensor:
 
 
 def lowest_per_row(metric_OI: Tensor, count: int) -> Tensor:
-    """The lowest entries of every row, `count` in all: rows get ⌊count/O⌋, and the rest goes, one each, to the rows
-    whose next entry is lowest."""
+    """Marks the lowest entries of every row, `count` in all.
+
+    Each row gets ⌊count/O⌋; the rows whose next entry is lowest get one of the rest each.
+    """
     num_rows = len(metric_OI)
     each, rest = divmod(count, num_rows)
     mask = torch.zeros_like(metric_OI, dtype=torch.bool)
@@ -42,7 +45,7 @@ def lowest_per_row(metric_OI: Tensor, count: int) -> Tensor:
 
 
 def lowest_per_group(metric_OI: Tensor, n: int, m: int) -> Tensor:
-    """All but the `n` highest of every `m` consecutive entries of a row."""
+    """Marks all but the `n` highest of every `m` consecutive entries of a row."""
     num_rows, width = metric_OI.shape
     check_width(width, m)
     groups = metric_OI.reshape(num_rows, width // m, m)
@@ -51,7 +54,7 @@ def lowest_per_group(metric_OI: Tensor, n: int, m: int) -> Tensor:
 
 
 def check_target(sparsity: float | None, n: int | None, m: int | None) -> None:
-    """Raises ValueError unless the call asks for a sparsity in [0, 1] or for n of m, and not for two different ones."""
+    """Refuses a call that asks neither for a sparsity in [0, 1] nor for n of m, or for two different sparsities."""
     if (n is None) != (m is None) or (n is None and sparsity is None):
         raise ValueError(f"give a sparsity, or n and m; got sparsity={sparsity}, n={n}, m={m}")
     if n is not None and m is not None:
@@ -64,18 +67,21 @@ def check_target(sparsity: float | None, n: int | None, m: int | None) -> None:
 
 
 def check_width(width: int, m: int, name: str = "a matrix") -> None:
+    """Refuses a number of inputs that m does not divide."""
     if width % m:
         raise ValueError(f"{name} with {width} inputs cannot be cut into groups of m={m}; use an m that divides it")
 
 
 def num_removed(sparsity: float, numel: int) -> int:
+    """Rounds sparsity·numel to a whole number of weights, half up."""
     return math.floor(sparsity * numel + 0.5)
 
 
 def counts(sparsities: Mapping[str, float], numel: Mapping[str, int]) -> dict[str, int]:
-    """How many weights each matrix loses: within one of sparsity·numel, and within a half of their sum together.
+    """Returns the number of weights that each matrix loses.
 
-    What rounding leaves over is carried to the next matrix.
+    It is within one of sparsity·numel for each matrix, and within a half of the sum for all of them together, because
+    the remainder of rounding is carried to the next matrix.
     """
     total, given, found = Fraction(0), 0, {}
     for name, sparsity in sparsities.items():
@@ -86,10 +92,10 @@ def counts(sparsities: Mapping[str, float], numel: Mapping[str, int]) -> dict[st
 
 
 def kept_of_m(sparsities: Mapping[str, float], numel: Mapping[str, int], m: int) -> dict[str, int]:
-    """n of every `m` kept per block, as near to the sparsities as whole numbers come.
+    """Returns per block the number of weights to keep of every `m`, as near to the sparsities ρ_l as possible.
 
-    ⌊m·ρ_l⌋ of every m go; then one more in the blocks with the largest fractions, as long as that brings the
-    parameter-weighted mean nearer to that of the sparsities. At least one of m stays.
+    A block loses ⌊m·ρ_l⌋ of every m. Then the blocks with the largest fractions lose one more, as long as that brings
+    the parameter-weighted mean nearer to that of the sparsities. At least one of m stays.
     """
     removed = {name: min(m - 1, math.floor(m * sparsity + 1e-9)) for name, sparsity in sparsities.items()}
     missing = math.fsum((m * sparsities[name] - removed[name]) * numel[name] for name in sparsities)

@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar & Alistarh, ICML 2023): weights go column by column, later columns make up for them.
+"""SparseGPT (Frantar & Alistarh, ICML 2023) removes weights column by column; later columns make up for them.
 
 With H = (2/S)·Σ_s X_s X_sᵀ over S samples and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), removing w_j costs
 w_j²/U_jj² and is made up for by w_k −= w_j·U_jk/U_jj in all later columns k.
@@ -8,11 +8,13 @@ Letters in shape suffixes: O outputs and I inputs of a linear layer, S samples, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from layerif.checks import Count
 from layerif.pruning import Pruner
 from layerif.pruning.mask import check_target, check_width, lowest, lowest_per_group, num_removed
 
@@ -28,25 +30,40 @@ def sparsegpt(
     damping: float = 0.01,
     name: str = "a matrix",
 ) -> Tensor:
-    """The pruned and updated weight (O×I), in the weight's dtype, computed in float32 or better.
+    """Prunes and updates a weight, in float32 or better.
 
-    hessian: H (I×I). Inputs that never act (H_jj = 0) lose their weights and count as H_jj = 1; then
-    H += damping·mean(diag H). Slabs of `block_size` columns choose their mask by W²/U_jj² over the whole slab, n:m by
-    groups of m on the weights as updated so far. name: of the matrix, for messages.
-    Raises ValueError, with the damping to try, where H is not positive definite.
+    Inputs that never act (H_jj = 0) lose their weights and count as H_jj = 1; then H += damping·mean(diag H). A slab of
+    `block_size` columns chooses its mask by W²/U_jj² over the whole slab. With n:m every group of m chooses by the
+    weights as updated so far.
+
+    Args:
+        weight: W (O×I).
+        hessian: H (I×I).
+        sparsity: the fraction of the weights to remove; None where n and m are given.
+        n: the number of weights to keep of every m consecutive inputs.
+        m: the size of such a group.
+        block_size: the number of columns of a slab.
+        damping: a fraction of the mean diagonal of H, added to the diagonal.
+        name: the name of the matrix, for messages.
+
+    Returns:
+        The weight (O×I) in its own dtype.
+
+    Raises:
+        ValueError: H is not positive definite; says which damping to try.
     """
     factor_II, is_dead_I = inverse_factor(hessian, damping=damping, name=name)
     return prune_by_factor(weight, factor_II, is_dead_I, sparsity, n=n, m=m, block_size=block_size)
 
 
 def inverse_factor(hessian: Tensor, *, damping: float, name: str = "a matrix") -> tuple[Tensor, Tensor]:
-    """U (I×I), upper, with H⁻¹ = UᵀU for the damped H, and which inputs never act (I)."""
+    """Returns U (I×I), upper, with H⁻¹ = UᵀU for the damped H, and a mask of the inputs that never act (I)."""
     hessian_II = hessian.to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
     diagonal_I = hessian_II.diagonal()
     is_dead_I = diagonal_I == 0
     diagonal_I[is_dead_I] = 1
     diagonal_I += damping * diagonal_I.mean()
-    # H = RRᵀ with R upper is the Cholesky factorisation of H with its axes turned round; then U = R⁻¹.
+    # H = RRᵀ with R upper is the Cholesky factorisation of H with both axes reversed; then U = R⁻¹.
     lower_II, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
     if not int(failed):
         identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
@@ -69,7 +86,7 @@ def prune_by_factor(
     m: int | None = None,
     block_size: int = 128,
 ) -> Tensor:
-    """`sparsegpt` from its factor, which matrices with the same inputs share."""
+    """Does the work of `sparsegpt` from the inverse factor, which matrices with the same inputs share."""
     check_target(sparsity, n, m)
     num_outputs, num_inputs = weight.shape
     if factor_II.shape != (num_inputs, num_inputs):
@@ -77,7 +94,7 @@ def prune_by_factor(
     if m is not None:
         check_width(num_inputs, m)
         check_width(block_size, m)
-    # Columns are rows here: the loop then reads and writes memory in its order.
+    # The columns are stored as rows, so that the loop reads and writes memory in order.
     columns_IO = weight.t().to(factor_II.dtype, copy=True, memory_format=torch.contiguous_format)
     columns_IO[is_dead_I] = 0
     for start in range(0, num_inputs, block_size):
@@ -86,7 +103,7 @@ def prune_by_factor(
         diagonal_B1 = factor_BB.diagonal()[:, None]
         if m is None:
             assert sparsity is not None
-            # Rounded on the running total, so that the slabs together remove what the matrix should.
+            # Rounding the running total makes the slabs together remove the right number of weights.
             count = num_removed(sparsity, num_outputs * end) - num_removed(sparsity, num_outputs * start)
             mask_BO = lowest((slab_BO / diagonal_B1).square(), count)
         else:
@@ -106,17 +123,20 @@ def prune_by_factor(
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT(Pruner):
-    """By `sparsegpt`. block_size: columns of a slab; damping: of H, as a fraction of its mean diagonal."""
+    """Prunes by `sparsegpt`.
 
-    block_size: int = 128
-    damping: float = 0.01
+    Args:
+        block_size: the number of columns of a slab.
+        damping: a fraction of the mean diagonal of H, added to the diagonal.
+    """
+
+    block_size: Count = 128
+    damping: Annotated[float, Ge(0), "SparseGPT's own is 0.01"] = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 1 or (self.m is not None and self.block_size % self.m):
-            raise ValueError(f"pruner.block_size={self.block_size} must be a positive multiple of pruner.m={self.m}")
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"pruner.damping={self.damping} must be finite and >= 0; SparseGPT's own is 0.01")
+        if self.m is not None and self.block_size % self.m:
+            raise ValueError(f"pruner.block_size={self.block_size} must be a multiple of pruner.m={self.m}")
 
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         input_TI = input_TI.to(torch.promote_types(input_TI.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""How much each matrix of a model loses: an allocation, by name, as whole numbers of weights."""
+"""Targets say how many weights each matrix of a model loses, by an allocation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from layerif.pruning.mask import check_width, counts, kept_of_m
 
 @dataclass(frozen=True)
 class Target:
-    """What a matrix loses: a fraction of its weights, or all but n of every m."""
+    """The weights that a matrix loses: a fraction of them, or all but n of every m."""
 
     sparsity: float | None = None
     n: int | None = None
 
 
 def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -> dict[str, dict[str, Target]]:
-    """By block, then by the name of the linear layer inside it.
+    """Returns the target of every linear layer, by block and by its name inside the block.
 
-    allocation: sparsity by block (`model.layers.3`) or by matrix (`model.layers.3.mlp.up_proj`, which goes before its
-    block's). All matrices together lose round(Σ sparsity·numel) weights, exactly; with n of every m the nearest that
-    whole n per block (or matrix) can do.
-    Raises ValueError for a name the model lacks, a matrix without a sparsity, one outside [0, 1), a width that m does
-    not divide, and for matrices of a block that are no linear layers (fused experts).
+    All matrices together lose exactly round(Σ sparsity·numel) weights. With n of every m they lose the nearest number
+    that a whole n per block or matrix allows.
+
+    Args:
+        model: the model, with or without weights.
+        allocation: the sparsity by block (`model.layers.3`) or by matrix (`model.layers.3.mlp.up_proj`), which has
+            precedence over its block.
+        pruner: says n and m.
+
+    Raises:
+        ValueError: the allocation has a name that the model lacks, misses a matrix or holds a sparsity outside [0, 1),
+            m does not divide a width, or a block has matrices that are not linear layers (fused experts).
     """
     found = matrices(model)
     keys = _keys(allocation, found)
@@ -55,12 +62,16 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
 
 
 def sparsities(names: Collection[str], allocation: Mapping[str, float]) -> dict[str, float]:
-    """Of every matrix in `names` its own, or that of its block; the checks are those of `targets`."""
+    """Returns the sparsity of every matrix in `names`, its own or that of its block, with the checks of `targets`."""
     return {name: allocation[key] for name, key in _keys(allocation, names).items()}
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer inside the blocks, by its full name. Raises ValueError for what cannot be pruned."""
+    """Returns every linear layer inside the blocks by its full name.
+
+    Raises:
+        ValueError: a block has a matrix that is not a linear layer, or two layers share a weight.
+    """
     found: dict[str, nn.Linear] = {}
     for block_name, block in blocks(model).items():
         inside = dict(linears(block))

@@ -1,8 +1,8 @@
-"""One block after the other: gather its inputs, prune it, and let what is left of it feed the next.
+"""The walk prunes one block after the other: it gathers the inputs of a block, prunes it, and feeds the next.
 
-The model stays where it is; only the block at work is on the device. The first block's inputs and every block's own
-arguments (masks, rotary embeddings) are captured in one forward that skips the blocks. A finished block is saved, so
-that a killed walk carries on: it replays the finished blocks and comes to the same bits.
+The model stays where it is; only the block at work is on the device. One forward that skips the blocks captures the
+inputs of the first block and the other arguments of every block (masks, rotary embeddings). A finished block is saved,
+so that a killed walk carries on: it replays the finished blocks and gives the same bits.
 
 Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inputs of a linear layer.
 """
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from layerif.files import whole
+from layerif.compat import map_tensors
+from layerif.files import save_tensors
 from layerif.models.blocks import bare, blocks, linears
 from layerif.models.contexts import evaluating, full_precision
+from layerif.models.hooks import hooked
 from layerif.pruning import Pruner
 from layerif.pruning.targets import Target
 
@@ -33,11 +34,16 @@ Offload = Literal["device", "cpu", "disk"]
 
 @dataclass
 class Walk:
-    """Prunes the blocks of `model` in their order, in place.
+    """Prunes the blocks of a model in order, in place.
 
-    targets: by block and linear layer. batches: calibration windows as token ids (B×T); not looked at by a pruner that
-    needs no inputs. device: where a block works; offload: where the activations wait meanwhile, and on `disk` below
-    `folder`, where the finished blocks are saved, too.
+    Args:
+        model: the model.
+        pruner: chooses the weights.
+        targets: the target by block and by linear layer.
+        batches: the calibration windows as token ids (B×T); empty where the pruner needs no inputs.
+        folder: the folder for finished blocks, and for activations that wait on disk.
+        device: the device on which a block works.
+        offload: the place where activations wait between blocks: on the device, in main memory or on disk.
     """
 
     model: nn.Module
@@ -57,10 +63,12 @@ class Walk:
         self._calls: dict[str, list[Call]] = {}
 
     def __call__(self, index: int) -> None:
-        """Prune block number `index`, or take it from its file; to be called once for each, in their order.
+        """Prunes block number `index`, or takes it from its file. Blocks come in order, each of them once.
 
-        Raises ValueError naming block or matrix for activations that are not finite, for a block whose inputs cannot
-        be captured and for whatever the pruner refuses; OSError where the disk is full.
+        Raises:
+            ValueError: activations are not finite, the inputs of a block cannot be captured, or the pruner refuses a
+                matrix; names the block or the matrix.
+            OSError: the disk is full.
         """
         begun = time.perf_counter()
         name = list(self.blocks)[index]
@@ -84,14 +92,14 @@ class Walk:
 
     @property
     def seconds_before(self) -> float:
-        """What it took to prune the blocks that are replayed."""
+        """The seconds that an earlier process took to prune the blocks that are replayed."""
         return sum(float(_header(self._file(index)).get("seconds", 0)) for index in range(self.num_replayed))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
 
     def _capture(self) -> None:
-        hidden, self._calls = capture(self.model, self.batches)
+        hidden, self._calls = capture_inputs(self.model, self.batches)
         self._hidden = HiddenStates(
             hidden, self.device if self.offload == "device" else "cpu", self.folder if self.offload == "disk" else None
         )
@@ -116,7 +124,7 @@ class Walk:
     def _observe(
         self, block_name: str, block: nn.Module, modules: Mapping[str, nn.Linear]
     ) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """The statistic of every distinct input of a linear layer, and whose input each layer shares (q, k and v)."""
+        """Returns by layer the leader whose input it reads (q, k and v share one), and by leader the statistic."""
         leaders: dict[str, str] = {}
         statistics: dict[str, Tensor] = {}
         latest: dict[str, Tensor] = {}  # this batch's inputs, by leader
@@ -136,14 +144,10 @@ class Walk:
 
             return keep
 
-        handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-        try:
+        with hooked([(module, hook(name)) for name, module in modules.items()], before=True):
             for index in range(len(self.batches)):
                 latest.clear()
                 self._call(block_name, block, index)
-        finally:
-            for handle in handles:
-                handle.remove()
         for name in modules:
             if name not in leaders:
                 raise ValueError(f"no calibration token reaches {block_name}.{name}; give more calibration windows")
@@ -162,7 +166,7 @@ class Walk:
 
     def _call(self, name: str, block: nn.Module, index: int) -> Tensor:
         assert self._hidden is not None
-        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(self.device), self._calls[name][index])
+        args, kwargs = map_tensors(lambda tensor: tensor.to(self.device), self._calls[name][index])
         output = block(self._hidden[index].to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -170,11 +174,19 @@ class Walk:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def capture(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
-    """The first block's hidden states (B×T×H) of every batch, and for every block its further arguments.
+def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
+    """Captures the inputs of the blocks, in one forward per batch in which the blocks pass on what they are given.
 
-    One forward a batch in which the blocks hand on what they are given. Tensors that are equal are kept once.
-    Raises ValueError naming a block that is not called exactly once, or with anything but those hidden states.
+    Args:
+        model: the model.
+        batches: token ids (B×T).
+
+    Returns:
+        The hidden states (B×T×H) that enter the first block, by batch, and the other arguments of every block, in which
+        equal tensors are kept once.
+
+    Raises:
+        ValueError: a block is not called exactly once, or not with the output of the block before.
     """
     found = blocks(model)
     hidden: list[Tensor] = []
@@ -189,7 +201,7 @@ def capture(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], 
             current[:] = current or [hidden_BTH]
             if not isinstance(hidden_BTH, Tensor) or hidden_BTH.ndim != 3 or hidden_BTH is not current[0]:
                 raise ValueError(_cannot_capture(name, "it does not take the output of the block before as it is"))
-            calls[name].append(tree_map_only(Tensor, share, (args[1:], kwargs)))
+            calls[name].append(map_tensors(share, (args[1:], kwargs)))
             if name == last:
                 raise _Done
             return hidden_BTH
@@ -219,7 +231,7 @@ def capture(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], 
 
 
 class HiddenStates:
-    """The hidden states of every batch (B×T×H), on a device, or in files of `folder`."""
+    """The hidden states of every batch (B×T×H), on a device or in files of `folder`."""
 
     def __init__(self, first: Sequence[Tensor], device: torch.device | str, folder: Path | None = None) -> None:
         self.device, self.folder = device, folder
@@ -243,7 +255,7 @@ class HiddenStates:
 
 
 class _Done(Exception):
-    """All blocks have been called."""
+    """Says that all blocks have been called."""
 
 
 def _set_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -256,18 +268,12 @@ def _header(file: Path) -> Mapping[str, str]:
         return opened.metadata() or {}
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
-    """Whole or not at all."""
-    try:
-        with whole(file) as unfinished:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header
-            )
-    except (OSError, SafetensorError) as error:  # the second is what a full disk becomes in there
-        raise OSError(
-            f"cannot write {file}: {error}; free some space, use method.offload=cpu, or set outputs=/another/folder; "
-            "the same command carries on from the last finished block"
-        ) from error
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    advice = (
+        "free some space, use method.offload=cpu, or set outputs=/another/folder; "
+        "the same command carries on from the last finished block"
+    )
+    save_tensors(tensors, file, metadata, advice=advice)
 
 
 def _not_finite(what: str) -> str:

@@ -1,4 +1,4 @@
-"""Wanda (Sun et al., ICLR 2024): weights by the size of what they add to the output, |W_ij|·‖X_j‖₂.
+"""Wanda (Sun et al., ICLR 2024) removes the weights that add least to the output, by |W_ij|·‖X_j‖₂.
 
 Letters in shape suffixes: O outputs and I inputs of a linear layer, T tokens.
 """
@@ -27,13 +27,23 @@ def wanda_mask(
     m: int | None = None,
     compare: Compare = "row",
 ) -> Tensor:
-    """True where a weight (O×I) is to be removed; input_sq_norm: ‖X_j‖² (I), in any unit.
+    """Marks the weights with the lowest |W_ij|·‖X_j‖₂ as those to remove.
 
-    row: the lowest fraction of every output row.
-    cumulative (the Wanda paper's variant): a row loses its lowest weights up to a share α of the row's sum of the
-        metric, with one α for the matrix. Here α is met exactly: the weights with the smallest running share go.
-    Both remove round(sparsity·O·I) weights; what does not divide by rows goes to the rows whose next weight is lowest.
-    With n and m all but n of every m consecutive inputs of a row go.
+    A sparsity removes round(sparsity·O·I) weights. With `row` the lowest fraction of every output row goes, and the
+    rows whose next weight is lowest lose the remainder. With `cumulative`, a variant of the paper, each row loses its
+    lowest weights up to a share α of the row's sum of the metric, with one α for the matrix; here the weights with the
+    smallest running share are removed, so that the sparsity is exact.
+
+    Args:
+        weight: the weight (O×I).
+        input_sq_norm: ‖X_j‖² (I), in any unit.
+        sparsity: the fraction of the weights to remove; None where n and m are given.
+        n: the number of weights to keep of every m consecutive inputs of a row.
+        m: the size of such a group.
+        compare: the way to compare weights of different rows.
+
+    Returns:
+        A mask (O×I), true where a weight is to be removed.
     """
     check_target(sparsity, n, m)
     check_choice("pruner.compare", compare, get_args(Compare))
@@ -57,13 +67,16 @@ def wanda_mask(
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Pruner):
-    """By `wanda_mask`. compare: within a `row`, or by the `cumulative` share of the row's metric."""
+    """Prunes by `wanda_mask`.
+
+    Args:
+        compare: compare weights within a `row`, or by the `cumulative` share of the row's metric.
+    """
 
     compare: Compare = "row"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("pruner.compare", self.compare, get_args(Compare))
         if self.compare == "cumulative" and self.m is not None:
             raise ValueError(f"pruner.compare=cumulative has no meaning with pruner.m={self.m}; use compare=row")
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from layerif.compat import wandb_init
 from layerif.record.frames import frames, numbers, routing_rows
 from layerif.record.plots import plots_of_run
 from layerif.record.record import RunRecord
@@ -60,7 +61,7 @@ class Wandb(WandbLogger):
             )
         except ModuleNotFoundError as error:
             raise ValueError(f"logger=wandb needs the package wandb ({error}): pip install 'layerif[wandb]'") from error
-        self._wandb_init.pop("anonymous", None)  # wandb warns of it, even where it is not set
+        wandb_init(self).pop("anonymous", None)  # wandb warns of it, even where it is not set
         self.fallback, self.artifacts = fallback, artifacts
 
     def start(self) -> str | None:
@@ -74,7 +75,7 @@ class Wandb(WandbLogger):
         """
         from wandb.errors import Error
 
-        mode = self._wandb_init["mode"]
+        mode = wandb_init(self)["mode"]
         try:
             run = self.experiment
         except (Error, TimeoutError) as error:
@@ -85,7 +86,7 @@ class Wandb(WandbLogger):
                     "folder with logger.wandb.mode=offline, or allow that with logger.wandb.fallback=offline"
                 ) from error
             warnings.warn(f"{why}; it is offline now, and `wandb sync` uploads it later", RuntimeWarning, stacklevel=2)
-            self._wandb_init["mode"] = mode = self.fallback
+            wandb_init(self)["mode"] = mode = self.fallback
             run = self.experiment
         if mode == "disabled":
             return None

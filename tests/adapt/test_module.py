@@ -26,14 +26,14 @@ from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.data.batches import collate
-from layerif.data.source import Jsonl
+from layerif.data.source import JsonlFolder
 from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
 from layerif.models.blocks import bare, blocks
 from layerif.models.contexts import evaluating
 from layerif.models.loss import per_sample_loss
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from layerif.probe.settings import Probe
 from layerif.probe.store import Store
 from tests.command import run_layerif
@@ -57,14 +57,14 @@ moe, lora, equal = (partial(module_of, kind) for kind in KINDS)
 
 @pytest.fixture
 def model_config(model_folder):
-    return {"_target_": "layerif.models.pretrained.Local", "path": str(model_folder)}
+    return {"_target_": "layerif.models.pretrained.LocalModel", "path": str(model_folder)}
 
 
 @pytest.fixture(scope="session")
 def splits(task_folder) -> Splits:
     task = Task(
         name="tiny",
-        source=Jsonl(path=str(task_folder)),
+        source=JsonlFolder(path=str(task_folder)),
         columns={},
         instruction="{{ question }}",
         output="Answer: {{ label }}.",
@@ -78,7 +78,7 @@ def splits(task_folder) -> Splits:
 
 @pytest.fixture
 def data(splits, model_folder):
-    return partial(TaskDataModule, splits, Local(path=str(model_folder)).tokenizer(), batch_size=4)
+    return partial(TaskDataModule, splits, LocalModel(path=str(model_folder)).tokenizer(), batch_size=4)
 
 
 def trainer(folder, *callbacks, **options) -> L.Trainer:
@@ -158,7 +158,7 @@ def test_plain_lora_has_the_rank_of_its_block_and_one_scaling_everywhere(tmp_pat
     assert sum(value.numel() for value in adapter(module).values()) == expected
     assert not [name for name in adapter(module) if "lm_head" in name]
     model.save_pretrained(tmp_path / "adapter")
-    again: Any = PeftModel.from_pretrained(Local(path=model_config["path"]).load(), tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(LocalModel(path=model_config["path"]).load(), tmp_path / "adapter")
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
@@ -207,7 +207,7 @@ def test_ranks_of_another_model_are_refused(model_config, ranks, message):
 @pytest.mark.parametrize("kind", KINDS)
 def test_whether_an_adapter_fits_is_found_out_without_weights(model_config, kind):
     def fits(**settings):
-        check_fits(kind(**settings), Local(path=model_config["path"]).skeleton(), counts(ALLOCATION, kind))
+        check_fits(kind(**settings), LocalModel(path=model_config["path"]).skeleton(), counts(ALLOCATION, kind))
 
     fits()
     fits(target_modules=["q_proj", "mlp.up_proj"])
@@ -253,7 +253,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_help(tmp_path, m
 def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_folder):
     module = moe(model_config, allocation=ALLOCATION)
     trainer(tmp_path, max_steps=2).fit(module, data())
-    before = Local(path=str(model_folder)).load().state_dict()
+    before = LocalModel(path=str(model_folder)).load().state_dict()
     assert module.model is not None
     for name, value in bare(module.model).state_dict().items():
         if "lora" not in name:
@@ -261,7 +261,7 @@ def test_training_changes_only_the_adapter(tmp_path, model_config, data, model_f
 
 
 def decider(model_folder, splits, store) -> Decider:
-    model = Local(path=str(model_folder))
+    model = LocalModel(path=str(model_folder))
     probe = Probe(num_train=8, num_validation=4)
     return Decider(
         model=model,
@@ -366,8 +366,8 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
     shutil.copytree(model_folder, path)
     settings: dict[str, Any] = {"dropout": 0.5} if family == "opt" else {}
     tiny_model(family, **settings).save_pretrained(path)
-    config = {"_target_": "layerif.models.pretrained.Local", "path": str(path)}
-    experts = dict.fromkeys(Local(path=str(path)).layers().names, 2)
+    config = {"_target_": "layerif.models.pretrained.LocalModel", "path": str(path)}
+    experts = dict.fromkeys(LocalModel(path=str(path)).layers().names, 2)
     adapters, counts, written = [], [], []
     for on in (False, True):
         module = moe(config, allocation=experts, gradient_checkpointing=on, balance_coefficient=0.001)
@@ -483,7 +483,7 @@ def test_early_stopping_and_the_best_checkpoint_are_settings(tmp_path, tiny_over
     losses = pd.read_csv(tmp_path / "run" / "metrics.csv")["validation/loss"].dropna().reset_index(drop=True)
     assert len(losses) == losses.to_numpy().argmin() + 3 < 20
     model_path, task_path = (tiny_overrides[position].partition("=")[2] for position in (1, 3))
-    model = Local(path=model_path)
+    model = LocalModel(path=model_path)
     kept = PeftModel.from_pretrained(model.load(), tmp_path / "run" / "adapter")
     splits = shipped_task("jsonl", f"task.path={task_path}").load()
     encoded = TaskDataModule(splits, model.tokenizer(), template="plain", batch_size=8).validation

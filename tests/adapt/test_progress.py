@@ -17,7 +17,7 @@ from layerif.adapt.module import AdapterModule
 from layerif.adapt.progress import TrainingCurves
 from layerif.adapt.train import Fit
 from layerif.allocate.allocation import Allocation
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from tests.tiny import shipped_task
 
 ALLOCATION = Allocation(tuple(f"model.layers.{l}" for l in range(3)), "experts", (1, 4, 2), 7)
@@ -53,9 +53,9 @@ def train(model_folder, splits, tmp_path):
             num_sanity_val_steps=0,
         )
         (folder / "routing.csv").unlink(missing_ok=True)  # as `tracked` does
-        model = {"_target_": "layerif.models.pretrained.Local", "path": str(model_folder)}
+        model = {"_target_": "layerif.models.pretrained.LocalModel", "path": str(model_folder)}
         module = AdapterModule(LoraMoeAdapter(learning_rate=0.02, seed=1), model, ALLOCATION)
-        data = TaskDataModule(splits, Local(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
+        data = TaskDataModule(splits, LocalModel(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
         last = checkpoints / "last.ckpt"
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         return module, curves

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from layerif.allocate import Allocation, to_experts, to_rank, to_sparsity
 from layerif.allocate.experts import Experts
-from layerif.allocate.file import File
+from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank
 from layerif.allocate.shape import Shape
 from layerif.allocate.sparsity import Sparsity
@@ -422,12 +422,12 @@ def test_file_reads_counts_by_name_as_list_and_from_a_record(tmp_path):
     by_hand = {"layers": list(NAMES), "values": counts}
     alone = allocation.to_dict()
     for content in (by_name, counts, of_0_1_0, today, by_hand, alone, {"allocation": alone}):
-        assert File(path=write(tmp_path, content))(SCORES, LAYERS) == allocation
+        assert SavedAllocation(path=write(tmp_path, content))(SCORES, LAYERS) == allocation
 
 
 def test_file_reads_sparsities(tmp_path):
     allocation = Sparsity()(SCORES, LAYERS)
-    read = File(path=write(tmp_path, allocation.to_dict()), kind="sparsity")(SCORES, LAYERS)
+    read = SavedAllocation(path=write(tmp_path, allocation.to_dict()), kind="sparsity")(SCORES, LAYERS)
     assert read.values == allocation.values
     assert read.budget == pytest.approx(0.5)
 
@@ -450,7 +450,7 @@ def test_file_reads_sparsities(tmp_path):
 )
 def test_file_refuses_an_allocation_of_another_model_or_shape(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        File(path=write(tmp_path, content))(SCORES, LAYERS)
+        SavedAllocation(path=write(tmp_path, content))(SCORES, LAYERS)
 
 
 # Shapes over depth
@@ -550,7 +550,7 @@ def test_shifted_sparsities_without_clipping_are_owls_formula():
 # Files: every allocator has its configuration
 
 
-ALLOCATORS = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": File, "shape": Shape}
+ALLOCATORS = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": SavedAllocation, "shape": Shape}
 
 
 @pytest.mark.parametrize("stem", ALLOCATORS)

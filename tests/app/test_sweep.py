@@ -188,7 +188,7 @@ def test_a_dry_run_of_a_sweep_tries_every_job_and_leaves_nothing(sweep, tmp_path
 
 
 def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
-    load, loaded, alive = models.Local.load, [], []
+    load, loaded, alive = models.LocalModel.load, [], []
 
     def watched(self, *args, **kwargs):
         alive.append([reference() for reference in loaded if reference() is not None])
@@ -196,7 +196,7 @@ def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(models.Local, "load", watched)
+    monkeypatch.setattr(models.LocalModel, "load", watched)
     gc.disable()  # by itself it might come in time
     try:
         # The second trains on a loss that is not finite: an error's traceback must not keep its model.

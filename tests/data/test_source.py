@@ -3,13 +3,13 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 
-from layerif.data.source import Hub, Jsonl
+from layerif.data.source import HubDataset, JsonlFolder
 from layerif.data.text import documentation_text
 
 
 def write(folder, text, name="train.jsonl"):
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return Jsonl(path=str(folder))
+    return JsonlFolder(path=str(folder))
 
 
 def test_jsonl_gives_every_row_with_its_line(tmp_path):
@@ -38,9 +38,9 @@ def test_a_missing_split_file_names_the_files_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"validation.jsonl does not exist; the folder holds dev.jsonl.*task.splits"):
         list(source.rows("validation"))
     with pytest.raises(ValueError, match="is not a folder"):
-        list(Jsonl(path=str(tmp_path / "none")).rows("train"))
+        list(JsonlFolder(path=str(tmp_path / "none")).rows("train"))
     with pytest.raises(ValueError, match=r"task\.path is empty; give the folder"):
-        list(Jsonl(path="").rows("train"))
+        list(JsonlFolder(path="").rows("train"))
 
 
 def test_hub_rows_are_the_datasets_rows_in_order(monkeypatch):
@@ -51,7 +51,7 @@ def test_hub_rows_are_the_datasets_rows_in_order(monkeypatch):
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = list(Hub(name="org/data", config="main").rows("test"))
+    rows = list(HubDataset(name="org/data", config="main").rows("test"))
     assert [row.fields["id"] for row in rows] == list(range(2500))
     assert rows[7].fields["choices"] == {"text": ["x"], "label": ["A"]}
     assert rows[7].where == "org/data/main test row 7"
@@ -63,7 +63,7 @@ def test_without_the_hub_the_message_tells_how_to_use_a_folder(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"split 'train' of org/data from the hub: Couldn't reach.*task.path=/folder"):
-        list(Hub(name="org/data").rows("train"))
+        list(HubDataset(name="org/data").rows("train"))
 
 
 def test_the_documentation_text_is_split_by_topic():

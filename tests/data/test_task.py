@@ -145,13 +145,12 @@ def test_keep_filters_rows_and_must_leave_some(folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"instruction": "{{ question"}, "task.instruction=.* is no Jinja"),
-        ({"labels": "letters +"}, "task.labels=.* is no Jinja"),
-        ({"template": "chat"}, "task.template=chat is unknown; use one of plain, alpaca"),
+        ({"instruction": "{{ question"}, "task.instruction=.* is not Jinja"),
+        ({"labels": "letters +"}, "task.labels=.* is not Jinja"),
+        ({"template": "chat"}, "task.template='chat' is not allowed; allowed: plain, alpaca"),
         ({"splits": {"train": "train", "test": "test"}}, "exactly train, validation and test"),
         ({"splits": {"train": "train", "validation": None, "test": None}}, "task.splits.test is empty"),
-        ({"num_test": 0}, "task.num_test=0 leaves no row"),
-        ({"pattern": "("}, "task.pattern='\\(' is no regular expression"),
+        ({"pattern": "("}, "task.pattern='\\(' is not a regular expression"),
         ({"pattern": "Answer"}, "task.pattern='Answer' has no group"),
     ],
 )
@@ -167,9 +166,9 @@ def test_a_wrong_setting_is_refused_before_any_row_is_read(fields, message):
             {"instruction": "{{ qestion }}"},
             r"task.instruction cannot be filled in: 'qestion' is undefined. Known names:",
         ),
-        ({"answer": "anser"}, "task.answer cannot be filled in: it names nothing known in 'anser'"),
+        ({"answer": "anser"}, "task.answer cannot be filled in: 'anser' uses an unknown name"),
         ({"instruction": "{{ question.__class__.__mro__ }}"}, "task.instruction cannot be filled in"),
-        ({"labels": "question"}, "it should give a list of texts"),
+        ({"labels": "question"}, "; give a list of texts"),
         ({"labels": "['A', 'A']"}, "repeat"),
     ],
 )

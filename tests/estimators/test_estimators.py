@@ -32,7 +32,7 @@ from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact
-from layerif.estimators.file import File
+from layerif.estimators.file import SavedScores
 from layerif.estimators.grad_dot import GradDot, grad_dot
 from layerif.estimators.lissa import Lissa, lissa, step_bound
 from layerif.estimators.random import Random
@@ -85,7 +85,7 @@ DAMPED_ESTIMATORS = [cls for cls in GRAM_ESTIMATORS if issubclass(cls, DampedEst
 # What an estimator cannot do without. These two checkpoints, where both are the same, weigh as one.
 REQUIRED: dict[type, dict[str, Any]] = {
     TracIn: {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]},
-    File: {"path": "scores.json"},
+    SavedScores: {"path": "scores.json"},
     Reversed: {"of": DataInf()},
 }
 
@@ -577,7 +577,7 @@ DEEP = LayerMap(
     params=tuple((f"block.{l}.q", f"block.{l}.o") for l in range(8)),
     numel=(30 * 12,) * 8,
 )
-ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if cls is not File]
+ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if cls is not SavedScores]
 NUM_SAMPLES, HIDDEN = 20, 6
 
 
@@ -754,7 +754,7 @@ def test_reversed_turns_the_order_round_and_twice_is_the_identity():
 def test_reversed_keeps_ties_and_ends(values, tmp_path):
     layers = LayerMap(tuple(f"b.{i}" for i in range(len(values))), (("q",),) * len(values), (1,) * len(values))
     path = write(tmp_path, {"layers": list(layers.names), "values": values, "higher_means": "important"})
-    once = Reversed(of=File(path=path)).score(layers).values
+    once = Reversed(of=SavedScores(path=path)).score(layers).values
     assert (min(once), max(once)) == (min(values), max(values))
     for i, j in itertools.combinations(range(len(values)), 2):
         assert (once[i] - once[j]) * (values[i] - values[j]) <= 0
@@ -764,7 +764,7 @@ def test_reversed_keeps_ties_and_ends(values, tmp_path):
 def test_reversed_needs_what_the_wrapped_one_needs():
     checkpoints = make(TracIn)
     assert Reversed(of=Reversed(of=checkpoints)).needs == CheckpointPasses(("a", "b"))
-    assert Reversed(of=File(path="scores.json")).needs.paths == ("scores.json",)
+    assert Reversed(of=SavedScores(path="scores.json")).needs.paths == ("scores.json",)
     assert Reversed(of=Uniform()).needs == Nothing()
     assert copy.deepcopy(Reversed(of=checkpoints)) == Reversed(of=checkpoints)
 
@@ -777,7 +777,7 @@ def write(folder: Path, content: object) -> str:
 
 def test_file_reads_scores_by_name_in_any_order(tmp_path):
     path = write(tmp_path, {"layers": ["block.1", "block.0"], "values": [1, 2.5], "higher_means": "important"})
-    scores = File(path=path).score(LAYERS)
+    scores = SavedScores(path=path).score(LAYERS)
     assert scores.values == (2.5, 1)
     assert scores.higher_means == "important"
     assert path in scores.source
@@ -785,7 +785,7 @@ def test_file_reads_scores_by_name_in_any_order(tmp_path):
 
 def test_file_reads_what_to_dict_wrote(tmp_path):
     scores = DataInf().score(layer_grams())
-    read = File(path=write(tmp_path, scores.to_dict())).score(LAYERS)
+    read = SavedScores(path=write(tmp_path, scores.to_dict())).score(LAYERS)
     assert (read.layers, read.values, read.higher_means) == (scores.layers, scores.values, scores.higher_means)
     assert read.fingerprint == "f1"
     assert scores.source in read.source
@@ -805,7 +805,7 @@ def test_file_reads_the_record_of_a_run(tmp_path):
         "allocation": {"values": [1, 1]},
     }
     for record in (today, of_0_1_0):
-        read = File(path=write(tmp_path, record)).score(LAYERS)
+        read = SavedScores(path=write(tmp_path, record)).score(LAYERS)
         assert (read.values, read.fingerprint) == (scores.values, "f1")
         assert scores.source in read.source
 
@@ -827,7 +827,7 @@ def test_file_reads_the_record_of_a_run(tmp_path):
 )
 def test_file_refuses_scores_of_another_model_or_shape(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        File(path=write(tmp_path, content)).score(LAYERS)
+        SavedScores(path=write(tmp_path, content)).score(LAYERS)
 
 
 def _ranking(scores: LayerScores) -> list[int]:

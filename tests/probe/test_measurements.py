@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from filelock import FileLock
 
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from layerif.probe import activations, store
 from layerif.probe.activations import Activations, wrong_answers
 from layerif.probe.grams.processes import Shards
@@ -27,7 +27,7 @@ SIZE = 2
 
 
 def measurements(model_folder: Path, task_folder: Path, store: Path) -> Measurements:
-    model = Local(path=str(model_folder))
+    model = LocalModel(path=str(model_folder))
     return Measurements(
         model=model,
         tokenizer=model.tokenizer(),

@@ -177,7 +177,7 @@ def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path, monkeypatch, er
         file.write_bytes(b"half")
         raise error("disk full")
 
-    monkeypatch.setattr(store_module, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(error):
         Store(tmp_path).kept(GRAMS, {"model": "a"}, some_grams)
     assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []

@@ -53,7 +53,7 @@ def test_impossible_requests_are_refused(arguments, message):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"n": 2}, "needs pruner.m"), ({"m": 1}, "at least 2"), ({"n": 4, "m": 4}, r"lie in 1 to pruner.m-1=3")],
+    [({"n": 2}, r"needs pruner\.m"), ({"n": 4, "m": 4}, r"pruner\.n=4 must be below pruner\.m=4")],
 )
 def test_impossible_patterns_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

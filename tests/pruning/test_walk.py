@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from layerif.models.blocks import blocks, linears
-from layerif.pruning import Pruner, walk
+from layerif.pruning import Pruner
 from layerif.pruning.magnitude import Magnitude
 from layerif.pruning.sparsegpt import SparseGPT
 from layerif.pruning.targets import matrices, targets
-from layerif.pruning.walk import Walk, capture
+from layerif.pruning.walk import Walk, capture_inputs
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 FAMILY_NAMES = [*FAMILIES, "gemma3_text"]
@@ -117,7 +117,7 @@ def test_where_activations_wait_changes_nothing(tmp_path, offload):
 
 def test_the_capture_keeps_equal_arguments_once_and_leaves_the_model_alone():
     model = tiny_model("gemma2")
-    hidden, calls = capture(model, [windows()[0], windows()[0]])
+    hidden, calls = capture_inputs(model, [windows()[0], windows()[0]])
     tensors = [tensor for made in calls.values() for call in made for tensor in _tensors(call)]
     different = {id(tensor) for tensor in tensors}
     assert len(different) < len(tensors) / 4
@@ -184,7 +184,7 @@ def test_a_full_disk_says_what_to_do_and_leaves_no_half_file(tmp_path, monkeypat
         file.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(walk, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"No space left.* method\.offload=cpu.* carries on"):
         walked(tiny_model(), SparseGPT(), tmp_path, offload="disk")
     assert list(tmp_path.iterdir()) == []

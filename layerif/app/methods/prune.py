@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
-from safetensors import SafetensorError
 from torch import nn
 
 from layerif.adapt.adapters import Adapter, LoraMoeAdapter
@@ -25,9 +24,9 @@ from layerif.app.setup import Setup
 from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider
-from layerif.files import read_json
+from layerif.files import full_disk_explained, read_json
 from layerif.models.blocks import blocks
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from layerif.pruning import Pruner
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.module import PruneModule, given_allocation
@@ -200,9 +199,9 @@ class Prune:
     def _recover(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         """Fine-tune the pruned model in `folder`/model on the task."""
         where = {"path": str(folder / "model"), "dtype": setup.model.dtype, "attention": setup.model.attention}
-        pruned = Local(**where)
+        pruned = LocalModel(**where)
         one_each = _one_expert_each(setup.decider.layers().names) if self.recover == "lora" else None
-        module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(Local), **where}, one_each)
+        module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(LocalModel), **where}, one_each)
         decider = setup.decider
         if self.experts is not None:
             decider = replace(decider, model=pruned, allocator=self.experts)
@@ -225,8 +224,8 @@ def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
     measures = decider.estimator.needs.is_measured and decider.allocator.needs_scores
     if pruner.n is not None and measures:
         raise ValueError(
-            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same from every layer and leaves nothing to allocate; "
-            "use estimator=uniform, or pruner.n=null for an n per block from the scores"
+            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same from every layer, which leaves nothing to "
+            "allocate; use estimator=uniform, or pruner.n=null for an n per block from the scores"
         )
 
 
@@ -278,17 +277,13 @@ def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, fol
 
 
 def _save(model: nn.Module, setup: Setup, folder: Path) -> None:
-    try:
+    advice = "free some space and give the same command again (no block is pruned twice), or use method.save=false"
+    with full_disk_explained(f"the pruned model to {folder}", advice):
         model.save_pretrained(folder)  # type: ignore[operator]
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
-        raise OSError(
-            f"cannot write the pruned model to {folder}: {error}; free some space and give the same "
-            "command again (no block is pruned twice), or use method.save=false"
-        ) from error
     setup.tokenizer.save_pretrained(folder)
 
 
-def _merged(model: Any, pruned: Local) -> nn.Module:
+def _merged(model: Any, pruned: LocalModel) -> nn.Module:
     """Merge the adapter into the weights; the zeros of the pruned model stay zeros."""
     zeros = {name: linear.weight == 0 for name, linear in matrices(pruned.load()).items()}
     merged = model.cpu().merge_and_unload()

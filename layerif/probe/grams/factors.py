@@ -10,15 +10,14 @@ Letters in shape suffixes: B samples of a batch, T tokens, I inputs and O output
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from layerif.models.blocks import bare
-from layerif.models.hooks import first_non_finite_block
+from layerif.models.hooks import first_non_finite_block, hooked
 from layerif.models.loss import per_sample_loss
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ Side = Literal["in", "out"]
 SIDES: tuple[Side, Side] = ("in", "out")
 
 
-def capture(
+def capture_factors(
     model: nn.Module,
     params: Sequence[str],
     batch: Mapping[str, Tensor],
@@ -52,7 +51,8 @@ def capture(
     found: Factors = {}
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with _hooks(model, params, batch["attention_mask"].bool(), keep, found), torch.enable_grad():
+    hooks = _hooks(model, params, batch["attention_mask"].bool(), keep, found)
+    with hooked(hooks), torch.enable_grad():
         loss_B = per_sample_loss(model, batch)
         is_finite = bool(loss_B.isfinite().all())
         if is_finite or in_step:
@@ -87,25 +87,19 @@ def inputs_read_together(model: nn.Module, params: Sequence[str]) -> dict[str, s
 
         return note
 
-    handles = [_module(model, param).register_forward_pre_hook(hook(param)) for param in params]
-    try:
-        with torch.no_grad():
-            device = next(model.parameters()).device
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked([(_module(model, param), hook(param)) for param in params], before=True), torch.no_grad():
+        device = next(model.parameters()).device
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     return {param: found.get(param, param) for param in params}
 
 
-@contextmanager
 def _hooks(
     model: nn.Module,
     params: Sequence[str],
     mask_BT: Tensor,
     keep: Callable[[Tensor, Side], Tensor],
     found: Factors,
-) -> Iterator[None]:
+) -> list[tuple[nn.Module, Callable[..., None]]]:
     # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
     # freed tensor's id may be given to another.
     shared: dict[int, tuple[Tensor, Tensor]] = {}
@@ -115,7 +109,7 @@ def _hooks(
         values_BTF = values.detach().reshape(*mask_BT.shape, -1)
         return keep(values_BTF.where(mask_BT[..., None], 0), side)
 
-    def forward_hook(param: str):
+    def forward_hook(param: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
             original = inputs[0]
             if id(original) not in shared:
@@ -133,12 +127,7 @@ def _hooks(
 
         return note
 
-    handles = [_module(model, param).register_forward_hook(forward_hook(param)) for param in params]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return [(_module(model, param), forward_hook(param)) for param in params]
 
 
 def _module(model: nn.Module, param: str) -> nn.Module:

@@ -26,7 +26,7 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
 from layerif.probe.grams import products
-from layerif.probe.grams.factors import Side, capture, inputs_read_together
+from layerif.probe.grams.factors import Side, capture_factors, inputs_read_together
 from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.grams.processes import Shards, is_spread
 from layerif.probe.grams.projection import Projection
@@ -198,7 +198,7 @@ class _Measurement:
                 try:
                     keep = self.projection or _as_it_is
                     names = [self.names[index] for index in indices]
-                    factors = capture(self.model, params, batch, names, keep, in_step=in_step)
+                    factors = capture_factors(self.model, params, batch, names, keep, in_step=in_step)
                 except ValueError as error:
                     if not in_step:
                         raise

@@ -11,10 +11,9 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from layerif.files import whole
+from layerif.files import save_tensors
 from layerif.probe.grams.factors import SIDES, Factors, Side, log
 
 
@@ -94,17 +93,11 @@ class OnDisk:
         names: dict[int, str] = {}
         for param, (inputs, delta) in factors.items():
             inputs_of[param] = names.setdefault(id(inputs), f"{param}/input")
-            tensors[inputs_of[param]] = inputs.cpu().contiguous()
-            tensors[f"{param}/delta"] = delta.cpu().contiguous()
+            tensors[inputs_of[param]] = inputs
+            tensors[f"{param}/delta"] = delta
         file = self._files[number]
-        try:
-            with whole(file) as unfinished:
-                save_file(tensors, unfinished, metadata={"inputs_of": json.dumps(inputs_of)})
-        except (SafetensorError, OSError) as error:  # what a full disk becomes in there
-            raise OSError(
-                f"cannot write {file}: {error}; free some space, set store=/another/folder, "
-                "or probe.offload=none (several passes)"
-            ) from error
+        advice = "free some space, set store=/another/folder, or probe.offload=none (several passes)"
+        save_tensors(tensors, file, {"inputs_of": json.dumps(inputs_of)}, advice=advice)
 
     def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
         for number in sorted(self._files):

@@ -27,7 +27,7 @@ from layerif.data.text import text
 from layerif.evaluate.harness import zero_shot_means
 from layerif.evaluate.perplexity import perplexity
 from layerif.files import conf_folder
-from layerif.models.pretrained import Local
+from layerif.models.pretrained import LocalModel
 from layerif.pruning import walk
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.magnitude import Magnitude
@@ -188,7 +188,7 @@ def test_recovery_by_lora_moe_allocates_by_scores_of_the_pruned_model(setup, tmp
     record = pruned(found, tmp_path / "run")
     assert record.recovery["method"] == "lora_moe"
     assert sum(record.recovery["experts"].values()) == 9
-    of_pruned = replace(found.decider, model=Local(path=str(tmp_path / "run" / "model")))()
+    of_pruned = replace(found.decider, model=LocalModel(path=str(tmp_path / "run" / "model")))()
     assert of_pruned.reused
     decision = record.recovery["decision"]
     assert decision == asdict(of_pruned.record())
@@ -290,7 +290,7 @@ def test_bad_input_is_refused_before_anything_is_measured(setup, overrides, mess
 
 
 def test_without_an_allocation_the_module_says_so(model_folder, tmp_path):
-    module = PruneModule(Local(path=str(model_folder)), Magnitude(), Calibration())
+    module = PruneModule(LocalModel(path=str(model_folder)), Magnitude(), Calibration())
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",

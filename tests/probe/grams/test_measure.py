@@ -140,15 +140,15 @@ def test_factors_on_disk_equal_those_in_memory(tmp_path):
 
 def test_an_interrupted_probe_resumes_from_its_finished_batches(tmp_path, monkeypatch):
     model, ran, dies_at = double("llama"), [], 2
-    run = measurement.capture
+    run = measurement.capture_factors
 
-    def capture(model, params, batch, *rest, **options):
+    def capture_factors(model, params, batch, *rest, **options):
         if len(ran) == dies_at:
             raise KeyboardInterrupt
         ran.append(batch)
         return run(model, params, batch, *rest, **options)
 
-    monkeypatch.setattr(measurement, "capture", capture)
+    monkeypatch.setattr(measurement, "capture_factors", capture_factors)
     with pytest.raises(KeyboardInterrupt):
         probe(model, size=1, offload="disk", partial=tmp_path)
     dies_at = 100

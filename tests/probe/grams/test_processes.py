@@ -42,24 +42,24 @@ def _process(rank: int, task: str, folder: Path, options: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / task}", rank=rank, world_size=SIZE)
     if task == "die" and rank == 1:
-        run = measurement.capture
+        run = measurement.capture_factors
         calls = []
 
-        def capture(*args, **options):
+        def capture_factors(*args, **options):
             calls.append(args)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return run(*args, **options)
 
-        measurement.capture = capture
+        measurement.capture_factors = capture_factors
     if task == "spoil" and rank == 1:
-        run_whole = measurement.capture
+        run_whole = measurement.capture_factors
 
         def spoilt(*args, **options):  # as a loss that is not finite: found out after the batch has run
             run_whole(*args, **options)
             raise ValueError("its sample is spoilt")
 
-        measurement.capture = spoilt
+        measurement.capture_factors = spoilt
     try:
         grams = measured(**options)
     except ValueError as error:

@@ -1,0 +1,129 @@
+"""The private parts of other libraries behave as `layerif.compat` expects them to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from layerif import compat
+
+
+class Line(L.LightningModule):
+    """A line fitted by Lightning, which notes what `compat` says at every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(1, 1)
+        self.steps: list[int] = []
+        self.validates: list[bool] = []
+        self.validated_after: list[int] = []
+
+    def training_step(self, batch, index):
+        self.steps.append(compat.logged_step(self.trainer))
+        return self.line(batch).square().mean()
+
+    def on_train_batch_end(self, *_):
+        self.validates.append(compat.validates_now(self.trainer))
+
+    def validation_step(self, batch, index):
+        self.validated_after.append(self.trainer.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def fitted(tmp_path) -> tuple[Line, L.Trainer]:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        val_check_interval=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+    )
+    module, data = Line(), DataLoader(torch.ones(12, 1), batch_size=2)
+    trainer.fit(module, data, data)
+    return module, trainer
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightnings_steps_and_validations_are_foreseen(fitted):
+    module, trainer = fitted
+    assert module.steps == [0, 1, 2, 3, 4, 5]
+    assert module.validates == [False, True] * 3
+    assert module.validated_after == [2, 4, 6]
+    compat.set_logged_step(trainer, 40)
+    assert compat.logged_step(trainer) == trainer.fit_loop.epoch_loop._batches_that_stepped == 40
+
+
+def test_hydras_options_are_those_of_its_help():
+    assert {"--help", "--cfg", "--multirun", "--config-dir", "--config-name"} <= set(compat.hydra_options())
+
+
+def test_wandb_starts_with_the_arguments_that_the_logger_keeps(tmp_path):
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(save_dir=str(tmp_path), project="mine", mode="offline")
+    assert compat.wandb_init(logger)["project"] == "mine"
+    compat.wandb_init(logger)["mode"] = "disabled"
+    assert logger.experiment.disabled
+
+
+def test_a_new_peft_type_is_a_full_member_of_the_enum():
+    """In a process of its own, since a member cannot be taken out again."""
+    code = (
+        "from layerif.compat import add_peft_type; from peft.utils import PeftType; import copy, pickle\n"
+        "add_peft_type('MINE'); add_peft_type('MINE'); mine = PeftType('MINE')\n"
+        "assert mine is PeftType.MINE is PeftType['MINE'] is pickle.loads(pickle.dumps(mine)) is copy.deepcopy(mine)\n"
+        "assert mine == mine.value == mine.name == 'MINE' and mine in PeftType and 'MINE' in PeftType.__members__\n"
+        "assert [one.name for one in PeftType].count('MINE') == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commit_of_a_configuration_is_the_one_that_transformers_notes():
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("llama", _commit_hash="abc")
+    assert compat.commit_of(config) == "abc"
+    assert compat.commit_of(SimpleNamespace()) is None
+
+
+def test_changes_in_place_are_counted():
+    tensor = torch.zeros(3)
+    before = compat.changes_of(tensor)
+    tensor.add_(1)
+    assert compat.changes_of(tensor) != before
+    with torch.inference_mode():
+        assert compat.changes_of(torch.zeros(3)) is None
+
+
+def test_every_tensor_of_a_tree_is_mapped_and_nothing_else():
+    tree = ((torch.ones(2), 3), {"mask": [torch.zeros(1), None]})
+    (first, number), named = compat.map_tensors(lambda tensor: tensor + 1, tree)
+    assert number == 3
+    assert named["mask"][1] is None
+    assert torch.equal(first, torch.full((2,), 2.0))
+    assert torch.equal(named["mask"][0], torch.ones(1))
+
+
+def test_kronfluence_forgets_its_state():
+    state = pytest.importorskip("kronfluence.utils.state").State
+    state()
+    assert state._shared_state
+    compat.reset_kronfluence()
+    assert not state._shared_state

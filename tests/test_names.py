@@ -1,0 +1,65 @@
+"""Every public class and function of the package has a name of its own, and imports overwrite none of them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections import defaultdict
+from pathlib import Path
+
+import layerif
+from layerif import PACKAGE
+
+# Every command has a `main`. Every metric and every method has the same functions, which their loop calls.
+SHARED = {"main", "check", "run", "preview", "score", "fit"}
+# "Names others rely on": a module of one of these names would take the function's place in its package.
+RELIED_ON = {
+    "layerif": ["score", "curves", "prune", "rows"],
+    "layerif.allocate": ["to_experts", "to_rank", "to_sparsity", "knapsack"],
+}
+
+
+def modules() -> list[str]:
+    """Returns the names of all modules and packages, without the commands that run on import."""
+    found = [module.name for module in pkgutil.walk_packages(layerif.__path__, "layerif.")]
+    return [name for name in found if not name.endswith("__main__")]
+
+
+def public_names(file: Path) -> list[str]:
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    defined = [node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return [name for name in defined if not name.startswith("_")]
+
+
+def test_every_public_class_and_function_has_a_name_of_its_own():
+    where = defaultdict(list)
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for name in public_names(file):
+            where[name].append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in where.items() if len(files) > 1 and name not in SHARED} == {}
+
+
+def test_no_module_takes_the_place_of_a_function_that_others_rely_on():
+    for package, functions in RELIED_ON.items():
+        for function in functions:
+            assert f"{package}.{function}" not in modules()
+
+
+def test_functions_are_still_there_after_every_module_is_imported():
+    for name in modules():
+        importlib.import_module(name)
+    for package, functions in RELIED_ON.items():
+        parent = importlib.import_module(package)
+        for function in functions:
+            if hasattr(parent, function):
+                assert callable(getattr(parent, function)), f"{package}.{function}"
+    for function in ("datainf", "exact", "lissa", "grad_dot", "cosine", "tracin"):
+        assert callable(getattr(importlib.import_module(f"layerif.estimators.{function}"), function))
+    from layerif.moe import LoraMoeConfig
+    from layerif.pruning.magnitude import magnitude_mask
+    from layerif.pruning.sparsegpt import sparsegpt
+    from layerif.pruning.wanda import wanda_mask
+    from layerif.scores import aggregate, smooth
+
+    assert all(map(callable, (LoraMoeConfig, magnitude_mask, sparsegpt, wanda_mask, aggregate, smooth)))
