@@ -46,7 +46,7 @@ docs: $(READY)
 	@echo "docs/_build/html/index.html"
 
 test-docs: docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m docs tests/test_documentation.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m docs tests/test_documentation.py
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu

@@ -34,7 +34,7 @@ napoleon_use_ivar = True
 
 
 def settings(app, docname, source):
-    """Puts the keys of the configuration in place of the marker of a page, and leads links to the experiments' pages."""
+    """Puts every key in place of a page's marker, and leads links to the experiments' pages."""
     source[0] = source[0].replace("<!-- every key -->", settings_pages.every_key())
     source[0] = re.sub(r"\]\(\.\./((?:\.\./)*experiments/[^)]*\.md\))", r"](\1", source[0])
 

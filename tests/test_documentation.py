@@ -30,9 +30,8 @@ from layerif.scores import LayerScores
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-WRITTEN = [  # the others are made when the manual is built
-    page for page in sorted(DOCS.rglob("*.md")) if not {"_build", "api", "experiments"} & set(page.relative_to(DOCS).parts)
-]
+MADE_AT_BUILD_TIME = {"_build", "api", "experiments"}
+WRITTEN = [page for page in sorted(DOCS.rglob("*.md")) if not MADE_AT_BUILD_TIME & set(page.relative_to(DOCS).parts)]
 PAGES = {
     str(file.relative_to(ROOT)): file.read_text()
     for file in (
@@ -150,7 +149,8 @@ def test_keys_are_read_with_their_default_and_comment(settings_pages):
 
 
 def test_docstrings_are_safe_for_restructured_text(settings_pages):
-    lines = ["Scores |S| of a*b, see `x|y`.", "", "Args:", "    x_: a", "        longer one.", "", "| a | b |", "", "End."]
+    argument = ["Args:", "    x_: a", "        longer one."]
+    lines = ["Scores |S| of a*b, see `x|y`.", "", *argument, "", "| a | b |", "", "End."]
     assert settings_pages.escaped(lines) == [
         r"Scores \|S\| of a\*b, see `x|y`.",
         *("", "Args:", r"    x\_: a", "        longer one.", ""),
@@ -281,6 +281,12 @@ def tiny(command: str) -> list[str]:
     given = {word.partition("=")[0] for word in words if "=" in word}
     settings = TINY | (FOR_PRUNING if "method=prune" in words else {})
     return [*words, *(f"{key}={value}" for key, value in settings.items() if key not in given)]
+
+
+@pytest.mark.docs
+def test_the_marked_commands_compose_as_tiny_runs():
+    for command in {command for _, text in MARKED for command in commands(text)}:
+        assert composed(tuple(map(first_of, overrides_of(shlex.join(tiny(command))))))
 
 
 @pytest.mark.docs
