@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from hydra.utils import get_object
 
 import layerif
 
@@ -76,8 +79,38 @@ def keys_of(text: str, without: Sequence[str] = ()) -> list[Key]:
             continue
         default, comment = _split(rest)
         keys.append(Key(".".join(key for _, key in above), default, comment))
+    keys = list(_with_meanings(keys))
     parents = {key.path.rpartition(".")[0] for key in keys}
     return [key for key in keys if key.default or key.comment or key.path not in parents]
+
+
+def meanings(target: str) -> dict[str, str]:
+    """Returns what a class of this package says of its arguments, by name.
+
+    Args:
+        target: its dotted path; classes of other packages give nothing.
+    """
+    if not target.startswith("layerif."):
+        return {}
+    found: dict[str, str] = {}
+    for kind in getattr(get_object(target), "__mro__", ()):
+        for section in re.findall(
+            r"^(?:Args|Attributes):\n((?:(?: .*)?\n?)*)", inspect.cleandoc(kind.__doc__ or ""), re.M
+        ):
+            for names, said in re.findall(r"^    ([\w, ]+)(?: \([^)]*\))?: ((?:.*\n?)(?:     .*\n?)*)", section, re.M):
+                for name in names.split(", "):
+                    found.setdefault(name, " ".join(said.split()))
+    return found
+
+
+def _with_meanings(keys: Sequence[Key]) -> Iterator[Key]:
+    """Yields the keys, those without a comment with what the docstring of their class says."""
+    targets = {key.path.removesuffix("_target_"): key.default for key in keys if key.path.endswith("_target_")}
+    said = {place: meanings(target) for place, target in targets.items()}
+    for key in keys:
+        place, dot, name = key.path.rpartition(".")
+        comment = key.comment or said.get(place + dot, {}).get(name, "")
+        yield Key(key.path, key.default, comment)
 
 
 def rooms() -> dict[str, str]:

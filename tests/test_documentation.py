@@ -148,6 +148,12 @@ def test_keys_are_read_with_their_default_and_comment(settings_pages):
     assert keys == [("a", "1", "first"), ("b", "", "parent"), ("b.c", '"x # y"', "third"), ("d.e", "x#y", "")]
 
 
+def test_keys_without_a_comment_say_what_the_docstring_says(settings_pages):
+    text = settings_pages.meanings("layerif.allocate.allocation.Allocation")["values"]
+    assert text.startswith("a count per unit")
+    assert settings_pages.meanings("lightning.Trainer") == {}
+
+
 def test_docstrings_are_safe_for_restructured_text(settings_pages):
     argument = ["Args:", "    x_: a", "        longer one."]
     lines = ["Scores |S| of a*b, see `x|y`.", "", *argument, "", "| a | b |", "", "End."]
