@@ -6,11 +6,13 @@ PEERS := kronfluence dattri dattri-llm
 export OMP_WAIT_POLICY ?= passive
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help demo test test-gpu test-ekfac lint bench bench-peers clean
+.PHONY: help demo test test-docs docs test-gpu test-ekfac lint bench bench-peers clean
 
 help:
 	@echo "make demo      score two tasks, allocate experts, fine-tune, compare (about 10 minutes on two cores)"
 	@echo "make test      import contract, ruff, all tests"
+	@echo "make docs      build the manual in docs/_build/html; a warning is an error"
+	@echo "make test-docs build the manual, and run its code and the commands that it marks"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-ekfac   the tests that need kronfluence, in an environment of its own"
 	@echo "make lint      ruff, pyright, import contract"
@@ -37,7 +39,14 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not docs"
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+test-docs: docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m docs tests/test_documentation.py
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
@@ -71,4 +80,4 @@ bench: $(READY)
 	$(BIN)/python experiments/benchmark_pruning/run.py
 
 clean:
-	rm -rf .venv .peers outputs/runs outputs/sweeps outputs/store
+	rm -rf .venv .peers docs/_build docs/reference/api docs/experiments outputs/runs outputs/sweeps outputs/store

@@ -1,0 +1,1 @@
+"""An example: an estimator for layerif in a package of its own."""
