@@ -94,6 +94,8 @@ def check(config: DictConfig) -> None:
             "small=true is the small variant of an experiment, and none is chosen: it would change nothing; "
             "name one (experiment=table1_experts_mistral, say), or leave it out"
         )
+    if "size" in choices:
+        check_size(small=bool(plain.get("small")), size=choices["size"])
     method = plain.get("method") or {}
     if plain.get("recipe") and "warmup_steps" not in method:
         raise ValueError(
@@ -107,6 +109,16 @@ def check(config: DictConfig) -> None:
         )
     for path, node in _targets(plain):
         _check_node(path, node)
+
+
+def check_size(*, small: bool, size: str) -> None:
+    """Refuses the root key `small` where it says something else than the group `size`, whose files make the variant.
+
+    Raises:
+        ValueError: the two disagree.
+    """
+    if small != (size == "small"):
+        raise ValueError(f"small={small} and size={size} disagree; give size=small, or small=true on the command line")
 
 
 def check_root(config: DictConfig) -> None:
