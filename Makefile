@@ -72,6 +72,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
+	$(BIN)/python experiments/benchmark_startup/run.py
 	$(BIN)/python experiments/benchmark_first_light/run.py
 	$(BIN)/python experiments/benchmark_scoring/datainf_loop.py
 	$(BIN)/python experiments/benchmark_scoring/multirun.py

@@ -13,9 +13,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments import timing
 from experiments.benchmark_scoring import datainf_loop
 from layerif.app.schema import check, register
+from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import conf_folder
+from layerif.layers import LayerMap
 from layerif.record.record import RunRecord
 from tests.records import record, written
 
@@ -314,3 +317,22 @@ def test_an_incomplete_grid_is_refused_or_cut_to_its_whole_seeds(tmp_path):
         plot.read(written(tmp_path / "twice", [*jobs, jobs[0]]))
     with pytest.raises(SystemExit, match="holds 0 tasks"):
         plot.read(tmp_path / "empty")
+
+
+# What benchmarks refuse to print
+
+
+def test_a_figure_that_cannot_be_right_stops_the_benchmark():
+    timing.check_plausible("solve", 0.2, least=0.1)
+    for measured in (0.1, 0.0, float("nan")):
+        with pytest.raises(SystemExit, match=r"solve: .* cannot be right, because it must be above 0.1"):
+            timing.check_plausible("solve", measured, least=0.1)
+
+
+def test_fresh_grams_are_equal_and_share_no_memory():
+    layers = LayerMap(("a",), (("a.weight",),), (3,))
+    gram = MatrixGram(torch.eye(2), torch.ones(1, 2), torch.ones(1), 3)
+    given = LayerGrams(layers, {"a.weight": gram}, "x")
+    copied = timing.fresh(given).grams["a.weight"]
+    assert torch.equal(copied.train_train, gram.train_train)
+    assert copied.train_train.data_ptr() != gram.train_train.data_ptr()

@@ -1,21 +1,19 @@
-"""`make bench`: what scoring, estimating, a LoRA-MoE linear and `--help` cost, as ratios measured side by side.
+"""`make bench` times scoring, estimating and a LoRA-MoE linear, beside what they are compared with.
 
     OMP_WAIT_POLICY=passive python experiments/benchmark_first_light/run.py
 
-Every pair takes turns in one process and each figure is a median. Nothing else should run on the machine.
+Every pair takes turns in one process and each figure is a median. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from typing import Any
 
 import torch
 from moe_linear import main as measure_moe_linear
 
-from experiments.timing import machine
+from experiments.timing import check_plausible, fresh, machine, reading
 from experiments.timing import seconds as seconds_of
 from layerif.data.batches import batches, encode, padding_id
 from layerif.data.countries import Countries
@@ -39,11 +37,10 @@ def main() -> None:
     grams = scoring(device)
     estimating(grams)
     measure_moe_linear()
-    helping()
 
 
 def scoring(device: str) -> LayerGrams:
-    """All blocks of SmolLM2-135M against a plain forward + backward (all weight gradients) of the same batches."""
+    """Times a probe of all blocks against a plain forward + backward (all weight gradients) of the same batches."""
     embedded = EmbeddedModel(cache="outputs/store/models")
     model: Any = embedded.load()
     model.to(device)
@@ -63,6 +60,7 @@ def scoring(device: str) -> LayerGrams:
             seconds["plain"].append(seconds_of(lambda b=both: plain(model, b, device), device))
         probe, whole = (statistics.median(seconds[key]) for key in ("probe", "plain"))
         tokens = sum(int(batch["attention_mask"].sum()) for _, batch in both)
+        check_plausible(f"the probe of {name}", probe, 0.1 * whole)  # it runs the same forward and backward passes
         print(f"{name:<27}{tokens:>8}{probe:>10.1f}{whole:>10.1f}{probe / whole:>14.2f}")
     print()
     return measure(model, layers, *of_capitals)
@@ -108,18 +106,16 @@ def long_samples(vocabulary: int) -> tuple[list[IndexedBatch], list[IndexedBatch
 
 
 def estimating(grams: LayerGrams) -> None:
-    """Estimator + aggregation from ready Grams: 30 blocks × 4 matrices, n = 64, m = 32."""
+    """Times an estimator and its aggregation on ready Grams: 30 blocks × 4 matrices, n = 64, m = 32."""
     print("estimator and aggregation from ready Grams, milliseconds")
+    least = reading(tensor for gram in grams.grams.values() for tensor in (gram.train_train, gram.val_train))
     for estimator in (DataInf(), DataInf(granularity="block"), Exact(), GradDot(), Cosine()):
-        times = [seconds_of(lambda e=estimator: e.score(grams), "cpu") for _ in range(15)]
-        print(f"{type(estimator).__name__ + ' ' + estimator.granularity:<18}{1000 * statistics.median(times):>8.1f}")
+        name = f"{type(estimator).__name__} {estimator.granularity}"
+        copies = [fresh(grams) for _ in range(15)]  # an estimator remembers what it derived from its Grams
+        median = statistics.median(seconds_of(lambda e=estimator, g=copy: e.score(g), "cpu") for copy in copies)
+        check_plausible(name, median, least)
+        print(f"{name:<18}{1000 * median:>8.1f}")
     print()
-
-
-def helping() -> None:
-    command = [sys.executable, "-m", "layerif", "--help"]
-    times = [seconds_of(lambda: subprocess.run(command, check=True, capture_output=True), "cpu") for _ in range(5)]
-    print(f"\nlayerif --help: {statistics.median(times):.2f} s")
 
 
 if __name__ == "__main__":

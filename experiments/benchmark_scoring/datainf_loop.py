@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.timing import timed
+from experiments.timing import check_plausible, reading, timed
 from layerif.estimators.datainf import datainf
 
 NUM_TRAIN, NUM_VALIDATION, DAMPING = 64, 32, 0.1
@@ -71,7 +71,7 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
     train, validation = _by_sample(stacks)
     contestants: dict[str, Callable[[], dict[str, Tensor]]] = {
         "grams": lambda: solved(stacks, gram_matrices(stacks)),
-        "solve": lambda: solved(stacks, grams),
+        "solve": lambda: solved(stacks, [gram_BSN.clone() for gram_BSN in grams]),
         "pair loop": partial(from_pair_loop, train, validation[:1], train[:NUM_SCORED]),
         "loop": partial(from_loop, *_by_sample(stacks, _shape)),
         "dot loop": partial(from_dot_loop, train, validation),
@@ -83,6 +83,8 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
             influences[name], spent = timed(work)
             seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    check_plausible("solve", medians["solve"], reading(grams))
+    check_plausible("Grams and solve", medians["grams"], medians["solve"])
     medians["pair loop"] *= NUM_TRAIN * NUM_VALIDATION / NUM_SCORED
     return {
         "threads": torch.get_num_threads(),

@@ -25,11 +25,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from experiments.timing import machine, timed
+from experiments.timing import check_plausible, fresh, machine, reading, timed
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
 from layerif.data.text import documentation_text
@@ -92,10 +91,13 @@ def settings(one_pass: float, grams: LayerGrams) -> None:
     ]
     both = list(itertools.product(estimators, allocators))
 
-    def run(some: list[tuple[GramEstimator, Experts]], fresh: LayerGrams) -> list[Allocation]:
-        return [allocator(estimator.score(fresh), fresh.layers) for estimator, allocator in some]
+    def run(some: list[tuple[GramEstimator, Experts]], given: LayerGrams) -> list[Allocation]:
+        return [allocator(estimator.score(given), given.layers) for estimator, allocator in some]
 
-    (_, one), (_, every) = (timed(partial(run, some, replace(grams))) for some in (both[:1], both))
+    (_, one), (_, every) = (timed(partial(run, some, fresh(grams))) for some in (both[:1], both))
+    least = reading(tensor for gram in grams.grams.values() for tensor in (gram.train_train, gram.val_train))
+    check_plausible("one setting", one, least)
+    check_plausible("all settings", every, one)
     print("one pass s   one setting s   all settings s   settings   (pass + all) / (pass + one)")
     ratio = (one_pass + every) / (one_pass + one)
     print(f"{one_pass:10.2f}{one:16.3f}{every:17.2f}{len(both):11d}{ratio:20.3f}")

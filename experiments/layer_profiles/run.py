@@ -1,9 +1,10 @@
-"""Score the four embedded tasks with every estimator, and draw what they say.
+"""Scores the four embedded tasks with every estimator, and draws the profiles.
 
     python experiments/layer_profiles/run.py
 
-Carries on where it was stopped. ILA weighs an adapter, so one plain LoRA a task is trained first. `--outputs FOLDER`
-puts everything elsewhere; whatever else is given are overrides of every run, for example `trainer=gpu`.
+The same command carries on where it was stopped. ILA weighs an adapter, so its arm follows the arm `checkpoint`, which
+trains one plain LoRA for each task. `--outputs FOLDER` puts everything elsewhere; all other arguments are overrides of
+every run, for example `trainer=gpu`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from layerif.files import conf_folder
 
 TASKS = ("capital", "currency", "demonym", "region")
-# `uniform` is flat, `reversed` another one turned round, `ekfac` needs a package that does not come with this one, and
-# `ila` an adapter. What has a setting to fill in, such as the checkpoints of `tracin`, is left out as well.
+# `uniform` is flat, `reversed` turns another estimator round, `ekfac` needs a package that does not come with this one,
+# and `ila` weighs an adapter (arm=ila). Estimators with a setting to fill in, such as `tracin`, are left out as well.
 APART = ("uniform", "reversed", "ekfac", "ila")
 ESTIMATORS = [
     file.stem
@@ -33,13 +34,7 @@ def main() -> None:
     sweep = options.outputs / "sweeps" / "layer_profiles"
     shared = ["experiment=layer_profiles", f"outputs={options.outputs}", *overrides]
     layerif("-m", *shared, f"task={','.join(TASKS)}", f"estimator={','.join(ESTIMATORS)}")
-    for task in TASKS:
-        trained = sweep / f"adapter-{task}"
-        lora = ["method=lora", "allocator=rank", "estimator=uniform"]
-        layerif(*shared, f"task={task}", *lora, f"hydra.run.dir={trained}")
-        # The gates weigh the adapter by the loss it was trained with.
-        ila = ["estimator=ila", "probe.loss_on=${data.loss_on}", f"model.adapter={trained.resolve() / 'adapter'}"]
-        layerif(*shared, f"task={task}", *ila, f"hydra.run.dir={sweep / f'ila-{task}'}")
+    layerif("-m", *shared, f"task={','.join(TASKS)}", "arm=checkpoint,ila")
     plot = Path(__file__).with_name("plot.py")
     subprocess.run([sys.executable, plot, sweep, plot.parent], check=True)
 

@@ -1,31 +1,45 @@
-"""`layerif` and `python -m layerif`: one run, or with `-m` a sweep."""
+"""`layerif` and `python -m layerif`: one run, or with `-m` a sweep.
+
+Hydra and what stands on it are imported where they are used, because `layerif --help` must answer at once.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from layerif.app import sweep
-from layerif.app.messages import explain, of_the_user
-from layerif.app.schema import register
-from layerif.compat import hydra_options
+from layerif.app import help
+from layerif.app.overrides import with_size
 from layerif.files import conf_folder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def main() -> None:
+    """Runs the command line: prints the help, or starts a run or a sweep."""
+    if help.is_asked(sys.argv[1:]):
+        print(help.text())
+        return
+    sys.argv[1:] = with_size(sys.argv[1:])
+    _start()
+
+
+def _start() -> None:
+    import hydra
+
+    from layerif.app import sweep
+    from layerif.app.schema import register
+
     register()
     _check_options()
-    # Fresh pages are a fifth of a probe's time on a CPU: large ones, unless the user says otherwise.
+    # Fresh pages take a fifth of a probe's time on a CPU, so torch asks for large ones unless the user says otherwise.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Threads that wait are to sleep: spinning, two jobs on the same cores stop each other.
+    # Waiting threads sleep: where they spin, two jobs on the same cores stop each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here instead of being printed by Hydra
     try:
@@ -45,6 +59,10 @@ def main() -> None:
 
 
 def _job(config: DictConfig) -> float | None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from layerif.app import sweep
+
     if sweep.is_swept():
         return sweep.attempt(_run, config)
     try:
@@ -61,7 +79,9 @@ def _run(config: DictConfig) -> float | None:
 
 
 def _leave(error: Exception) -> NoReturn:
-    """Say what a user caused in a sentence; anything else is a defect and keeps its traceback."""
+    """Says in a sentence what a user caused; any other error is a defect and keeps its traceback."""
+    from layerif.app.messages import explain, of_the_user
+
     cause = of_the_user(error)
     if cause is None or WITH_TRACEBACK:
         raise error
@@ -70,13 +90,15 @@ def _leave(error: Exception) -> NoReturn:
 
 
 def _check_options() -> None:
-    """A setting written as an option: argparse would only call it unrecognized."""
+    """Answers a setting that is written as an option, which argparse would only call unrecognized."""
+    from layerif.compat import hydra_options
+
     options = hydra_options()
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if name.startswith("--") and not any(option.startswith(name) for option in options):
             setting = f"{name[2:].replace('-', '_')}={value if equals else 'true'}"
-            print(f"layerif: {name} is no option; settings are key=value: {setting}", file=sys.stderr)
+            print(f"layerif: {name} is not an option; settings are key=value: {setting}", file=sys.stderr)
             sys.exit(2)
 
 

@@ -1,36 +1,30 @@
-"""Functions that a YAML can call as `${name:…}`."""
+"""The functions that a YAML can call as `${name:…}`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from layerif.record.job import folder_name
+from layerif.record.job import folder_name, sweep_name
 
 
 def register_resolvers() -> None:
-    """Make the resolvers known to OmegaConf; calling it again changes nothing."""
-    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("small", small, replace=True)
-    OmegaConf.register_new_resolver("when", when, replace=True)
-    OmegaConf.register_new_resolver("folder_of_arm", folder_of_arm, replace=True)
+    """Makes the resolvers known to OmegaConf; calling it again changes nothing."""
+    for resolver in (folder_name, folder_of_arm, look_up, sweep_name):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
-def small(if_small: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
-    """`${small:a,b}` in a YAML: a where the root key `small` is true, else b. A list of arms stands in quotes."""
-    return if_small if _root_.small else otherwise
-
-
-def when(value: Any, equals: Any, then: Any, otherwise: Any) -> Any:
-    """`${when:${key},x,a,b}` in a YAML: a where the key is x, else b."""
-    return then if value == equals else otherwise
+def look_up(key: Any, table: Mapping[Any, Any], otherwise: Any) -> Any:
+    """Returns the table's value for a key: `${look_up:${key},{x:a,y:b},otherwise}`."""
+    return table.get(key, otherwise)
 
 
 def folder_of_arm(arm: str) -> str:
-    """`${folder_of_arm:x}` in a YAML: the folder of the same sweep's job that has the arm x and all else alike."""
+    """Returns the folder of the same sweep's job that has this arm and all else alike: `${folder_of_arm:x}`."""
     hydra = HydraConfig.get()
     overrides = [f"arm={arm}" if override.startswith("arm=") else override for override in hydra.overrides.task]
     return str(Path(hydra.sweep.dir) / folder_name(overrides))

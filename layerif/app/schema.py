@@ -46,7 +46,7 @@ class Config:
     dry_run: bool = False
     rerun: bool | str = False
     objective: str | None = None
-    recipe: str | None = None
+    recipe: Any = MISSING
     small: bool = False
     outputs: str = MISSING
     store: str = MISSING
@@ -62,7 +62,6 @@ def register() -> None:
 _CHOICES = {
     "rerun": Literal[False, "failed", True],
     "objective": Literal[None, "validation/loss", "reliability"],
-    "recipe": Literal[None, "upstream"],
 }
 
 
@@ -94,11 +93,14 @@ def check(config: DictConfig) -> None:
             "small=true is the small variant of an experiment, and none is chosen: it would change nothing; "
             "name one (experiment=table1_experts_mistral, say), or leave it out"
         )
+    if "size" in choices:
+        check_size(small=bool(plain.get("small")), size=choices["size"])
     method = plain.get("method") or {}
-    if plain.get("recipe") and "warmup_steps" not in method:
+    recipe = (plain.get("recipe") or {}).get("name")
+    if recipe and "warmup_steps" not in method:
         raise ValueError(
-            f"recipe={plain['recipe']} is a way to fine-tune, and method {method.get('_target_', 'none')} does not; "
-            "leave it out (experiment=NAME in place of [NAME,upstream]), or use method=lora_moe"
+            f"the recipe {recipe} is a way to fine-tune, and method={choices.get('method')} does not fine-tune; leave "
+            "it out (experiment=NAME in place of [NAME,upstream]), or use method=lora_moe"
         )
     if isinstance(named := plain.get("score_task"), str):
         raise ValueError(
@@ -107,6 +109,16 @@ def check(config: DictConfig) -> None:
         )
     for path, node in _targets(plain):
         _check_node(path, node)
+
+
+def check_size(*, small: bool, size: str) -> None:
+    """Refuses the root key `small` where it says something else than the group `size`, whose files make the variant.
+
+    Raises:
+        ValueError: the two disagree.
+    """
+    if small != (size == "small"):
+        raise ValueError(f"small={small} and size={size} disagree; give size=small, or small=true on the command line")
 
 
 def check_root(config: DictConfig) -> None:

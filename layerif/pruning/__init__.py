@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge
 from torch import Tensor
 
-from layerif.checks import Count, check_fields
+from layerif.checks import Count, Share, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,15 @@ class Pruner:
     Args:
         n: the number of weights kept of every m consecutive inputs of an output.
         m: the size of a group of inputs.
+        paper_epsilon: the range of sparsities over the layers that LayerIF's paper used with this pruner. Nothing here
+            reads it: experiments of the paper take it as `allocator.epsilon`.
     """
 
     needs_inputs: ClassVar[bool] = True
 
     n: Count | None = None
     m: Annotated[int, Ge(2), "for example 4 or 8"] | None = None
+    paper_epsilon: Share = 0.1
 
     def __post_init__(self) -> None:
         check_fields(self, "pruner")

@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 # small variant.
 INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger", "launcher", "sweeper")
 # Groups that change other groups, and so are seen in the settings.
-_CHANGES = ("experiment", "arm")
+_CHANGES = ("experiment", "arm", "size")
 # Keys that name no folder: incidental ones (a dry run has a folder of its own), and the variant, which the folder above
 # is named after.
-_NOT_IN_FOLDERS = ({*INCIDENTAL} - {"dry_run"}) | {"small"}
+_NOT_IN_FOLDERS = ({*INCIDENTAL} - {"dry_run"}) | {"small", "size"}
 _KEPT_IN = {"outputs": "outputs", "store": "${outputs}/store"}
 
 
@@ -42,7 +42,8 @@ def choices_of_run() -> dict[str, str]:
     beside = [file for folder in sources if (file := folder / "hydra.yaml").is_file()]
     if "estimator" not in found and beside:
         found = OmegaConf.select(OmegaConf.load(beside[0]), "hydra.runtime.choices", default={})
-    return {str(group): str(choice) for group, choice in found.items() if not str(group).startswith("hydra/")}
+    # Below a group stand Hydra's own choices and the parts of an experiment.
+    return {str(group): str(choice) for group, choice in found.items() if "/" not in str(group)}
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
@@ -82,6 +83,11 @@ def folder_name(overrides: Iterable[str]) -> str:
         return named
     readable = re.sub(r"[^\w.,=-]+", "-", named)[:60].strip("-")
     return f"{readable}-{hashlib.sha256(named.encode()).hexdigest()[:10]}"
+
+
+def sweep_name(name: str, recipe: str | None, small: bool) -> str:
+    """The name of a sweep's folder, which tells its recipe and its size."""
+    return name + (f"_{recipe}" if recipe else "") + ("_small" if small else "")
 
 
 def tracking_of(overrides: Iterable[str]) -> list[str]:

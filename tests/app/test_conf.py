@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from layerif.app import help
 from layerif.app.main import main
-from layerif.app.schema import check, register
+from layerif.app.overrides import with_size
+from layerif.app.schema import check, check_size, register
 from layerif.files import conf_folder
 from layerif.record.job import folder_name, identity, settings_of
 
@@ -32,6 +35,7 @@ MANDATORY = {
     ("allocator", "file"): ["allocator.path=allocation.json"],
     ("arm", "alphapruning"): ["method=prune", "allocator=sparsity"],
     ("arm", "owl"): ["method=prune", "allocator=sparsity"],
+    ("arm", "ila"): ["model.adapter=/somewhere"],
     ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # its own are beside it in a sweep
 }
 
@@ -137,7 +141,7 @@ def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
         (["task.columns.nothing"], "'task.columns.nothing' has no value: write task.columns.nothing=…"),
         (["task.path={a"], """needs quotes within quotes: 'task.path="{a"'"""),
         (["task.path=a,b"], "task.path has several values: -m sweeps over them, task.path=[a,b] is a list"),
-        (["--dry-run"], "--dry-run is no option; settings are key=value: dry_run=true"),
+        (["--dry-run"], "--dry-run is not an option; settings are key=value: dry_run=true"),
         (["-sc", "install=foo"], "No completion plugin for 'foo' found, available : bash fish zsh"),
         (["--config-path=somewhere"], "absolute path: --config-path=/folder"),
         (["-m", "launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is not allowed"),
@@ -176,13 +180,62 @@ def test_a_typo_is_answered_in_one_line_without_a_traceback(overrides, message, 
     assert "jobs: 0 run" not in told.out
 
 
-def test_help_names_every_group_and_loads_nothing_heavy(tmp_path):
-    code = "import sys; sys.argv=['layerif','--help']\nfrom layerif.app.main import main\n"
-    code += "try: main()\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.stdout.strip().endswith("False False")
+def imported_by(code: str, folder: Path) -> tuple[set[str], str]:
+    """Returns the modules that a Python of its own has imported after the code, and the text it printed."""
+    code += "\nimport sys\nprint('\\n--', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
+    told, _, modules = done.stdout.rpartition("\n-- ")
+    return set(modules.split()), told
+
+
+HEAVY = {"torch", "transformers", "numpy", "pandas", "scipy"}
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    assert not imported_by("import layerif", tmp_path)[0] & HEAVY
+
+
+def test_help_names_every_group_and_choice_and_loads_nothing_heavy(tmp_path):
+    code = "import sys; sys.argv = ['layerif', '--help']\nfrom layerif.app.main import main\nmain()"
+    modules, told = imported_by(code, tmp_path)
+    assert not modules & (HEAVY | {"hydra"})
     for group in {group for group, _ in CHOICES}:
-        assert f"{group}: " in done.stdout
+        choices = [choice for other, choice in CHOICES if other == group]
+        assert f"\n{group}: {', '.join(choices)}\n" in told
+    assert told.startswith("layerif: score the layers")
+    assert 'eval "$(layerif -sc install=bash)"' in told
+
+
+def test_help_is_left_to_hydra_where_there_are_further_folders():
+    assert help.is_asked(["-h", "task=cola"])
+    assert not help.is_asked(["task=cola"])
+    assert not help.is_asked(["--help", "--config-dir=mine"])
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("small=true", "size=small"),
+        ("+small=True", "size=small"),
+        ("small=false", "size=full"),
+        ("small=false,true", "size=full,small"),
+        ("small=perhaps", "small=perhaps"),
+        ("name=small", "name=small"),
+    ],
+)
+def test_small_is_written_as_a_choice_of_the_group_size(written, read):
+    assert with_size(["-m", written]) == ["-m", read]
+
+
+def test_a_size_is_the_experiments_own_and_every_small_file_has_its_experiment():
+    for file in conf_folder().glob("*/*/small.yaml"):
+        assert file.parent.with_suffix(".yaml").is_file()
+        assert f"optional {file.parent.name}: ${{size}}" in file.parent.with_suffix(".yaml").read_text()
+
+
+def test_small_without_the_choice_of_a_size_is_refused():
+    with pytest.raises(ValueError, match="small=True and size=full disagree"):
+        check_size(small=True, size="full")
 
 
 def test_experiments_override_the_defaults_and_the_command_line_the_experiments():
@@ -211,6 +264,7 @@ def test_folder_names_are_readable_unique_and_valid():
         "launcher=joblib",
         "rerun=failed",
         "small=true",
+        "size=small",
         "outputs=/elsewhere",
     ],
 )
@@ -232,7 +286,7 @@ def test_a_job_is_the_same_wherever_its_results_are_kept():
 
 
 def test_a_small_variant_is_another_job_and_says_so():
-    ours, small = (settings_of(compose("config", ["logger=none", f"small={value}"])) for value in ("false", "true"))
+    ours, small = (settings_of(compose("config", ["logger=none", f"size={size}"])) for size in ("full", "small"))
     assert (ours.pop("small"), small.pop("small")) == (False, True)
     assert ours == small
 
