@@ -30,6 +30,7 @@ from layerif.data.render import Example
 from layerif.data.task import Splits
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
+from layerif.record.job import folder_name
 from layerif.record.record import FILE, Failure, RunRecord
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
@@ -155,7 +156,7 @@ def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment
         assert job.hydra.mode.name == "MULTIRUN"
         assert job.hydra.sweep.dir == f"/nowhere/sweeps/{experiment}" + ("_small" if is_embedded else "")
     assert str(found[0].hydra.sweeper.params.seed) in ("0,1,2", "0" if small == "true" else "0,1,2")
-    names = {job.hydra.job.override_dirname for job in found}
+    names = {folder_name(job.hydra.overrides.task) for job in found}
     assert len(names) == len({str(plain(job)) for job in found}) == len(found) > 1
     assert not any("small" in name for name in names)
 
@@ -274,8 +275,8 @@ def test_seeds_are_an_axis_and_folders_are_told_apart(experiment):
         assert seeds == "0,1,2" or (small == "true" and seeds == "0")
         first = jobs(experiment, f"small={small}", "seed=0")
         assert {job.hydra.sweep.dir for job in first} == {f"/nowhere/sweeps/{name}"}
-        assert len({job.hydra.job.override_dirname for job in first}) == len(first)
-        assert not any("small" in job.hydra.job.override_dirname for job in first)
+        assert len({folder_name(job.hydra.overrides.task) for job in first}) == len(first)
+        assert not any("small" in folder_name(job.hydra.overrides.task) for job in first)
 
 
 @pytest.mark.parametrize(("arm", "rounding"), [("layerif_all", "upstream"), ("mola_2468", None)])  # a shape has none

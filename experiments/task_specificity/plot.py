@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
+from layerif.record.frames import QUESTIONS
 from layerif.record.record import FILE, RunRecord
 from layerif.record.text import markdown
-from layerif.report.arms import QUESTIONS
 from layerif.stats import t_interval
 
 matplotlib.use("Agg")
@@ -100,7 +100,7 @@ def read(sweep: Path) -> Grid:
         seeds=complete,
         metric=metric,
         accuracy_TCS=np.array(accuracy),
-        num_questions=[len(used[task, UNIFORM, complete[0]].questions[QUESTIONS[metric]]) for task in tasks],
+        num_questions=[len(used[task, UNIFORM, complete[0]].answers[QUESTIONS[metric]]) for task in tasks],
         missing=missing,
         model=first.config["model"].get("name") or first.config["model"].get("path") or "SmolLM2-135M-Instruct",
         is_small=sweep.name.endswith("_small") or "small=true" in map(str.lower, first.overrides),
@@ -109,7 +109,7 @@ def read(sweep: Path) -> Grid:
 
 def scores_of(record: RunRecord) -> str:
     """The task whose scores placed the experts."""
-    if record.config["estimator"]["_target_"].endswith(".Uniform"):
+    if record.choices["estimator"] == "uniform":
         return UNIFORM
     return (record.config.get("score_task") or record.config["task"])["name"]
 
