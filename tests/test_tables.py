@@ -34,7 +34,7 @@ from layerif.record.job import folder_name
 from layerif.record.record import FILE, Failure, RunRecord
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
-from layerif.report.reading import read
+from layerif.report.reading import read_jobs
 from layerif.report.sections import summary
 from layerif.scores import LayerScores
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -119,7 +119,7 @@ def identity(section: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
-    """What `expected.json` means by an arm or a column."""
+    """Tells if a configuration meets the conditions of `expected.json`, written down a second time."""
     for key, wanted in conditions.items():
         if key in GROUPS:
             if identity(config[key] or {}) != choice(key, wanted):
@@ -378,7 +378,7 @@ PRUNING = ["method.calibration.num_windows=2", "method.calibration.window=32", "
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory) -> Path:
-    """As deep as the embedded model, so that budgets and shapes are those of the small variants."""
+    """A model as deep as the embedded one, so that budgets and shapes are those of the small variants."""
     folder = tmp_path_factory.mktemp("deep") / "Mistral-7B-v0.1"  # only small, and not another model than the paper's
     tiny_model("llama", num_hidden_layers=30, attn_implementation="sdpa").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -414,7 +414,7 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
         for record in records:
             assert not paper.is_of(record)
             assert paper.is_of(replace(record, config={**record.config, "small": False}))
-        found = read(folders[0].parent)
+        found = read_jobs(folders[0].parent)
         said = summary(found, runs_of(found.jobs, paper), paper)
         assert "; small variants, which stand in for runs of full size." in said[0]
         assert said[-1].startswith("Differences to them are shown only for such runs at full size")

@@ -21,7 +21,7 @@ Profiles = dict[str, dict[str, RunRecord]]  # task -> estimator -> its run
 
 
 def draw(sweep: Path, folder: Path) -> None:
-    """Leave profiles.png, spearman.png, spearman.csv, tasks.csv and costs.csv in `folder`, and print the tables."""
+    """Leaves profiles.png, spearman.png, spearman.csv, tasks.csv and costs.csv in `folder`, and prints the tables."""
     profiles = read(sweep)
     heat_maps(profiles, folder / "profiles.png")
     correlations = estimators_alike(profiles)
@@ -115,9 +115,10 @@ def estimators_alike(profiles: Profiles, names: list[str] | None = None) -> pd.D
 
 
 def across_tasks(profiles: Profiles) -> pd.DataFrame:
-    """Does a profile follow the task? Of each estimator: its rank correlation between two tasks, and, to judge that by,
-    between two halves of one task's samples (where the evidence is kept sample by sample); the highest block of each
-    task.
+    """Shows if a profile follows the task.
+
+    Each estimator has its rank correlation between two tasks and, for comparison, between two halves of the samples of
+    one task (where the evidence is kept sample by sample), and its highest block on each task.
     """
     rows = {}
     for name in order(profiles):
@@ -149,11 +150,11 @@ def matrix(correlations: pd.DataFrame, file: Path) -> None:
 
 
 def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
-    """Seconds of each estimator, mean over the tasks where known: all of its evidence, shared or not, and its scores.
+    """The seconds of each estimator for its evidence, shared or not, and its scores; means over the tasks where known.
 
-    evidence: a pass is paid by the run that took it, whose record says so; everyone who shares it is shown all of it,
-    and `shared by` says how many estimators that is. Nothing is known (NaN) where the store had it before any run here.
-    training: of the adapter that the estimator looks at.
+    A pass is paid by the run that took it, and its record says so. Every estimator that shares the pass is shown all of
+    it, and `shared by` counts them. The seconds are unknown (NaN) where the store held the evidence before any run
+    here. The training is that of the adapter which the estimator looks at.
     """
     runs = [(task, name, run) for task, estimators in profiles.items() for name, run in estimators.items()]
     paid = {run.fingerprint: run.seconds["evidence"] for *_, run in runs if not reused(run)}

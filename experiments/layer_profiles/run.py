@@ -3,7 +3,7 @@
     python experiments/layer_profiles/run.py
 
 Carries on where it was stopped. ILA weighs an adapter, so one plain LoRA a task is trained first. `--outputs FOLDER`
-puts everything elsewhere; whatever else is given are overrides of every run, for example `trainer=gpu`.
+puts everything elsewhere; all other arguments are overrides of every run, for example `trainer=gpu`.
 """
 
 from __future__ import annotations

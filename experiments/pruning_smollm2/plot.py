@@ -173,7 +173,7 @@ def plot_results(records: list[RunRecord], runs: pd.DataFrame, file: Path) -> No
 
 
 def plot_sparsity(runs: pd.DataFrame, file: Path) -> None:
-    """Of the lowest target; one panel for each epsilon, with the pruners that have it."""
+    """Draws the sparsities at the lowest target, one panel for each epsilon with the pruners that have it."""
     shown = runs[(runs["target"] == runs["target"].min()) & (runs["allocation"] != "uniform")]
     panels: list[Any] = list(shown.groupby("epsilon"))
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.6 * len(panels) + 0.4), squeeze=False, sharex=True)
@@ -205,7 +205,7 @@ def _answers(questions: dict[str, bool]) -> np.ndarray:
 
 
 def _accuracy(values_SQ: np.ndarray, digits: str) -> str:
-    """Of right or not, or of a difference of two, seeds × questions."""
+    """Spells the mean and interval of answers, or of a difference of answers, given as seeds × questions."""
     found = paired_by_question(values_SQ)
     return _cell(found.value, found.low, found.high, digits)
 

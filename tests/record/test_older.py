@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from layerif.record.record import FILE, Failure, RunRecord
-from layerif.report import write
+from layerif.report import write_report
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v0.1.0"
 RUNS = sorted(file.parent for file in (GOLDEN / "runs").glob(f"*/{FILE}"))
@@ -55,7 +55,7 @@ def test_a_failure_of_0_1_0_is_read():
 def test_runs_of_0_1_0_are_reported_as_it_reported_them(tmp_path):
     """`report.csv` was written by 0.1.0, which called a run without a method `method=null`."""
     shutil.copytree(GOLDEN / "runs", tmp_path / "runs")
-    write(tmp_path / "runs", Console(quiet=True))
+    write_report(tmp_path / "runs", Console(quiet=True))
     found, before = pd.read_csv(tmp_path / "runs" / "report.csv"), pd.read_csv(GOLDEN / "report.csv")
     before["run"] = before["run"].str.replace("method=null", "method=none")
     pd.testing.assert_frame_equal(found, before)
