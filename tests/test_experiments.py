@@ -20,7 +20,7 @@ from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.record.record import RunRecord
-from tests.records import record, written
+from tests.records import choices_of, decision_of, record, written
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 LAYERS = [f"model.layers.{number}" for number in range(6)]
@@ -41,21 +41,20 @@ def loaded(experiment: str, file: str) -> ModuleType:
 
 
 def write(folder: Path, name: str, *, seed: int = 0, task: str = "currency", **options: Any) -> RunRecord:
-    target, method = options.pop("estimator", "uniform.Uniform"), options.pop("method", "LoRAMoEModule")
+    method = options.pop("method", "lora_moe")
     config = {
-        "estimator": {"_target_": f"layerif.estimators.{target}"},
+        "estimator": {},
         "task": {"name": task},
-        "method": {"_target_": f"layerif.modules.{method}"} if method else {},
+        "method": {"r": 8} if method else {},
         "model": {"adapter": options.pop("adapter", None)},
     }
     rng = np.random.default_rng(seed + len(name))
-    scores = rng.random(6).tolist()
+    decision = {"scores": rng.random(6).tolist(), "source": name, "higher_means": "important"}
+    for key in (*decision, "reliability"):
+        decision |= {key: options.pop(key)} if key in options else {}
     fields: dict[str, Any] = {
-        "layers": LAYERS,
-        "scores": scores,
-        "source": name,
-        "higher_means": "important",
-        "allocation": {"kind": "experts", "values": [1, 2, 3, 4, 5, 6], "budget": 21},
+        "choices": choices_of(options.pop("estimator", "uniform"), task=task, method=method or "none"),
+        "decision": decision_of(range(1, 7), layers=LAYERS, budget=21, **decision),
         "fingerprint": name,
         "seconds": {"evidence": 2.0, "score": 0.5},
     }
@@ -106,16 +105,16 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
         better = [answer or bool(rng.random() < 0.6) for answer in uniform]
         alike = rng.permutation(uniform).tolist()
         sizes = {"trainable": 100, "total": 1000}
-        write(tmp_path / "runs", "uniform", seed=seed, questions=answers(uniform), parameters=sizes)
-        better_one = {"estimator": "random.Random", "questions": answers(better), "parameters": sizes}
+        write(tmp_path / "runs", "uniform", seed=seed, answers=answers(uniform), parameters=sizes)
+        better_one = {"estimator": "random", "answers": answers(better), "parameters": sizes}
         write(tmp_path / "runs", "random", seed=seed, **better_one)
-        shape = {"scores": [], "source": "shape(2-4-6-8)", "questions": answers(alike), "parameters": sizes}
+        shape = {"scores": [], "source": "shape(2-4-6-8)", "answers": answers(alike), "parameters": sizes}
         write(tmp_path / "runs", "shape", seed=seed, **shape)
-        plain = {"method": "EqualLoRAModule", "questions": answers(uniform), "parameters": {"trainable": 99}}
+        plain = {"method": "lora_equal", "answers": answers(uniform), "parameters": {"trainable": 99}}
         write(tmp_path / "runs", "plain", seed=seed, **plain)
         expected.append(np.mean(better) - np.mean(uniform))
     before = {"before/options": answers([False] * 80)["options"]}
-    write(tmp_path / "runs", "before", method=None, questions=before)
+    write(tmp_path / "runs", "before", method=None, answers=before)
     plot.draw(tmp_path / "runs", tmp_path)
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "allocations.png").stat().st_size > 10_000
@@ -133,11 +132,11 @@ def test_allocations_are_compared_by_question_over_seeds(tmp_path):
     assert 0 < rows["shape(2-4-6-8)"]["smallest found"] < 0.5
     assert rows["before"]["accuracy"] == 0
     assert {row["seeds"] for name, row in rows.items() if name != "before"} == {3}
-    again = write(tmp_path / "again", "uniform", seed=2, questions=answers([True] * 80))
+    again = write(tmp_path / "again", "uniform", seed=2, answers=answers([True] * 80))
     with pytest.raises(SystemExit, match="uniform was run twice with seed 2"):
         plot.results([*plot_records(tmp_path / "runs"), again])
-    odd = write(tmp_path / "odd", "uniform", seed=9, estimator="avss.Avss", questions=answers([True] * 79))
-    reference = write(tmp_path / "reference", "uniform", seed=9, questions=answers([True] * 80))
+    odd = write(tmp_path / "odd", "uniform", seed=9, estimator="avss", answers=answers([True] * 79))
+    reference = write(tmp_path / "reference", "uniform", seed=9, answers=answers([True] * 80))
     with pytest.raises(SystemExit, match="did not answer the same questions"):
         plot.results([odd, reference])
 
@@ -154,18 +153,18 @@ def test_profiles_are_correlated_over_blocks_and_their_costs_shared(tmp_path):
         for name, scores in of.items():
             seconds = {"seconds": {"evidence": 9.0, "score": 0.1}}
             paid: dict[str, Any] = seconds if name == "dlp" else {"notes": [STORED]}
-            write(tmp_path / "runs", name, estimator=f"{name}.X", scores=scores, **pass_of | paid)
+            write(tmp_path / "runs", name, estimator=name, scores=scores, **pass_of | paid)
         # Of weights alone, and in the store before any of these runs.
-        alpha: dict[str, Any] = {"estimator": "alpha.Alpha", "fingerprint": "weights", "notes": [STORED]}
+        alpha: dict[str, Any] = {"estimator": "alpha", "fingerprint": "weights", "notes": [STORED]}
         write(tmp_path / "runs", "alpha", task=task, method=None, **alpha)
-        ila: dict[str, Any] = {"estimator": "ila.Ila", "fingerprint": f"{task} gates", "adapter": "adapter"}
+        ila: dict[str, Any] = {"estimator": "ila", "fingerprint": f"{task} gates", "adapter": "adapter"}
         write(tmp_path / "runs", "ila", task=task, method=None, reliability=0.5, **ila)
         write(tmp_path / "runs", "trained", task=task, seconds={"fit": 70.0})  # no profile
-        write(tmp_path / "runs", "random", task=task, method=None, estimator="random.Random", fingerprint="none")
+        write(tmp_path / "runs", "random", task=task, method=None, estimator="random", fingerprint="none")
     plot.draw(tmp_path / "runs", tmp_path)
     assert (tmp_path / "profiles.png").stat().st_size > 10_000
     profiles = plot.read(tmp_path / "runs")
-    assert plot.spearman(profiles).loc["dlp", "avss"] == pytest.approx(-1)
+    assert plot.estimators_alike(profiles).loc["dlp", "avss"] == pytest.approx(-1)
     tasks = plot.across_tasks(profiles)
     assert tasks.loc["dlp", ["between tasks", "highest, capital", "highest, currency"]].tolist() == [1, 5, 5]
     assert tasks["between halves"].dropna().to_dict() == {"ila": 0.5}
@@ -186,12 +185,12 @@ def test_estimators_are_ordered_by_direction_and_then_by_likeness(tmp_path):
         ("lissa", rising, "undertrained"),
         ("dlp", falling, "important"),
     ):
-        options: dict[str, Any] = {"estimator": f"{name}.X", "scores": scores, "higher_means": means}
+        options: dict[str, Any] = {"estimator": name, "scores": scores, "higher_means": means}
         write(tmp_path, name, method=None, **options)
     names = plot.order(plot.read(tmp_path))
     assert names[0] == "dlp"
     assert abs(names.index("exact") - names.index("lissa")) == 1
-    write(tmp_path, "again", method=None, estimator="dlp.X")
+    write(tmp_path, "again", method=None, estimator="dlp")
     with pytest.raises(SystemExit, match="holds dlp twice for one task"):
         plot.read(tmp_path)
 
@@ -215,11 +214,11 @@ def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_
     plot = plot_of("pruning_smollm2")
     rng = np.random.default_rng(0)
     found: dict[tuple[str, int], tuple[list[bool], float]] = {}
-    for pruner, seeds in (("magnitude.Magnitude", 1), ("wanda.Wanda", 3)):
+    for pruner, seeds in (("magnitude", 1), ("wanda", 3)):
         for seed in range(seeds):
             uniform = (rng.random(80) < 0.4).tolist()
             better = [answer or bool(rng.random() < 0.4) for answer in uniform]
-            for estimator, right, loss in (("uniform.Uniform", uniform, 30.0), ("datainf.DataInf", better, 24.0)):
+            for estimator, right, loss in (("uniform", uniform, 30.0), ("datainf", better, 24.0)):
                 found[f"{pruner} {estimator}", seed] = right, loss + seed
                 folder = tmp_path / "runs" / f"{pruner}-{estimator}-{seed}"
                 folder.mkdir(parents=True)
@@ -227,16 +226,16 @@ def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_
                     name="pruning",
                     seed=0,
                     overrides=[],
+                    choices=choices_of(estimator, method="prune", pruner=pruner),
                     config={
-                        "pruner": {"_target_": f"layerif.prune.{pruner}"},
                         "allocator": {"target": 0.5, "epsilon": 0.1},
-                        "estimator": {"_target_": f"layerif.estimators.{estimator}"},
                         "method": {"calibration": {"seed": seed}},
                     },
-                    layers=["0", "1", "2"],
-                    allocation={"kind": "sparsity", "values": [0.4, 0.5, 0.6], "budget": 0.5},
+                    decision=decision_of(
+                        [0.4, 0.5, 0.6], scores=(), layers=["0", "1", "2"], kind="sparsity", budget=0.5
+                    ),
                     metrics={"sparsity": 0.5, "perplexity_256": loss + seed},
-                    questions=answers(right),
+                    answers=answers(right),
                 ).write(folder)
     plot.draw(tmp_path / "runs", tmp_path)
     assert {"results.md", "results.png", "sparsity.png"} <= {file.name for file in tmp_path.iterdir()}
@@ -244,10 +243,7 @@ def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_
     alone, three = plot.against_uniform(runs).to_dict("records")
     assert (alone["pruner"], alone["seeds"], alone["perplexity ratio"]) == ("magnitude", 1, "0.80")
     assert (three["pruner"], three["seeds"]) == ("wanda", 3)
-    gains = [
-        np.mean(found["wanda.Wanda datainf.DataInf", s][0]) - np.mean(found["wanda.Wanda uniform.Uniform", s][0])
-        for s in range(3)
-    ]
+    gains = [np.mean(found["wanda datainf", s][0]) - np.mean(found["wanda uniform", s][0]) for s in range(3)]
     assert three["accuracy difference"].startswith(f"{np.mean(gains):+.2f} (")
     assert np.isnan(alone["p of the ratio"])  # a single seed decides nothing
     assert three["p of the ratio"] < 0.05

@@ -35,7 +35,7 @@ from layerif.record.job import folder_name
 from layerif.record.record import FILE, Failure, RunRecord
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
-from layerif.report.reading import read
+from layerif.report.reading import read_jobs
 from layerif.report.sections import summary
 from layerif.scores import LayerScores
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -120,7 +120,7 @@ def identity(section: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def meets(config: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
-    """What `expected.json` means by an arm or a column."""
+    """Tells if a configuration meets the conditions of `expected.json`, written down a second time."""
     for key, wanted in conditions.items():
         if key in GROUPS:
             if identity(config[key] or {}) != choice(key, wanted):
@@ -157,9 +157,9 @@ def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment
         assert job.hydra.mode.name == "MULTIRUN"
         assert job.hydra.sweep.dir == f"/nowhere/sweeps/{experiment}" + ("_small" if is_embedded else "")
     assert str(found[0].hydra.sweeper.params.seed) in ("0,1,2", "0" if small == "true" else "0,1,2")
-    names = {job.hydra.job.override_dirname for job in found}
+    names = {folder_name(job.hydra.overrides.task) for job in found}
     assert len(names) == len({str(plain(job)) for job in found}) == len(found) > 1
-    assert not any("small" in folder_name(job.hydra.overrides.task) for job in found)
+    assert not any("small" in name or "size" in name for name in names)
 
 
 @pytest.mark.parametrize("experiment", [name for name in TABLES if expected_of(name)])
@@ -276,7 +276,8 @@ def test_seeds_are_an_axis_and_folders_are_told_apart(experiment):
         assert seeds == "0,1,2" or (small == "true" and seeds == "0")
         first = jobs(experiment, f"small={small}", "seed=0")
         assert {job.hydra.sweep.dir for job in first} == {f"/nowhere/sweeps/{name}"}
-        assert len({job.hydra.job.override_dirname for job in first}) == len(first)
+        assert len({folder_name(job.hydra.overrides.task) for job in first}) == len(first)
+        assert not any("small" in folder_name(job.hydra.overrides.task) for job in first)
 
 
 @pytest.mark.parametrize(("arm", "rounding"), [("layerif_all", "upstream"), ("mola_2468", None)])  # a shape has none
@@ -378,7 +379,7 @@ PRUNING = ["method.calibration.num_windows=2", "method.calibration.window=32", "
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory) -> Path:
-    """As deep as the embedded model, so that budgets and shapes are those of the small variants."""
+    """A model as deep as the embedded one, so that budgets and shapes are those of the small variants."""
     folder = tmp_path_factory.mktemp("deep") / "Mistral-7B-v0.1"  # only small, and not another model than the paper's
     tiny_model("llama", num_hidden_layers=30, attn_implementation="sdpa").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -414,7 +415,7 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
         for record in records:
             assert not paper.is_of(record)
             assert paper.is_of(replace(record, config={**record.config, "small": False}))
-        found = read(folders[0].parent)
+        found = read_jobs(folders[0].parent)
         said = summary(found, runs_of(found.jobs, paper), paper)
         assert "; small variants, which stand in for runs of full size." in said[0]
         assert said[-1].startswith("Differences to them are shown only for such runs at full size")

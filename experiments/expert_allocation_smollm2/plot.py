@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from layerif.record.names import estimator_choice
 from layerif.record.record import FILE, RunRecord
 from layerif.report.comparisons import verdict
 from layerif.stats import holm, paired_by_question, smallest_difference
@@ -26,7 +27,7 @@ OTHER = "#0072b2"
 
 
 def draw(sweep: Path, folder: Path) -> None:
-    """Leave results.csv, accuracy.png and allocations.png in `folder`, and print the table."""
+    """Leaves results.csv, accuracy.png and allocations.png in `folder`, and prints the table."""
     records = [RunRecord.read(file.parent) for file in sorted(sweep.glob(f"*/{FILE}"))]
     if not records:
         raise SystemExit(f"{sweep} holds no runs; run experiments/expert_allocation_smollm2/run.py first")
@@ -38,22 +39,19 @@ def draw(sweep: Path, folder: Path) -> None:
 
 
 def arm(record: RunRecord) -> str:
-    """What the run is called."""
-    if not record.config["method"]:
+    """The name of the run's allocation, or of the baseline that it is."""
+    if not record.config["method"] or record.decision is None:
         return BEFORE
-    if record.config["method"]["_target_"].endswith("EqualLoRAModule"):
+    if record.choices["method"] == "lora_equal":
         return "plain LoRA, equal size"
-    if not record.scores:
-        return record.source
-    settings = record.config["estimator"]
-    name = settings["_target_"].split(".")[-2]
-    if "of" in settings:
-        return f"{name} {settings['of']['_target_'].split('.')[-2]}"
-    return f"{name} {settings['aggregation']}" if "aggregation" in settings else name
+    if record.decision.scores is None:
+        return record.decision.source
+    aggregation = record.config["estimator"].get("aggregation")
+    return f"{estimator_choice(record)} {aggregation}" if aggregation else estimator_choice(record)
 
 
 def results(records: list[RunRecord]) -> pd.DataFrame:
-    """One row per arm and task, best first; a row's difference is its accuracy minus uniform's, at the seeds of both.
+    """One row for each arm and task, best first. Its difference is its accuracy minus uniform's, at the seeds of both.
 
     p Holm is corrected for all arms of the task; smallest found is the difference that 80 of 100 such experiments would
     have told from none, after that correction.
@@ -64,7 +62,7 @@ def results(records: list[RunRecord]) -> pd.DataFrame:
         key = record.config["task"]["name"], arm(record)
         if record.seed in answers[key]:
             raise SystemExit(f"{arm(record)} was run twice with seed {record.seed}, with other settings; remove one")
-        answers[key][record.seed] = record.questions["options" if record.config["method"] else "before/options"]
+        answers[key][record.seed] = record.answers["options" if record.config["method"] else "before/options"]
         sizes[key] = record.parameters.get("trainable", 0)
     tables = []
     for task in dict.fromkeys(task for task, _ in answers):
@@ -81,7 +79,7 @@ def results(records: list[RunRecord]) -> pd.DataFrame:
 def of_arm(by_seed: dict[int, dict[str, bool]]) -> dict[str, float]:
     questions = sorted(next(iter(by_seed.values())))
     found = paired_by_question(matrix(by_seed, sorted(by_seed), questions))  # less an arm that is always wrong
-    return {"questions": len(questions), "accuracy": found.mean, "low": found.low, "high": found.high}
+    return {"questions": len(questions), "accuracy": found.value, "low": found.low, "high": found.high}
 
 
 def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, bool]]) -> dict[str, object]:
@@ -90,7 +88,7 @@ def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, 
         return {}
     questions = sorted(reference[shared[0]])
     found = paired_by_question(matrix(by_seed, shared, questions) - matrix(reference, shared, questions))
-    row = {"difference": found.mean, "difference low": found.low, "difference high": found.high, "p": found.p}
+    row = {"difference": found.value, "difference low": found.low, "difference high": found.high, "p": found.p}
     return row | {"found": found}
 
 
@@ -102,7 +100,7 @@ def matrix(by_seed: dict[int, dict[str, bool]], seeds: list[int], questions: lis
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """With what may be said of each difference, given that there are so many."""
+    """The table with p corrected for the number of comparisons, and each difference in words."""
     if "p" not in table:
         return table
     table["p Holm"] = holm(table["p"].to_numpy())
@@ -119,7 +117,7 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_accuracy(table: pd.DataFrame, file: Path) -> None:
-    """A row a task: the accuracies, and the differences to uniform paired by question."""
+    """Draws one row a task: the accuracies, and the differences to uniform, paired by question."""
     tasks = list(table["task"].unique())
     heights = [len(table[table["task"] == task]) for task in tasks]
     size = (11, 0.32 * sum(heights) + 1.1 * len(tasks) + 0.3)
@@ -152,12 +150,13 @@ def intervals(axes: Axes, rows: pd.DataFrame, value: str, low: str, high: str) -
 
 
 def plot_allocations(records: list[RunRecord], file: Path) -> None:
-    """Experts per block of every arm, of the first task and seed."""
+    """Draws the experts per block of every arm, for the first task and seed."""
     task = records[0].config["task"]["name"]
     chosen: dict[str, list[int]] = {}
     for record in sorted(records, key=lambda record: record.seed):
         if record.config["method"] and record.config["task"]["name"] == task and "LoRA," not in arm(record):
-            chosen.setdefault(arm(record), record.allocation["values"])
+            assert record.decision is not None
+            chosen.setdefault(arm(record), list(record.decision.allocation.values))
     figure, axis = plt.subplots(figsize=(9, 0.4 * len(chosen) + 1.2))
     image = axis.imshow(list(chosen.values()), aspect="auto", cmap="viridis", interpolation="nearest")
     axis.set_yticks(range(len(chosen)), list(chosen))

@@ -3,7 +3,7 @@
     python experiments/expert_allocation_smollm2/run.py            # one task, three seeds: about an hour on two cores
     python experiments/expert_allocation_smollm2/run.py --full     # four tasks, ten seeds, on a GPU
 
-Carries on where it was stopped. `--outputs FOLDER` puts everything elsewhere; whatever else is given are overrides of
+Carries on where it was stopped. `--outputs FOLDER` puts everything elsewhere; all other arguments are overrides of
 every run.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     shared = [f"experiment={NAME}", f"name={name}", f"task={tasks}", f"outputs={options.outputs}"]
     shared += ["trainer=gpu"] * options.full + overrides
     layerif(*shared, "estimator=uniform", "method=none", "evaluation.before=true")  # the untouched model
-    for seed in seeds:  # whole seeds, so that whatever is there can be compared at any time
+    for seed in seeds:  # whole seeds, so that the runs so far can be compared at any time
         for arm in ARMS:
             layerif(*shared, *arm, f"seed={seed}")
     plot = Path(__file__).with_name("plot.py")

@@ -13,18 +13,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
-from layerif.record.record import FILE, RunRecord
+from layerif.record.record import FILE, RunRecord, ScoresRecord
+from layerif.stats import spearman, spearman_matrix
 
 Profiles = dict[str, dict[str, RunRecord]]  # task -> estimator -> its run
 
 
 def draw(sweep: Path, folder: Path) -> None:
-    """Leave profiles.png, spearman.png, spearman.csv, tasks.csv and costs.csv in `folder`, and print the tables."""
+    """Leaves profiles.png, spearman.png, spearman.csv, tasks.csv and costs.csv in `folder`, and prints the tables."""
     profiles = read(sweep)
     heat_maps(profiles, folder / "profiles.png")
-    correlations = spearman(profiles)
+    correlations = estimators_alike(profiles)
     correlations.round(2).to_csv(folder / "spearman.csv")
     matrix(correlations, folder / "spearman.png")
     print(correlations.round(2).to_string())
@@ -37,7 +37,7 @@ def read(sweep: Path) -> Profiles:
     found: Profiles = {}
     for record in records(sweep):
         if not record.config["method"]:
-            estimator = record.config["estimator"]["_target_"].split(".")[-2]
+            estimator = record.choices["estimator"]
             runs = found.setdefault(record.config["task"]["name"], {})
             if estimator in runs:
                 raise SystemExit(f"{sweep} holds {estimator} twice for one task, of different settings; remove one")
@@ -60,9 +60,9 @@ def records(sweep: Path) -> list[RunRecord]:
 
 def order(profiles: Profiles) -> list[str]:
     """Estimators by direction, then by likeness: the leading direction of their rank correlations."""
-    directions = {name: run.higher_means for runs in profiles.values() for name, run in runs.items()}
+    directions = {name: scores(run).higher_means for runs in profiles.values() for name, run in runs.items()}
     names = sorted(directions)
-    leading = np.linalg.eigh(spearman(profiles, names).fillna(0).to_numpy())[1][:, -1]
+    leading = np.linalg.eigh(estimators_alike(profiles, names).fillna(0).to_numpy())[1][:, -1]
     leading = leading * np.sign(leading[np.abs(leading).argmax()])  # an eigenvector has no sign of its own
     place = dict(zip(names, leading, strict=True))
     return sorted(names, key=lambda name: (directions[name], -place[name]))
@@ -75,13 +75,13 @@ def heat_maps(profiles: Profiles, file: Path) -> None:
     figure, axes = plt.subplots(1, len(profiles), figsize=size, sharey=True, squeeze=False, layout="constrained")
     images = []
     for axis, (task, runs) in zip(axes[0], profiles.items(), strict=True):
-        depth = max(len(run.layers) for run in runs.values())
-        ranks = [ranked(runs[name].scores) if name in runs else np.full(depth, np.nan) for name in names]
+        depth = max(len(scores(run).layers) for run in runs.values())
+        ranks = [ranked(scores(runs[name]).values) if name in runs else np.full(depth, np.nan) for name in names]
         images.append(axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"))
         axis.set_title(task)
         axis.set_xlabel("block")
         axis.set_xticks(range(0, depth, 5))
-    directions = {name: run.higher_means for runs in profiles.values() for name, run in runs.items()}
+    directions = {name: scores(run).higher_means for runs in profiles.values() for name, run in runs.items()}
     axes[0, 0].set_yticks(range(len(names)), [f"{name} ({directions[name][0]})" for name in names])
     figure.colorbar(images[0], ax=axes, label="rank of the score")
     figure.suptitle("Rank of each block under each estimator; (u) high is undertrained, (i) high is important")
@@ -89,37 +89,48 @@ def heat_maps(profiles: Profiles, file: Path) -> None:
     plt.close(figure)
 
 
-def ranked(scores: list[float]) -> np.ndarray:
-    return (pd.Series(scores).rank().to_numpy() - 1) / (len(scores) - 1)
+def scores(run: RunRecord) -> ScoresRecord:
+    """The scores of a run that measured some."""
+    assert run.decision is not None
+    assert run.decision.scores is not None
+    return run.decision.scores
 
 
-def spearman(profiles: Profiles, names: list[str] | None = None) -> pd.DataFrame:
+def ranked(values: list[float]) -> np.ndarray:
+    """The ranks of the values, from 0 (lowest) to 1 (highest)."""
+    return (pd.Series(values).rank().to_numpy() - 1) / (len(values) - 1)
+
+
+def estimators_alike(profiles: Profiles, names: list[str] | None = None) -> pd.DataFrame:
     """Rank correlation of every two estimators over the blocks, mean over tasks."""
     names = names or order(profiles)
     tables = []
     for runs in profiles.values():
-        columns = {name: runs[name].scores for name in names if name in runs}
-        tables.append(pd.DataFrame(columns).corr("spearman").reindex(index=names, columns=names))
+        there = [name for name in names if name in runs]
+        alike = spearman_matrix(np.array([scores(runs[name]).values for name in there]).T)
+        tables.append(pd.DataFrame(alike, index=there, columns=there).reindex(index=names, columns=names))
     return pd.DataFrame(
         np.nanmean(np.stack([table.to_numpy() for table in tables]), axis=0), index=names, columns=names
     )
 
 
 def across_tasks(profiles: Profiles) -> pd.DataFrame:
-    """Does a profile follow the task? Of each estimator: its rank correlation between two tasks, and, to judge that by,
-    between two halves of one task's samples (where the evidence is kept sample by sample); the highest block of each
-    task.
+    """Shows if a profile follows the task.
+
+    Each estimator has its rank correlation between two tasks and, for comparison, between two halves of the samples of
+    one task (where the evidence is kept sample by sample), and its highest block on each task.
     """
     rows = {}
     for name in order(profiles):
         runs = {task: estimators[name] for task, estimators in profiles.items() if name in estimators}
-        between = [spearmanr(one.scores, other.scores)[0] for one, other in combinations(runs.values(), 2)]
-        halves = [run.reliability for run in runs.values() if run.reliability is not None]
+        between = [spearman(scores(one).values, scores(other).values) for one, other in combinations(runs.values(), 2)]
+        of_halves = [run.decision.reliability for run in runs.values() if run.decision]
+        halves = [value for value in of_halves if value is not None]
         rows[name] = {
             "between tasks": mean(between) if between else np.nan,
             "lowest": min(between, default=np.nan),
             "between halves": mean(halves) if halves else np.nan,
-            **{f"highest, {task}": int(np.argmax(run.scores)) for task, run in runs.items()},
+            **{f"highest, {task}": int(np.argmax(scores(run).values)) for task, run in runs.items()},
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -139,11 +150,11 @@ def matrix(correlations: pd.DataFrame, file: Path) -> None:
 
 
 def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
-    """Seconds of each estimator, mean over the tasks where known: all of its evidence, shared or not, and its scores.
+    """The seconds of each estimator for its evidence, shared or not, and its scores; means over the tasks where known.
 
-    evidence: a pass is paid by the run that took it, whose record says so; everyone who shares it is shown all of it,
-    and `shared by` says how many estimators that is. Nothing is known (NaN) where the store had it before any run here.
-    training: of the adapter that the estimator looks at.
+    A pass is paid by the run that took it, and its record says so. Every estimator that shares the pass is shown all of
+    it, and `shared by` counts them. The seconds are unknown (NaN) where the store held the evidence before any run
+    here. The training is that of the adapter which the estimator looks at.
     """
     runs = [(task, name, run) for task, estimators in profiles.items() for name, run in estimators.items()]
     paid = {run.fingerprint: run.seconds["evidence"] for *_, run in runs if not reused(run)}
@@ -155,7 +166,7 @@ def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
         own = [(task, run) for task, estimator, run in runs if estimator == name]
         measures = any(run.fingerprint != "none" for _, run in own)
         rows[name] = {
-            "direction": own[0][1].higher_means,
+            "direction": scores(own[0][1]).higher_means,
             "training s": mean(trainings.get(task) if adapter(run) else 0.0 for task, run in own),
             "evidence s": mean(paid.get(run.fingerprint) if measures else 0.0 for _, run in own),
             "shared by": max(len(sharing[run.fingerprint]) for _, run in own) if measures else 0,

@@ -51,17 +51,18 @@ def table(records: list[RunRecord]) -> pd.DataFrame:
     """One row a run, in the order of the tables; answers: right or not, by question."""
     runs = pd.DataFrame(
         {
-            "pruner": record.config["pruner"]["_target_"].rpartition(".")[2].lower(),
+            "pruner": record.choices["pruner"],
             "target": record.config["allocator"]["target"],
-            "allocation": record.config["estimator"]["_target_"].rpartition(".")[2].lower(),
+            "allocation": record.choices["estimator"],
             "seed": record.config["method"]["calibration"]["seed"],
             "epsilon": record.config["allocator"]["epsilon"],
             "sparsity": record.metrics["sparsity"],
-            "sparsities": record.allocation["values"],
+            "sparsities": record.decision.allocation.values,
             "perplexity": record.metrics["perplexity_256"],
-            "answers": _answers(record.questions["options"]),
+            "answers": _answers(record.answers["options"]),
         }
         for record in records
+        if record.decision is not None
     )
     runs["pruner"] = pd.Categorical(runs["pruner"], PRUNERS, ordered=True)
     runs["allocation"] = pd.Categorical(runs["allocation"], list(ALLOCATIONS), ordered=True)
@@ -73,8 +74,8 @@ def table(records: list[RunRecord]) -> pd.DataFrame:
 
 def measured(records: list[RunRecord], runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for record in [record for record in records if "before/options" in record.questions][:1]:
-        dense_SQ = _answers(record.questions["before/options"])[None]
+    for record in [record for record in records if "before/options" in record.answers][:1]:
+        dense_SQ = _answers(record.answers["before/options"])[None]
         rows.append(
             {
                 "pruner": "none (dense)",
@@ -172,7 +173,7 @@ def plot_results(records: list[RunRecord], runs: pd.DataFrame, file: Path) -> No
 
 
 def plot_sparsity(runs: pd.DataFrame, file: Path) -> None:
-    """Of the lowest target; one panel for each epsilon, with the pruners that have it."""
+    """Draws the sparsities at the lowest target, one panel for each epsilon with the pruners that have it."""
     shown = runs[(runs["target"] == runs["target"].min()) & (runs["allocation"] != "uniform")]
     panels: list[Any] = list(shown.groupby("epsilon"))
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.6 * len(panels) + 0.4), squeeze=False, sharex=True)
@@ -204,9 +205,9 @@ def _answers(questions: dict[str, bool]) -> np.ndarray:
 
 
 def _accuracy(values_SQ: np.ndarray, digits: str) -> str:
-    """Of right or not, or of a difference of two, seeds × questions."""
+    """Spells the mean and interval of answers, or of a difference of answers, given as seeds × questions."""
     found = paired_by_question(values_SQ)
-    return _cell(found.mean, found.low, found.high, digits)
+    return _cell(found.value, found.low, found.high, digits)
 
 
 def _of_logarithms(logs_S: np.ndarray, digits: str) -> str:

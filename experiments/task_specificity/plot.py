@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
+from layerif.record.frames import QUESTIONS
 from layerif.record.record import FILE, RunRecord
 from layerif.record.text import markdown
-from layerif.report.arms import QUESTIONS
 from layerif.stats import t_interval
 
 matplotlib.use("Agg")
@@ -47,12 +47,12 @@ class Grid(NamedTuple):
 
     @property
     def one_answer(self) -> float:
-        """What one more right answer adds to an accuracy, on the task with the fewest questions."""
+        """The accuracy that one more right answer adds on the task with the fewest questions."""
         return 1 / min(self.num_questions)
 
 
 def draw(sweep: Path, folder: Path) -> None:
-    """Leave results.md and matrix.png in `folder`, and print the tables."""
+    """Leaves results.md and matrix.png in `folder`, and prints the tables."""
     grid = read(sweep)
     text = [
         said(grid),
@@ -100,7 +100,7 @@ def read(sweep: Path) -> Grid:
         seeds=complete,
         metric=metric,
         accuracy_TCS=np.array(accuracy),
-        num_questions=[len(used[task, UNIFORM, complete[0]].questions[QUESTIONS[metric]]) for task in tasks],
+        num_questions=[len(used[task, UNIFORM, complete[0]].answers[QUESTIONS[metric]]) for task in tasks],
         missing=missing,
         model=first.config["model"].get("name") or first.config["model"].get("path") or "SmolLM2-135M-Instruct",
         is_small=sweep.name.endswith("_small") or "small=true" in map(str.lower, first.overrides),
@@ -109,7 +109,7 @@ def read(sweep: Path) -> Grid:
 
 def scores_of(record: RunRecord) -> str:
     """The task whose scores placed the experts."""
-    if record.config["estimator"]["_target_"].endswith(".Uniform"):
+    if record.choices["estimator"] == "uniform":
         return UNIFORM
     return (record.config.get("score_task") or record.config["task"])["name"]
 
@@ -169,16 +169,16 @@ def plot_matrix(grid: Grid, file: Path) -> None:
 
 
 def said(grid: Grid) -> str:
-    """What the tables are of."""
+    """The remark above the tables, which names model, metric and seeds."""
     text = f"{grid.model}; accuracy {METRICS[grid.metric]}; {counted(len(grid.seeds), 'seed')}: "
     text += f"{', '.join(map(str, grid.seeds))}."
-    text += " The small variant, which exercises the path and is no reproduction." * grid.is_small
+    text += " The small variant, which exercises the path and is not a reproduction." * grid.is_small
     text += f" Other seeds are left out, for they lack {listed(grid.missing)}." if grid.missing else ""
     return text + " `plot.py` says what the intervals are of."
 
 
 def cell(values_S: np.ndarray, digits: str) -> str:
-    """The mean and its interval; none of seeds that are all alike, which is no proof that the next one would be."""
+    """The mean and its interval, which is left out where all seeds are alike: the next one may still differ."""
     mean, (low, high) = f"{values_S.mean():{digits}}", t_interval(values_S)
     if np.ptp(values_S) < 1e-9:
         return mean + " (at every seed)" * (len(values_S) > 1)

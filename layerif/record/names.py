@@ -19,7 +19,7 @@ UNTOUCHED = "untouched model"
 
 
 def arm_name(job: Job) -> str:
-    """The name of what was tried: whatever made the allocation, then how.
+    """The name of the arm that a job belongs to: what made its allocation, then how.
 
     It comes from the configuration alone, which a failed job has, too.
     """

@@ -42,7 +42,7 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
     on.print(f"\n{record.decision.source}{ranking}", highlight=False, markup=False)
     on.print(f"{given.kind} {given.values} (budget {given.budget})", highlight=False)
     if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
-        show(runs_frame(record), record.config["task"]["name"], on)
+        show_table(runs_frame(record), record.config["task"]["name"], on)
     for name, value in record.metrics.items():
         if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
             on.print(f"  {name}: {spelt(value)}", highlight=False)
@@ -53,7 +53,7 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
         plot.save(folder / f"{name}.png")
 
 
-def show(frame: pd.DataFrame, title: str, on: Console) -> None:
+def show_table(frame: pd.DataFrame, title: str, on: Console) -> None:
     """Prints a frame as a table; only columns of long texts wrap."""
     shown = Table(title=title, title_justify="left")
     for column in frame.columns:

@@ -4,6 +4,6 @@
 them, `sections` puts them in order, `page` renders them, and `report` does it all.
 """
 
-from layerif.report.report import main, write
+from layerif.report.report import main, write_report
 
-__all__ = ["main", "write"]
+__all__ = ["main", "write_report"]

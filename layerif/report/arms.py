@@ -252,7 +252,7 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
 
 
 def _factors(job: Job) -> tuple[str, str, str]:
-    """How the allocation was made, its size, and everything else: arms that differ in one of them are compared."""
+    """The way the allocation was made, its size, and all other settings, see `comparable`."""
     made, rest = [], []
     for (section, choice), values in settings(job).items():  # type: ignore[misc]
         kept = {key: value for key, value in values.items() if key not in _SIZE}

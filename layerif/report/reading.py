@@ -39,7 +39,7 @@ class FinishedJobs:
         return [*self.records, *self.failures]
 
 
-def read(folder: Path) -> FinishedJobs:
+def read_jobs(folder: Path) -> FinishedJobs:
     """Reads all records and failures below a folder.
 
     Raises:

@@ -15,7 +15,7 @@ from layerif.report import plots, tables
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
 from layerif.report.page import page
-from layerif.report.reading import read
+from layerif.report.reading import read_jobs
 from layerif.report.sections import Section, fitting, sections, summary
 
 ON_PAGE_ONLY = ("Versions", "How to reproduce")
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     try:
-        write(given.folder, expected=given.expected)
+        write_report(given.folder, expected=given.expected)
     except ValueError as error:
         print(f"layerif-report: {error}", file=sys.stderr)
         sys.exit(1)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def write(folder: Path, console: Console | None = None, *, expected: Path | None = None) -> None:
+def write_report(folder: Path, console: Console | None = None, *, expected: Path | None = None) -> None:
     """Leaves report.html, report.md, report.csv and the plots of the layers in `folder`, then prints the tables.
 
     Args:
@@ -58,7 +58,7 @@ def write(folder: Path, console: Console | None = None, *, expected: Path | None
     """
     console = console or text.console()
     published = None if expected is None else Expected.read(expected)
-    jobs = read(folder)
+    jobs = read_jobs(folder)
     fitted = fitting(published, jobs.jobs)
     runs = runs_of(jobs.jobs, fitted)  # once: the page, the console and the files call every run the same
     said, found = summary(jobs, runs, published), sections(jobs, runs, fitted)
@@ -83,7 +83,7 @@ def write(folder: Path, console: Console | None = None, *, expected: Path | None
 def _print(section: Section, console: Console) -> None:
     if section.table is not None:
         shown = section.table.filter(items=section.console or section.table.columns)
-        text.show(shown, section.title, console)
+        text.show_table(shown, section.title, console)
     elif section.findings:
         console.print(f"{section.title}:", highlight=False, markup=False)
     for finding in section.findings:

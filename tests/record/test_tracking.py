@@ -1,4 +1,4 @@
-"""Loggers: what a run, or one that fails, leaves in each, read back from its files."""
+"""Loggers: a run, finished or failed, leaves its content in each of them, and their files are read back."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def own_wandb(tmp_path_factory):
         wandb.teardown()
         yield
         wandb.teardown()
+
+
+def nothing_stored(fingerprint: str) -> list[Path]:
+    """The files of a store that holds nothing."""
+    return []
 
 
 def job(overrides: list[str], folder: Path) -> None:
@@ -108,14 +113,17 @@ def test_a_wandb_run_carries_everything(whole):
     assert curves["trainer/global_step"].max() == 3
 
     layers = found.table("layers")
-    assert layers["layer"].tolist() == record.layers == BLOCKS
-    assert layers["score"].tolist() == pytest.approx(record.scores)
-    assert layers["experts"].tolist() == record.allocation["values"]
+    decision = record.decision
+    assert decision is not None
+    assert decision.scores is not None
+    assert layers["layer"].tolist() == decision.allocation.units == decision.scores.layers == BLOCKS
+    assert layers["score"].tolist() == pytest.approx(decision.scores.values)
+    assert layers["experts"].tolist() == decision.allocation.values
     pd.testing.assert_frame_equal(found.table("layers/score_table"), layers)  # behind the charts
     assert found.charts.keys() == {"layers/score", "layers/experts"}
     assert found.table("metrics").set_index("metric")["value"].to_dict() == pytest.approx(record.metrics)
     questions = found.table("questions").set_index("question")["options"].to_dict()
-    assert questions == record.questions["options"]
+    assert questions == record.answers["options"]
     assert found.summary["accuracy"] == record.metrics["accuracy"]
     assert found.summary["seconds/fit"] == record.seconds["fit"]
 
@@ -133,7 +141,9 @@ def test_wandb_keeps_the_grams_and_the_adapter_where_they_lie(whole, settings):
 
 def test_load_and_entropy_are_logged_while_training(whole):
     record = RunRecord.read(whole)
-    experts = dict(zip(record.layers, record.allocation["values"], strict=True))
+    assert record.decision is not None
+    given = record.decision.allocation
+    experts = dict(zip(given.units, given.values, strict=True))
     curves: Any = pd.DataFrame(WandbFile(whole).history)
     routed = [block for block in BLOCKS if experts[block] > 1]
     assert list(record.routing) == routed
@@ -174,7 +184,7 @@ def test_tensorboard_reads_curves_tables_and_a_chart(whole):
     )
     assert layers[0] == "| depth | layer | score | experts |"
     assert len(layers) == 2 + len(BLOCKS)
-    assert questions[2:] == [f"| {name} | {right} |" for name, right in record.questions["options"].items()]
+    assert questions[2:] == [f"| {name} | {right} |" for name, right in record.answers["options"].items()]
 
 
 def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_its_own(
@@ -249,7 +259,7 @@ def test_a_run_done_again_in_its_folder_hides_what_it_logged_before(settings, tm
 def test_whatever_ends_a_run_reaches_wandb(tmp_path, error, code):
     logger = Wandb(save_dir=str(tmp_path))
     record = RunRecord(name="mine", seed=0, config={"task": {"name": "jsonl"}}, overrides=[])
-    with pytest.raises(error), tracked([logger], record, tmp_path, Store(tmp_path)):
+    with pytest.raises(error), tracked([logger], record, tmp_path, nothing_stored):
         raise error
     assert [left.exit_code for left in WandbFile(tmp_path).all("exit")] == [code]
     assert wandb.run is None
@@ -267,7 +277,7 @@ def test_pruning_is_tracked_too(settings, tmp_path):
 def test_frames_hold_what_the_record_holds():
     record = RunRecord(name="mine", seed=0, config={}, overrides=[])
     assert frames(record) == {}
-    record.questions = {"before/options": {"a": True, "b": False}, "options": {"b": True, "a": True}}
+    record.answers = {"before/options": {"a": True, "b": False}, "options": {"b": True, "a": True}}
     record.metrics = {"accuracy": 1.0, "found": {"not": "a number"}}
     record.sparsity = {"model.layers.0.q": 0.5}
     found = frames(record)
@@ -293,13 +303,13 @@ def test_online_without_key_or_network_stops_before_any_work(tmp_path, monkeypat
     began = False
     with (
         pytest.raises(ValueError, match=rf"cannot start in mode online.*{message}.*logger.wandb.mode=offline"),
-        tracked([Wandb(save_dir=str(tmp_path), mode="online")], record, tmp_path, Store(tmp_path)),
+        tracked([Wandb(save_dir=str(tmp_path), mode="online")], record, tmp_path, nothing_stored),
     ):
         began = True
     assert not began
     with (
         pytest.warns(RuntimeWarning, match=f"{message}.*it is offline now"),
-        tracked([Wandb(save_dir=str(tmp_path), mode="online", fallback="offline")], record, tmp_path, Store(tmp_path)),
+        tracked([Wandb(save_dir=str(tmp_path), mode="online", fallback="offline")], record, tmp_path, nothing_stored),
     ):
         began = True
     assert began
@@ -308,7 +318,7 @@ def test_online_without_key_or_network_stops_before_any_work(tmp_path, monkeypat
 
 def test_disabled_leaves_nothing(tmp_path):
     record = RunRecord(name="mine", seed=0, config={}, overrides=[], metrics={"accuracy": 1.0})
-    with tracked([Wandb(save_dir=str(tmp_path), mode="disabled")], record, tmp_path, Store(tmp_path)):
+    with tracked([Wandb(save_dir=str(tmp_path), mode="disabled")], record, tmp_path, nothing_stored):
         pass
     assert record.tracking == {}
     assert list(tmp_path.iterdir()) == []
@@ -327,7 +337,7 @@ def test_a_logger_that_fails_in_the_end_loses_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "finalize", lambda _: 1 / 0)
     record = RunRecord(name="mine", seed=0, config={}, overrides=[])
     warned = pytest.warns(RuntimeWarning, match="CSVLogger did not get everything")
-    with warned, tracked([logger], record, tmp_path, Store(tmp_path)):
+    with warned, tracked([logger], record, tmp_path, nothing_stored):
         record.metrics["accuracy"] = 1.0
     assert record.metrics == {"accuracy": 1.0}
 
@@ -336,6 +346,6 @@ def test_routing_of_a_run_before_is_not_continued(tmp_path):
     record = RunRecord(name="mine", seed=0, config={}, overrides=[])
     for _ in range(2):
         logger = CSVLogger(str(tmp_path), name=None, version="")
-        with tracked([logger], record, tmp_path, Store(tmp_path)):
+        with tracked([logger], record, tmp_path, nothing_stored):
             log_routing([logger], {ROUTED: {"load": [0.25, 0.75], "entropy": 0.5}}, step=0)
     assert len(pd.read_csv(tmp_path / "routing.csv")) == 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from layerif.report import write
+from layerif.report import write_report
 from tests.records import failure, record, with_before, written
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "experiments").glob("*/report.html"))
@@ -38,7 +38,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def difficult(tmp_path) -> Path:
-    """Long names, many arms, failures, holes, and files that are no records."""
+    """Long names, many arms, failures, holes, and foreign files."""
     settings = {"method.target": "a_name_without_any_place_to_break_it_" * 3}
     runs = [record(f"estimator{n}", [True] * (n + seed) + [False] * 9, seed=seed) for n in range(6) for seed in (0, 1)]
     runs.append(record("datainf", [True] * 9, settings=settings, notes=["a_warning_without_a_place_to_break_it" * 5]))
@@ -48,12 +48,12 @@ def difficult(tmp_path) -> Path:
     written(tmp_path, [*runs, failure("datainf", seed=1, error="out of memory, " * 20, settings=settings)])
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "record.json").write_text('{"name": "x", "se')
-    write(tmp_path, Console(quiet=True))
+    write_report(tmp_path, Console(quiet=True))
     return tmp_path / "report.html"
 
 
 def opened(browser: Any, file: Path, said: list[str], width: int = 1200) -> Any:
-    """The page, and in `said` whatever it complained of or asked for."""
+    """The page; `said` collects its complaints and its requests."""
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from layerif.record.names import UNTOUCHED
-from layerif.report import main, write
+from layerif.report import main, write_report
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected, meets
 from layerif.report.tables import grid, results
@@ -102,7 +102,7 @@ def test_no_difference_is_taken_to_another_model_of_a_small_variant_or_in_other_
     paper = Expected.read(expected(tmp_path))
     cell = results(runs_of(runs(settings=settings), paper), "accuracy", paper).cells["layerif", "countries"]
     assert (cell.paper, cell.to_paper) == (0.9, None)
-    write(
+    write_report(
         written(tmp_path / "sweep", runs(settings=settings)), Console(quiet=True), expected=tmp_path / "expected.json"
     )
     page = (tmp_path / "sweep" / "report.html").read_text()
@@ -114,7 +114,7 @@ def test_no_difference_is_taken_to_another_model_of_a_small_variant_or_in_other_
 
 def test_of_a_mixture_the_page_says_how_many_runs_are_small(tmp_path):
     mixed = [*runs(), *runs(seed=1, settings={"small": True})[:1]]
-    write(written(tmp_path / "sweep", mixed), console := Console(record=True, width=200))
+    write_report(written(tmp_path / "sweep", mixed), console := Console(record=True, width=200))
     assert "; 1 of 3 are small variants, which stand in for runs of full size." in console.export_text()
 
 
@@ -127,7 +127,7 @@ def test_published_cells_that_were_never_run_are_missing_of_the_papers_model_at_
 
 
 def test_an_experiment_without_published_numbers_says_so_and_names_its_arms(tmp_path):
-    write(
+    write_report(
         written(tmp_path / "sweep", runs()),
         console := Console(record=True, width=200),
         expected=expected(tmp_path, source="a first of its kind", values={}),
@@ -141,7 +141,7 @@ def test_an_experiment_without_published_numbers_says_so_and_names_its_arms(tmp_
 def test_numbers_of_other_tasks_are_named_and_not_shown(tmp_path):
     file = expected(tmp_path, columns={"mrpc": {"task": "mrpc"}}, values={"layerif": {"mrpc": 0.8}})
     console = Console(record=True, width=200)
-    write(written(tmp_path / "sweep", runs()), console, expected=file)
+    write_report(written(tmp_path / "sweep", runs()), console, expected=file)
     said = console.export_text()
     assert "They are for mrpc; these runs are on capital, so none is shown here." in said
     assert "paper 0.8" not in (tmp_path / "sweep" / "report.html").read_text()
@@ -149,7 +149,7 @@ def test_numbers_of_other_tasks_are_named_and_not_shown(tmp_path):
 
 
 def test_a_metric_that_was_not_measured_is_named(tmp_path):
-    write(
+    write_report(
         written(tmp_path / "sweep", runs()),
         console := Console(record=True, width=200),
         expected=expected(tmp_path, metric="f1"),
@@ -218,7 +218,7 @@ def test_a_published_mean_over_runs_is_stated_and_held_against_no_single_one(tmp
     file = expected(tmp_path, columns={"mean of two": {}}, values={"layerif": {"mean of two": 0.8}})
     console = Console(record=True, width=200)
     budgets = [one for budget in (80, 160) for one in runs(settings=MISTRAL | {"allocator.budget": budget})]
-    write(written(tmp_path / "sweep", budgets), console, expected=file)
+    write_report(written(tmp_path / "sweep", budgets), console, expected=file)
     said = console.export_text()
     assert "Published as a mean alone, which no single run is held against: mean of two, layerif 0.800." in said
     assert "layerif allocator.budget=80" in said
@@ -265,7 +265,7 @@ def test_a_run_of_another_size_is_beside_the_papers_number_and_not_held_against_
 )
 def test_the_file_for_spreadsheets_calls_every_run_as_the_page_does(tmp_path, changes, names):
     folder = written(tmp_path / "sweep", runs())
-    write(folder, Console(quiet=True), expected=expected(tmp_path, **changes))
+    write_report(folder, Console(quiet=True), expected=expected(tmp_path, **changes))
     assert pd.read_csv(folder / "report.csv")["run"].tolist() == names
     rows = [line.split(" | ")[0].removeprefix("| ") for line in (folder / "report.md").read_text().splitlines()]
     assert [row for row in rows if row.endswith(tuple(names))][:2] == names

@@ -1,4 +1,4 @@
-"""The report: what the records say and nothing more, and files that are foreign are named, not swallowed."""
+"""The report says what the records say and nothing more, and it names the files that it leaves out."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from layerif.record.names import UNTOUCHED
 from layerif.record.record import Failure, RunRecord
 from layerif.record.text import print_run
 from layerif.report import comparisons as compare
-from layerif.report import report, write
+from layerif.report import report, write_report
 from layerif.report.arms import distinct, runs_of
 from layerif.report.page import breakable
 from layerif.report.plots import plot_routing
-from layerif.report.reading import read
+from layerif.report.reading import read_jobs
 from layerif.report.tables import correlations, cost, grid, in_full, loads, results
 from layerif.stats import t_interval
 from tests.records import failure, from_file, record, with_before, written
@@ -207,7 +207,7 @@ def test_baselines_come_first_and_untouched_models_get_their_own_row(tmp_path):
     for number, one in enumerate([record("datainf", [True] * 4), record("uniform", [True] * 4)]):
         (tmp_path / str(number)).mkdir()
         with_before(one, [False, True]).write(tmp_path / str(number))
-    rows = table(read(tmp_path).records)
+    rows = table(read_jobs(tmp_path).records)
     assert rows["run"].tolist() == [UNTOUCHED, "uniform experts", "datainf experts"]
     assert rows["accuracy"].tolist() == [0.5, 1.0, 1.0]
     assert rows["questions"].tolist() == [2, 4, 4]
@@ -228,11 +228,11 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "record.json").write_text(content)
     with pytest.raises(ValueError, match="none of the 2 records"):
-        write(tmp_path, Console(quiet=True))
+        write_report(tmp_path, Console(quiet=True))
     (tmp_path / "good").mkdir()
     record("datainf", [True] * 3).write(tmp_path / "good")
     console = Console(record=True, width=200)
-    write(tmp_path, console)
+    write_report(tmp_path, console)
     said = console.export_text()
     assert said.count("left out:") == 2
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
@@ -265,8 +265,8 @@ def test_a_record_with_another_type_within_is_named_and_left_out(tmp_path, chang
     file = tmp_path / "1" / "record.json"
     file.write_text(json.dumps(changed_within(json.loads(file.read_text()), changed)))
     console = Console(record=True, width=300)
-    write(tmp_path, console)
-    (reason,) = read(tmp_path).left_out
+    write_report(tmp_path, console)
+    (reason,) = read_jobs(tmp_path).left_out
     assert reason.startswith(f"{file} is not a readable record of layerif: {said}")
     assert "left out:" in console.export_text()
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
@@ -285,12 +285,12 @@ def test_what_is_wrong_with_a_file_says_what_to_do(tmp_path):
 def test_what_is_no_folder_names_the_nearest(tmp_path):
     (tmp_path / "sweeps" / "table1").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"tabel1' is not a folder \(did you mean 'table1'\?\); .*' holds table1"):
-        read(tmp_path / "sweeps" / "tabel1")
+        read_jobs(tmp_path / "sweeps" / "tabel1")
     with pytest.raises(ValueError, match=r"is not a folder \(did you mean 'sweeps'\?\)"):
-        read(tmp_path / "sweep" / "table1")
+        read_jobs(tmp_path / "sweep" / "table1")
     (tmp_path / "report.md").touch()
     with pytest.raises(ValueError, match=rf"is a file: give the folder that holds it, '{tmp_path}'"):
-        read(tmp_path / "report.md")
+        read_jobs(tmp_path / "report.md")
 
 
 def test_the_report_is_written_before_it_is_printed(tmp_path, monkeypatch):
@@ -302,7 +302,7 @@ def test_the_report_is_written_before_it_is_printed(tmp_path, monkeypatch):
     console = Console(quiet=True)
     monkeypatch.setattr(console, "print", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, console)
+        write_report(tmp_path, console)
     assert all((tmp_path / f"report.{kind}").stat().st_size for kind in ("html", "md", "csv"))
 
 
@@ -328,7 +328,7 @@ def test_an_end_before_the_end_has_no_traceback(tmp_path, monkeypatch, capsys, r
     def ended(*_, **__):
         raise raised
 
-    monkeypatch.setattr(report, "write", ended)
+    monkeypatch.setattr(report, "write_report", ended)
     with pytest.raises(SystemExit) as left_with:
         report.main([str(tmp_path)])
     assert left_with.value.code == code
@@ -350,7 +350,7 @@ def test_a_model_that_was_never_given_has_no_name_of_question_marks(tmp_path):
         for seed, path in enumerate(("???", "/m/tiny"))
     ]
     console = Console(record=True, width=200)
-    write(written(tmp_path, jobs), console)
+    write_report(written(tmp_path, jobs), console)
     said = console.export_text()
     assert "???" not in said.replace("model.path=???", "")
     assert "local, tiny on capital" in said
@@ -361,16 +361,16 @@ def test_jobs_that_began_and_did_not_end_are_named(tmp_path):
     for name, overrides in ((".", ""), ("killed", "- seed=1"), ("tried", "- dry_run=True")):
         (tmp_path / name / ".hydra").mkdir(parents=True)
         (tmp_path / name / ".hydra" / "overrides.yaml").write_text(overrides)
-    assert read(tmp_path).unfinished == ["killed"]
+    assert read_jobs(tmp_path).unfinished == ["killed"]
     console = Console(record=True, width=200)
-    write(tmp_path, console)
+    write_report(tmp_path, console)
     assert "1 run began and did not end: killed, or still at work." in console.export_text()
     assert "## Unfinished\n\n- killed" in (tmp_path / "report.md").read_text()
 
 
 def test_a_folder_without_records_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match=r"holds no record\.json: give the folder of a run or a sweep"):
-        write(tmp_path, Console(quiet=True))
+        write_report(tmp_path, Console(quiet=True))
 
 
 def test_seeds_of_an_arm_are_one_cell_with_students_interval():
@@ -458,13 +458,13 @@ def test_only_arms_that_differ_in_one_thing_are_compared():
 def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
     jobs = [record(name, [True, False], seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)]
     jobs = [*jobs[:3], failure("datainf", seed=1, error="<b>out of memory</b>"), record("uniform", [True], seed=2)]
-    found = read(written(tmp_path, jobs))
+    found = read_jobs(written(tmp_path, jobs))
     runs = runs_of([*found.records, *found.failures])
     cell = results(runs, "accuracy").cells["datainf experts", "capital"]
     assert (cell.failed, cell.missing) == (("1",), ("2",))
     assert grid(runs) == [("datainf experts", "capital", "2")]
     assert cell.mean == 0.5
-    write(tmp_path, Console(quiet=True))
+    write_report(tmp_path, Console(quiet=True))
     page = (tmp_path / "report.html").read_text().replace("<wbr>", "")
     assert "failed: 1" in page
     assert "missing: 2" in page
@@ -476,11 +476,11 @@ def test_failed_and_missing_cells_are_shown_as_such(tmp_path):
 def test_a_record_takes_the_place_of_a_failure_in_its_folder(tmp_path):
     written(tmp_path, [failure("datainf")])
     record("datainf", [True]).write(tmp_path / "0")
-    assert not read(tmp_path).failures
+    assert not read_jobs(tmp_path).failures
 
 
 def test_a_folder_of_failures_alone_is_a_report_too(tmp_path):
-    write(written(tmp_path, [failure("datainf"), failure("uniform")]), Console(quiet=True))
+    write_report(written(tmp_path, [failure("datainf"), failure("uniform")]), Console(quiet=True))
     assert "2 runs failed" in (tmp_path / "report.html").read_text()
 
 
@@ -489,7 +489,7 @@ def test_the_page_is_self_contained(tmp_path):
         record(name, [True] * (5 + seed) + [False] * 5, seed=seed) for name in ("uniform", "datainf") for seed in (0, 1)
     ]
     runs[0].notes.append("a <note>")
-    write(written(tmp_path, runs), Console(quiet=True))
+    write_report(written(tmp_path, runs), Console(quiet=True))
     page = (tmp_path / "report.html").read_text().replace("<wbr>", "")
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
@@ -516,7 +516,7 @@ def test_the_same_folder_gives_the_same_page(tmp_path):
     written(tmp_path, [record(name, [True, False] * 5) for name in ("uniform", "datainf")])
     pages = []
     for _ in range(2):
-        write(tmp_path, Console(quiet=True))
+        write_report(tmp_path, Console(quiet=True))
         pages.append((tmp_path / "report.html").read_bytes())
     assert pages[0] == pages[1]
 
@@ -577,11 +577,11 @@ def test_perplexities_are_averaged_by_their_logarithms():
 def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
     written(tmp_path, [record("datainf", [True])])
     failure("datainf").write(tmp_path / "0")
-    found = read(tmp_path)
+    found = read_jobs(tmp_path)
     assert (len(found.records), found.failures, found.left_out) == (1, [], [])
     assert found.failed_again == ["0: out of memory"]
     console = Console(record=True, width=200)
-    write(tmp_path, console)
+    write_report(tmp_path, console)
     said = console.export_text()
     assert "1 run failed when run again; the numbers stem from before, the errors are below." in said
     assert "Failed when run again:\n  0: out of memory" in said
@@ -593,5 +593,5 @@ def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
 def test_a_run_that_failed_again_beside_an_unreadable_record_is_a_failed_one(tmp_path):
     written(tmp_path, [failure("datainf")])
     (tmp_path / "0" / "record.json").write_text("{")
-    found = read(tmp_path)
+    found = read_jobs(tmp_path)
     assert (len(found.failures), found.failed_again, len(found.left_out)) == (1, [], 1)
