@@ -2,6 +2,6 @@
 
 `request` asks for the Grams, and `measure` takes them. `passes` decides on the way (several passes where memory is
 short), `factors` takes the inputs and output gradients of the linear layers, `projection` makes them smaller first,
-`waiting` holds them until all batches are through, `processes` divides the work among processes and lays out the factors
-of one matrix, and `products` multiplies them.
+`waiting` holds them until all batches are through, `processes` divides the work among processes and lays out the
+factors of one matrix, and `products` multiplies them.
 """
