@@ -10,20 +10,20 @@ from threading import Barrier
 import pytest
 
 from layerif.app.messages import explain
-from layerif.files import carried_on, explained, whole
+from layerif.files import claim_folder, explained, whole
 
 
 def test_of_processes_that_ask_at_once_one_empties_the_folder(tmp_path):
     folder = tmp_path / "checkpoints"
-    assert not carried_on(folder, {"job": "old"})
+    assert not claim_folder(folder, {"job": "old"})
     (folder / "last.ckpt").touch()
     (folder / "deeper").mkdir()
-    assert carried_on(folder, {"job": "old"})
+    assert claim_folder(folder, {"job": "old"})
     together = Barrier(4)
 
     def ask(_: int) -> bool:
         together.wait()
-        return carried_on(folder, {"job": "new"})
+        return claim_folder(folder, {"job": "new"})
 
     with ThreadPoolExecutor(4) as asking:  # the lock is on a file each of them opens
         assert sorted(asking.map(ask, range(4))) == [False, True, True, True]

@@ -18,7 +18,7 @@ from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule
 from layerif.adapt.progress import Curves
 from layerif.app.setup import Parts
-from layerif.files import carried_on
+from layerif.files import claim_folder
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     The same for all processes of a run: none trains before all have found out.
     """
     last = checkpoints / "last.ckpt"
-    if carried_on(checkpoints, record.identity) and last.exists():
+    if claim_folder(checkpoints, record.identity) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
             record.notes.append("wandb has this run anew, from its first step, beside the one that did not finish")

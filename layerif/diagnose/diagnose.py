@@ -27,7 +27,7 @@ from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import Retrainings, write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.files import carried_on
+from layerif.files import claim_folder
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
@@ -79,7 +79,7 @@ class Diagnose:
         if record.config["evaluation"]["before"]:
             raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
         work = folder / "checkpoints"  # the run removes it once its record stands
-        if carried_on(work, record.identity):
+        if claim_folder(work, record.identity):
             record.notes.append("carried on from a run that did not finish; seconds are of the rest")
         report = self._report(decider, record, work)
         write(folder / FILE, json.dumps(report, indent=1, allow_nan=False) + "\n")

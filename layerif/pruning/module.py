@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from layerif.adapt.adapters import LoRAMoEModule
 from layerif.allocate import Allocator
 from layerif.checks import check_choice
-from layerif.files import carried_on, read_json
+from layerif.files import claim_folder, read_json
 from layerif.models.blocks import blocks, context_length
 from layerif.models.pretrained import Pretrained
 from layerif.pruning import Pruner
@@ -95,7 +95,7 @@ class PruneModule(L.LightningModule):
             )
         model = self.base_model().cpu()
         folder = Path(self.trainer.default_root_dir) / "blocks"
-        carried_on(folder, [self.job, dict(self.allocation)])
+        claim_folder(folder, [self.job, dict(self.allocation)])
         self.walk = Walk(
             model,
             self.pruner,
