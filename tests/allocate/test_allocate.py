@@ -99,7 +99,7 @@ def test_layers_can_be_listed_in_any_order(scores, spare, beta, seed):
 
 
 def no_ties(parts: np.ndarray) -> bool:
-    """Whether the fractions lie apart, also across a whole number."""
+    """Tells if the fractions lie apart, also across a whole number."""
     fractions = np.sort(parts % 1)
     return bool(np.all(np.diff(fractions) > 1e-6)) and bool(fractions[-1] < 1 - 1e-6)
 

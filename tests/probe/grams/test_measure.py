@@ -22,15 +22,10 @@ from layerif.probe.grams.products import FORMS
 from layerif.probe.grams.projection import Projection
 from tests.tiny import FAMILIES, tiny_model
 
+pytestmark = pytest.mark.usefixtures("softmax_in_the_models_dtype")
+
 LENGTHS = (9, 4, 7, 7, 2, 5, 8)
 NUM_TRAIN = 4
-
-
-@pytest.fixture(autouse=True)
-def softmax_in_the_models_dtype(monkeypatch):
-    """Eager attention asks for a float32 softmax whatever the model's dtype: a float64 reference needs float64."""
-    softmax = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim=dim))
 
 
 def double(family: str):
