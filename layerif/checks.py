@@ -1,4 +1,4 @@
-"""Checks of what people type: names, ranges, one value per layer. Nothing heavy is imported here."""
+"""Checks of the values that people type: names, ranges, one value per layer. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 
 def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
-    """Raises ValueError naming the nearest allowed word if `got` is none of `allowed`."""
+    """Refuses a word that is not one of `allowed`, and names the nearest one."""
     allowed = tuple(allowed)
     if got not in allowed:
         nearest = did_you_mean(str(got), allowed)
@@ -23,13 +23,13 @@ def check_choice(setting: str, got: object, allowed: Iterable[str]) -> None:
 
 
 def did_you_mean(got: str, allowed: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest allowed word, or nothing if none is near."""
+    """Gives ` (did you mean 'x'?)` for the nearest allowed word, or an empty text if none is near."""
     nearest = difflib.get_close_matches(got, list(allowed), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
 
 def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """Of a key that is not there, by its whole path: what was probably meant, and what its parent has."""
+    """Says of an unknown key, given by its whole path, what was probably meant and which keys its parent has."""
     parent, _, name = key.rpartition(".")
     allowed = list(allowed)
     where = f"in {parent!r}" if parent else "at the top"
@@ -37,7 +37,7 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
 
 
 def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:
-    """Raises ValueError unless there is one value for each layer, at least one, and no name twice."""
+    """Refuses values unless there is one for each layer, at least one, and no layer is named twice."""
     if not layers or len(layers) != len(values):
         raise ValueError(
             f"there must be one value per layer, at least one, in {what}; got {len(values)} for {len(layers)} layers"
@@ -48,6 +48,7 @@ def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) 
 
 
 def is_number(value: object) -> bool:
+    """Tells a number from anything else, `True` and `False` included."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -60,7 +61,7 @@ Share = Annotated[float, Gt(0), Lt(1)]
 
 
 def check_fields(settings: Any, where: str) -> None:
-    """Refuse the first field of a dataclass that lies outside the range or the choices of its annotation.
+    """Refuses the first field of a dataclass that lies outside the range or the choices of its annotation.
 
     An annotation is a type, a `Literal`, a union of these with None, a sequence of them, or
     `Annotated[type, Ge(1), …, "advice"]` with bounds of `annotated_types`; a text among the bounds says what to do
@@ -81,7 +82,7 @@ def check_fields(settings: Any, where: str) -> None:
 
 
 def check_value(setting: str, value: Any, hint: Any) -> None:
-    """Refuse a value outside the range or the choices of an annotation, see `check_fields`."""
+    """Refuses a value outside the range or the choices of an annotation, see `check_fields`."""
     kind, bounds, advice = _parts(hint)
     origin = get_origin(kind)
     if origin in (Union, UnionType):
@@ -124,7 +125,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _parts(hint: Any) -> tuple[Any, list[Any], str]:
-    """The type of an annotation, its bounds, and its advice."""
+    """Splits an annotation into its type, its bounds and its advice."""
     if get_origin(hint) is not Annotated:
         return hint, [], ""
     kind, *extras = get_args(hint)

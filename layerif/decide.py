@@ -87,7 +87,7 @@ class Decider(Measurements):
         """
         start = time.perf_counter()
         allocation = self.preview()
-        if not self.allocator.needs_scores:
+        if self.allocator.needs_scores is False:
             seconds = {"allocate": time.perf_counter() - start}
             return Decision(scores=None, allocation=allocation, source=self.allocator.source, seconds=seconds)
         evidence, reused = self.estimator.needs.take(self, load or self.model.load)
@@ -117,7 +117,9 @@ class Decider(Measurements):
 
     def inputs(self) -> dict[str, str]:
         """Hashes every file and folder that the estimator's request and the allocator name."""
-        paths = [*self.estimator.needs.paths, *(() if self.allocator.needs_scores else self.allocator.paths)]
+        paths = [*self.estimator.needs.paths]
+        if self.allocator.needs_scores is False:
+            paths += self.allocator.paths
         return {path: hash_folder(Path(path)) if Path(path).is_dir() else hash_file(Path(path)) for path in paths}
 
     def _with_trust(self, decision: Decision, evidence: Any) -> Decision:

@@ -1,4 +1,4 @@
-"""Files and folders that survive a kill: written whole or not at all, known to be of this very job; what cannot be."""
+"""Files and folders that survive a kill, hashes of files, and errors of the file system in plain words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `file` at the end, all at once; after an error nothing of it is left."""
+    """Gives a temporary name to write to, and renames it to `file` at the end; after an error it leaves nothing."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         yield unfinished
@@ -74,17 +74,17 @@ def full_disk_explained(what: str, advice: str) -> Iterator[None]:
 
 
 def claim_folder(folder: Path, job: Any) -> bool:
-    """Take a folder for a job: keep what a killed run of the same job left in it, and empty it otherwise.
+    """Marks a folder as this job's, and empties it unless the same job left its content.
 
-    Processes of one job may call this at the same time, before they know of one another; the first empties the folder,
+    Processes of one job may call this at the same time, before they know of one another: the first empties the folder,
     once.
 
     Args:
-        folder: made where it is missing.
-        job: what the folder's content depends on, as JSON.
+        folder: made if it is not there.
+        job: what the same job has equal, as JSON values.
 
     Returns:
-        True if a run of the same job has had the folder before, and so its content may be carried on with.
+        True if the content is from a killed run of the same job.
     """
     mark, lock, wanted = folder / "job.json", folder / "job.lock", json.dumps(job, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,12 @@ def claim_folder(folder: Path, job: Any) -> bool:
 
 
 def explained(error: OSError, folders: Mapping[str, str]) -> str:
-    """What the file system refused, and what to do. folders: settings by name, one of which may be the cause."""
+    """Says what the file system refused and what to do.
+
+    Args:
+        error: of the file system.
+        folders: the folders of settings, by the names of the settings; one of them may be the cause.
+    """
     where = f" for {error.filename}" if error.filename else ""
     if error.errno in _FULL:
         return f"no space is left on the disk{where}; free some and give the same command again"
@@ -123,7 +128,15 @@ _REFUSED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM
 
 
 def read_json(path: str | Path, *, what: str) -> Any:
-    """The content of a JSON file a user wrote or an earlier run left; ValueError if it is missing or broken."""
+    """Reads a JSON file that a user wrote or an earlier run left.
+
+    Args:
+        path: of the file.
+        what: the name of the file in a message: `scores file`.
+
+    Raises:
+        ValueError: if the file is missing or broken.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -139,15 +152,16 @@ def _sha256(path: str, size: int, modified_ns: int) -> str:
 
 
 def hash_file(file: Path) -> str:
-    """SHA-256 of a file, remembered in this process as long as its size and time stay."""
+    """Gives the SHA-256 of a file, remembered in this process as long as its size and time stay."""
     stat = file.stat()
     return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
 
 
 def hash_files(files: Sequence[Path]) -> str:
+    """Gives the SHA-256 of the names and contents of files."""
     return hashlib.sha256("".join(f"{file.name}:{hash_file(file)};" for file in files).encode()).hexdigest()
 
 
 def conf_folder() -> Path:
-    """The YAML files: inside the package in a wheel, beside it in a checkout."""
+    """Finds the folder of the YAML files: inside the package in a wheel, beside it in a checkout."""
     return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"

@@ -72,6 +72,15 @@ def decider(model_folder, task_folder, tmp_path):
 
 
 @pytest.fixture
+def softmax_in_the_models_dtype(monkeypatch):
+    """Lets eager attention take its softmax in the model's dtype: a float64 reference needs float64, not float32."""
+    import torch
+
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim=dim))
+
+
+@pytest.fixture
 def tiny_overrides(model_folder, task_folder, tmp_path) -> list[str]:
     """Command-line overrides that make any run a matter of a second, below `tmp_path`."""
     return [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from layerif import decide
+from layerif.allocate.file import File as AllocationFile
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
 from layerif.estimators.block_influence import BlockInfluence
@@ -19,6 +21,7 @@ from layerif.estimators.cca import Cca
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.dlp import Dlp
 from layerif.estimators.ekfac import Ekfac
+from layerif.estimators.file import File as ScoresFile
 from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
 from layerif.estimators.linear_probe import LinearProbe
@@ -56,7 +59,7 @@ def test_all_forward_pass_estimators_share_one_pass(decider, monkeypatch):
     assert len(passes) == 2  # counted below another bound
 
 
-# What an estimator has to be told here: checkpoints that exist, few steps, outliers that a random model has.
+# Settings that a test needs: checkpoints that exist, few steps, outliers that a random model has.
 TOLD = {TracIn: {"learning_rates": [0.5, 0.1]}, Ila: {"num_steps": 3}, Outlier: {"multiple": 2.0}}
 
 
@@ -310,3 +313,45 @@ def test_a_single_sample_is_said_to_rank_nothing(decider):
     found = replace(decider, splits=replace(decider.splits, validation=decider.splits.validation[:1]))()
     assert "one validation sample ranks nothing reliably: give the task more validation rows" in found.notes
     assert not any("ranks nothing" in note for note in decider().notes)
+
+
+def test_what_cannot_be_measured_is_refused_before_any_work(decider, tmp_path):
+    of_lora = replace(decider, probe=replace(decider.probe, parameters="lora"))
+    for estimator in (DataInf(), Reversed(of=DataInf())):
+        with pytest.raises(ValueError, match=r"probe\.parameters=lora needs a LoRA adapter"):
+            replace(of_lora, estimator=estimator).preview()
+    replace(of_lora, estimator=Dlp()).preview()  # looks at weights alone
+    with pytest.raises(ValueError, match=r"scores file .*cannot be read"):
+        replace(decider, estimator=ScoresFile(path=str(tmp_path / "none.json"))).preview()
+    assert decider.preview().values == (3, 3, 3)
+
+
+def test_a_decision_names_the_files_that_it_depends_on(decider, adapters, tmp_path):
+    scores, given = tmp_path / "scores.json", tmp_path / "given.json"
+    names = list(decider.layers().names)
+    scores.write_text(json.dumps({"layers": names, "values": [1, 2, 3], "higher_means": "important"}))
+    given.write_text("[2, 3, 4]")
+    assert decider.inputs() == {}
+    assert set(replace(decider, estimator=tracin_of(adapters, 0.5, 0.1)).inputs()) == set(adapters)
+    both = replace(decider, estimator=ScoresFile(path=str(scores)), allocator=AllocationFile(path=str(given)))
+    first = both.inputs()
+    assert set(first) == {str(scores), str(given)}
+    given.write_text("[2, 4, 4]")
+    second = both.inputs()
+    assert {path for path in first if first[path] != second[path]} == {str(given)}
+
+
+def test_a_decision_is_recorded_in_one_shape_that_files_read_again(decider, tmp_path):
+    decision = decider()
+    record = decision.record()
+    assert (record.source, record.samples) == (decision.source, {"train": 8, "validation": 4})
+    assert record.reliability == decision.reliability
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps({"version": 2, "config": {}, "decision": asdict(record)}))
+    again = replace(decider, estimator=ScoresFile(path=str(file)))()
+    assert again.scores.values == decision.scores.values
+    assert (again.num_samples, again.reliability) == ((0, 0), None)
+    given = replace(decider, allocator=AllocationFile(path=str(file)))()
+    assert (given.scores, given.allocation) == (None, decision.allocation)
+    assert given.record().scores is None
+    assert given.record().samples == {}

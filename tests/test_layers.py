@@ -41,6 +41,13 @@ def test_a_layer_map_needs_one_entry_per_block():
         LayerMap(("a", "b"), (("a.w",),), (3, 4))
 
 
+def test_a_layer_map_tells_its_matrices_and_their_blocks_in_order():
+    layers = LayerMap(("a", "b"), (("a.q", "a.k"), ("b.q",)), (3, 4))
+    assert layers.matrices == ("a.q", "a.k", "b.q")
+    assert layers.by_block == {"a": ("a.q", "a.k"), "b": ("b.q",)}
+    assert layers.block_of == {"a.q": "a", "a.k": "a", "b.q": "b"}
+
+
 def test_values_are_taken_by_name():
     assert in_layer_order({"b": 2, "a": 1}, ("a", "b"), source="x.json") == (1, 2)
 

@@ -1,4 +1,4 @@
-"""Do the damped estimators solve the system they stand for, I·(K/N + λ) = −C? N, M, K, C: see `estimators/gram.py`."""
+"""Do the damped estimators solve the system they stand for, I·(K/N + λ) = −C? N, M, K, C: see `estimators/_base.py`."""
 
 from __future__ import annotations
 

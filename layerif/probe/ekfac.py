@@ -203,7 +203,7 @@ def measure(
 
 
 def _task(names: Sequence[str]) -> Any:
-    """What kronfluence asks of a model: its loss, which modules, and where padding is."""
+    """Tells kronfluence the loss of a model, its modules, and the places of padding."""
     from kronfluence.task import Task  # type: ignore[import-not-found]
 
     class Summed(Task):

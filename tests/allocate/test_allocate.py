@@ -99,7 +99,7 @@ def test_layers_can_be_listed_in_any_order(scores, spare, beta, seed):
 
 
 def no_ties(parts: np.ndarray) -> bool:
-    """Whether the fractions lie apart, also across a whole number."""
+    """Tells if the fractions lie apart, also across a whole number."""
     fractions = np.sort(parts % 1)
     return bool(np.all(np.diff(fractions) > 1e-6)) and bool(fractions[-1] < 1 - 1e-6)
 
@@ -347,9 +347,9 @@ def test_an_allocation_checks_its_budget_on_construction():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("experts", (0, 4), "layer 'a' must be a whole number >= 1, got 0"),
-        ("rank", (1.5, 2.5), r"layer 'a' must be a whole number >= 1, got 1\.5"),
-        ("sparsity", (0.5, 1.5), r"layer 'b' must be a fraction in \[0, 1\]"),
+        ("experts", (0, 4), "experts of 'a' must be a whole number >= 1, got 0"),
+        ("rank", (1.5, 2.5), r"rank of 'a' must be a whole number >= 1, got 1\.5"),
+        ("sparsity", (0.5, 1.5), r"sparsity of 'b' must be a fraction in \[0, 1\]"),
         ("heads", (1, 3), "experts, rank, sparsity"),
         ("experts", (4,), "1 for 2 layers"),
     ],
@@ -443,7 +443,7 @@ def test_file_reads_sparsities(tmp_path):
         ({"allocation": {"kind": "rank", "values": [1] * 8, "units": list(NAMES)}}, r"use allocator\.kind=rank"),
         ({"allocation": {}}, "holds no allocation"),
         ([1, 2], "there must be one value per layer, at least one, in allocation file"),
-        ([1, 2, 3, 4, 5, 6, 7, 2.5], r"saved\.json': experts of layer 'layers\.7'.*got 2\.5"),
+        ([1, 2, 3, 4, 5, 6, 7, 2.5], r"saved\.json': experts of 'layers\.7'.*got 2\.5"),
         ({"hello": "world"}, "names the layer 'hello', which this model does not have"),
         ("uniform", "a value per layer"),
     ],

@@ -82,7 +82,7 @@ def classes_of(stem: str) -> list[type[Any]]:
 
 GRAM_ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if issubclass(cls, GramEstimator)]
 DAMPED_ESTIMATORS = [cls for cls in GRAM_ESTIMATORS if issubclass(cls, DampedEstimator)]
-# What an estimator cannot do without. These two checkpoints, where both are the same, weigh as one.
+# The settings without a default. These two checkpoints, where both are the same, weigh as one.
 REQUIRED: dict[type, dict[str, Any]] = {
     TracIn: {"checkpoints": ["a", "b"], "learning_rates": [0.75, 0.25]},
     SavedScores: {"path": "scores.json"},
@@ -95,7 +95,7 @@ def make(cls: type[Any], **changes: Any) -> Any:
 
 
 def score(estimator: GramEstimator, grams: LayerGrams) -> LayerScores:
-    """Of the evidence it needs, which is these Grams at every checkpoint."""
+    """Scores the evidence that the estimator needs: these Grams, or these Grams at every checkpoint."""
     return estimator.score(grams if estimator.needs == Grams() else CheckpointGrams((grams, grams)))
 
 

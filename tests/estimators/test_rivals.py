@@ -277,7 +277,7 @@ def test_a_class_smaller_than_the_folds_is_refused():
 
 
 def dense_pwcca(first: np.ndarray, second: np.ndarray) -> float:
-    """Of full-rank views, from covariances."""
+    """Computes PWCCA of full-rank views from covariances."""
     x, y = first - first.mean(0), second - second.mean(0)
     whiten_x, whiten_y = (np.linalg.inv(np.linalg.cholesky(v.T @ v)).T for v in (x, y))
     left, correlations, _ = np.linalg.svd((x @ whiten_x).T @ (y @ whiten_y), full_matrices=False)

@@ -59,6 +59,7 @@ def one_by_one(model, layers: LayerMap, rows: list[Encoded | None]) -> Iterator[
         handle.remove()
 
 
+@pytest.mark.usefixtures("softmax_in_the_models_dtype")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_statistic_is_its_definition_over_the_real_tokens(family):
     model = tiny_model(family).double()

@@ -31,7 +31,7 @@ def adapted(*, moe: bool = False, scale: float = 0.3):
 
 
 def samples() -> list[Encoded]:
-    """Of several lengths, some with a prompt that does not count."""
+    """Makes samples of several lengths, some with a prompt that does not count."""
     generator = torch.Generator().manual_seed(0)
     lengths = (7, 4, 9, 5, 7, 3, 8, 6)
     rows = [tuple(torch.randint(3, 64, (length,), generator=generator).tolist()) for length in lengths]

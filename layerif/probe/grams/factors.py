@@ -1,4 +1,4 @@
-"""The factors of per-sample gradients: inputs and output gradients of linear layers, taken by hooks, batch by batch.
+"""The factors of per-sample gradients: inputs and output gradients of linear layers, which hooks take from a batch.
 
 The gradient of sample i's loss in the weight of a linear layer is a sum over its tokens, g_i = Σ_t δ_it a_itᵀ, with a
 the layer's input and δ the loss gradient at its output. The weights themselves need no gradient, so that the pass costs
@@ -41,12 +41,20 @@ def capture_factors(
     *,
     in_step: bool = False,
 ) -> Factors:
-    """One forward and backward of a batch: the factors of every matrix, zero where there is padding.
+    """Runs a batch forward and backward and gives the factors of every matrix, zero where there is padding.
 
-    keep: what to keep of masked values, given them and their side, `in` or `out`; applied once to an input that several
-    matrices read. names: of the samples, for messages. in_step: other processes run a batch at the same time and need
-    this one to the end of its backward, so that an error waits till then and no block is looked for.
-    Raises ValueError naming block and sample for a loss that is not finite, and for a layer that ran not exactly once.
+    Args:
+        model: a causal language model with frozen weights.
+        params: the names of the matrices.
+        batch: token ids, mask and labels.
+        names: of the samples, for messages.
+        keep: turns masked values of a side (`in` or `out`) into the values that are kept. It is applied once to an
+            input that several matrices read.
+        in_step: True where other processes run a batch at the same time and need this one to the end of its backward.
+            An error then waits till the end, and no block is looked for.
+
+    Raises:
+        ValueError: names block and sample for a loss that is not finite, and a layer that did not run exactly once.
     """
     found: Factors = {}
     device = next(model.parameters()).device
@@ -72,9 +80,9 @@ def capture_factors(
 
 
 def inputs_read_together(model: nn.Module, params: Sequence[str]) -> dict[str, str]:
-    """For each matrix the first of `params` that reads the very same tensor (q, k and v do); takes a two-token forward.
+    """Gives for each matrix the first of `params` that reads the very same tensor, as q, k and v do.
 
-    Works on the meta device too.
+    It takes a forward pass of two tokens, and works on the meta device too.
     """
     first: dict[int, str] = {}
     alive: list[Tensor] = []  # a freed tensor's id may be given to another

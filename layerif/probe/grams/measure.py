@@ -1,4 +1,4 @@
-"""From a model and batches to Grams: every sample forward and backward, then one matrix after the other multiplied.
+"""The measurement of Grams: every sample runs forward and backward, then one matrix after the other is multiplied.
 
 Letters in shape suffixes: T tokens, I inputs and O outputs of a linear layer, S all samples (N train, then M
 validation).
@@ -53,16 +53,27 @@ def measure(
     fingerprint: str = "",
     names: Sequence[str] | None = None,
 ) -> LayerGrams:
-    """Grams of the per-sample gradients of every matrix in `layers`.
+    """Measures the Grams of the per-sample gradients of every matrix in `layers`.
 
-    train, validation: batches with the position of each of their samples; the Grams' rows follow the positions,
-    however the samples were batched. Gradients of half-precision models are multiplied in float32.
-    form, memory_gb, offload: see `Probe`. partial: a folder for what an interrupted measurement leaves and the next one
-    takes up: the Grams of finished passes, and with offload=disk the factors of finished batches; whoever gives it sees
-    to it that it belongs to this measurement alone. names: of the samples, train then validation, for messages.
-    With several processes (torch.distributed) all call this with the same arguments; each gets all Grams.
-    Raises ValueError naming block and sample for a loss or gradient that is not finite, and for a memory budget that
-    is too small, with the least that would do.
+    Gradients of half-precision models are multiplied in float32. With several processes (torch.distributed) all call
+    this with the same arguments, and each gets all Grams.
+
+    Args:
+        model: a causal language model; it is left as it was.
+        layers: the blocks and matrices to measure.
+        train, validation: batches with the position of each of their samples. The rows of a Gram follow the positions,
+            under any batching.
+        form, memory_gb, offload: see `Probe`.
+        projection: makes the gradients smaller first; None measures them exactly.
+        partial: a folder for the results of an interrupted measurement, which the next one takes up: the Grams of
+            finished passes, and with offload=disk the factors of finished batches. It must belong to this measurement
+            alone.
+        fingerprint: of the measurement.
+        names: of the samples, train then validation, for messages.
+
+    Raises:
+        ValueError: names block and sample for a loss or gradient that is not finite, and the least that would do for a
+            memory budget that is too small.
     """
     num_train = sum(len(indices) for indices, _ in train)
     batches = [*train, *([[num_train + index for index in indices], batch] for indices, batch in validation)]
@@ -103,9 +114,15 @@ def workload(
     projection: Projection | None = None,
     num_processes: int = 1,
 ) -> Workload:
-    """The sizes of a measurement. The model may be on the meta device, the batches are not looked into.
+    """Gives the sizes of a measurement. The model may be on the meta device, and the content of batches is not read.
 
-    reads_with: for each matrix the first that reads the same input, see `factors.inputs_read_together`.
+    Args:
+        model: holds the matrices.
+        params: the names of the matrices.
+        train, validation: batches with the positions of their samples.
+        reads_with: for each matrix the first that reads the same input, see `factors.inputs_read_together`.
+        projection: makes the gradients smaller first.
+        num_processes: the processes that share the samples.
     """
     width = projection.width if projection else lambda features: features
     matrices = []
@@ -130,27 +147,34 @@ def workload(
 def budget(
     device: torch.device, memory_gb: float | None, num_processes: int = 1, model: float = 0
 ) -> tuple[float, float]:
-    """Bytes on the device, and of main memory where factors may be moved to; that is zero if it is the device.
+    """Gives the bytes that a probe may hold.
 
-    num_processes: that share main memory. model: bytes of a model that is still to be loaded.
+    Args:
+        device: the device of the model.
+        memory_gb: the wish of the user, None for a part of what is free.
+        num_processes: the processes that share main memory.
+        model: bytes of a model that is still to be loaded.
+
+    Returns:
+        The bytes on the device, and those of main memory for factors that are moved there; 0 if that is the device.
     """
     is_cuda = device.type == "cuda"
     host = (psutil.virtual_memory().available - (0 if is_cuda else model)) / 2 / num_processes
     if not is_cuda:
         return (host if memory_gb is None else memory_gb * 1e9), 0.0
-    # A GPU is nobody else's: what the autograd graph of a batch needs is far less than the rest.
+    # A GPU is not shared, and the autograd graph of a batch needs far less than the rest.
     free = (torch.cuda.mem_get_info(device)[0] - model) * 0.85
     return (free if memory_gb is None else memory_gb * 1e9), host
 
 
 def wanted_tile_bytes(device: torch.device) -> float:
-    """Of a tile that stays inside a processor's cache, or keeps a GPU busy."""
+    """Gives the bytes of a tile that stays inside a processor's cache, or keeps a GPU busy."""
     return 1e9 if device.type == "cuda" else 1.6e7
 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Runs one pass after the other; the arguments of `measure`, with train and validation in one row."""
+    """Runs one pass after the other. It holds the arguments of `measure`, with train and validation in one row."""
 
     model: nn.Module
     batches: Sequence[IndexedBatch]
@@ -162,7 +186,7 @@ class _Measurement:
     shards: Shards
 
     def run(self, passes: Passes, group: Sequence[Matrix], description: str) -> dict[str, MatrixGram]:
-        """The Grams of one pass."""
+        """Takes one pass and gives its Grams."""
         params = [matrix.name for matrix in group]
         waiting: Waiting = InMemory(passes.offload == "cpu")
         if passes.offload == "disk":
@@ -181,7 +205,7 @@ class _Measurement:
         shared = {param: gram for part in self.shards.share(mine) for param, gram in part.items()}
         grams = {param: shared[param] for param in params}
         if self.partial is not None and self.shards.rank == 0 and len(passes.groups) > 1:
-            _keep(grams, self.partial)
+            _save(grams, self.partial)
         return grams
 
     def _capture(self, params: Sequence[str], waiting: Waiting, description: str) -> None:
@@ -210,7 +234,7 @@ class _Measurement:
             raise failure
 
     def _multiply(self, passes: Passes, matrices: Sequence[Matrix], waiting: Waiting) -> dict[str, MatrixGram]:
-        """The Gram of the matrix that this process owns: the one at its rank, if there is one."""
+        """Multiplies the matrix that this process owns: the one at its rank, if there is one."""
         input_STI = self._laid_out(passes, "in", [(matrix.num_in, matrix.name) for matrix in matrices], waiting)
         delta_SOT = self._laid_out(passes, "out", [(matrix.num_out, matrix.name) for matrix in matrices], waiting)
         if input_STI is None or delta_SOT is None:
@@ -254,7 +278,7 @@ class _Measurement:
             )
 
     def finished(self) -> dict[str, MatrixGram]:
-        """What passes of an interrupted measurement left, the same in every process."""
+        """Reads the Grams that an interrupted measurement left, the same in every process."""
         found: dict[str, MatrixGram] = {}
         if self.partial is not None and self.shards.rank == 0:
             for file in sorted(self.partial.glob("grams-*.safetensors")):
@@ -269,7 +293,7 @@ class _Measurement:
         return self.shards.share(found)[0]
 
 
-def _keep(grams: Mapping[str, MatrixGram], folder: Path) -> None:
+def _save(grams: Mapping[str, MatrixGram], folder: Path) -> None:
     tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in PARTS}
     name = hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How the Grams of some matrices are best measured: which form each takes, in how many passes, and where factors wait.
+"""The best way to measure the Grams of some matrices: the form of each, the number of passes, and the place of factors.
 
 A pass runs every sample forward and backward and keeps, for each of its matrices, the inputs and the output gradients
 (the factors). Then, matrix by matrix, the factors of all samples are laid out in one piece and multiplied. At most
@@ -24,7 +24,7 @@ Choice = Literal["auto", "materialised", "pairwise"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One measured weight: its name, its two sizes after projection, and the first matrix that reads the same input."""
+    """A measured weight: its name, its two sizes after projection, and the first matrix that reads the same input."""
 
     name: str
     num_out: int
@@ -34,10 +34,15 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be measured. num_tokens: all samples' together, padding included; longest: of one sample.
+    """The sizes of a measurement.
 
-    kept_itemsize, work_itemsize: bytes of a number in a factor as kept, and in the products. num_processes: that share
-    the samples.
+    Attributes:
+        matrices: the measured weights.
+        num_train, num_val: samples.
+        num_tokens: the tokens of all samples together, padding included.
+        longest: the tokens of the longest sample.
+        kept_itemsize, work_itemsize: bytes of a number in a factor as kept, and in the products.
+        num_processes: the processes that share the samples.
     """
 
     matrices: tuple[Matrix, ...]
@@ -50,34 +55,37 @@ class Workload:
     num_processes: int = 1
 
     def form(self, matrix: Matrix, choice: Choice = "auto") -> Form:
+        """Gives the chosen form, or the cheaper one for `auto`."""
         if choice != "auto":
             return choice
         return cheaper(self.num_train, self.num_val, self.longest, matrix.num_out, matrix.num_in)
 
     def operations(self, matrix: Matrix, form: Form) -> float:
+        """Counts the floating-point operations of a matrix's Gram."""
         return operations(form, self.num_train, self.num_val, self.longest, matrix.num_out, matrix.num_in)
 
     def kept_bytes(self, group: Sequence[Matrix]) -> float:
-        """Of the factors of a pass over `group`, in each process; an input that several matrices read is kept once."""
+        """Counts the bytes of a pass's factors in each process; an input that several matrices read is kept once."""
         inputs = {matrix.reads_with: matrix.num_in for matrix in group}
         numbers = sum(inputs.values()) + sum(matrix.num_out for matrix in group)
         return float(self.num_tokens * self.kept_itemsize * numbers) / self.num_processes
 
     def piece_bytes(self, matrix: Matrix) -> float:
-        """Of one matrix's factors laid out for all samples, ready to be multiplied; and of what processes exchange."""
+        """Counts the bytes of a matrix's factors laid out for all samples, and of what processes exchange for it."""
         samples = self.num_train + self.num_val
         piece = float(samples * self.longest * (matrix.num_out + matrix.num_in) * self.work_itemsize)
         others = (self.num_processes - 1) / self.num_processes
         return piece * (1 + 2 * others * self.kept_itemsize / self.work_itemsize)
 
     def least_tile_bytes(self, matrix: Matrix, form: Form) -> float:
+        """Counts the bytes of the smallest tile."""
         samples = self.num_train + self.num_val
         return tile_bytes_of(form, 1, samples, self.longest, matrix.num_out, matrix.num_in, self.work_itemsize)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """groups: the matrices of each pass. forms, tile_bytes: by matrix. offload: where factors wait."""
+    """A way to measure: the matrices of each pass, form and tile by matrix, and the place where factors wait."""
 
     workload: Workload
     groups: tuple[tuple[Matrix, ...], ...]
@@ -103,7 +111,7 @@ class Passes:
 
     @cached_property
     def operations(self) -> float:
-        """Of all Grams; the passes themselves come on top."""
+        """The operations of all Grams; the passes themselves come on top."""
         return sum(
             self.workload.operations(matrix, self.forms[matrix.name]) for group in self.groups for matrix in group
         )
@@ -118,13 +126,20 @@ def passes(
     tile_bytes: float = 1.6e7,
     host_memory: float = 0,
 ) -> Passes:
-    """The fewest passes that fit into `memory` bytes of the model's device.
+    """Finds the fewest passes that fit into the memory of the model's device.
 
-    offload: `none` keeps factors on the device, in as many passes as they need; `cpu` moves them to main memory
-    (`host_memory` bytes of it), `disk` into files, in one pass. `auto` is none where one pass suffices, otherwise cpu
-    where that needs fewer passes, otherwise none. host_memory: 0 where the device is main memory itself.
-    tile_bytes: wanted; a tile gets what the passes leave of the budget, up to that.
-    Raises ValueError with the least memory that would do.
+    Args:
+        workload: the sizes of the measurement.
+        memory: bytes of the device.
+        form: of the products.
+        offload: `none` keeps factors on the device, in as many passes as they need; `cpu` moves them to main memory,
+            `disk` into files, in one pass. `auto` is none where one pass suffices, otherwise cpu where that needs
+            fewer passes, otherwise none.
+        tile_bytes: the wanted size of a tile; it gets the rest of the budget, up to this size.
+        host_memory: bytes of main memory for factors, 0 where the device is main memory itself.
+
+    Raises:
+        ValueError: names the least memory that would do.
     """
     forms: dict[str, Form] = {matrix.name: workload.form(matrix, form) for matrix in workload.matrices}
     arrange = _Arranger(workload, forms, memory)
@@ -149,22 +164,22 @@ def passes(
 
 @dataclass(frozen=True)
 class _Arranger:
-    """room: bytes for the factors elsewhere, None: they stay on the device."""
+    """Arranges matrices into passes. `room` is the bytes for factors elsewhere; None: they stay on the device."""
 
     workload: Workload
     forms: dict[str, Form]
     memory: float
 
     def held(self, group: Sequence[Matrix], room: float | None) -> float:
-        """Of the factors of a pass, on the device."""
+        """Counts the bytes of a pass's factors on the device."""
         return self.workload.kept_bytes(group) if room is None else 0.0
 
     def least(self, matrix: Matrix) -> float:
-        """On the device, to multiply one matrix."""
+        """Counts the bytes on the device that one matrix's products need."""
         return self.workload.piece_bytes(matrix) + self.workload.least_tile_bytes(matrix, self.forms[matrix.name])
 
     def groups(self, room: float | None) -> tuple[tuple[Matrix, ...], ...]:
-        """Consecutive matrices whose factors are held together, as many as fit; none if a single one does not."""
+        """Groups consecutive matrices whose factors fit together; gives no group if a single matrix does not fit."""
         groups: list[list[Matrix]] = []
         for matrix in self.workload.matrices:
             if groups and self._fits([*groups[-1], matrix], room):
@@ -181,6 +196,7 @@ class _Arranger:
         return self.held(group, room) + max(map(self.least, group)) <= self.memory
 
     def refusal(self, room: float | None, offload: str) -> str:
+        """Says which memory is too small, and the least that would do."""
         kept = self.workload.kept_bytes
         matrix = max(self.workload.matrices, key=lambda matrix: self.least(matrix) + self.held([matrix], room))
         least = self.least(matrix) + self.held([matrix], room)
@@ -199,6 +215,6 @@ class _Arranger:
 
 
 def _rounded_up(value: float) -> str:
-    """Two figures, never below the value."""
+    """Writes a value with two figures, never below it."""
     digits = f"{value:.1e}"
     return digits if float(digits) >= value else f"{float(digits) + 10 ** (int(digits[-3:]) - 1):.1e}"

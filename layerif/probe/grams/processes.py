@@ -1,4 +1,4 @@
-"""Probing with several processes: each runs its share of the samples, each multiplies its share of the matrices.
+"""Probing with several processes: each runs its share of the samples and multiplies its share of the matrices.
 
 Every factor is sent once, to the process that owns its matrix, so that a Gram is computed by one process from all
 samples and equals the single-process one. Processes come from whatever started them (Lightning, torchrun, Slurm); with
@@ -26,23 +26,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shards:
-    """This process among those that probe together."""
+    """The rank of this process among the processes that probe together."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls) -> Shards:
+        """Reads rank and size from torch.distributed; one process where it is not initialised."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     def of(self, items: Sequence[T], rank: int | None = None) -> Sequence[T]:
-        """The share of a process, this one if none is named; shares differ in length by one at most."""
+        """Gives the share of a process, by default of this one. Shares differ in length by one at most."""
         return items[self.rank if rank is None else rank :: self.size]
 
     def share(self, mine: Any) -> list[Any]:
-        """What every process has to give, in the order of their ranks."""
+        """Collects the contributions of all processes, in the order of their ranks."""
         if self.size == 1:
             return [mine]
         everyone: list[Any] = [None] * self.size
@@ -51,7 +52,7 @@ class Shards:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """If any process fails inside, all do: none is left waiting for it."""
+        """Makes all processes fail if one fails inside, so that none waits for it."""
         failure: Exception | None = None
         try:
             yield
@@ -75,11 +76,22 @@ class Shards:
         device: torch.device,
         swap: bool = False,
     ) -> Tensor | None:
-        """One side of a matrix's factors, all samples in their positions: (S×T×F), or (S×F×T) if swapped.
+        """Lays out one side of a matrix's factors, with all samples in their positions.
 
-        factors: for the matrix of each process in turn, its width F and what this process has of it, a tensor (B×T×F)
-        for each of its batches. indices: the positions of the samples of every batch. Samples shorter than `longest`
-        are followed by zeros, which add nothing to a product. None where this process owns no matrix.
+        Samples shorter than `longest` are followed by zeros, which add nothing to a product.
+
+        Args:
+            factors: for the matrix of each process in turn, its width F and the part that this process has, a tensor
+                (B×T×F) for each of its batches.
+            indices: the positions of the samples of every batch.
+            longest: T.
+            sent_as: the dtype between processes.
+            dtype: the dtype of the result.
+            device: the device of the result.
+            swap: True for (S×F×T).
+
+        Returns:
+            (S×T×F), or (S×F×T) if swapped; None where this process owns no matrix.
         """
         rows = [[index for batch in self.of(indices, rank) for index in batch] for rank in range(self.size)]
         width = factors[self.rank][0] if self.rank < len(factors) else None
@@ -118,7 +130,7 @@ class Shards:
         return piece
 
     def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Send a tensor to each process in `outgoing`, fill each tensor in `incoming` from its process."""
+        """Sends a tensor to each process in `outgoing`, and fills each tensor in `incoming` from its process."""
         moves = [dist.P2POp(dist.isend, rows, to) for to, rows in outgoing.items()]
         moves += [dist.P2POp(dist.irecv, rows, source) for source, rows in incoming.items()]
         for work in dist.batch_isend_irecv(moves) if moves else ():
@@ -126,7 +138,7 @@ class Shards:
 
 
 def spread(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """The model with its weights divided among all processes, on `device` (FSDP2, block by block)."""
+    """Divides a model's weights among all processes, on `device` (FSDP2, block by block)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -138,6 +150,7 @@ def spread(model: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def is_spread(model: nn.Module) -> bool:
+    """Tells a model that `spread` divided."""
     return any(hasattr(block, "unshard") for block in blocks(model).values())
 
 

@@ -27,14 +27,14 @@ from layerif.models.contexts import full_precision
 Form = Literal["materialised", "pairwise"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
-_COLUMNS = 128  # of the Gram at a time; what lies above its diagonal is mirrored, not computed
+_COLUMNS = 128  # of the Gram at a time; the part above its diagonal is mirrored
 # Multiplying and summing one entry of the two token-by-token products costs about as much as so many operations of a
 # matrix product: it waits for memory.
 _ENTRY = 64
 
 
 def operations(form: Form, num_train: int, num_val: int, num_tokens: int, num_out: int, num_in: int) -> float:
-    """Floating-point operations (a multiplication and an addition are two) of one layer's Gram."""
+    """Counts the floating-point operations of one layer's Gram; a multiplication and an addition are two."""
     pairs = _num_pairs(num_train, num_val)
     if form == "materialised":
         return 2.0 * num_out * num_in * ((num_train + num_val) * num_tokens + pairs + num_val)
@@ -42,7 +42,7 @@ def operations(form: Form, num_train: int, num_val: int, num_tokens: int, num_ou
 
 
 def cheaper(num_train: int, num_val: int, num_tokens: int, num_out: int, num_in: int) -> Form:
-    """The form that takes less time."""
+    """Gives the form that takes less time."""
     sizes = num_train, num_val, num_tokens, num_out, num_in
     waiting = _ENTRY * num_tokens**2 * (_num_pairs(num_train, num_val) + num_val)
     return (
@@ -51,9 +51,19 @@ def cheaper(num_train: int, num_val: int, num_tokens: int, num_out: int, num_in:
 
 
 def gram(form: Form, input_STI: Tensor, delta_SOT: Tensor, num_train: int, tile_bytes: float) -> tuple[Tensor, Tensor]:
-    """⟨g_s, g_n⟩ (S×N) and ‖g_m‖² of the validation samples (M), in the dtype of the factors.
+    """Multiplies the factors of one layer.
 
-    On a GPU float32 products are taken in full precision (no TF32), whatever the surrounding program allows.
+    On a GPU float32 products are taken in full precision (without TF32), even where the program around allows less.
+
+    Args:
+        form: the way of taking inner products.
+        input_STI: inputs of all samples, train first.
+        delta_SOT: output gradients of all samples.
+        num_train: N.
+        tile_bytes: working memory.
+
+    Returns:
+        ⟨g_s, g_n⟩ (S×N) and ‖g_m‖² of the validation samples (M), in the dtype of the factors.
     """
     num_samples = len(input_STI)
     gram_SN = input_STI.new_zeros(num_samples, num_train)
@@ -70,14 +80,14 @@ def gram(form: Form, input_STI: Tensor, delta_SOT: Tensor, num_train: int, tile_
 def tile_bytes_of(
     form: Form, size: int, num_samples: int, num_tokens: int, num_out: int, num_in: int, itemsize: int
 ) -> float:
-    """Working memory of a tile of `size`: output rows of every sample, or the side of a square of pairs of samples."""
+    """Counts the bytes of a tile of `size`: output rows of every sample, or the side of a square of sample pairs."""
     if form == "materialised":
         return float(itemsize) * num_samples * num_in * size
     return float(itemsize) * 2 * (size**2 * num_tokens**2 + size * num_tokens * (num_out + num_in))
 
 
 def _materialised(input_STI: Tensor, delta_SOT: Tensor, gram_SN: Tensor, tile_bytes: float) -> Tensor:
-    """Adds up, slab of output rows by slab, G_SR G_NRᵀ with G_SR = δᵀa of those rows; returns ‖g_m‖²."""
+    """Adds G_SR G_NRᵀ with G_SR = δᵀa to the Gram, one slab of output rows after the other; returns ‖g_m‖²."""
     (num_samples, num_train), num_out, num_in = gram_SN.shape, delta_SOT.shape[1], input_STI.shape[2]
     num_rows = min(num_out, max(1, int(tile_bytes / (num_samples * num_in * input_STI.itemsize))))
     square_M = gram_SN.new_zeros(num_samples - num_train)
@@ -125,5 +135,5 @@ def _columns(num_train: int) -> Iterator[tuple[int, int]]:
 
 
 def _num_pairs(num_train: int, num_val: int) -> int:
-    """Entries of the Gram that are computed."""
+    """Counts the entries of the Gram that are computed."""
     return sum((num_train + num_val - start) * (stop - start) for start, stop in _columns(num_train))

@@ -1,4 +1,4 @@
-"""Where the factors of a pass wait until all batches are through: in memory or in files."""
+"""The place where the factors of a pass wait until all batches are through: memory or files."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from layerif.probe.grams.factors import SIDES, Factors, Side, log
 
 
 class Waiting(Protocol):
-    """Where the factors of a pass wait until all batches are through."""
+    """The place where the factors of a pass wait until all batches are through."""
 
     def has(self, number: int, params: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
-        """Whether batch `number` is here already, from a pass that was interrupted."""
+        """Tells if batch `number` is here already, from a pass that was interrupted."""
         ...
 
-    def add(self, number: int, factors: Factors) -> None: ...
+    def add(self, number: int, factors: Factors) -> None:
+        """Keeps the factors of batch `number`."""
+        ...
 
     def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
-        """(number of the batch, input_BTI or delta_BTO) of one matrix, one batch after the other; once."""
+        """Gives one side of a matrix's factors with the number of each batch. It can be called once."""
         ...
 
 
 @dataclass
 class InMemory:
-    """On the model's device, or moved to main memory."""
+    """Keeps factors on the model's device, or moves them to main memory."""
 
     offload: bool = False
     _batches: dict[int, dict[tuple[str, Side], Tensor]] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class InMemory:
 
 @dataclass
 class OnDisk:
-    """In files, one per batch, named by everything they depend on beside the measurement that owns the folder.
+    """Keeps factors in files, one per batch, named by everything that they depend on within their measurement.
 
     An interrupted pass leaves the files of its finished batches; the next one does not run those again.
     """

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from layerif.estimators.datainf import DataInf
 from layerif.evidence import LayerGrams
@@ -19,24 +22,19 @@ from layerif.probe.grams.products import FORMS
 from layerif.probe.grams.projection import Projection
 from tests.tiny import FAMILIES, tiny_model
 
+pytestmark = pytest.mark.usefixtures("softmax_in_the_models_dtype")
+
 LENGTHS = (9, 4, 7, 7, 2, 5, 8)
 NUM_TRAIN = 4
-
-
-@pytest.fixture(autouse=True)
-def softmax_in_the_models_dtype(monkeypatch):
-    """Eager attention asks for a float32 softmax whatever the model's dtype: a float64 reference needs float64."""
-    softmax = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim=dim))
 
 
 def double(family: str):
     return tiny_model(family).double()
 
 
-def samples(vocabulary: int = 64) -> list[torch.Tensor]:
+def samples(vocabulary: int = 64, lengths: Sequence[int] = LENGTHS) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, vocabulary, (length,), generator=generator) for length in LENGTHS]
+    return [torch.randint(3, vocabulary, (length,), generator=generator) for length in lengths]
 
 
 def batch(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch.Tensor]:
@@ -100,6 +98,24 @@ def test_batch_size_padding_side_and_order_change_nothing(family):
     assert_equal(probe(model, size=7), reference, 1e-9)
     assert_equal(probe(model, size=7, side="right"), reference, 1e-9)
     assert_equal(probe(model, size=2, orders=([2, 0, 3, 1], [1, 2, 0])), reference, 1e-9)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=3, max_size=7),
+    num_train=st.integers(1, 6),
+    size=st.integers(1, 7),
+    side=st.sampled_from(["left", "right"]),
+    seed=st.integers(0, 99),
+)
+def test_no_batching_of_any_samples_changes_a_gram(lengths, num_train, size, side, seed):
+    """The Gram of each sample pair is the same when the two run alone, without any padding."""
+    model, rows, num_train = double("llama"), samples(lengths=lengths), min(num_train, len(lengths) - 1)
+    layers = layer_map(model)
+    train, validation = rows[:num_train], rows[num_train:]
+    order = torch.randperm(num_train, generator=torch.Generator().manual_seed(seed)).tolist()
+    together = measure(model, layers, batched(train, size, side, order), batched(validation, size, side))
+    assert_equal(together, measure(model, layers, batched(train, 1), batched(validation, 1)), 1e-9)
 
 
 def least_memory(**options) -> float:

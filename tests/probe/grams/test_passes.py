@@ -1,4 +1,4 @@
-"""How a measurement is arranged: the cheaper form, passes that fit the budget, and where factors wait."""
+"""The arrangement of a measurement: the cheaper form, passes that fit the budget, and the place of factors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_input_that_several_matrices_read_is_kept_once():
 def test_passes_keep_within_the_budget_and_cover_every_matrix_once(share, form, tile_bytes):
     load = workload()
     least = _least(load, form)
-    # What one pass needs: all factors, and the largest matrix with the smallest tile.
+    # One pass needs all factors, and the largest matrix with the smallest tile.
     one = load.kept_bytes(load.matrices) + max(
         load.piece_bytes(matrix) + load.least_tile_bytes(matrix, load.form(matrix, form)) for matrix in load.matrices
     )
