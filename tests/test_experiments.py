@@ -325,7 +325,7 @@ def test_an_incomplete_grid_is_refused_or_cut_to_its_whole_seeds(tmp_path):
 def test_a_figure_that_cannot_be_right_stops_the_benchmark():
     timing.check_plausible("solve", 0.2, least=0.1)
     for measured in (0.1, 0.0, float("nan")):
-        with pytest.raises(SystemExit, match="solve: .* cannot be right, because it must be above 0.1"):
+        with pytest.raises(SystemExit, match=r"solve: .* cannot be right, because it must be above 0\.1"):
             timing.check_plausible("solve", measured, least=0.1)
 
 
