@@ -310,7 +310,7 @@ def test_the_released_recipe_has_a_folder_of_its_own_or_is_refused_in_words(expe
         check(config)
         assert composed.hydra.sweep.dir == f"/nowhere/sweeps/{experiment}_upstream"
     else:
-        with pytest.raises(ValueError, match="the recipe upstream is a way to fine-tune, and method=.* does not"):
+        with pytest.raises(ValueError, match=r"the recipe upstream is a way to fine-tune, and method=.* does not"):
             check(config)
 
 
