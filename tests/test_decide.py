@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from layerif import decide
-from layerif.allocate.file import File as AllocationFile
+from layerif.allocate.file import SavedAllocation
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
 from layerif.estimators.block_influence import BlockInfluence
@@ -333,7 +333,7 @@ def test_a_decision_names_the_files_that_it_depends_on(decider, adapters, tmp_pa
     given.write_text("[2, 3, 4]")
     assert decider.inputs() == {}
     assert set(replace(decider, estimator=tracin_of(adapters, 0.5, 0.1)).inputs()) == set(adapters)
-    both = replace(decider, estimator=ScoresFile(path=str(scores)), allocator=AllocationFile(path=str(given)))
+    both = replace(decider, estimator=ScoresFile(path=str(scores)), allocator=SavedAllocation(path=str(given)))
     first = both.inputs()
     assert set(first) == {str(scores), str(given)}
     given.write_text("[2, 4, 4]")
@@ -351,7 +351,7 @@ def test_a_decision_is_recorded_in_one_shape_that_files_read_again(decider, tmp_
     again = replace(decider, estimator=ScoresFile(path=str(file)))()
     assert again.scores.values == decision.scores.values
     assert (again.num_samples, again.reliability) == ((0, 0), None)
-    given = replace(decider, allocator=AllocationFile(path=str(file)))()
+    given = replace(decider, allocator=SavedAllocation(path=str(file)))()
     assert (given.scores, given.allocation) == (None, decision.allocation)
     assert given.record().scores is None
     assert given.record().samples == {}

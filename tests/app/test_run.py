@@ -23,7 +23,7 @@ from layerif.app.main import main
 from layerif.app.run import _quieten_hub
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
-from layerif.report.report import write as write_report
+from layerif.report.report import write_report
 from tests.command import layerif_here, run_layerif
 
 
