@@ -21,7 +21,7 @@ from layerif.estimators.cca import Cca
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.dlp import Dlp
 from layerif.estimators.ekfac import Ekfac
-from layerif.estimators.file import File as ScoresFile
+from layerif.estimators.file import SavedScores
 from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
 from layerif.estimators.linear_probe import LinearProbe
@@ -322,7 +322,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(decider, tmp_path):
             replace(of_lora, estimator=estimator).preview()
     replace(of_lora, estimator=Dlp()).preview()  # looks at weights alone
     with pytest.raises(ValueError, match=r"scores file .*cannot be read"):
-        replace(decider, estimator=ScoresFile(path=str(tmp_path / "none.json"))).preview()
+        replace(decider, estimator=SavedScores(path=str(tmp_path / "none.json"))).preview()
     assert decider.preview().values == (3, 3, 3)
 
 
@@ -333,7 +333,7 @@ def test_a_decision_names_the_files_that_it_depends_on(decider, adapters, tmp_pa
     given.write_text("[2, 3, 4]")
     assert decider.inputs() == {}
     assert set(replace(decider, estimator=tracin_of(adapters, 0.5, 0.1)).inputs()) == set(adapters)
-    both = replace(decider, estimator=ScoresFile(path=str(scores)), allocator=SavedAllocation(path=str(given)))
+    both = replace(decider, estimator=SavedScores(path=str(scores)), allocator=SavedAllocation(path=str(given)))
     first = both.inputs()
     assert set(first) == {str(scores), str(given)}
     given.write_text("[2, 4, 4]")
@@ -348,7 +348,7 @@ def test_a_decision_is_recorded_in_one_shape_that_files_read_again(decider, tmp_
     assert record.reliability == decision.reliability
     file = tmp_path / "record.json"
     file.write_text(json.dumps({"version": 2, "config": {}, "decision": asdict(record)}))
-    again = replace(decider, estimator=ScoresFile(path=str(file)))()
+    again = replace(decider, estimator=SavedScores(path=str(file)))()
     assert again.scores.values == decision.scores.values
     assert (again.num_samples, again.reliability) == ((0, 0), None)
     given = replace(decider, allocator=SavedAllocation(path=str(file)))()
