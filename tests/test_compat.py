@@ -98,7 +98,9 @@ def test_a_new_peft_type_is_a_full_member_of_the_enum():
 def test_the_commit_of_a_configuration_is_the_one_that_transformers_notes():
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("llama", _commit_hash="abc")
+    config = AutoConfig.for_model("llama")
+    assert compat.commit_of(config) is None
+    config._commit_hash = "abc"
     assert compat.commit_of(config) == "abc"
     assert compat.commit_of(SimpleNamespace()) is None
 

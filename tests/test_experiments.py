@@ -93,7 +93,7 @@ def test_the_profiles_are_of_every_estimator_that_needs_no_more():
     to_fill_in = {name for name, text in files.items() if "???" in text}
     assert set(run.ESTIMATORS) == set(files) - to_fill_in - set(run.APART)
     assert {"datainf", "alpha", "outlier", "random"} <= set(run.ESTIMATORS)
-    assert not composed("experiment=layer_profiles", "task=region", "estimator=ila").method
+    assert composed("experiment=layer_profiles", "task=region", "estimator=ila").method._target_.endswith("ScoresOnly")
 
 
 def test_allocations_are_compared_by_question_over_seeds(tmp_path):

@@ -17,11 +17,11 @@ import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-import layerif.app.run
-from layerif import models
 from layerif.app import main as __main__
 from layerif.app.messages import explain
+from layerif.app.methods.none import ScoresOnly
 from layerif.app.sweep import Balance, Sweep, balance
+from layerif.models.pretrained import LocalModel
 from layerif.record.record import Failure, RunRecord
 from tests.command import layerif as command
 from tests.command import layerif_here
@@ -62,7 +62,7 @@ def failures(folder: Path) -> list[Failure]:
 def results(folder: Path) -> list[tuple]:
     """All that a table is made of, less times."""
     return [
-        (each.overrides[-1], each.scores, each.allocation, each.metrics, each.questions, each.fingerprint)
+        (each.overrides[-1], each.decision, each.metrics, each.answers, each.fingerprint)
         for each in sorted(records(folder), key=lambda record: record.overrides[-1])
     ]
 
@@ -98,14 +98,14 @@ def test_a_job_that_fails_loses_nothing_of_the_others_and_is_named_at_the_end(sw
 
 
 def test_what_failed_by_a_defect_keeps_its_traceback_and_runs_again_on_request(sweep, tmp_path, monkeypatch):
-    score = layerif.app.run.score
+    score = ScoresOnly.run
 
-    def out_of_memory(parts, record):
-        if parts.config.seed == 1:
+    def out_of_memory(self, setup, record, folder):
+        if setup.config.seed == 1:
             raise MemoryError("no room for 3 layers")
-        score(parts, record)
+        score(self, setup, record, folder)
 
-    monkeypatch.setattr(layerif.app.run, "score", out_of_memory)
+    monkeypatch.setattr(ScoresOnly, "run", out_of_memory)
     code, told = sweep("method=none", "seed=1,2")
     assert code == 1
     assert "jobs: 1 run, 0 already done, 1 failed\n" in told
@@ -115,7 +115,7 @@ def test_what_failed_by_a_defect_keeps_its_traceback_and_runs_again_on_request(s
     (folder,) = (file.parent for file in tmp_path.rglob("failure.json"))
     assert "in out_of_memory" in next(folder.glob("*.log")).read_text()
 
-    monkeypatch.setattr(layerif.app.run, "score", score)
+    monkeypatch.setattr(ScoresOnly, "run", score)
     code, told = sweep("method=none", "seed=1,2", "rerun=failed")
     assert (code, "jobs: 1 run, 1 already done, 0 failed\n" in told) == (0, True)
     assert (failures(tmp_path), len(records(tmp_path))) == ([], 2)  # the record replaces the failure
@@ -131,13 +131,13 @@ def test_what_cannot_be_written_as_json_and_what_a_logger_stopped_are_failures_l
     code, told = sweep("method=none", "estimator.damping=nan,0.1")
     assert "1 already done, 0 failed, 1 failed before" in told
 
-    def no_key(parts, record):
+    def no_key(*_):
         raise ValueError("wandb cannot start")
 
-    score = layerif.app.run.score
-    monkeypatch.setattr(layerif.app.run, "score", no_key)
+    score = ScoresOnly.run
+    monkeypatch.setattr(ScoresOnly, "run", no_key)
     assert "1 failed\n" in sweep("method=none", "logger=none", "seed=1")[1]
-    monkeypatch.setattr(layerif.app.run, "score", score)
+    monkeypatch.setattr(ScoresOnly, "run", score)
     assert "1 failed before" in sweep("method=none", "logger=none", "seed=1")[1]
     assert "jobs: 1 run, 0 already done, 0 failed\n" in sweep("method=none", "seed=1")[1]
 
@@ -148,21 +148,21 @@ def test_small_is_of_an_experiment(sweep):
 
 
 def test_ctrl_c_stops_a_sweep_at_once_and_the_same_command_carries_on(sweep, tmp_path, monkeypatch):
-    score, seen = layerif.app.run.score, []
+    score, seen = ScoresOnly.run, []
 
-    def interrupted(parts, record):
-        seen.append(parts.config.seed)
-        if parts.config.seed == 1:
+    def interrupted(self, setup, record, folder):
+        seen.append(setup.config.seed)
+        if setup.config.seed == 1:
             raise KeyboardInterrupt
-        score(parts, record)
+        score(self, setup, record, folder)
 
-    monkeypatch.setattr(layerif.app.run, "score", interrupted)
+    monkeypatch.setattr(ScoresOnly, "run", interrupted)
     code, told = sweep("method=none", "seed=0,1,2")
     assert (code, seen) == (130, [0, 1])
     assert "interrupted; the same command carries on" in told
     assert "jobs: 1 run, 0 already done, 0 failed, 1 unfinished" in told
     assert failures(tmp_path) == []
-    monkeypatch.setattr(layerif.app.run, "score", score)
+    monkeypatch.setattr(ScoresOnly, "run", score)
     code, told = sweep("method=none", "seed=0,1,2")
     assert (code, "jobs: 2 run, 1 already done, 0 failed\n" in told) == (0, True)
 
@@ -189,7 +189,7 @@ def test_a_dry_run_of_a_sweep_tries_every_job_and_leaves_nothing(sweep, tmp_path
 
 
 def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
-    load, loaded, alive = models.LocalModel.load, [], []
+    load, loaded, alive = LocalModel.load, [], []
 
     def watched(self, *args, **kwargs):
         alive.append([reference() for reference in loaded if reference() is not None])
@@ -197,7 +197,7 @@ def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(models.LocalModel, "load", watched)
+    monkeypatch.setattr(LocalModel, "load", watched)
     gc.disable()  # by itself it might come in time
     try:
         # The second trains on a loss that is not finite: an error's traceback must not keep its model.
@@ -304,7 +304,7 @@ def test_a_search_goes_on_after_a_failed_trial_and_looks_at_scores_alone_if_aske
     ("overrides", "message"),
     [
         (["objective=accuracy"], "objective='accuracy' is not allowed; allowed: None, validation/loss, reliability"),
-        (["objective=validation/loss", "method=none"], "objective=validation/loss is of a fine-tuned model"),
+        (["objective=validation/loss", "method=none"], "objective=validation/loss is a figure of a fine-tuned model"),
     ],
 )
 def test_no_objective_but_those_of_validation_rows(sweep, overrides, message):
@@ -354,5 +354,5 @@ def test_a_single_run_that_fails_says_so_as_ever_and_leaves_its_failure(tiny_ove
         assert "failed before" not in done.stdout + done.stderr
     assert Failure.read(folder).error.startswith("budget=2 cannot give")
     assert json.loads((folder / "failure.json").read_text()).keys() == {
-        "name", "seed", "config", "overrides", "error", "traceback",
+        "name", "seed", "choices", "config", "overrides", "error", "traceback",
     }  # fmt: skip

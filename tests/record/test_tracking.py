@@ -224,7 +224,7 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
         with pytest.raises(SystemExit):
             job(every, tmp_path)
     (before,) = tmp_path.glob("wandb/offline-run-*")
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Curves"]
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["TrainingCurves"]
     job(every, tmp_path)
     record = RunRecord.read(tmp_path)
     assert record.seconds["fit"] > saved["seconds"] > 0

@@ -151,7 +151,7 @@ def test_a_sparsity_for_every_matrix_comes_from_a_file(setup, tmp_path):
     file.write_text(json.dumps(blocks | {"model.layers.1.mlp.up_proj": 0.25, "model.layers.2.self_attn": 0.75}))
     found = setup(f"method.allocation={file}", "evaluation.metrics=[options]")
     record = pruned(found, tmp_path / "run")
-    assert record.scores == []
+    assert record.decision.scores is None
     assert record.sparsity["model.layers.1.mlp.up_proj"] == 0.25
     assert record.sparsity["model.layers.1.mlp.gate_proj"] == 0.5
     assert record.sparsity["model.layers.2.self_attn.k_proj"] == 0.75
@@ -162,7 +162,7 @@ def test_a_sparsity_for_every_matrix_comes_from_a_file(setup, tmp_path):
 def test_recovery_by_lora_keeps_every_zero_and_merges_to_what_was_trained(setup, tmp_path):
     recover = ["method.recover=lora", "method.adapter.learning_rate=0.05", "method.adapter.lora_dropout=0"]
     record = pruned(setup(*recover, "trainer.max_steps=4", "data.template=plain"), tmp_path / "run")
-    assert record.recovery["experts"] == dict.fromkeys(record.layers, 1)
+    assert record.recovery["experts"] == dict.fromkeys(record.decision.allocation.units, 1)
     assert record.metrics["perplexity_40"] != record.metrics["pruned/perplexity_40"]
     before, after = (
         matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)) for name in ("model", "recovered")
@@ -191,7 +191,8 @@ def test_recovery_by_lora_moe_allocates_by_scores_of_the_pruned_model(setup, tmp
     of_pruned = replace(found.decider, model=LocalModel(path=str(tmp_path / "run" / "model")))()
     assert of_pruned.reused
     decision = record.recovery["decision"]
-    assert decision == asdict(of_pruned.record())
+    assert decision["scores"] == asdict(of_pruned.record())["scores"]
+    assert decision["reliability"] == of_pruned.reliability
     assert decision["scores"]["values"] != record.decision.scores.values
     assert set(record.recovery["notes"]) == set(of_pruned.notes)
     assert record.recovery["seconds"].keys() == {"evidence", "score", "allocate"}
@@ -259,7 +260,7 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         (["pruner.n=2", "pruner.m=4"], "use estimator=uniform, or pruner.n=null"),
         (["pruner.n=2", "pruner.m=4", "estimator=uniform", "allocator.target=0.6"], r"allocator\.target=0\.5"),
         (["pruner.m=7", "estimator=uniform"], r"q_proj with 32 inputs cannot be cut into groups of m=7"),
-        (["method.calibration.num_windows=100000"], r"num_windows=100000 are asked for"),
+        (["method.calibration.num_windows=100000"], r"num_windows=100000 asks for more"),
         (["method.calibration.text=/nowhere"], r"'/nowhere' cannot be read"),
         (["method.recover=lora", "method.adapter=null"], r"needs method\.adapter"),
         (["method.allocation=/nowhere.json"], r"method\.allocation file '/nowhere\.json' cannot be read"),
@@ -270,8 +271,11 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         (["allocator.smoothing=true"], "smoothing with window=7 needs at least 7 layers, got 3"),
         (["method.offload=gpu"], r"allowed: device, cpu, disk"),
         (["evaluation.num_windows=0"], r"evaluation\.num_windows=0"),
-        (["evaluation.num_windows=100000"], r"num_windows=100000 are asked for, .* holds \d+ of 40 tokens"),
-        (["allocator.max_sparsity=1"], r"max_sparsity=1 must be in \(0, 1\)"),
+        (
+            ["evaluation.num_windows=100000"],
+            r"num_windows=100000 asks for more than the text .* holds, which is \d+ windows of 40",
+        ),
+        (["allocator.max_sparsity=1"], r"max_sparsity=1 is not allowed"),
         (["method.recover=lora", "method.adapter.warmup_ratio=2"], r"warmup_ratio=2"),
         (["method.recover=lora", "method.adapter.target_modules=[q_porj]"], r"'q_porj', which names nothing"),
         (["method.recover=lora", "fit.patience=-1"], r"fit\.patience=-1 is not allowed"),
@@ -340,12 +344,13 @@ def test_the_mean_of_the_seven_tasks_names_what_it_is_of():
 
 @pytest.mark.parametrize("early", ["max_time='00:00:00:00'", "fast_dev_run=true", "overfit_batches=1"])
 def test_a_trainer_that_stops_early_does_not_pass_for_done(setup, tmp_path, early):
-    with pytest.raises(ValueError, match=r"stopped after [01] of 3 blocks; pruning needs all of them"):
+    with pytest.raises(ValueError, match=r"stopped after [01] of 3 blocks, and pruning needs all of them"):
         pruned(setup("estimator=uniform", f"+trainer.{early}"), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_an_allocation_file_that_is_no_mapping_is_refused(setup, tmp_path):
     (tmp_path / "list.json").write_text("[0.5, 0.5, 0.5]")
-    with pytest.raises(InstantiationException, match=r"must hold \{block or matrix: sparsity\}, got a list"):
-        setup(f"method.allocation={tmp_path / 'list.json'}").method()
+    found = setup(f"method.allocation={tmp_path / 'list.json'}")
+    with pytest.raises(ValueError, match=r"must hold \{block or matrix: sparsity\}, got a list"):
+        found.method.check(found)
