@@ -66,12 +66,24 @@ def add_peft_type(name: str) -> None:
         PeftType._hashable_values_.append(name)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def commit_of(config: object) -> str | None:
-    """Returns the hub's commit that a configuration was read from; None where it is unknown.
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """Returns the commit of a model on the hub, by the place of its config.json in the hub's cache.
 
-    Read from transformers 5.23.0.
+    Configurations themselves carry no commit any more. Read from transformers 5.23.0.
+
+    Args:
+        name: the name of the model on the hub.
+        revision: a branch, a tag or a commit; None stands for the default branch.
+
+    Returns:
+        The commit, or None where the cache does not say it.
+
+    Raises:
+        OSError: the model is neither in the cache nor on the hub.
     """
-    return getattr(config, "_commit_hash", None)
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
 def changes_of(tensor: Tensor) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -95,14 +95,23 @@ def test_a_new_peft_type_is_a_full_member_of_the_enum():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_commit_of_a_configuration_is_the_one_that_transformers_notes():
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model("llama")
-    assert compat.commit_of(config) is None
-    config._commit_hash = "abc"
-    assert compat.commit_of(config) == "abc"
-    assert compat.commit_of(SimpleNamespace()) is None
+def test_the_commit_of_a_model_is_the_one_in_the_hubs_cache(tmp_path):
+    """In a process of its own, since the place of the cache is read on import."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    model = tmp_path / "models--org--tiny"
+    for folder in ("refs", f"snapshots/{commit}"):
+        (model / folder).mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
+    code = (
+        "from layerif.compat import hub_commit; from layerif.models.pretrained import HubModel\n"
+        "print(hub_commit('org/tiny', None), HubModel(name='org/tiny', revision='main').weights_hash())"
+    )
+    places = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | places
+    )
+    assert done.stdout.split() == [commit, f"org/tiny@{commit}"], done.stderr
 
 
 def test_changes_in_place_are_counted():

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from layerif.checks import check_fields
-from layerif.compat import commit_of
+from layerif.compat import hub_commit
 from layerif.files import hash_files
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
@@ -146,11 +146,8 @@ class HubModel(Pretrained):
         return self.name, self.revision
 
     def weights_hash(self) -> str:
-        from transformers import AutoConfig
-
         with _readable(self.name):
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
-        commit = commit_of(config)
+            commit = hub_commit(self.name, self.revision)
         # An old offline cache has no commit, and the name alone stays the same when the weights change.
         if commit is None:
             raise ValueError(

@@ -129,7 +129,7 @@ class UsageMeter:
         self._sums[names] = self._sums[names].to(sums.device) + sums if names in self._sums else sums
 
 
-def by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[str, dict[str, Any]]:
+def usage_by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns, for every block with routers, the mean `load` and `entropy` of its routers as plain numbers."""
     found = {}
     for block in blocks:

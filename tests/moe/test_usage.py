@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from layerif.moe import LoraMoeConfig, LoraMoeLinear, expert_usage, measure_usage, record_routing
-from layerif.moe.usage import ExpertUsage, by_block, describe_unused
+from layerif.moe.usage import ExpertUsage, describe_unused, usage_by_block
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
@@ -85,7 +85,7 @@ def test_usage_over_forwards_equals_a_count_token_by_token(top_k):
         assert float(usage[name].weight.sum()) == pytest.approx(1)
     assert meter.take() == {}
 
-    blocks = by_block(usage, BLOCKS)
+    blocks = usage_by_block(usage, BLOCKS)
     assert list(blocks) == BLOCKS[1:]  # one expert has no router
     for block, found in blocks.items():
         mine = [value for name, value in expected.items() if name.startswith(f"{block}.")]
@@ -127,7 +127,7 @@ def test_other_models_leave_the_meter_empty():
     with measure_usage(tiny_model()) as meter, torch.no_grad():
         tiny_model()(**batch(0))
     assert meter.take() == {}
-    assert by_block({}, BLOCKS) == {}
+    assert usage_by_block({}, BLOCKS) == {}
     assert describe_unused({}) is None
 
 

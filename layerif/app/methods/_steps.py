@@ -17,7 +17,7 @@ from layerif.adapt.callback import InfluenceCallback
 from layerif.app.setup import Setup
 from layerif.decide import Decision
 from layerif.moe import measure_usage
-from layerif.moe.usage import by_block, describe_unused
+from layerif.moe.usage import describe_unused, usage_by_block
 from layerif.record.record import RunRecord
 
 
@@ -68,7 +68,7 @@ def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = ""
     with measure_usage(model) as meter:
         result = setup.evaluation.run(model, setup.tokenizer, setup.splits.test, setup.task)
     usage = meter.take()
-    record.routing = by_block(usage, setup.decider.layers().names)
+    record.routing = usage_by_block(usage, setup.decider.layers().names)
     if unused := describe_unused(usage):
         warnings.warn(unused, RuntimeWarning, stacklevel=2)
     record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
