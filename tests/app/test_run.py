@@ -229,7 +229,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         ),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
         (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
-        (["method.target_modules=[q_porj]"], "'q_porj', which names nothing in this model (did you mean 'q_proj'?)"),
+        (["method.target_modules=[q_porj]"], "'q_porj', which is not a layer of this model (did you mean 'q_proj'?)"),
         (["method.warmup_steps=-5"], "method.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0"),
         (
             ["allocator=rank"],

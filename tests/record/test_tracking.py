@@ -229,7 +229,7 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
     record = RunRecord.read(tmp_path)
     assert record.seconds["fit"] > saved["seconds"] > 0
     assert any(note.startswith("resumed from") for note in record.notes)
-    assert any(note.startswith("wandb has this run anew") for note in record.notes)
+    assert any(note.startswith("wandb shows this run anew") for note in record.notes)
     curves, expected = (
         pd.read_csv(folder / "metrics.csv").drop(columns="train/seconds") for folder in (tmp_path, whole)
     )

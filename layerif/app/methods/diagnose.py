@@ -1,4 +1,4 @@
-"""`method=diagnose`: can the scores of this model, task and estimator be trusted? A report says so."""
+"""`method=diagnose`: report if the scores of this model, task and estimator can be trusted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
 FILE = "diagnose.json"
-LEAST_ROWS = 4  # fewer leave nothing to rank
+LEAST_ROWS = 4  # fewer rows leave nothing to rank
 
 Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
 
@@ -85,7 +85,7 @@ class Diagnose:
             have, asked = len(getattr(decider.splits, part)), getattr(self, f"num_{part}")
             if have < asked:
                 raise ValueError(
-                    f"method.num_{part}={asked} rows are asked for, and the task has {have} in {part}; "
+                    f"method.num_{part}={asked} is more than the {have} {part} rows of the task; "
                     f"use method.num_{part}<={have}"
                 )
             if getattr(decider.probe, f"num_{part}") < LEAST_ROWS:

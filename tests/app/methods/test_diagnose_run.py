@@ -164,7 +164,7 @@ SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({}, {"num_train": 21}, "method.num_train=21 rows are asked for, and the task has 20 in train"),
+        ({}, {"num_train": 21}, "method.num_train=21 is more than the 20 train rows of the task"),
         ({}, {"num_validation": 9}, "the task has 8 in validation; use method.num_validation<=8"),
         ({}, {"removed": 0.99}, "leaving 12 of 12 training rows out is impossible"),
         ({}, {"removed": 0.01, "subsets": 13}, "method.subsets=13 different sets of 1 of 12 rows do not exist"),
