@@ -55,9 +55,8 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.JoinedStr):
             parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
             yield node.lineno, "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node not in within and inspect.cleandoc(node.value) not in told:
-                yield node.lineno, node.value
+        elif node not in within and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from [] if inspect.cleandoc(node.value) in told else [(node.lineno, node.value)]
 
 
 @every_file
@@ -93,7 +92,10 @@ def undocumented(file: Path) -> Iterator[str]:
             inherited = inherited_by(getattr(module, node.name))
             methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
             for method in methods:
-                is_own = not method.name.startswith("_") and method.name not in inherited
+                is_setter = any(
+                    isinstance(one, ast.Attribute) and one.attr == "setter" for one in method.decorator_list
+                )
+                is_own = not method.name.startswith("_") and method.name not in inherited and not is_setter
                 if is_own and ast.get_docstring(method) is None:
                     yield f"{method.lineno}: {node.name}.{method.name}"
 

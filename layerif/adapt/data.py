@@ -109,8 +109,8 @@ class EpochShuffle(DistributedSampler):
         count: the number of positions in an epoch.
         seed: decides the order together with the epoch.
         start: where the first epoch begins, for a run that resumes in its middle.
-        epoch: returns the number of the epoch, and is called when one begins. Lightning's `set_epoch` is one ahead in a run that resumes from the end of an
-            epoch.
+        epoch: returns the number of the epoch that begins. Lightning's `set_epoch` is one ahead in a run that resumes
+            from the end of an epoch.
         rank: of this process.
         num_processes: that draw together.
     """

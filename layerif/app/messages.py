@@ -176,7 +176,7 @@ def _composed(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _walk(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """Returns the node at the deepest known part of the key, and the path of the first unknown part, or an empty one."""
+    """Returns the node at the deepest known part of the key, and the path of the first unknown part, if any."""
     node, path = config, key.split(".")
     for depth, part in enumerate(path, 1):
         if part not in node:

@@ -223,9 +223,8 @@ def clear(chosen: Iterable[Entry], *, only_leftovers: bool = False) -> Iterator[
         try:
             for file in files:
                 shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-            entry.lock.unlink(
-                missing_ok=True
-            )  # held and last: a process that waits for it finds it gone and makes its own
+            # The lock goes last, while it is held: a process that waits for it finds it gone and makes its own.
+            entry.lock.unlink(missing_ok=True)
         finally:
             lock.release()
         yield entry, size

@@ -72,7 +72,7 @@ def metrics_of(record: RunRecord, prefix: str = "") -> dict[str, float]:
 
 
 def is_logarithmic(metric: str) -> bool:
-    """Returns True for perplexities, whose logarithms are averaged and compared: a change of model changes their ratio."""
+    """Returns True for perplexities. Their logarithms are compared, because a change of model changes their ratio."""
     return "perplexity" in metric.rpartition("/")[2]
 
 

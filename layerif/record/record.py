@@ -83,7 +83,8 @@ class RunRecord:
         sparsity: the fraction of zeros in each pruned matrix, by name.
         recovery: how the pruned model was fine-tuned: its `method` and its `decision`.
         routing: the use of an evaluated LoRA-MoE's experts, by block with routers: `load` (the share of the tokens'
-            assignments that each expert got) and `entropy` (of the routers, in nats); means over the routers of the block and the tokens.
+            assignments that each expert got) and `entropy` (of the routers, in nats). Both are means over
+            the routers of the block and over the tokens.
         tracking: where wandb has this run: the address of its page, or the name of its folder below `wandb/`.
         measurements: the requests to the store, see `layerif.probe.store.Store`.
         memory_gb: the most main memory that the process held.
@@ -133,8 +134,8 @@ class RunRecord:
             return self.metrics[wanted] if wanted else None
         if self.decision is None or self.decision.reliability is None:
             raise ValueError(
-                "objective=reliability: these scores have none, because their evidence is not kept sample by sample, or "
-                "a half of it ranks nothing; use an estimator on gradients, such as datainf"
+                "objective=reliability: these scores have none, because their evidence is not kept sample by sample, "
+                "or half of it ranks nothing; use an estimator on gradients, such as datainf"
             )
         return self.decision.reliability
 

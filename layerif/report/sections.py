@@ -35,7 +35,7 @@ class Section:
         title: its heading.
         table: a frame, with its caption.
         findings: one sentence each.
-        said: how to read it all.
+        said: advice on reading it.
         plot: below the table.
         console: the columns of the table that fit on a console; None: all.
     """
@@ -57,7 +57,7 @@ def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
 
 
 def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) -> list[str]:
-    """The runs, everything wrong with them, and the numbers they are held against, in a few lines."""
+    """A few lines on the runs, everything wrong with them, and the numbers that they are held against."""
     models = sorted({_model(job) for job in jobs.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     of = f"{', '.join(models)} on {', '.join(tasks)}"
@@ -205,7 +205,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
 
 
 def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs with the settings that both arms have in a column of their own, so that what differs is in sight."""
+    """The pairs with the settings that both arms share in a column of their own, so that the differences stand out."""
     rows = []
     for row in pairs.to_dict("records"):
         first, second = str(row.pop("from")).split(), str(row.pop("to")).split()
@@ -261,7 +261,7 @@ def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
     if len(correlations):
         of, title = "Spearman's rank correlation of layer scores", "Rank correlation of layer profiles"
         plot = plots.plot_correlations(jobs.records) if len(correlations) > 12 else None
-        if plot is not None:  # as numbers, only how well each agrees with itself
+        if plot is not None:  # the plot shows the rest, so only the agreement of each with itself is given as numbers
             correlations = correlations.loc[[other == tables.ITSELF for other in correlations["and"]]]
         found.append(Section(title=title, table=correlations, caption=of, plot=plot))
     return found
