@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from filelock import FileLock
 
 from layerif.models.pretrained import LocalModel
@@ -21,9 +19,8 @@ from layerif.probe.measurements import Measurements
 from layerif.probe.settings import Probe
 from layerif.probe.spectra import Spectra
 from layerif.probe.store import Store
+from tests.processes import SIZE, Pair
 from tests.tiny import shipped_task
-
-SIZE = 2
 
 
 def measurements(model_folder: Path, task_folder: Path, store: Path) -> Measurements:
@@ -83,29 +80,35 @@ def looks(measured: Measurements) -> Iterator[torch.Tensor]:
     yield from seen.input_square_norms.values()
 
 
-def _process(rank: int, model_folder: Path, task_folder: Path, folder: Path, spoilt: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=SIZE)
+@pytest.fixture(scope="module")
+def pair():
+    found = Pair()
+    yield found
+    found.close()
+
+
+def save_looks(rank: int, model_folder: Path, task_folder: Path, folder: Path, *, spoilt: bool) -> None:
+    """Saves what each process sees as `folder/<rank>.pt`; where spoilt, the first process cannot look."""
+    observe = activations.observe
     if spoilt and rank == 0:
         activations.observe = lambda *_, **__: (_ for _ in ()).throw(ValueError("its weights are spoilt"))
     try:
-        found = list(looks(measurements(model_folder, task_folder, folder / f"store-{rank}")))
-    except ValueError as error:
-        (folder / f"{rank}.error").write_text(str(error))
-    else:
-        torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+        torch.save(
+            list(looks(measurements(model_folder, task_folder, folder / f"store-{rank}"))), folder / f"{rank}.pt"
+        )
+    finally:
+        activations.observe = observe
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_the_first_process_takes_what_needs_no_gradients_and_all_have_it_or_fail(
-    measured, model_folder, task_folder, tmp_path, spoilt
+    pair, measured, model_folder, task_folder, tmp_path, spoilt
 ):
-    mp.spawn(_process, (model_folder, task_folder, tmp_path, spoilt), nprocs=SIZE)  # type: ignore[attr-defined]
+    told = pair.run(save_looks, tmp_path, model_folder, task_folder, tmp_path, spoilt=spoilt)
     kept = {path.name: len(list(path.rglob("*.safetensors"))) for path in tmp_path.glob("store-*")}
     if spoilt:
         assert kept == {"store-0": 1}
-        assert all("its weights are spoilt" in (tmp_path / f"{rank}.error").read_text() for rank in range(SIZE))
+        assert all("its weights are spoilt" in error for error in told)
         return
     assert kept == {"store-0": 2}
     alone = list(looks(measured))
@@ -113,10 +116,8 @@ def test_the_first_process_takes_what_needs_no_gradients_and_all_have_it_or_fail
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, equal_nan=True)
 
 
-def _waiting_process(rank: int, model_folder: Path, task_folder: Path, folder: Path, key: str) -> None:
-    """The first process asks for Grams whose lock is held until all have shared something three times."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=SIZE)
+def save_after_waiting(rank: int, model_folder: Path, task_folder: Path, folder: Path, key: str) -> None:
+    """Lets the first process ask for Grams whose lock is held until all have shared something three times."""
     measured = measurements(model_folder, task_folder, folder / "both")
     lock, shared, share = FileLock(folder / "both" / "grams" / f"{key}.lock"), [], Shards.share
 
@@ -126,21 +127,23 @@ def _waiting_process(rank: int, model_folder: Path, task_folder: Path, folder: P
             lock.release()
         return share(self, mine)
 
-    store._MINUTE, Shards.share = 0.01, heard
-    if rank == 0:
-        lock.acquire()
-    grams, reused = Grams().take(measured, measured.model.load)
+    minute, store._MINUTE, Shards.share = store._MINUTE, 0.01, heard
+    try:
+        if rank == 0:
+            lock.acquire()
+        grams, reused = Grams().take(measured, measured.model.load)
+    finally:
+        store._MINUTE, Shards.share = minute, share
     assert not reused
     assert len(shared) > 3
     torch.save([gram.train_train for gram in grams.grams.values()], folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
-def test_processes_are_told_that_the_first_waits_for_another_job(measured, model_folder, task_folder, tmp_path):
+def test_processes_are_told_that_the_first_waits_for_another_job(pair, measured, model_folder, task_folder, tmp_path):
     alone, _ = Grams().take(measured, measured.model.load)
     (tmp_path / "both" / "grams").mkdir(parents=True)
-    arguments = model_folder, task_folder, tmp_path, alone.fingerprint
-    mp.spawn(_waiting_process, arguments, nprocs=SIZE)  # type: ignore[attr-defined]
+    told = pair.run(save_after_waiting, tmp_path, model_folder, task_folder, tmp_path, alone.fingerprint)
+    assert told == ["", ""]
     expected = [gram.train_train for gram in alone.grams.values()]
     for rank in range(SIZE):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)

@@ -235,7 +235,7 @@ def test_the_lock_of_a_killed_job_is_broken(tmp_path):
     assert waiting.stdout is not None
     assert "another job measures" in waiting.stdout.readline()
     holder.kill()  # -9: nothing in it can clean up
-    assert waiting.communicate(timeout=60)[0].split()[:2] == ["computing", "computed"]
+    assert waiting.communicate(timeout=600)[0].split()[:2] == ["computing", "computed"]
     holder.wait(timeout=60)
     assert Store(tmp_path).kept(GRAMS, {"model": "a"}, never)[1]
 

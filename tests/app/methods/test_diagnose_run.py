@@ -265,7 +265,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
     command = [sys.executable, "-m", "layerif", *apart, f"hydra.run.dir={killed / 'run'}"]
     process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = killed / "run" / "checkpoints" / "losses-0-without-3.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not done.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

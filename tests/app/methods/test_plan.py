@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from tests.command import layerif
+from tests.command import layerif_here
 
 
 def test_the_plan_is_what_the_probe_does(tiny_overrides, tmp_path):
     small = [*tiny_overrides, "probe.num_train=8", "probe.num_validation=4", "probe.memory_gb=6e-4"]
-    planned = layerif([*small, "method=plan", f"hydra.run.dir={tmp_path / 'plan'}"], tmp_path)
+    planned = layerif_here([*small, "method=plan", f"hydra.run.dir={tmp_path / 'plan'}"], tmp_path)
     assert planned.returncode == 0, planned.stderr
     strategies = json.loads((tmp_path / "plan" / "plan.json").read_text())
     (chosen,) = [strategy for strategy in strategies if strategy["chosen"]]
@@ -25,13 +25,13 @@ def test_the_plan_is_what_the_probe_does(tiny_overrides, tmp_path):
     assert "gradient pass" not in planned.stderr + planned.stdout
     assert not list(tmp_path.rglob("*.safetensors"))
 
-    done = layerif([*small, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
+    done = layerif_here([*small, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
     assert done.returncode == 0, done.stderr
     log = done.stdout + done.stderr
     assert int(re.search(r"(\d+) passes", log)[1]) == chosen["passes"]  # type: ignore[index]
 
 
 def test_too_small_a_budget_is_refused_with_the_least(tiny_overrides, tmp_path):
-    done = layerif([*tiny_overrides, "method=none", "probe.memory_gb=1e-7"], tmp_path)
+    done = layerif_here([*tiny_overrides, "method=none", "probe.memory_gb=1e-7"], tmp_path)
     assert done.returncode == 1
     assert re.search(r"layerif: 1e-07 GB for the probe .* are too few: model\.layers\.\d\S+ alone needs", done.stderr)

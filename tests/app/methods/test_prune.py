@@ -35,7 +35,7 @@ from layerif.pruning.module import PruneModule
 from layerif.pruning.semi_structured import is_two_four, speed_of_two_four, to_semi_structured
 from layerif.pruning.targets import matrices
 from layerif.record.record import RunRecord
-from tests.command import layerif, run_layerif
+from tests.command import layerif_here, run_layerif
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PRUNE = [
@@ -218,7 +218,7 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
     tiny_model("opt").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     overrides = [*tiny_overrides, *PRUNE, "pruner=wanda", "allocator.target=0.5", f"model.path={folder}"]
-    dry = layerif([*overrides, "dry_run=true"], tmp_path)
+    dry = layerif_here([*overrides, "dry_run=true"], tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "Wanda, 18 matrices" in dry.stdout
     record = run_layerif(overrides, tmp_path)
@@ -237,7 +237,7 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
     folder.mkdir()
     command = [sys.executable, "-m", "layerif", *overrides, f"hydra.run.dir={folder / 'run'}"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     first = folder / "run" / "blocks" / "block-000.safetensors"
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -18,9 +18,8 @@ from layerif.probe.grams.measure import measure
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
 from tests.probe.grams.test_measure import NUM_TRAIN, assert_equal, batched, samples
+from tests.processes import SIZE, Pair
 from tests.tiny import tiny_model
-
-SIZE = 2
 
 
 def measured(size: int = 1, num_train: int = NUM_TRAIN, *, spread_out: bool = False, **options) -> LayerGrams:
@@ -33,40 +32,31 @@ def measured(size: int = 1, num_train: int = NUM_TRAIN, *, spread_out: bool = Fa
     return measure(model, layers, batched(rows[:num_train], size), batched(rows[NUM_TRAIN:], size), **options)
 
 
-def in_processes(task: str, folder: Path, **options) -> None:
-    """Run `measured(**options)` in every process; each saves its Grams as `folder/<rank>.pt`."""
-    mp.spawn(_process, (task, folder, options), nprocs=SIZE)  # type: ignore[attr-defined]
+def save_measured(rank: int, folder: Path, *, spoilt: bool = False, **options) -> None:
+    """Saves the Grams of `measured(**options)` as `folder/<rank>.pt`; where spoilt, one fails after a batch has run."""
+    capture = measurement.capture_factors
 
+    def capture_and_fail(*args, **given):
+        capture(*args, **given)
+        raise ValueError("its sample is spoilt")
 
-def _process(rank: int, task: str, folder: Path, options: dict) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / task}", rank=rank, world_size=SIZE)
-    if task == "die" and rank == 1:
-        run = measurement.capture_factors
-        calls = []
-
-        def capture_factors(*args, **options):
-            calls.append(args)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return run(*args, **options)
-
-        measurement.capture_factors = capture_factors
-    if task == "spoil" and rank == 1:
-        run_whole = measurement.capture_factors
-
-        def spoilt(*args, **options):  # as a loss that is not finite: found out after the batch has run
-            run_whole(*args, **options)
-            raise ValueError("its sample is spoilt")
-
-        measurement.capture_factors = spoilt
+    if spoilt and rank == 1:
+        measurement.capture_factors = capture_and_fail
     try:
-        grams = measured(**options)
-    except ValueError as error:
-        (folder / f"{rank}.error").write_text(str(error))
-        raise
-    torch.save(grams, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+        torch.save(measured(**options), folder / f"{rank}.pt")
+    finally:
+        measurement.capture_factors = capture
+
+
+def grams_of(folder: Path, rank: int) -> LayerGrams:
+    return torch.load(folder / f"{rank}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    found = Pair()
+    yield found
+    found.close()
 
 
 @pytest.mark.parametrize(
@@ -80,51 +70,66 @@ def _process(rank: int, task: str, folder: Path, options: dict) -> None:
     ],
     ids=str,
 )
-def test_two_processes_equal_one(options, tmp_path):
+def test_two_processes_equal_one(pair, options, tmp_path):
     alone = measured(**options, partial=tmp_path / "alone")
-    in_processes("equal", tmp_path, **options, partial=tmp_path / "partial")
+    assert pair.run(save_measured, tmp_path, tmp_path, **options, partial=tmp_path / "partial") == ["", ""]
     for rank in range(SIZE):
-        assert_equal(torch.load(tmp_path / f"{rank}.pt", weights_only=False), alone, 1e-4)
+        assert_equal(grams_of(tmp_path, rank), alone, 1e-4)
 
 
-def test_more_processes_than_batches_leave_some_idle(tmp_path):
-    in_processes("idle", tmp_path, size=7, num_train=1)
-    assert_equal(torch.load(tmp_path / "1.pt", weights_only=False), measured(size=7, num_train=1), 1e-4)
+def test_more_processes_than_batches_leave_some_idle(pair, tmp_path):
+    assert pair.run(save_measured, tmp_path, tmp_path, size=7, num_train=1) == ["", ""]
+    assert_equal(grams_of(tmp_path, 1), measured(size=7, num_train=1), 1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_spread_model_gives_the_same_grams(size, tmp_path):
-    in_processes("spread", tmp_path, size=size, spread_out=True)
-    assert_equal(torch.load(tmp_path / "0.pt", weights_only=False), measured(size=size), 1e-4)
-
-
-def test_a_killed_process_fails_the_run_and_a_rerun_finishes(tmp_path):
-    with pytest.raises(Exception, match=r"SIGKILL|terminated"):
-        in_processes("die", tmp_path, offload="disk", partial=tmp_path / "partial")
-    assert not list(tmp_path.glob("*.pt"))
-    left = len(list((tmp_path / "partial").glob("tile-*")))
-    assert left >= 1
-    in_processes("again", tmp_path, offload="disk", partial=tmp_path / "partial")
-    assert_equal(torch.load(tmp_path / "0.pt", weights_only=False), measured(), 1e-4)
+def test_a_spread_model_gives_the_same_grams(pair, size, tmp_path):
+    assert pair.run(save_measured, tmp_path, tmp_path, size=size, spread_out=True) == ["", ""]
+    assert_equal(grams_of(tmp_path, 0), measured(size=size), 1e-4)
 
 
 @pytest.mark.parametrize("spread_out", [False, True])
-def test_the_failure_of_one_process_is_told_by_all(spread_out, tmp_path):
-    with pytest.raises(Exception, match="spoilt"):
-        in_processes("spoil", tmp_path, spread_out=spread_out)
-    assert (tmp_path / "1.error").read_text() == "its sample is spoilt"
-    assert "process 1 of 2 could not go on: its sample is spoilt" in (tmp_path / "0.error").read_text()
+def test_the_failure_of_one_process_is_told_by_all(pair, spread_out, tmp_path):
+    told = pair.run(save_measured, tmp_path, tmp_path, spoilt=True, spread_out=spread_out)
+    assert told[1] == "its sample is spoilt"
+    assert "process 1 of 2 could not go on: its sample is spoilt" in told[0]
     assert not list(tmp_path.glob("*.pt"))
 
 
 @pytest.mark.parametrize("num_lost", [1, 2, 3])
-def test_a_spread_model_resumes_whatever_each_process_has_left(num_lost, tmp_path):
-    partial = tmp_path / "partial"
-    in_processes("first", tmp_path, offload="disk", partial=partial, spread_out=True)
-    for file in sorted(partial.glob("tile-*"))[:num_lost]:
+def test_a_spread_model_resumes_whatever_each_process_has_left(pair, num_lost, tmp_path):
+    options = {"offload": "disk", "partial": tmp_path / "partial", "spread_out": True}
+    assert pair.run(save_measured, tmp_path, tmp_path, **options) == ["", ""]
+    for file in sorted((tmp_path / "partial").glob("tile-*"))[:num_lost]:
         file.unlink()
-    in_processes("second", tmp_path, offload="disk", partial=partial, spread_out=True)
-    assert_equal(torch.load(tmp_path / "0.pt", weights_only=False), measured(), 1e-4)
+    assert pair.run(save_measured, tmp_path, tmp_path, **options) == ["", ""]
+    assert_equal(grams_of(tmp_path, 0), measured(), 1e-4)
+
+
+def test_a_killed_process_fails_the_run_and_a_rerun_finishes(pair, tmp_path):
+    options = {"offload": "disk", "partial": tmp_path / "partial"}
+    with pytest.raises(Exception, match=r"SIGKILL|terminated"):
+        mp.spawn(_dies, (tmp_path, options), nprocs=SIZE)  # type: ignore[attr-defined]
+    assert not list(tmp_path.glob("*.pt"))
+    assert list((tmp_path / "partial").glob("tile-*"))
+    assert pair.run(save_measured, tmp_path, tmp_path, **options) == ["", ""]
+    assert_equal(grams_of(tmp_path, 0), measured(), 1e-4)
+
+
+def _dies(rank: int, folder: Path, options: dict) -> None:
+    """Measures as `save_measured` does, but the second process is killed in its second batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'die'}", rank=rank, world_size=SIZE)
+    capture, calls = measurement.capture_factors, []
+
+    def capture_or_die(*args, **given):
+        calls.append(args)
+        if rank == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return capture(*args, **given)
+
+    measurement.capture_factors = capture_or_die
+    save_measured(rank, folder, **options)
 
 
 def test_shares_part_the_items():
