@@ -25,7 +25,8 @@ from layerif.probe.settings import Probe
 # Fields without a default, and settings that belong together.
 GIVEN: dict[str, dict[str, Any]] = {
     "TracIn": {"checkpoints": ["a"], "learning_rates": [0.1]},
-    "File": {"path": "saved.json"},
+    "SavedScores": {"path": "saved.json"},
+    "SavedAllocation": {"path": "saved.json"},
     "Shape": {"shape": 2468},
 }
 
@@ -129,6 +130,6 @@ def test_the_law_covers_the_ranges_of_every_kind_of_setting():
         ("Rank", "budget"),
         ("Sparsity", "max_sparsity"),
         ("Sparsity", "rule"),
-        ("File", "kind"),
+        ("SavedAllocation", "kind"),
         ("Shape", "kind"),
     } <= covered

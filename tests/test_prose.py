@@ -92,9 +92,7 @@ def undocumented(file: Path) -> Iterator[str]:
             inherited = inherited_by(getattr(module, node.name))
             methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
             for method in methods:
-                is_setter = any(
-                    isinstance(one, ast.Attribute) and one.attr == "setter" for one in method.decorator_list
-                )
+                is_setter = any(ast.unparse(decorator).endswith(".setter") for decorator in method.decorator_list)
                 is_own = not method.name.startswith("_") and method.name not in inherited and not is_setter
                 if is_own and ast.get_docstring(method) is None:
                     yield f"{method.lineno}: {node.name}.{method.name}"

@@ -1,4 +1,4 @@
-"""Every YAML composes and binds to the signature it names, and mistyped names get the nearest valid one."""
+"""Every YAML composes and fits the signature of its class, and a mistyped name is answered by the nearest valid one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANDATORY = {
     ("arm", "alphapruning"): ["method=prune", "allocator=sparsity"],
     ("arm", "owl"): ["method=prune", "allocator=sparsity"],
     ("arm", "ila"): ["model.adapter=/somewhere"],
-    ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # its own are beside it in a sweep
+    ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # in a sweep, its own experiments stand beside it
 }
 
 
@@ -58,7 +58,7 @@ def composed(*overrides: str):
 def test_every_choice_composes_and_binds(group, choice):
     overrides = [f"{group}={choice}", *MANDATORY.get((group, choice), [])]
     config = compose("config", ["outputs=/nowhere", *(["logger=none"] if group != "logger" else []), *overrides])
-    for logger in config.logger.values():  # they stand on Hydra's folder and job, which only a run has
+    for logger in config.logger.values():  # they depend on Hydra's folder and job, which only a run has
         logger.save_dir = "/nowhere"
         if "group" in logger:
             logger.group = "mine"
@@ -187,7 +187,7 @@ def test_a_typo_is_answered_in_one_line_without_a_traceback(overrides, message, 
 
 
 def imported_by(code: str, folder: Path) -> tuple[set[str], str]:
-    """Returns the modules that a Python of its own has imported after the code, and the text it printed."""
+    """Returns the modules that a new Python imported while it ran the code, and the text that it printed."""
     code += "\nimport sys\nprint('\\n--', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
     told, _, modules = done.stdout.rpartition("\n-- ")
@@ -275,7 +275,7 @@ def test_folder_names_are_readable_unique_and_valid():
     ],
 )
 def test_what_makes_no_other_job_is_in_no_folder_name(incidental):
-    """A sweep given again with another logger finds what is done."""
+    """A sweep that is given again with another logger finds the jobs that are done."""
     for others in ([], ["seed=1"], ["method=none", "task.columns=[c,d]"]):
         assert folder_name([*others, incidental]) == folder_name(others)
     assert folder_name(["dry_run=true"]) != folder_name([])

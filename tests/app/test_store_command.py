@@ -1,4 +1,4 @@
-"""`layerif-store`: it names what is there, and removes nothing that is in use or none of its own."""
+"""`layerif-store` lists the entries of a store, and removes nothing that is in use or belongs to others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DESCRIPTION = {"probe": VERSIONS["probe"], "loss": VERSIONS["loss"], "scope": "a
 
 @pytest.fixture
 def store(tmp_path) -> Path:
-    """Two measurements, a converted model, a half-written measurement and a half-converted model, and a stranger."""
+    """A store with two measurements, a converted model, a half-written one of each, and a file of another program."""
     root = tmp_path / "store"
     for model in ("first", "second"):
         Store(root).kept(GRAMS, {**DESCRIPTION, "model": model}, some_grams, about={"model": f"org/{model}"})

@@ -1,4 +1,4 @@
-"""The paper's numbers: beside the runs they are of, labelled, and never held against another model or task."""
+"""Published numbers stand labelled beside their runs, and are never held against another model or task."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_conditions_are_those_of_the_command_line():
     assert meets(failure("datainf", choices={"method": "none"}, settings={"method": {}}), {"method": "none"})
     assert not meets(job, {"method": "none"})
     pruned = failure("datainf", choices={"method": "prune"})
-    for pruner in ({"pruner": "wanda"}, {"pruner.n": None}):  # is in every configuration
+    for pruner in ({"pruner": "wanda"}, {"pruner.n": None}):  # this key is in every configuration
         assert meets(pruned, pruner)
         assert not meets(job, pruner)
 
@@ -83,7 +83,7 @@ def test_a_choice_counts_as_those_it_starts_from_and_not_the_other_way_round():
     assert not meets(experts, {"allocator": "experts_gemma"})
     other = failure("datainf", choices={"model": "mistral_7b"}, settings={"model.name": "org/other"})
     assert meets(other, {"model": "hub", "model.name": "org/other"})
-    own = failure("my_estimator", choices={"method": "my_method"})  # from a folder of the user's
+    own = failure("my_estimator", choices={"method": "my_method"})  # its YAML lies in a folder of the user's
     assert meets(own, {"estimator": "my_estimator"})
     assert not meets(own, {"method": "lora_moe"})
 
@@ -119,7 +119,7 @@ def test_of_a_mixture_the_page_says_how_many_runs_are_small(tmp_path):
 
 
 def test_published_cells_that_were_never_run_are_missing_of_the_papers_model_at_full_size(tmp_path):
-    paper = Expected.read(expected(tmp_path))  # which has a number of one arm and column, and names for more
+    paper = Expected.read(expected(tmp_path))  # it has one number, and names of more arms and columns
     found = grid(runs_of(runs(seed=3, settings=MISTRAL)[:1], paper), paper)
     assert found == [("layerif", "countries", "3")]
     for settings in ({}, MISTRAL | {"small": True}, MISTRAL | {"allocator.beta": 3.0}):
@@ -258,7 +258,10 @@ def test_a_run_of_another_size_is_beside_the_papers_number_and_not_held_against_
     [
         ({}, ["uniform", "layerif"]),
         (
-            {"columns": {"mrpc": {"task": "mrpc"}}, "values": {"layerif": {"mrpc": 0.8}}},  # of other tasks
+            {
+                "columns": {"mrpc": {"task": "mrpc"}},
+                "values": {"layerif": {"mrpc": 0.8}},
+            },  # these belong to other tasks
             ["uniform experts", "datainf experts"],
         ),
     ],
