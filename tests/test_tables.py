@@ -418,7 +418,7 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
         found = read_jobs(folders[0].parent)
         said = summary(found, runs_of(found.jobs, paper), paper)
         assert "; small variants, which stand in for runs of full size." in said[0]
-        assert said[-1].startswith("Differences to them are shown only for such runs at full size")
+        assert said[-1].startswith("Differences from them are shown only for such runs at full size")
     if experiment == "task_specificity":
         assert records[0].config["score_task"]["name"] == "capital"
         assert records[0].decision.samples["train"] > 8  # of all capitals, where eight regions are learned from

@@ -21,15 +21,8 @@ from layerif.record.record import AllocationRecord, RunRecord, ScoresRecord
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.hashsalt": "layerif", "svg.fonttype": "none"}  # the same picture gives the same bytes
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # for any colour vision
+# Readers with any colour vision can tell these apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDTH = 8.0  # inches; every plot is as wide
 
 

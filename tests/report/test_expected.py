@@ -107,7 +107,7 @@ def test_no_difference_is_taken_to_another_model_of_a_small_variant_or_in_other_
     )
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "A paper, table 1, accuracy of mistralai/Mistral-7B-v0.1 with allocator.beta=2.5." in page
-    assert "Differences to them are shown only for such runs at full size" in page
+    assert "Differences from them are shown only for such runs at full size" in page
     assert "to the paper" not in page
     assert ("small variants, which stand in for runs of full size" in page) == ("small" in settings)
 
@@ -220,7 +220,7 @@ def test_a_published_mean_over_runs_is_stated_and_held_against_no_single_one(tmp
     budgets = [one for budget in (80, 160) for one in runs(settings=MISTRAL | {"allocator.budget": budget})]
     write_report(written(tmp_path / "sweep", budgets), console, expected=file)
     said = console.export_text()
-    assert "Published as a mean alone, which no single run is held against: mean of two, layerif 0.800." in said
+    assert "The paper gives only a mean for mean of two, so no run is held against it: layerif 0.800." in said
     assert "layerif allocator.budget=80" in said
     assert "to the paper" not in said
     paper = Expected.read(file)

@@ -364,7 +364,7 @@ def test_jobs_that_began_and_did_not_end_are_named(tmp_path):
     assert read_jobs(tmp_path).unfinished == ["killed"]
     console = Console(record=True, width=200)
     write_report(tmp_path, console)
-    assert "1 run began and did not end: killed, or still at work." in console.export_text()
+    assert "1 run started and did not end: killed, or still at work." in console.export_text()
     assert "## Unfinished\n\n- killed" in (tmp_path / "report.md").read_text()
 
 
@@ -583,7 +583,7 @@ def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
     console = Console(record=True, width=200)
     write_report(tmp_path, console)
     said = console.export_text()
-    assert "1 run failed when run again; the numbers stem from before, the errors are below." in said
+    assert "1 run failed when run again; the numbers are from the run before, and the errors are below." in said
     assert "Failed when run again:\n  0: out of memory" in said
     for text in (said, (tmp_path / "report.md").read_text()):
         assert "readable" not in text
