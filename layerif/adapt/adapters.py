@@ -112,8 +112,8 @@ class LoraAdapter(Adapter):
     """PEFT's LoRA, with the rank in each block that the allocation says.
 
     Attributes:
-        scaling: α/r, the same in every block whatever its rank, so that a block of a higher rank does not also learn
-            with a larger factor (`alpha_pattern` follows `rank_pattern`).
+        scaling: α/r, which is the same in every block, so that a block of a higher rank does not also learn with a
+            larger factor (`alpha_pattern` follows `rank_pattern`).
     """
 
     kind: ClassVar[str] = "lora"

@@ -33,9 +33,9 @@ class Fit:
     """Settings that say how long to train and which adapter to keep.
 
     Attributes:
-        keep: evaluate the `last` adapter, or the `best` one on the validation loss.
-        patience: stop after so many validations without improvement; None: never.
-        checkpoint_steps: save for a killed run every so many optimiser steps; None: at the end of every epoch.
+        keep: the `last` adapter is kept and evaluated, or the one with the `best` validation loss.
+        patience: the number of validations without improvement after which training stops; None: it never stops early.
+        checkpoint_steps: the number of optimiser steps between checkpoints; None: one at the end of every epoch.
     """
 
     keep: Literal["last", "best"] = "last"
@@ -125,9 +125,9 @@ def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.Lightning
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Saves every so many steps; where a validation follows the step, after the validation.
+    """Saves after a number of steps, and after the validation where one follows the step.
 
-    From a checkpoint of the end of a batch, Lightning carries on behind the validation that was due then.
+    Lightning would skip that validation if it resumed from a checkpoint of the end of the batch.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:

@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
         job: its record or failure.
-        arm: the name of what was tried; untouched models are an arm, too.
+        arm: the name of the method or setting on trial; untouched models are an arm, too.
         model: its name; empty where all jobs share one model.
         task: the column of the table.
         seeds: everything that tells repetitions apart, by key; empty for an untouched model that always answered alike.
@@ -278,7 +278,7 @@ def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def labelled(
     names: Sequence[str], found: Sequence[Mapping[Hashable, Mapping[str, object]]], *, number_alike: bool = True
 ) -> list[str]:
-    """The names with those of their settings that differ from another's; a number tells apart what is alike even so."""
+    """The names with those settings that differ from another's, and with a number where even these are alike."""
     labels = []
     for name, sections in zip(names, found, strict=True):
         for section, values in sections.items():

@@ -34,7 +34,7 @@ class Expected:
         arms: the conditions of each arm, by name.
         columns: the conditions of each column, by name. A column without conditions is a mean over others: no run
             belongs to it.
-        values: arm → column → number; what was not published is left out.
+        values: arm → column → number, as far as it was published.
     """
 
     source: str

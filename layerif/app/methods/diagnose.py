@@ -71,7 +71,9 @@ class Diagnose:
         decider = setup.decider
         _check_estimator(decider)
         if setup.evaluation.before:
-            raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
+            raise ValueError(
+                "method=diagnose never looks at evaluated rows; use evaluation.before=false, or method=none"
+            )
         if decider.num_processes > 1:
             raise ValueError(
                 f"method=diagnose works in one process, got {decider.num_processes}; use trainer.devices=1"
@@ -109,7 +111,7 @@ class Diagnose:
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         model, work = loader(setup), folder / CHECKPOINTS
         if claim_folder(work, record.identity):
-            record.notes.append("carried on from a run that did not finish; seconds are of the rest")
+            record.notes.append("carried on from a run that did not finish; seconds count the rest alone")
         keep(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)

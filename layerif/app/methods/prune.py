@@ -37,8 +37,8 @@ from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
 log = logging.getLogger(__name__)
 
-# One step per block needs these settings, whatever the configuration says about fine-tuning. There is no autocast,
-# because `model.dtype` decides.
+# One step per block needs these settings, so they replace those for fine-tuning. There is no autocast, because
+# `model.dtype` decides.
 _TRAINER: dict[str, Any] = {
     "max_epochs": 1,
     "max_steps": -1,

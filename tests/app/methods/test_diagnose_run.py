@@ -231,7 +231,7 @@ def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
     blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
     sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
     assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
-    with pytest.raises(ValueError, match=r"looks at no evaluated row; use evaluation\.before=false"):
+    with pytest.raises(ValueError, match=r"never looks at evaluated rows; use evaluation\.before=false"):
         Diagnose(**SMALL).check(setup_of(decider, before=True))
 
 
@@ -275,7 +275,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
     written = done.stat().st_mtime_ns
     assert not (killed / "run" / "checkpoints" / "losses-1-without-11.json").exists()
     resumed = run_layerif(apart, killed)
-    assert "carried on from a run that did not finish; seconds are of the rest" in resumed.notes
+    assert "carried on from a run that did not finish; seconds count the rest alone" in resumed.notes
     assert written < (killed / "run" / "record.json").stat().st_mtime_ns
     assert json.loads((killed / "run" / "diagnose.json").read_text()) == report
     assert isinstance(resumed, RunRecord)
