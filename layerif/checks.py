@@ -29,11 +29,13 @@ def did_you_mean(got: str, allowed: Iterable[str]) -> str:
 
 
 def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """Says of an unknown key, given by its whole path, what was probably meant and which keys its parent has."""
+    """Writes the message for an unknown key, given by its whole path: the nearest name, and the keys of its parent."""
     parent, _, name = key.rpartition(".")
     allowed = list(allowed)
     where = f"in {parent!r}" if parent else "at the top"
-    return f"{key!r} is no key of the configuration{did_you_mean(name, allowed)}; allowed {where}: {', '.join(allowed)}"
+    return (
+        f"{key!r} is not a key of the configuration{did_you_mean(name, allowed)}; allowed {where}: {', '.join(allowed)}"
+    )
 
 
 def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:

@@ -251,10 +251,12 @@ class CheckpointGrams:
 
     @cached_property
     def halves(self) -> tuple[CheckpointGrams, CheckpointGrams]:
+        """The Grams of every checkpoint on two disjoint halves of the samples."""
         first, second = zip(*(grams.halves for grams in self.checkpoints), strict=True)
         return CheckpointGrams(first), CheckpointGrams(second)
 
     def select(self, train: slice | Tensor, validation: slice | Tensor) -> CheckpointGrams:
+        """Returns the Grams of every checkpoint on some of the samples."""
         return CheckpointGrams(tuple(grams.select(train, validation) for grams in self.checkpoints))
 
 

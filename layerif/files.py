@@ -141,7 +141,7 @@ def read_json(path: str | Path, *, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}; check the path") from error
-    except ValueError as error:  # of JSON or of the encoding
+    except ValueError as error:  # either JSON or the encoding is wrong
         raise ValueError(f"{what} {str(path)!r} is not valid JSON: {error}; is it complete?") from error
 
 

@@ -18,7 +18,7 @@ Aggregation = Literal["all", "positive", "top25"]
 Direction = Literal["undertrained", "important"]
 Kind = Literal["experts", "rank", "sparsity"]
 
-SPREAD_NOISE = 1e-12  # of the largest value; a smaller spread is the rounding of equal scores
+SPREAD_NOISE = 1e-12  # times the largest value; a smaller spread is the rounding of equal scores
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def wilson(num_correct: int, num: int, confidence: float = LEVEL) -> tuple[float
 def percentile(value: float, draws_B: np.ndarray) -> Estimate:
     """The value with the percentile interval of its bootstrap draws.
 
-    The bounds are values that were drawn, so that ranks stay whole. Draws that determine nothing (NaN) are left out.
+    The bounds are values that were drawn, so that ranks stay whole. Draws without a value (NaN) are left out.
     """
     known = draws_B[np.isfinite(draws_B)]
     if math.isnan(value) or not len(known):
@@ -162,14 +162,14 @@ def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: i
     The interval is the percentile bootstrap of seeds and of questions; a question is drawn for all seeds at once, since
     it is the same question (Owen 2007, The pigeonhole bootstrap). Of S seeds S − 1 are drawn: this makes the variance
     of their mean unbiased, where S draws would make it (S − 1)/S of that, a third too small with three seeds. A single
-    seed stands for itself alone. p is the larger of the bootstrap's and the exact sign test's, since the bootstrap is
-    too sure where few answers differ, and the sign test knows nothing of seeds. Draws of few seeds hardly leave the
-    range of those there are, which is too narrow where seeds matter and questions are many: the interval therefore
+    seed is drawn as it is. p is the larger of the bootstrap's and the exact sign test's, since the bootstrap is
+    too sure where few answers differ, and the sign test ignores the seeds. Draws of few seeds hardly leave the
+    range of the seeds' own means, which is too narrow where seeds matter and questions are many. The interval therefore
     includes Student's t over the seeds' means, and p is at least that test's.
 
     Args:
         difference_SQ: −1, 0 or 1 for each seed and question; NaN where the question was not asked at this seed.
-        seed: of the draws.
+        seed: decides the draws.
         resamples: number of draws.
     """
     by_seed = paired_by_seed(np.nanmean(difference_SQ, axis=1))
@@ -206,7 +206,7 @@ def sign_test(difference_Q: np.ndarray) -> float:
     from scipy import signal, stats
 
     sizes, counts = np.unique(np.abs(difference_Q[difference_Q != 0]).astype(int), return_counts=True)
-    chance = np.ones(1)  # of each possible sum, from −Σ|d| to Σ|d|
+    chance = np.ones(1)  # the probability of each sum, from −Σ|d| to Σ|d|
     for size, count in zip(sizes, counts, strict=True):
         of_size = np.zeros(2 * size * count + 1)
         of_size[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
@@ -229,12 +229,12 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
-    """The difference that such an experiment would find with 80 % power at α = 0.05 / comparisons.
+    """The smallest difference that such an experiment would find with 80 % power at α = 0.05 / comparisons.
 
-    It is the largest of what the tests need, with z = z(1 − α/2) + z(0.8). The bootstrap needs z·error. The sign test
-    needs z² of n answers, all one way, however few differ here (the variance of a sum of n signs is at least n).
-    Student's t over seeds needs the shift at which the noncentral t passes the critical value in 80 %, in units of
-    `seed_error`.
+    It is the largest of the differences that the tests need, with z = z(1 − α/2) + z(0.8). The bootstrap needs
+    z·error. The sign test needs z² of n answers, all one way, even if fewer differ here (the variance of a sum of n
+    signs is at least n). Student's t over seeds needs the shift at which the noncentral t passes the critical value in
+    80 %, in units of `seed_error`.
 
     Returns:
         NaN where nothing tells chance from effect; infinity where it would be more than a fraction can differ by.
@@ -315,7 +315,7 @@ def anova(runs: pd.DataFrame) -> Variance | None:
     df = len(runs) - (cells.size if crossed else num_arms + num_tasks - 1)
     if num_arms < 2 or df < 1 or len(set(runs["value"])) < 2:
         return None
-    with warnings.catch_warnings():  # of pandas 3, about statsmodels
+    with warnings.catch_warnings():  # pandas 3 warns about statsmodels
         warnings.simplefilter("ignore", DeprecationWarning)
         from statsmodels.formula.api import ols
         from statsmodels.stats.anova import anova_lm

@@ -1,7 +1,7 @@
-"""The version of everything that the store keeps. Raise one when the meaning of what it names changes.
+"""The versions of everything that the store keeps. Raise one when the meaning of its files changes.
 
 Each version is part of the store's keys, so measurements of another version are not found again, and `layerif-store`
-says which those are.
+marks them.
 """
 
 VERSIONS = {

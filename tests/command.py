@@ -31,7 +31,7 @@ class Done:
 
 
 def layerif(arguments: Sequence[str], folder: Path, **options) -> subprocess.CompletedProcess[str]:
-    """Call the command in a process of its own."""
+    """Calls the command in a process of its own."""
     command = [sys.executable, "-m", "layerif", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600, **options)
 
@@ -57,7 +57,7 @@ def run_layerif(overrides: Sequence[str], folder: Path, *, apart: bool = False) 
 
 @contextlib.contextmanager
 def _as_a_command(arguments: Sequence[str], folder: Path) -> Iterator[None]:
-    """Let this process look like a new one to Hydra, and put back what a command changes."""
+    """Lets this process look like a new one to Hydra, and restores all that a command changes."""
     handlers, level, environment, argv, here = (
         list(logging.root.handlers),
         logging.root.level,

@@ -1,4 +1,4 @@
-"""Shared by the tests of the shell: a tiny model with its tokenizer and a tiny task, as folders on disk."""
+"""Fixtures that many tests share: a tiny model with its tokenizer and a tiny task, as folders on disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def task_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def decider(model_folder, task_folder, tmp_path):
-    """Everything a decision on the tiny model depends on, with a store of its own."""
+    """A decider for the tiny model, with a store of its own."""
     from layerif.allocate.experts import Experts
     from layerif.decide import Decider
     from layerif.estimators.grad_dot import GradDot
@@ -73,7 +73,7 @@ def decider(model_folder, task_folder, tmp_path):
 
 @pytest.fixture
 def softmax_in_the_models_dtype(monkeypatch):
-    """Lets eager attention take its softmax in the model's dtype: a float64 reference needs float64, not float32."""
+    """Lets eager attention take its softmax in the model's dtype, because a float64 reference needs float64."""
     import torch
 
     softmax = torch.nn.functional.softmax
@@ -82,7 +82,7 @@ def softmax_in_the_models_dtype(monkeypatch):
 
 @pytest.fixture
 def tiny_overrides(model_folder, task_folder, tmp_path) -> list[str]:
-    """Command-line overrides that make any run a matter of a second, below `tmp_path`."""
+    """Command-line overrides that make any run take about a second, with its outputs below `tmp_path`."""
     return [
         "model=local",
         f"model.path={model_folder}",

@@ -14,13 +14,13 @@ LAYERS = ["block.0", "block.1", "block.2", "block.3"]
 
 
 def choices_of(estimator: str, *, task: str = "capital", **others: str) -> dict[str, str]:
-    """The choices of a run by group: those given, and the defaults of the rest."""
+    """The choices of a run by group: the given ones, and defaults for the rest."""
     groups = {"model": "smollm2", "task": task, "estimator": estimator, "allocator": "experts", "method": "lora_moe"}
     return groups | {"pruner": "wanda"} | others
 
 
 def config_of(estimator: str, *, task: str = "capital", seed: int = 0, settings: Mapping[str, object] | None = None):
-    """A resolved configuration; settings: values by `section.key`."""
+    """A resolved configuration with these settings, given as values by `section.key`."""
     config: dict[str, Any] = {
         "model": {"cache": "outputs/store/models", "dtype": "float32"},
         "task": {"name": task, "path": None, "num_train": None, "seed": seed},
@@ -75,7 +75,7 @@ def record(
     decision: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> RunRecord:
-    """A finished run that answered its questions so; decision: arguments of `decision_of`."""
+    """A finished run with these answers; `decision` holds arguments of `decision_of`."""
     accuracy = float(np.mean(right))
     fields: dict[str, Any] = {
         "name": "test",
@@ -106,7 +106,7 @@ def failure(
 
 
 def with_before(one: RunRecord, right: Sequence[bool]) -> RunRecord:
-    """The run, which also evaluated its untouched model."""
+    """The run with an evaluation of its untouched model."""
     one.metrics |= {"before/accuracy": float(np.mean(right)), "before/accuracy_low": 0.1, "before/accuracy_high": 0.4}
     one.answers["before/options"] = {f"q{number}": answer for number, answer in enumerate(right)}
     return one

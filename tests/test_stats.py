@@ -275,7 +275,7 @@ def test_the_sentence_says_no_more_than_the_verdict(interval, p, seeds):
     sentence = finding(row | {"p Holm": p, "seeds": seeds, "smallest found": 0.2}, "accuracy", 3)
     assert verdict(low, high, p) in sentence
     is_real = "not distinguishable" not in sentence
-    assert ("says nothing of others" in sentence) == (is_real and seeds == 1)
+    assert ("says nothing about others" in sentence) == (is_real and seeds == 1)
     assert ("would mostly have been missed" in sentence) == (not is_real)
 
 

@@ -418,7 +418,7 @@ def test_every_question_runs_small_as_a_sweep(experiment, deep_model, tmp_path, 
         found = read_jobs(folders[0].parent)
         said = summary(found, runs_of(found.jobs, paper), paper)
         assert "; small variants, which stand in for runs of full size." in said[0]
-        assert said[-1].startswith("Differences to them are shown only for such runs at full size")
+        assert said[-1].startswith("Differences from them are shown only for such runs at full size")
     if experiment == "task_specificity":
         assert records[0].config["score_task"]["name"] == "capital"
         assert records[0].decision.samples["train"] > 8  # of all capitals, where eight regions are learned from
@@ -430,7 +430,7 @@ def test_scores_of_another_task_may_not_see_what_is_evaluated():
 
     splits = Splits(train=rows("one"), validation=rows("two"), test=rows("three"))
     check_unseen(Splits(train=rows("four"), validation=rows("one", "two"), test=rows("three")), splits)
-    with pytest.raises(ValueError, match="1 train or validation rows of score_task ask what test rows"):
+    with pytest.raises(ValueError, match="1 train or validation rows of score_task ask the same as test rows"):
         check_unseen(Splits(train=rows("five"), validation=rows("  THREE"), test=rows("six")), splits)
 
 
@@ -456,15 +456,21 @@ def test_scores_may_not_see_an_evaluated_question_with_its_options_in_another_or
             "defaults:\n  - override /task: capitol\n",
             [
                 "experiment=wrong names",
-                "task=capitol is no choice of the group 'task' (did you mean 'capital'?)",
+                "task=capitol is not a choice of the group 'task' (did you mean 'capital'?)",
                 "mrpc",
             ],
         ),
         (
             "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      arm: uniform,layerif_al\n",
-            ["experiment=wrong names", "arm=layerif_al is no choice of the group 'arm' (did you mean 'layerif_all'?)"],
+            [
+                "experiment=wrong names",
+                "arm=layerif_al is not a choice of the group 'arm' (did you mean 'layerif_all'?)",
+            ],
         ),
-        ("defaults:\n  - override /tsk: capital\n", ["'experiment/wrong'", "'tsk' is no group (did you mean 'task'?)"]),
+        (
+            "defaults:\n  - override /tsk: capital\n",
+            ["'experiment/wrong'", "'tsk' is not a group (did you mean 'task'?)"],
+        ),
         ("defaults:\n  - paperr\n", ["experiment=wrong names", "paperr", "did you mean 'paper'?"]),
     ],
 )

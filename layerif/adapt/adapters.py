@@ -23,7 +23,7 @@ from layerif.moe import LoraMoeConfig, balance_loss
 from layerif.moe.model import linears_of_blocks
 from layerif.scores import Kind
 
-Scaling = Annotated[float, Gt(0), "it is α/r, and the paper's is 16/8"]
+Scaling = Annotated[float, Gt(0), "it is α/r; the paper uses 16/8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Adapter:
         learning_rate, weight_decay: of AdamW.
         warmup_ratio: the share of the optimiser's steps over which the learning rate rises linearly. It falls linearly
             to zero afterwards.
-        warmup_steps: exactly so many steps instead of the ratio.
+        warmup_steps: the number of these steps, in place of the ratio.
         gradient_checkpointing: keep only the input of each block and run the block again in the backward pass.
         seed: decides the adapter's first weights and the dropout.
     """
@@ -57,19 +57,24 @@ class Adapter:
         check_fields(self, "method")
 
     def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
-        """Give the configuration of the adapter that this allocation makes on the bare model."""
+        """Returns the configuration of the adapter.
+
+        Args:
+            base: the bare model, or its skeleton.
+            allocation: of the kind that this adapter spends.
+        """
         raise NotImplementedError
 
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
-        """Give the terms that are added to the loss of the batch just run: by name, the weight and the value."""
+        """Returns the terms that are added to the loss of the batch just run: by name, the weight and the value."""
         return {}
 
     def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        """Count the parameters of the model that this one is a baseline of, by that model's name."""
+        """Counts the parameters of the model that this one is a baseline of, by that model's name."""
         return {}
 
     def saved(self) -> dict[str, Any]:
-        """Give the settings as a checkpoint holds them; `adapter_of` is the inverse."""
+        """Returns the settings in the form that a checkpoint holds; `adapter_of` is the inverse."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -107,8 +112,8 @@ class LoraAdapter(Adapter):
     """PEFT's LoRA, with the rank in each block that the allocation says.
 
     Attributes:
-        scaling: α/r, the same in every block whatever its rank, so that a block of a higher rank does not also learn
-            with a larger factor (`alpha_pattern` follows `rank_pattern`).
+        scaling: α/r, which is the same in every block, so that a block of a higher rank does not also learn with a
+            larger factor (`alpha_pattern` follows `rank_pattern`).
     """
 
     kind: ClassVar[str] = "lora"
@@ -120,7 +125,7 @@ class LoraAdapter(Adapter):
         return self.of_ranks(base, allocation.by_name())
 
     def of_ranks(self, base: nn.Module, ranks: Mapping[str, int]) -> PeftConfig:
-        """Give the configuration of LoRA with these ranks by block."""
+        """Returns the configuration of LoRA with these ranks by block."""
         return plain_lora(
             base,
             ranks,
@@ -162,7 +167,7 @@ _KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoraMoeAdapter,
 
 
 def adapter_of(saved: Mapping[str, Any]) -> Adapter:
-    """Rebuild an adapter's settings from what `Adapter.saved` gave."""
+    """Rebuilds an adapter's settings from the result of `Adapter.saved`."""
     settings = dict(saved)
     return _KINDS[settings.pop("kind")](**settings)
 
@@ -175,7 +180,7 @@ def plain_lora(
     lora_dropout: float,
     target_modules: Sequence[str] | None,
 ) -> LoraConfig:
-    """Configure PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
+    """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
 
     Args:
         base: the bare model, or its skeleton.
@@ -185,12 +190,12 @@ def plain_lora(
         target_modules: None takes all linear layers of the blocks.
 
     Raises:
-        ValueError: names a block that the model does not have, or one without a rank.
+        ValueError: a block is not one of the model's, or has no rank.
     """
     known = list(blocks(base))
     for block in ranks:
         if block not in known:
-            raise ValueError(f"the rank of {block!r} has no place in this model{did_you_mean(block, known)}")
+            raise ValueError(f"{block!r} has a rank but is not a block of this model{did_you_mean(block, known)}")
     if missing := [block for block in known if block not in ranks]:
         raise ValueError(f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}")
     pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
@@ -208,10 +213,16 @@ def plain_lora(
 def equal_ranks(
     base: nn.Module, experts: Mapping[str, int], *, r: int, targets: Sequence[str] | None
 ) -> tuple[dict[str, int], int]:
-    """Find the ranks of plain LoRA that come nearest to the size of a LoRA-MoE.
+    """Finds the ranks of plain LoRA that come nearest to the size of a LoRA-MoE.
 
     A linear layer of I inputs and O outputs has E·r·(I + O) + E·I parameters with E > 1 experts and a router, r·(I + O)
     with one expert, and R·(I + O) in plain LoRA of rank R.
+
+    Args:
+        base: the bare model, or its skeleton.
+        experts: the number of experts E by block.
+        r: rank of every expert.
+        targets: names of the linear layers with an adapter; None: every linear layer of the blocks.
 
     Returns:
         The ranks by block, and the number of parameters of the LoRA-MoE.

@@ -31,7 +31,7 @@ class InfluenceCallback(L.Callback):
     def __init__(self, decide: Callable[[Callable[[], nn.Module]], Decision]) -> None:
         self.decide = decide
         self.decision: Decision | None = None
-        self.seconds = 0.0  # spent deciding in this process
+        self.seconds = 0.0  # that this process spent on deciding
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit" or pl_module.allocation is not None:

@@ -81,7 +81,7 @@ class TaskDataModule(L.LightningDataModule):
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
 
-    # Lightning's own restart in the middle of an epoch keeps its counters but begins the data anew.
+    # Lightning's own restart in the middle of an epoch keeps its counters but starts the data from the beginning.
     def state_dict(self) -> dict[str, int]:
         return {"drawn": self._sampler.drawn % len(self._sampler)} if self._sampler else {}
 
@@ -95,22 +95,24 @@ class TaskDataModule(L.LightningDataModule):
 class EpochShuffle(DistributedSampler):
     """One process's share of `count` of `size` positions, in an order that is a function of seed and epoch.
 
-    Positions are dealt out in turn, so that all processes together draw at a step what one process would draw in a
-    batch as large. All draw equally many: the first positions of an order come twice where `count` does not divide.
+    Positions are dealt out in turn, so that all processes together draw at each step the same positions as one process
+    with a batch of that size. All draw equally many: if `count` does not divide, the first positions come twice.
 
     It is a DistributedSampler because Lightning wraps any other sampler in one that draws a whole epoch when it begins,
-    and `drawn` would then tell nothing.
+    and `drawn` would then mean nothing.
 
     Attributes:
-        drawn: how many positions of the epoch were taken here.
+        drawn: the number of positions of the epoch that this process has taken.
 
     Args:
-        size, count: positions there are, and positions of an epoch.
+        size: the number of all positions.
+        count: the number of positions in an epoch.
         seed: decides the order together with the epoch.
         start: where the first epoch begins, for a run that resumes in its middle.
-        epoch: asked when an epoch begins. Lightning's `set_epoch` is one ahead in a run that resumes from the end of an
-            epoch.
-        rank, num_processes: of this process.
+        epoch: returns the number of the epoch that begins. Lightning's `set_epoch` is one ahead in a run that resumes
+            from the end of an epoch.
+        rank: of this process.
+        num_processes: that draw together.
     """
 
     def __init__(

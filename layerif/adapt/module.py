@@ -43,7 +43,7 @@ class AdapterModule(L.LightningModule):
         allocation: Allocation | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # the frozen base is not in the checkpoint
+        self.strict_loading = False  # the checkpoint leaves out the frozen base
         self.adapter = adapter if isinstance(adapter, Adapter) else adapter_of(adapter)
         self.save_hyperparameters(
             {"adapter": self.adapter.saved(), "model": dict(model), "allocation": None},
@@ -71,7 +71,7 @@ class AdapterModule(L.LightningModule):
         self.hparams["allocation"] = given.to_dict()
 
     def base_model(self) -> nn.Module:
-        """Load the bare model, once: the callback scores it before `configure_model` wraps it."""
+        """Loads the bare model once. The callback scores it before `configure_model` wraps it."""
         if self.model is None:
             self.model = instantiate(dict(self.hparams["model"])).load()
         assert self.model is not None
@@ -118,7 +118,7 @@ class AdapterModule(L.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # with trainer.precision=16-mixed the scaler skips such a step and lowers its scale, by design
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
-        # All gradients are checked with one answer from the device.
+        # One transfer from the device answers for all gradients.
         finite = torch.stack([gradient.sum() for gradient in gradients.values()]).isfinite()
         if not bool(finite.all()):
             raise ValueError(
@@ -156,7 +156,7 @@ class AdapterModule(L.LightningModule):
 
 
 def check_fits(adapter: Adapter, skeleton: nn.Module, allocation: Allocation) -> None:
-    """Put the adapter on a model without weights, so that an impossible one is refused before any pass over the data.
+    """Puts the adapter on a model without weights, so that an impossible one is refused before any pass over the data.
 
     Args:
         adapter: the kind of adapter with its settings.
@@ -164,7 +164,7 @@ def check_fits(adapter: Adapter, skeleton: nn.Module, allocation: Allocation) ->
         allocation: of the kind that the adapter spends.
 
     Raises:
-        ValueError: also for a target that names nothing, which PEFT itself leaves out in silence.
+        ValueError: a target names nothing, which PEFT itself leaves out in silence, or PEFT refuses the adapter.
     """
     known = [name for name, _ in skeleton.named_modules()]
     for target in adapter.target_modules or ():
@@ -172,7 +172,7 @@ def check_fits(adapter: Adapter, skeleton: nn.Module, allocation: Allocation) ->
             linears = linears_of_blocks(skeleton)
             near = did_you_mean(target, [*linears, *(name.rpartition(".")[2] for name in linears)])
             raise ValueError(
-                f"method.target_modules holds {target!r}, which names nothing in this model{near}; its blocks have "
+                f"method.target_modules holds {target!r}, which is not a layer of this model{near}; its blocks have "
                 f"{', '.join(linears)} (null: all of them)"
             )
     with torch.device("meta"):
@@ -180,7 +180,7 @@ def check_fits(adapter: Adapter, skeleton: nn.Module, allocation: Allocation) ->
 
 
 def _checkpoint_blocks(base: nn.Module) -> None:
-    """Keep only the input of every block and run the block again in the backward pass.
+    """Keeps only the input of every block, and runs the block again in the backward pass.
 
     Transformers itself does so in training mode only, which would also switch on the dropout of the base.
     """

@@ -19,28 +19,28 @@ from layerif.record.tracking import log_again, log_routing
 
 
 class TrainingCurves(L.Callback):
-    """Logs the learning rate of a step and the seconds it took (its batches alone: no validation, no saving).
+    """Logs the learning rate of each step and the seconds of its batches, without validation and saving.
 
     For a LoRA-MoE it also logs, every `trainer.log_every_n_steps` steps, the load of each expert and the entropy of the
     routers by block, over all training tokens since the last time.
 
     Loggers begin anew with every process. A resumed run has to show the past of its checkpoint as well, so everything
     that is logged is also written to a file, each row before the checkpoint of its step (Lightning logs a step after
-    the checkpoint). The checkpoint says how many rows and how many seconds of fitting lie behind it, and what the
-    routers did since the last row.
+    the checkpoint). The checkpoint holds the number of rows and the seconds of fitting before it, and the routers' use
+    since the last row.
 
     Args:
         file: of the rows, one JSON object a line.
     """
 
     def __init__(self, file: Path) -> None:
-        self.seconds_before = 0.0  # of fitting, before the checkpoint that this process began with
+        self.seconds_before = 0.0  # spent fitting before the checkpoint that this process began with
         self._file, self._num_rows = file, 0
         self._step = 0
         self._seconds = self._begun = self._fit_begun = 0.0
         self._measuring = ExitStack()
         self._meter: UsageMeter | None = None
-        self._usage: dict[tuple[str, ...], Tensor] = {}  # what the meter had summed at the checkpoint
+        self._usage: dict[tuple[str, ...], Tensor] = {}  # the meter's sums at the checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
@@ -72,7 +72,7 @@ class TrainingCurves(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._seconds += time.perf_counter() - self._begun
-        if trainer.global_step == self._step:  # more batches make up this step
+        if trainer.global_step == self._step:  # this step has more batches
             return
         self._step = trainer.global_step
         pl_module.log("train/seconds", self._seconds)
@@ -101,7 +101,7 @@ class TrainingCurves(L.Callback):
             self._keep({"step": logged_step(trainer), "routing": routing})
 
     def _keep_logged(self, trainer: L.Trainer, prefix: str) -> None:
-        """Keep the values that Lightning has for the loggers, or has given them."""
+        """Keeps the values that Lightning has for the loggers or has already given them."""
         values = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith(prefix)}
         if values and trainer.is_global_zero:
             self._keep({"step": logged_step(trainer), "metrics": {**values, "epoch": trainer.current_epoch}})
@@ -112,7 +112,7 @@ class TrainingCurves(L.Callback):
         self._num_rows += 1
 
     def _kept(self) -> list[dict[str, Any]]:
-        """Give the rows behind the checkpoint and forget later ones, which are logged again."""
+        """Returns the rows before the checkpoint, and drops later ones, which will be logged again."""
         lines = self._file.read_text().splitlines()[: self._num_rows] if self._file.exists() else []
         with whole(self._file) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines))

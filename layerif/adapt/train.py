@@ -1,4 +1,4 @@
-"""Fine-tuning: the trainer's callbacks, which adapter is kept, and how a killed run carries on."""
+"""Fine-tuning: the trainer's callbacks, the choice of the adapter to keep, and carrying on after a killed run."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"  # a folder below the run's; the run removes it once its record stands
+CHECKPOINTS = "checkpoints"  # a folder below the run's; the run removes it once it has written its record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Settings of how long to train and which adapter to keep.
+    """Settings that say how long to train and which adapter to keep.
 
     Attributes:
-        keep: evaluate the `last` adapter, or the `best` one on the validation loss.
-        patience: stop after so many validations without improvement; None: never.
-        checkpoint_steps: save for a killed run every so many optimiser steps; None: at the end of every epoch.
+        keep: the `last` adapter is kept and evaluated, or the one with the `best` validation loss.
+        patience: the number of validations without improvement after which training stops; None: it never stops early.
+        checkpoint_steps: the number of optimiser steps between checkpoints; None: one at the end of every epoch.
     """
 
     keep: Literal["last", "best"] = "last"
@@ -46,7 +46,7 @@ class Fit:
         check_fields(self, "fit")
 
     def callbacks(self, checkpoints: Path) -> list[Callback]:
-        """Make the trainer's callbacks that stop early and save.
+        """Makes the trainer's callbacks that stop early and save.
 
         `last` is saved after everything that a validation changes, so that a resumed run knows of the best so far.
         """
@@ -73,7 +73,7 @@ def train(
     *,
     measure_validation: bool = False,
 ) -> Any:
-    """Fine-tune the adapter, carrying on where a killed run of the same job stopped in this folder.
+    """Fine-tunes the adapter, and carries on where a killed run of the same job stopped in this folder.
 
     Args:
         module: made, not yet fitted.
@@ -83,7 +83,7 @@ def train(
         make_trainer: makes the trainer with these callbacks.
         record: gets seconds, parameters and notes.
         folder: the run's; the adapter is saved in it.
-        measure_validation: put the validation loss of the kept adapter into the record.
+        measure_validation: puts the validation loss of the kept adapter into the record.
 
     Returns:
         The fine-tuned model on the trainer's device.
@@ -115,7 +115,7 @@ def train(
 
 
 def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:
-    """Run `trainer.fit`, and leave on Ctrl-C by KeyboardInterrupt as everything else does."""
+    """Runs `trainer.fit`, and turns its exit on Ctrl-C into the usual KeyboardInterrupt."""
     try:
         trainer.fit(module, datamodule=data)
     except SystemExit:
@@ -125,9 +125,9 @@ def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.Lightning
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Saves every so many steps; where a validation follows the step, after the validation.
+    """Saves after a number of steps, and after the validation where one follows the step.
 
-    From a checkpoint of the end of a batch, Lightning carries on behind the validation that was due then.
+    Lightning would skip that validation if it resumed from a checkpoint of the end of the batch.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
@@ -155,7 +155,7 @@ def _validation_loss(trainer: L.Trainer, module: AdapterModule, data: TaskDataMo
 
 
 def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
-    """Give the checkpoint of a killed run of the same job in this folder.
+    """Returns the checkpoint of a killed run of the same job in this folder; None where there is none.
 
     All processes of a run get the same answer, because none trains before all have asked.
     """
@@ -163,7 +163,7 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     if claim_folder(checkpoints, record.identity) and last.exists():
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
-            record.notes.append("wandb has this run anew, from its first step, beside the one that did not finish")
+            record.notes.append("wandb shows this run anew, from its first step, beside the one that did not finish")
         log.info("resuming from %s", last)
         return str(last)
     return None

@@ -17,7 +17,7 @@ from layerif.scores import SPREAD_NOISE, Kind, LayerScores, smooth
 Shift = Literal["min", "none"]
 Beta = Annotated[float, Ge(0), "0 gives every layer the same"]
 
-_TIE_NOISE = 1e-9  # of one expert; fractions that lie nearer differ by rounding alone
+_TIE_NOISE = 1e-9  # in experts; fractions that lie nearer differ by rounding alone
 
 
 def shares_of(values: list[float], beta: float, shift: Shift) -> list[Fraction]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from layerif.checks import check_choice, check_unique, is_number
 from layerif.scores import Kind
 
-BUDGET_TOLERANCE = 1e-6  # of a sparsity, as a fraction of all parameters
+BUDGET_TOLERANCE = 1e-6  # as a fraction of all parameters, for a sparsity
 
 
 @dataclass(frozen=True)

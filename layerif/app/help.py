@@ -16,7 +16,7 @@ _ELSEWHERE = ("--config", "-cd", "-cp", "-cn", "hydra.searchpath", "+hydra.searc
 
 
 def is_asked(arguments: Sequence[str]) -> bool:
-    """Returns True where the command line asks for help and names no other folder of YAMLs, which Hydra lists."""
+    """Returns True if the command line asks for help on our own YAMLs; Hydra lists those of another folder."""
     return bool({"--help", "-h"}.intersection(arguments)) and not any(map(_is_elsewhere, arguments))
 
 

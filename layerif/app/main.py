@@ -79,7 +79,7 @@ def _run(config: DictConfig) -> float | None:
 
 
 def _leave(error: Exception) -> NoReturn:
-    """Says in a sentence what a user caused; any other error is a defect and keeps its traceback."""
+    """Ends with one sentence on an error that a user caused; any other error is a defect and keeps its traceback."""
     from layerif.app.messages import explain, of_the_user
 
     cause = of_the_user(error)
@@ -90,7 +90,7 @@ def _leave(error: Exception) -> NoReturn:
 
 
 def _check_options() -> None:
-    """Answers a setting that is written as an option, which argparse would only call unrecognized."""
+    """Refuses a setting that is written as an option and says how to write it; argparse would only not recognise it."""
     from layerif.compat import hydra_options
 
     options = hydra_options()

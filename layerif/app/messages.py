@@ -1,7 +1,7 @@
-"""What a user is told of an error: what was wrong, what it got, what is allowed, what to do.
+"""Messages for errors that a user can mend: they say what was wrong, what was given, what is allowed, what to do.
 
-Hydra's own words are kept where they say that; its advice to force a key in with `+` never is. Nothing heavy is
-imported here: `layerif --help` must answer at once.
+A message keeps Hydra's own words where these say as much, but never its advice to force a key in with `+`. This module
+imports nothing heavy, because `layerif --help` must answer at once.
 """
 
 from __future__ import annotations
@@ -34,26 +34,34 @@ _NEEDS_EXTRA = {
     "hydra/launcher/ray": ("launcher=ray", "ray"),
     "hydra/sweeper/optuna": ("sweeper=optuna", "optuna"),
 }
-# Settings that are folders to write in.
+# Settings that name a folder which runs write to.
 _FOLDERS = ("outputs", "store", "hydra.run.dir", "hydra.sweep.dir")
-# What OmegaConf calls it -> how a user would write it.
+# OmegaConf's name of a type -> words for the values that it takes.
 _KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 def of_the_user(error: BaseException) -> BaseException | None:
-    """What a user can act on in an error; None for a defect of ours or of a library."""
+    """Returns the error that a user can act on; None for a defect of ours or of a library.
+
+    Hydra wraps what a class raises: the cause is returned, except for errors in Hydra's own settings.
+    """
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return error if "full_key: hydra." in str(error) else of_the_user(error.__cause__)
     if isinstance(error, HydraException | OmegaConfBaseException | OSError | yaml.YAMLError):
         return error
-    # A ValueError raised by our own code or Hydra's is written for the user; one of torch or numpy is a defect of ours.
+    # Our own code and Hydra's raise ValueError for the user to read; one that comes from torch or numpy is our defect.
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     ours = {PACKAGE, Path(str(hydra.__file__)).parent}
     return error if isinstance(error, ValueError) and ours.intersection(raised_in.parents) else None
 
 
 def explain(error: BaseException, overrides: list[str]) -> str:
-    """One message for what went wrong, with the nearest valid name where something was mistyped."""
+    """Returns one message that says what went wrong, with the nearest valid name where something was mistyped.
+
+    Args:
+        error: one that `of_the_user` returned.
+        overrides: the command line, as `key=value`.
+    """
     said = f"{error}\n{error.__cause__ or ''}"
     if isinstance(error, MissingConfigException):
         return _explain_missing(error, overrides)
@@ -83,7 +91,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
 
 
 def first_of(override: str) -> str:
-    """The override of a sweep's first job: of several values the first, of an interval its start."""
+    """Returns an override as the first job of a sweep gets it: with the first value, or the start of an interval."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_override(override)
@@ -104,16 +112,16 @@ def _explain_missing(error: MissingConfigException, overrides: list[str]) -> str
     if not group:
         return f"{_plain(str(error))} (a folder of your own is given by its absolute path: --config-path=/folder)"
     options = error.options or sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
-    wrong = f"{group}={choice} is no choice of the group {group!r}{did_you_mean(choice, options)}"
+    wrong = f"{group}={choice} is not a choice of the group {group!r}{did_you_mean(choice, options)}"
     return f"{_named_by(group, choice, overrides)}{wrong}; available: {', '.join(options)}"
 
 
 def _named_by(group: str, choice: str, overrides: list[str]) -> str:
-    """Which experiment names a choice that the command line does not."""
+    """Names the experiment that asks for a choice; empty where the command line itself asks for it."""
     given = _given(overrides)
     if "experiment" not in given or choice in re.split(r"[\[\],]", given.get(group, "")):
         return ""
-    return f"experiment={given['experiment']} names what there is not: "
+    return f"experiment={given['experiment']} names a choice that does not exist: "
 
 
 def _explain_unreadable(override: str) -> str:
@@ -126,21 +134,21 @@ def _quoted(key: str, value: str) -> str:
 
 
 def _explain_key(key: str, said: str, overrides: list[str]) -> str:
-    """A key that is not there: which part of it, what is there instead, and whether another choice has it."""
+    """Explains an unknown key: which part of it is unknown, which keys are there, and which other choice has it."""
     groups = sorted(file.name for file in conf_folder().iterdir() if file.is_dir())
-    if "defaults list" in said:  # an experiment overrides a group that is none
-        return f"{_plain(said)} {key!r} is no group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
+    if "defaults list" in said:  # an experiment overrides a group that does not exist
+        return f"{_plain(said)} {key!r} is not a group{did_you_mean(key, groups)}; groups: {', '.join(groups)}"
     if "not in 'Config'" in said and key in groups:
         return (
-            f"{key}={_given(overrides).get(key, '…')} sets {key!r}, which is no key of the configuration; "
+            f"{key}={_given(overrides).get(key, '…')} sets {key!r}, which is not a key of the configuration; "
             "the first line of its YAML must be: # @package _global_"
         )
-    # Of the overrides the choices alone: they say which keys there are, and the others may be wrong, too.
+    # The choices alone say which keys there are. The other overrides are left out, because they may be wrong, too.
     chosen = [first_of(override) for override in overrides if re.split("[@=]", override.lstrip("+"))[0] in groups]
     config = _composed("config", chosen) or _composed("config", [])
     node, missing = _walk(config, key)
     if not missing:
-        return f"not every job has the key {key!r}: sweep those that have none of it by themselves"
+        return f"not every job has the key {key!r}; sweep the jobs without it by themselves"
     parent = missing.rpartition(".")[0]
     name, group = missing.rpartition(".")[2], parent.removeprefix("hydra.").partition(".")[0]
     keys = [each for each in map(str, node) if each != "hydra" and not re.fullmatch(r"_\w+_", each)]
@@ -155,7 +163,7 @@ def _explain_key(key: str, said: str, overrides: list[str]) -> str:
 
 
 def _composed(name: str, overrides: list[str]) -> dict[str, Any]:
-    """A YAML of `conf/` with these choices, nothing resolved; empty where that cannot be composed."""
+    """Composes a YAML of `conf/` with these choices and resolves nothing; empty where it cannot be composed."""
     from hydra import compose, initialize_config_dir
 
     try:
@@ -168,7 +176,7 @@ def _composed(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _walk(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The deepest part of the key that is there, and the path of the next one, which is not; empty if all of it is."""
+    """Returns the node at the deepest known part of the key, and the path of the first unknown part, if any."""
     node, path = config, key.split(".")
     for depth, part in enumerate(path, 1):
         if part not in node:
@@ -182,5 +190,5 @@ def _given(overrides: list[str]) -> dict[str, str]:
 
 
 def _plain(said: str) -> str:
-    """Hydra's first paragraph in a line, without its advice to force a key in."""
+    """Returns Hydra's first paragraph in one line, without its advice to force a key in."""
     return " ".join(said.split("\n\n")[0].split("To append to your config")[0].split())

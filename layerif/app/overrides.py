@@ -1,4 +1,4 @@
-"""The command line's overrides, as Hydra is to see them."""
+"""The command line's overrides in the form that Hydra gets."""
 
 from __future__ import annotations
 

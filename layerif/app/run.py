@@ -1,4 +1,4 @@
-"""One run: make the objects of the configuration, check them, let the method work, write the record."""
+"""One run: makes the objects of the configuration, checks them, lets the method work, and writes the record."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig) -> float | None:
-    """Run one composed configuration in Hydra's folder, unless that folder holds the same job's record already.
+    """Runs one composed configuration in Hydra's folder, unless that folder holds the same job's record already.
+
+    Args:
+        config: the composed configuration.
 
     Returns:
         The figure that `objective` names, for a sweeper that searches; None where it names none.
 
     Raises:
-        ValueError: for everything that a user can mend, before any work where that is possible.
+        ValueError: the user can mend it. It is raised before any work where that is possible.
     """
     check(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -62,7 +65,7 @@ def run(config: DictConfig) -> float | None:
     before = _record_in(folder)
     is_same = before is not None and before.identity == record.identity
     if before is not None and is_same and config.rerun is not True and not (folder / FAILURE).exists():
-        log.info("already done, nothing to run again (rerun=true would): %s", folder / FILE)
+        log.info("already done and not run again (rerun=true would run it): %s", folder / FILE)
         return before.objective
     _check_method(setup)
     if before is not None and not is_same and rank_zero_only.rank == 0:
@@ -72,7 +75,7 @@ def run(config: DictConfig) -> float | None:
         with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.decider.store.files):
             _execute(setup, record, folder)
     except KeyboardInterrupt:
-        if not is_swept():  # a sweep finds the folders of its jobs by itself
+        if not is_swept():  # the jobs of a sweep find their folders again by themselves
             print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
             sys.exit(130)
         raise
@@ -81,16 +84,16 @@ def run(config: DictConfig) -> float | None:
     record.measurements = setup.decider.store.taken
     record.memory_gb = _peak_memory()
     file = record.write(folder)
-    for name in (CHECKPOINTS, BLOCKS):  # they were for a run killed before its record stood
+    for name in (CHECKPOINTS, BLOCKS):  # only a run that was killed before it wrote its record needs them
         shutil.rmtree(folder / name, ignore_errors=True)
-    if record.decision:  # a method that decides nothing has said what it found
+    if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)
     log.info("record: %s", file)
     return record.objective
 
 
 def preview(setup: Setup, folder: Path) -> None:
-    """Print everything that can be said without weights: the sizes, one sample, whether the budget can be met."""
+    """Prints all that is known without weights: the sizes, one sample, and the allocation that the budget permits."""
     config, splits, template = setup.config, setup.splits, setup.task.template
     probe, everything = setup.decider.probe, setup.decider.layers()
     skeleton = setup.model.skeleton(with_adapter=probe.parameters == "lora")
@@ -111,7 +114,7 @@ def preview(setup: Setup, folder: Path) -> None:
         "allocation": f"{allocation.kind}, budget {allocation.budget} over {len(layers.names)} layers; "
         f"equal scores would give {list(allocation.values)}",
     }
-    # Settings of the trainer and of what is kept are checked by making them.
+    # Making the trainer and the loggers checks their settings.
     setup.trainer(setup.fit.callbacks(folder / CHECKPOINTS), folder)
     lines |= setup.method.preview(setup)
     lines["first sample"] = repr(prompt_text(example, template) + output_text(example.output, template))
@@ -121,18 +124,18 @@ def preview(setup: Setup, folder: Path) -> None:
 
 
 def _prepare_process(config: DictConfig) -> None:
-    """Seed the process, and quieten the libraries that say too much."""
+    """Seeds the process, and quietens libraries that print too much."""
     L.seed_everything(config.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     _quieten_hub()
     if rank_zero_only.rank > 0:
         logging.getLogger("layerif").setLevel(logging.WARNING)
-    if not sys.stderr.isatty():  # a log file wants no bars
+    if not sys.stderr.isatty():  # progress bars do not belong in a log file
         transformers.utils.logging.disable_progress_bar()
 
 
 def _check_method(setup: Setup) -> None:
-    """Refuse before any measurement a method that cannot do its work, or cannot give what a search asks for."""
+    """Refuses, before any measurement, a method that cannot work or cannot give the figure that a search needs."""
     setup.method.check(setup)
     if setup.config.get("objective") == "validation/loss" and not setup.method.fine_tunes:
         raise ValueError(
@@ -162,11 +165,11 @@ class _FirstTime(logging.Filter):
         return is_first
 
 
-_FIRST_TIME = _FirstTime()  # one for the process, because a sweep has many runs in it
+_FIRST_TIME = _FirstTime()  # one for the whole process, because a sweep has many runs in it
 
 
 def _quieten_hub() -> None:
-    """Let the hub's client say things once: it says them by a handler of its own and the root's, at every attempt."""
+    """Makes the hub's client print each message once; it has a handler beside the root's and repeats every attempt."""
     logging.getLogger("huggingface_hub").propagate = False
     logging.getLogger("huggingface_hub.utils._http").addFilter(_FIRST_TIME)
 
@@ -183,7 +186,7 @@ def _record_in(folder: Path) -> RunRecord | None:
 
 @contextmanager
 def _noting_warnings(notes: list[str]) -> Iterator[None]:
-    """Keep the warnings of layerif for the record; all warnings are shown as before."""
+    """Adds the warnings of layerif to the notes of the record; all warnings are shown as before."""
     show = warnings.showwarning
 
     def note_and_show(message: Any, category: Any, filename: str, *rest: Any) -> None:
@@ -192,13 +195,13 @@ def _noting_warnings(notes: list[str]) -> Iterator[None]:
         show(message, category, filename, *rest)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.")  # about workers and logging steps: nothing to act on
+        warnings.filterwarnings("ignore", module=r"lightning\.")  # workers, logging steps
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         warnings.showwarning = note_and_show
         yield
 
 
 def _peak_memory() -> float:
-    """Give the most gigabytes that this process has held in main memory."""
+    """Returns the peak of the main memory of this process in gigabytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

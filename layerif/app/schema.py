@@ -26,7 +26,7 @@ from layerif.files import conf_folder
 
 @dataclass
 class Config:
-    """Root keys. Groups are untyped here: the signature of each `_target_` is its schema (`check`)."""
+    """The root keys. Groups are untyped here, because the signature of each `_target_` is its schema, see `check`."""
 
     model: Any = MISSING
     task: Any = MISSING
@@ -53,7 +53,7 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
+    """Makes the schema and the resolvers known to Hydra; calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=Config)
     register_resolvers()
 
@@ -66,7 +66,7 @@ _CHOICES = {
 
 
 def from_conf(choice: str, *overrides: str) -> Any:
-    """The object behind one choice, for use from Python: `from_conf("model=local", "model.path=/folder")`."""
+    """Returns the object behind one choice, for use from Python: `from_conf("model=local", "model.path=/folder")`."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
@@ -80,9 +80,13 @@ def from_conf(choice: str, *overrides: str) -> Any:
 
 
 def check(config: DictConfig) -> None:
-    """Bind every `_target_` of the resolved configuration to its signature.
+    """Binds every `_target_` of the resolved configuration to its signature.
 
-    Raises ValueError naming the key, what was given, what is allowed and the nearest valid name.
+    Args:
+        config: the composed configuration.
+
+    Raises:
+        ValueError: names the key, its value, the values that are allowed and the nearest valid name.
     """
     check_root(config)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -90,8 +94,8 @@ def check(config: DictConfig) -> None:
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     if plain.get("small") and choices.get("experiment") == choices.get("arm") == "none":
         raise ValueError(
-            "small=true is the small variant of an experiment, and none is chosen: it would change nothing; "
-            "name one (experiment=table1_experts_mistral, say), or leave it out"
+            "small=true chooses the small variant of an experiment, but no experiment is chosen, so it would change "
+            "nothing; name one (experiment=table1_experts_mistral, say), or leave it out"
         )
     if "size" in choices:
         check_size(small=bool(plain.get("small")), size=choices["size"])
@@ -112,7 +116,7 @@ def check(config: DictConfig) -> None:
 
 
 def check_size(*, small: bool, size: str) -> None:
-    """Refuses the root key `small` where it says something else than the group `size`, whose files make the variant.
+    """Refuses a root key `small` that contradicts the group `size`, whose files make the small variant.
 
     Raises:
         ValueError: the two disagree.
@@ -122,7 +126,11 @@ def check_size(*, small: bool, size: str) -> None:
 
 
 def check_root(config: DictConfig) -> None:
-    """What can be said of a sweep before its first job: root keys by themselves. Raises ValueError as `check` does."""
+    """Checks the root keys by themselves, which a sweep can do before its first job.
+
+    Raises:
+        ValueError: as from `check`.
+    """
     allowed = [field.name for field in dataclasses.fields(Config)]
     for key in map(str, config):
         if key not in (*allowed, "hydra"):
@@ -163,15 +171,19 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
             )
     try:
         hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
-    except NameError:  # annotations of another library that only a type checker can resolve
+    except NameError:  # another library has annotations that only a type checker can resolve
         return
     for key, value in given.items():
-        if key in hints and not (isinstance(value, dict) and "_target_" in value):  # those are bound on their own
+        if key in hints and not (isinstance(value, dict) and "_target_" in value):  # these nodes are bound on their own
             _check_value(f"{path}.{key}", value, hints[key])
 
 
 def _check_value(path: str, value: Any, hint: Any) -> None:
-    """As JSON, strictly: what is checked is what is used, and "no" is no truth value; an int is also a float."""
+    """Refuses a value that does not fit its annotation.
+
+    The value is checked strictly, as JSON, so that it is used just as it was checked: "no" is a text and not false, and
+    a whole number is also a float.
+    """
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     if value == MISSING:
@@ -191,7 +203,7 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{path}={value!r} is not allowed; allowed: {allowed}{in_list}") from error
 
 
-# What pydantic calls it -> how a user would write it; of choices and null is said elsewhere.
+# Pydantic's name of an error -> words for the values that are allowed. Choices and null are added by `_check_value`.
 _KINDS = {
     "bool_type": "true or false",
     "int_type": "a whole number",

@@ -25,7 +25,7 @@ from layerif.models.blocks import context_length
 from layerif.models.pretrained import Pretrained
 from layerif.probe.store import Store
 
-# Settings that may be the path of a file; a file of other content makes another job.
+# Settings that may be the path of a file. If the file's content changes, it is another job.
 _FILES = ("method.allocation", "method.calibration.text", "evaluation.text")
 
 
@@ -74,7 +74,7 @@ class Setup:
             self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest, score_task=score_task)
 
     def inputs(self) -> dict[str, str]:
-        """Hash the content that the configuration only names: other content makes another job."""
+        """Hashes the content that the configuration only names, because other content makes another job."""
         hashes = {"rows": self.splits.fingerprint, **self.model.inputs(), **self.decider.inputs()}
         if self.scored is not self.splits:
             hashes["score_task"] = self.scored.fingerprint
@@ -85,24 +85,24 @@ class Setup:
         return hashes
 
     def datamodule(self) -> TaskDataModule:
-        """Make the batches of the task for fine-tuning."""
+        """Makes the batches of the task for fine-tuning."""
         return instantiate(self.config.data)(self.splits, self.tokenizer)
 
     @cached_property
     def loggers(self) -> list[Logger]:
-        """Every logger that the configuration names, the same objects for all trainers of the run."""
+        """The loggers that the configuration names; all trainers of the run share them."""
         return [instantiate(logger) for logger in self.config.logger.values()]
 
     def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
-        """Make a trainer that works in this folder.
+        """Makes a trainer that works in this folder.
 
         Args:
-            callbacks: without any, nothing is logged either.
+            callbacks: of the trainer. Without any, nothing is logged either.
             folder: the run's.
             **overrides: settings of the trainer that a method fixes.
 
         Raises:
-            ValueError: for settings that Lightning refuses.
+            ValueError: Lightning refuses the settings.
         """
         logger = self.loggers if callbacks else False
         try:
@@ -122,7 +122,7 @@ class Setup:
 
 
 def check_spent(method: Method, given: str) -> None:
-    """Refuse a method that cannot spend the kind of allocation that the allocator gives (experts, rank, sparsity)."""
+    """Refuses a method that cannot spend the kind of allocation that the allocator gives (experts, rank, sparsity)."""
     if method.allocates in (None, given):
         return
     kinds = {file.stem: _method_class(file).allocates for file in sorted((conf_folder() / "method").glob("*.yaml"))}
@@ -135,15 +135,15 @@ def check_spent(method: Method, given: str) -> None:
 
 
 def check_unseen(scored: Splits, splits: Splits) -> None:
-    """Refuse scores of rows that are evaluated; within one task, the task's own `load` refuses them."""
+    """Refuses scores of rows that are evaluated; within one task, the task's own `load` refuses them."""
     if scored is splits:
         return
     asked = {example.question for example in splits.test}
     seen = sum(example.question in asked for example in (*scored.train, *scored.validation))
     if seen:
         raise ValueError(
-            f"{seen} train or validation rows of score_task ask what test rows of the task ask, so the scores would "
-            "see what they are judged by; name another score_task, or null for the task's own rows"
+            f"{seen} train or validation rows of score_task ask the same as test rows of the task, so the scores would "
+            "see the answers that they are judged by; name another score_task, or null for the task's own rows"
         )
 
 

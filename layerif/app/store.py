@@ -1,7 +1,7 @@
-"""`layerif-store`: what the store holds, how large it is, and clearing it.
+"""`layerif-store`: lists the entries of the store with their sizes, and clears them.
 
-Everything one folder below the store counts as an entry if its name is a key (measurements) or ends in the hash of
-what it was made from (converted models); nothing else is ever removed.
+Files and folders one level below the store are entries if they are named by a key (measurements) or if their name ends
+in the hash of their source (converted models). Nothing else is ever removed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,18 @@ _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 @dataclass(kw_only=True)
 class Entry:
-    """One measurement or converted model, with what belongs to it on disk.
+    """One measurement or converted model, with its files.
 
-    name: the key, or the model's folder. path: None where only leftovers are there. leftovers: temporary files of
-    writes that did not end (or, while the lock is held, have not yet). header: the file's own account of itself.
+    Attributes:
+        kind: the folder that it lies in.
+        name: the key of a measurement, or the folder of a model.
+        folder: the path of the folder of its kind.
+        path: None where only leftovers exist.
+        leftovers: temporary files of writes that did not end. While the lock is held, they may still end.
+        in_use: a process holds its lock.
+        header: the description that the file holds of itself.
+        samples: the number of train and of validation samples that were measured.
+        problem: a reason why the file is of no use; empty where there is none.
     """
 
     kind: str
@@ -53,25 +61,28 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The hash in the name, as long as it is shown."""
+        """The start of the hash in its name, as the list shows it."""
         return (self.name if re.fullmatch(_KEY, self.name) else self.name.rpartition("-")[2])[:12]
 
     @property
     def model(self) -> str:
-        """What was measured or converted."""
+        """The name of the model that was measured or converted."""
         named = self.header.get("about", {}).get("model", "") if re.fullmatch(_KEY, self.name) else self.name
         return re.sub(r"-[0-9a-f]{12}$", "", named)
 
     @property
     def lock(self) -> Path:
+        """The path of its lock."""
         return self.folder / f"{self.name}.lock"
 
     @property
     def files(self) -> list[Path]:
+        """The paths of its file or folder and of its leftovers."""
         return [*([self.path] if self.path else []), *self.leftovers]
 
     @property
     def size(self) -> int:
+        """Bytes of all its files."""
         return sum(map(_size, self.files))
 
     @property
@@ -81,7 +92,7 @@ class Entry:
         return time.time() - max(written, default=time.time())
 
     def state(self) -> str:
-        """What there is to say of it."""
+        """Returns remarks on it in words; empty for a whole and current entry."""
         if self.in_use:
             return "in use" if self.path else "being made now"
         if self.path is None:
@@ -89,14 +100,15 @@ class Entry:
             return "unfinished: its job died" + ("; the next one carries on" if carried_on else "")
         said = [self.problem] if self.problem else []
         said += [
-            f"written by {what} version {written}, unused now"
+            f"written by {what} version {written}, not used any more"
             for what, written in self._written_by().items()
             if written != str(VERSIONS[what])
         ]
-        said += ["beside it an unfinished write"] if self.leftovers else []
+        said += ["an unfinished write lies beside it"] if self.leftovers else []
         return "; ".join(said)
 
     def is_unused(self) -> bool:
+        """Returns True if no run would read it again: another version wrote it, or it cannot be read."""
         return bool(self.problem) or any(written != str(VERSIONS[what]) for what, written in self._written_by().items())
 
     def _written_by(self) -> dict[str, str]:
@@ -108,6 +120,7 @@ class Entry:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; None takes the arguments from the command line."""
     given = _parser().parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=160)  # a file has no width
     try:
@@ -124,9 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def entries(store: Path) -> tuple[list[Entry], int]:
-    """All entries, the largest kinds together and the newest first, and the bytes of files that are none of ours."""
+    """Finds all entries of a store.
+
+    Returns:
+        The entries by kind, the newest of each kind first, and the bytes of all other files.
+
+    Raises:
+        ValueError: the store is not a folder.
+    """
     if not store.is_dir():
-        raise ValueError(f"{str(store)!r} is no folder; give the store with --store=FOLDER (runs set it with store=…)")
+        raise ValueError(f"{str(store)!r} is not a folder; give the store with --store=FOLDER (store=… of a run)")
     found: dict[tuple[str, str], Entry] = {}
     folders = [folder for folder in store.iterdir() if folder.is_dir()]
     other = sum(_size(path) for path in store.iterdir() if not path.is_dir())
@@ -149,10 +169,10 @@ def entries(store: Path) -> tuple[list[Entry], int]:
 
 
 def _no_store(folder: Path, other: int) -> str:
-    """Of a folder that holds files, and none of a store: perhaps one beside or below it was meant."""
+    """Writes the message for a folder without entries; a store beside or below it may have been meant."""
     near = [path for path in (*sorted(folder.iterdir()), folder.absolute().parent) if _is_store(path)]
     meant = f" (did you mean --store={near[0]}?)" if near else "; give the folder that runs had as store=…"
-    return f"{folder} holds no measurements, but {_bytes(other)} of other files; it is no store{meant}"
+    return f"{folder} holds no measurements, but {_bytes(other)} of other files; it is not a store{meant}"
 
 
 def _is_store(folder: Path) -> bool:
@@ -160,7 +180,7 @@ def _is_store(folder: Path) -> bool:
 
 
 def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> None:
-    """The entries and their sizes as a table."""
+    """Prints the entries and their sizes as a table."""
     listed = [entry for entry in found if entry.files or entry.in_use]  # a lock that nobody holds is an empty file
     if not listed:
         console.print(f"{store} holds nothing", highlight=False, markup=False)
@@ -186,7 +206,11 @@ def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> N
 
 
 def clear(chosen: Iterable[Entry], *, only_leftovers: bool = False) -> Iterator[tuple[Entry, int | None]]:
-    """Remove entries, each under its lock; with each comes the number of bytes freed, None for one that is in use."""
+    """Removes entries, each under its lock.
+
+    Yields:
+        Each entry with the bytes that were freed; None for an entry that is in use and stays.
+    """
     for entry in chosen:
         files = entry.leftovers if only_leftovers else entry.files
         size = sum(map(_size, files))
@@ -199,7 +223,8 @@ def clear(chosen: Iterable[Entry], *, only_leftovers: bool = False) -> Iterator[
         try:
             for file in files:
                 shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-            entry.lock.unlink(missing_ok=True)  # last, and held: who waits for it finds it gone and makes its own
+            # The lock goes last, while it is held: a process that waits for it finds it gone and makes its own.
+            entry.lock.unlink(missing_ok=True)
         finally:
             lock.release()
         yield entry, size
@@ -221,7 +246,7 @@ def _clear(given: argparse.Namespace, found: Sequence[Entry], console: Console) 
     console.print(f"{_bytes(sum(size for _, size in removed))} freed", highlight=False)
     kept = [entry.name for entry, size in freed if size is None]
     if kept:
-        raise ValueError(f"{len(kept)} in use by a running job and left alone: {', '.join(kept)}; try again after it")
+        raise ValueError(f"{len(kept)} in use by a running job and left alone: {', '.join(kept)}; try again later")
 
 
 def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
@@ -241,7 +266,7 @@ def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
         return [entry for entry in found if entry.files and entry.age > given.older_than]
     if given.unused:
         return [entry for entry in found if entry.is_unused()]
-    if given.incomplete:  # an entry being made holds its lock, and is left alone for that
+    if given.incomplete:  # an entry that is being made holds its lock, so it is left alone
         return [entry for entry in found if entry.leftovers or not (entry.files or entry.in_use)]
     return list(found)
 
@@ -251,7 +276,7 @@ def _is_called(entry: Entry, key: str) -> bool:
 
 
 def _describe(entry: Entry) -> None:
-    """What a file says of itself, without reading its tensors."""
+    """Reads the description that a file holds of itself, but none of its tensors."""
     from safetensors import SafetensorError, safe_open
 
     if entry.path is None or entry.path.is_dir():
@@ -266,7 +291,7 @@ def _describe(entry: Entry) -> None:
         texts = {name: json.loads(header.get(name, "{}")) for name in ("description", "about")}
         entry.header = {"version": header.get("version", "1"), **texts}
     except (SafetensorError, OSError, ValueError, StopIteration):
-        entry.problem = "unreadable, would be computed anew"
+        entry.problem = "cannot be read and would be computed anew"
 
 
 def _is_held(lock: Path) -> bool:
@@ -303,23 +328,27 @@ def _time(seconds: float) -> str:
 def _duration(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age; give a number and m, h, d or w, such as 30d")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age; give a number and m, h, d or w, such as 30d")
     return float(found[1]) * _SECONDS[found[2]]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="layerif-store", description="List and clear the store of measurements.")
     parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="its folder (outputs/store)")
-    after = argparse.ArgumentParser(add_help=False)  # the same, where it is given after the command
+    after = argparse.ArgumentParser(add_help=False)  # so that --store may also stand after the command
     after.add_argument("--store", type=Path, default=argparse.SUPPRESS, help="its folder (outputs/store)")
     commands = parser.add_subparsers(dest="command", title="commands")
-    commands.add_parser("list", parents=[after], help="entries and sizes; what is done without a command")
+    commands.add_parser("list", parents=[after], help="list the entries and their sizes (the default)")
     clearing = commands.add_parser("clear", parents=[after], help="remove entries that no running job uses")
-    clearing.add_argument("keys", nargs="*", metavar="KEY", help="entries whose key starts so")
-    clearing.add_argument("--all", action="store_true", help="everything, converted models included")
-    clearing.add_argument("--older-than", type=_duration, metavar="AGE", help="written longer ago, such as 30d or 12h")
-    clearing.add_argument("--unused", action="store_true", help="written by another version, or unreadable")
-    clearing.add_argument("--incomplete", action="store_true", help="only what jobs left that died while writing")
+    clearing.add_argument("keys", nargs="*", metavar="KEY", help="entries whose key starts with this")
+    clearing.add_argument("--all", action="store_true", help="all entries, converted models included")
+    clearing.add_argument(
+        "--older-than", type=_duration, metavar="AGE", help="entries older than this, such as 30d or 12h"
+    )
+    clearing.add_argument("--unused", action="store_true", help="entries of other versions or that cannot be read")
+    clearing.add_argument(
+        "--incomplete", action="store_true", help="only the leftovers of jobs that died while writing"
+    )
     clearing.add_argument("--dry-run", action="store_true", help="say what would be removed")
     return parser
 

@@ -1,8 +1,8 @@
-"""What a sweep is more than its jobs: a failing one loses nothing of the others', and at the end there is a balance.
+"""Sweeps: a job that fails does not stop the others, and a balance of all jobs is printed at the end.
 
-A job's folder says what became of it (`record.json`, `failure.json`), so that the balance is the same whichever
-launcher ran the jobs, and a sweep that was stopped carries on. Nothing heavy is imported here: `layerif --help` must
-answer at once.
+Each job leaves its outcome in its folder (`record.json` or `failure.json`). The balance is read from there, so it does
+not depend on the launcher, and a sweep that was stopped carries on. This module imports nothing heavy, because
+`layerif --help` must answer at once.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ log = logging.getLogger(__name__)
 
 
 class Sweep(Callback):
-    """Told by Hydra that a sweep begins: where its jobs will leave their folders, and since when.
+    """Hydra's callback for the start of a sweep, which keeps the sweep's folder and the time of its start.
 
-    running: the sweep of this process. Hydra says nothing when a sweep ends by an error; its balance is therefore drawn
-    by whoever started it, and not in `on_multirun_end`.
+    Hydra calls nothing when a sweep ends by an error. The command line therefore draws the balance itself, and
+    `on_multirun_end` does not.
+
+    Attributes:
+        running: the sweep of this process; None where there is none.
+        folder: the jobs' folders lie below it.
+        since: the start, in nanoseconds by the clock of the folder's disk.
     """
 
     running: ClassVar[Sweep | None] = None
@@ -53,24 +58,28 @@ class Sweep(Callback):
         try:
             check_root(config)
             check_launcher(config.hydra.launcher)
-        except ValueError as error:  # which Hydra would make a warning
+        except ValueError as error:  # Hydra would turn it into a warning
             print(f"layerif: {error}", file=sys.stderr)
             sys.exit(1)
         if config.dry_run:
             return
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder) as mark:  # by the clock of the disk that the jobs write to
+        with tempfile.NamedTemporaryFile(dir=self.folder) as mark:  # the jobs' files are dated by this disk's clock
             self.since = os.stat(mark.name).st_mtime_ns
         Sweep.running = self
 
     def balance(self) -> Balance:
-        """Of the jobs that this sweep has started so far."""
+        """Returns the balance of the jobs that this sweep has started so far."""
         return balance(self.folder, self.since)
 
 
 def check_launcher(launcher: DictConfig) -> None:
-    """What a launcher's own error would not say. Raises ValueError."""
+    """Refuses a launcher that cannot work here, where its own error would not say why.
+
+    Raises:
+        ValueError: the launcher would run no job, or it needs Slurm and there is none.
+    """
     if launcher.get("n_jobs") == 0:
         raise ValueError(
             "hydra.launcher.n_jobs=0 is not allowed; allowed: 1 or more at once, or -1 for as many as there are cores"
@@ -83,21 +92,30 @@ def check_launcher(launcher: DictConfig) -> None:
 
 
 def is_swept() -> bool:
-    """Whether the job at hand is one of a sweep."""
+    """Returns True if the current job is one of a sweep."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def attempt(run: Callable[[DictConfig], float | None], config: DictConfig) -> float | None:
-    """One job of a sweep: what goes wrong becomes its `failure.json`, and memory is free again when it ends.
+    """Runs one job of a sweep, turns its error into `failure.json`, and frees its memory.
 
-    A job that failed before as it is now, tracked as it is now, is not tried again unless `rerun` asks for it. Raises
-    ValueError where somebody waits for an answer that the job cannot give: a sweeper that searches, or the user of a
-    dry run.
+    A job that failed before with the same settings and the same logger is not tried again unless `rerun` asks for it.
+
+    Args:
+        run: does the work of a job and returns its objective.
+        config: of the job.
+
+    Returns:
+        What `run` returns; None where the job failed.
+
+    Raises:
+        ValueError: the job failed and somebody waits for its answer: a sweeper that searches, or the user of a dry
+            run.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     said = _failed_before(config, folder)
     if said:
-        log.error("failed before, not run again (rerun=failed would): %s", said)
+        log.error("failed before and not run again (rerun=failed would run it): %s", said)
     else:
         try:
             return _in_own_process(config, folder) if _needs_own_process(config) else run(config)
@@ -112,7 +130,7 @@ def attempt(run: Callable[[DictConfig], float | None], config: DictConfig) -> fl
 
 
 def note(error: Exception, config: DictConfig, folder: Path) -> str:
-    """Write the failure of the job of `folder`, once for all of its processes, and give its error in a line."""
+    """Writes the failure of a job into its folder, once for all of its processes, and returns the error in one line."""
     overrides = list(HydraConfig.get().overrides.task)
     cause = of_the_user(error)
     said = explain(cause, overrides) if cause else f"{type(error).__name__}: {error}"
@@ -136,7 +154,7 @@ def note(error: Exception, config: DictConfig, folder: Path) -> str:
 
 
 def free_memory() -> None:
-    """Give back what a job's model took: Lightning's objects refer to one another, and torch keeps what it had."""
+    """Frees the memory of a job's model: Lightning's objects refer to one another, and torch keeps what it had."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
@@ -145,9 +163,15 @@ def free_memory() -> None:
 
 @dataclass(kw_only=True)
 class Balance:
-    """Of a sweep's jobs, each called by what sets it apart. failed, failed_before: with their errors. unfinished:
-    killed, or still at work. measurements: what those that were run now asked of the store, see
-    `layerif.probe.store.Store`.
+    """The outcome of a sweep's jobs. A job is called by the overrides that not all jobs share.
+
+    Attributes:
+        run: jobs that were run now.
+        already_done: jobs that had been run before.
+        failed: the error of each job that failed now.
+        failed_before: the error of each job that failed before and was not tried again.
+        unfinished: jobs that were killed or are still at work.
+        measurements: the requests of the jobs in `run` to the store, see `layerif.probe.store.Store`.
     """
 
     run: list[str] = field(default_factory=list)
@@ -158,11 +182,12 @@ class Balance:
     measurements: list[dict[str, Any]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        """Whether there is any job to speak of."""
+        """Returns True if there is any job to report."""
         return any((self.run, self.already_done, self.failed, self.failed_before, self.unfinished))
 
     @property
     def is_clean(self) -> bool:
+        """Returns True if every job is done."""
         return not (self.failed or self.failed_before or self.unfinished)
 
     def __str__(self) -> str:
@@ -184,7 +209,12 @@ class Balance:
 
 
 def balance(folder: Path, since: int) -> Balance:
-    """What became of the jobs below `folder` that Hydra started since then (nanoseconds by its file system)."""
+    """Reads the outcome of every job below `folder` that Hydra started since then.
+
+    Args:
+        folder: of the sweep.
+        since: nanoseconds by the clock of the folder's disk.
+    """
     found = Balance()
     started = [file for file in sorted(folder.rglob(".hydra/overrides.yaml")) if _written(file) >= since]
     overrides = {file.parents[1]: list(map(str, OmegaConf.load(file))) for file in started}
@@ -224,7 +254,7 @@ def _time(seconds: float) -> str:
 
 
 def _written(file: Path) -> int:
-    """When, in nanoseconds; 0 for a file that is not there."""
+    """Returns the time when a file was written, in nanoseconds; 0 for a file that does not exist."""
     try:
         return file.stat().st_mtime_ns
     except FileNotFoundError:
@@ -232,7 +262,7 @@ def _written(file: Path) -> int:
 
 
 def _failed_before(config: DictConfig, folder: Path) -> str:
-    """The error of this very job in this folder, empty where there is none or it is to be tried again."""
+    """Returns the error that this same job left in this folder; empty if there is none or the job is to run again."""
     if config.rerun is not False or not (folder / FAILURE).exists():
         return ""
     try:
@@ -246,28 +276,28 @@ def _failed_before(config: DictConfig, folder: Path) -> str:
 
 
 class _Reported(Exception):
-    """Of a job whose own process has written down why it failed."""
+    """The failure of a job that ran in its own process, which has written it down already."""
 
 
 def _needs_own_process(config: DictConfig) -> bool:
-    """Whether Lightning would start further processes by the command line of this one, which is the whole sweep's."""
+    """Returns True if Lightning would start more processes with this command line, which is the whole sweep's."""
     devices = OmegaConf.select(config, "trainer.devices", default=1)
     is_alone = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
     if is_alone:
         return False
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    return not SLURMEnvironment.detect()  # it has started them already
+    return not SLURMEnvironment.detect()  # Slurm has started them already
 
 
 def _in_own_process(config: DictConfig, folder: Path) -> float | None:
-    """The same job as a single run in the same folder."""
+    """Runs the job as a single run in a process of its own, in the same folder."""
     hydra = HydraConfig.get()
     conf = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
     command = [sys.executable, "-m", "layerif", "--config-path", conf, "--config-name", hydra.job.config_name]
-    # Without what `__main__` sets for Hydra, which there would ask for the traceback of a user's error.
+    # The command line sets this variable for Hydra. In the new process it would ask for tracebacks of users' errors.
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    # An experiment may say that it is a sweep; this job is one run.
+    # The experiment may ask for a sweep, but this job is one run.
     command += [*hydra.overrides.task, "hydra.mode=RUN", f"hydra.run.dir='{folder}'"]
     code = subprocess.run(command, env=environment).returncode
     if code == 130:
@@ -276,7 +306,7 @@ def _in_own_process(config: DictConfig, folder: Path) -> float | None:
         return RunRecord.read(folder).objective if (folder / FILE).exists() else None
     if (folder / FAILURE).exists():
         raise _Reported(Failure.read(folder).error)
-    raise RuntimeError(f"the job's processes ended with {code}; what they said is above")
+    raise RuntimeError(f"the job's processes ended with {code}; their messages are above")
 
 
 def _is_first_process() -> bool:

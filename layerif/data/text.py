@@ -13,7 +13,7 @@ from layerif.checks import did_you_mean
 
 NAMED = ("documentation", "wikitext2", "c4")
 
-_NUM_C4_DOCUMENTS = 1100  # of the first validation file, on which perplexities on C4 are usually measured
+_NUM_C4_DOCUMENTS = 1100  # perplexities on C4 are usually measured on these, from the first validation file
 
 
 def text(name: str, part: Literal["calibration", "test"]) -> str:

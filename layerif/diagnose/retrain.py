@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """AdamW without weight decay at a constant learning rate, `steps` batches of `batch_size` rows, LoRA of rank `r`
-    with α = 2r."""
+    with α = 2r.
+    """
 
     steps: int
     batch_size: int

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 class Metric(Protocol):
     """The two functions of a metric's file."""
 
-    def check(self, settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None: ...
+    def check(self, settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
+        """Refuses, before any weights are loaded, settings and questions that it cannot measure."""
+        ...
 
-    def run(self, settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured: ...
+    def run(self, settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
+        """Measures the model on the questions."""
+        ...
 
 
 METRICS: Mapping[str, Metric] = {

@@ -74,10 +74,12 @@ class GenerationAccuracy:
 
     @property
     def accuracy(self) -> float:
+        """The fraction of right answers."""
         return sum(answer.correct for answer in self.answers) / len(self.answers)
 
     @property
     def num_unparsable(self) -> int:
+        """The number of answers that cannot be parsed."""
         return sum(answer.parsed is None for answer in self.answers)
 
     def metrics(self) -> dict[str, float]:

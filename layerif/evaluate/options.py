@@ -86,10 +86,12 @@ class OptionAccuracy:
 
     @property
     def accuracy(self) -> float:
+        """The fraction of questions whose right option has the highest likelihood."""
         return sum(answer.correct for answer in self.answers) / len(self.answers)
 
     @property
     def accuracy_per_token(self) -> float:
+        """The fraction of questions whose right option has the highest likelihood per token."""
         return sum(answer.choice_per_token == answer.answer for answer in self.answers) / len(self.answers)
 
     def metrics(self) -> dict[str, float]:

@@ -36,10 +36,14 @@ class Answer(Protocol):
     """A model's answer to the question `id`."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """The id of the question."""
+        ...
 
     @property
-    def correct(self) -> bool: ...
+    def correct(self) -> bool:
+        """Tells if the answer is right."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Forward hooks on the modules of a model, removed again whatever happens."""
+"""Forward hooks on the modules of a model; they are always removed again, even after an error."""
 
 from __future__ import annotations
 

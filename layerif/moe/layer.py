@@ -98,6 +98,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
 
     @property
     def has_router(self) -> bool:
+        """Tells if an active adapter has more than one expert, and so a router."""
         return any(adapter in self.lora_moe_router for adapter in self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

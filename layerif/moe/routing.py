@@ -94,6 +94,7 @@ class Routing:
         ]
 
     def unwatch(self) -> None:
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 

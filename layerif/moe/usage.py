@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from layerif.moe.routing import Record, Routing, counted, last_forward, record_routing, routing_of
 
-UNUSED = 0.1  # of an even share, 1/E
-WASTED = 0.25  # of all experts; after a short fine-tuning a third of the routers has an unused one, which is normal
+UNUSED = 0.1  # in units of an even share, 1/E
+WASTED = 0.25  # share of all experts; that a third of the routers has an unused one after a short run is normal
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class UsageMeter:
 
     def __init__(self, with_grad: bool) -> None:
         self.with_grad = with_grad
-        self._sums: dict[tuple[str, ...], Tensor] = {}  # of routers of one shape, (R, 2·E + 2)
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # by the names of routers of one shape: (R, 2·E + 2)
 
     def after_forward(self, routing: Routing) -> None:
+        """Adds the last forward if it ran with or without gradients as this meter wants."""
         if routing.with_grad == self.with_grad:
             self.add(routing)
 
@@ -108,6 +109,7 @@ class UsageMeter:
         return dict(self._sums)
 
     def restore(self, state: Mapping[tuple[str, ...], Tensor]) -> None:
+        """Adds the sums that `state` of another meter returned."""
         for names, sums in state.items():
             self._add(names, sums)
 

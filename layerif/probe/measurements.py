@@ -99,6 +99,7 @@ class Measurements:
 
     @property
     def pad_id(self) -> int:
+        """The token id that fills batches up."""
         return padding_id(self.tokenizer)
 
     def about(self) -> dict[str, str]:
@@ -162,10 +163,12 @@ class Measurements:
 
     @property
     def is_half_precision(self) -> bool:
+        """Tells if the model computes in bfloat16 or float16."""
         return self.model.dtype in ("bfloat16", "float16")
 
     @property
     def is_spread(self) -> bool:
+        """Tells if the model's weights are spread over several processes."""
         return self.spread and Shards.current().size > 1
 
     def whole(self, load: Load) -> nn.Module:

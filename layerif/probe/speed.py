@@ -71,6 +71,7 @@ class Trial:
         return found
 
     def rates(self, load: Workload, taken: Passes, folder: Path) -> Rates:
+        """Measures the rates of this machine; a file in `folder` times the disk."""
         num_tokens = self.batch["input_ids"].numel()
         both, forward = [], []
         for model in self.models:

@@ -137,6 +137,7 @@ class Store:
         )
 
     def key(self, description: Mapping[str, Any]) -> str:
+        """Returns the key of a measurement: a hash of its description and of the store's version."""
         return fingerprint({**description, "store": VERSIONS["store"]})
 
     def files(self, key: str) -> list[Path]:

@@ -60,17 +60,17 @@ class PruneModule(L.LightningModule):
         self._loaded: list[nn.Module] = []  # in a list, or Lightning would move the whole model to the device
 
     def base_model(self) -> nn.Module:
-        """Load the bare model, once: it is scored as a whole, then pruned block by block on the CPU."""
+        """Loads the bare model once: it is scored as a whole, then pruned block by block on the CPU."""
         if not self._loaded:
             self._loaded.append(self.source.load())
         return self._loaded[0]
 
     def free_model(self) -> None:
-        """Forget the model, so that its memory is free once nobody else holds it."""
+        """Drops the model, so that its memory is free once nobody else holds it."""
         self._loaded.clear()
 
     def windows(self) -> list[Any]:
-        """Cut the calibration windows, as token ids (batch × window)."""
+        """Cuts the calibration windows, as token ids (batch × window)."""
         return self.calibration.batches(self.source.tokenizer(), context_length(self.source.skeleton()))
 
     def on_fit_start(self) -> None:
@@ -115,7 +115,7 @@ class PruneModule(L.LightningModule):
 
 
 def given_allocation(by_name: Mapping[str, float], model: nn.Module) -> Allocation:
-    """Turn sparsities that a user wrote down into an allocation.
+    """Turns sparsities that a user wrote down into an allocation.
 
     Args:
         by_name: sparsity by block or matrix; a matrix's own name goes before its block's.

@@ -93,7 +93,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, str]:
-    """For every matrix the most specific name in the allocation."""
+    """Finds the most specific name in the allocation for every matrix."""
     used = {name: _covering(name, allocation) for name in found}
     known = [*found, *{name.rpartition(".")[0] for name in found}]
     for key, sparsity in allocation.items():
@@ -110,7 +110,7 @@ def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, 
 
 
 def most_specific(name: str, allocation: Mapping[str, float]) -> str:
-    """Find the name in the allocation that decides about a matrix: its own, or else that of the module around it."""
+    """Finds the name in the allocation that decides about a matrix: its own, or else that of the module around it."""
     found = _covering(name, allocation)
     assert found is not None, name
     return found

@@ -12,7 +12,7 @@ from layerif.record.record import RunRecord
 
 # Metrics that are means over questions whose answers are kept, and the name that they are kept by.
 QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
-BEFORE = "before/"  # opens the names of everything that was measured of the untouched model
+BEFORE = "before/"  # prefix of all measurements of the untouched model
 _LEFT_OUT_IF_EMPTY = ("questions", "prune s", "fit s", "trainable", "memory GB", "state")
 
 
@@ -72,7 +72,7 @@ def metrics_of(record: RunRecord, prefix: str = "") -> dict[str, float]:
 
 
 def is_logarithmic(metric: str) -> bool:
-    """Tells perplexities, which are averaged and compared by logarithms: a change of model changes their ratio."""
+    """Returns True for perplexities. Their logarithms are compared, because a change of model changes their ratio."""
     return "perplexity" in metric.rpartition("/")[2]
 
 
@@ -114,7 +114,7 @@ def runs_frame(record: RunRecord) -> pd.DataFrame:
         rows.append(_place(record, UNTOUCHED) | measured(record, BEFORE))
     if record.config["method"] or not rows:
         rows.append(_place(record, arm_name(record)) | measured(record))
-    return without_empty(pd.DataFrame(rows, dtype=object))  # whole numbers stay whole beside what is missing
+    return without_empty(pd.DataFrame(rows, dtype=object))  # so that whole numbers stay whole beside missing ones
 
 
 def without_empty(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,8 @@
-"""What makes two runs the same job: the same choices, the same settings, and the same content behind them.
+"""The identity of a job: two runs are the same job if choices, settings and the content behind them are the same.
 
-A choice is the name of a YAML in `conf/` (`estimator=datainf`), a setting is a key of the resolved configuration. The
-paths of classes (`_target_`) are neither: a file that moves makes no finished job another one. Nothing heavy is
-imported here, because `layerif --help` must answer at once.
+A choice is the name of a YAML in `conf/` (`estimator=datainf`), and a setting is a key of the resolved configuration.
+Paths of classes (`_target_`) are not part of the identity, so a finished job stays the same when a file moves. This
+module imports nothing heavy, because `layerif --help` must answer at once.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-# Root keys and groups that may differ between two runs of the same job. `small` may not: a record says that it is of a
-# small variant.
+# Root keys and groups that may differ between two runs of the same job. `small` is not among them, because a record
+# says that it belongs to a small variant.
 INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger", "launcher", "sweeper")
-# Groups that change other groups, and so are seen in the settings.
+# Groups whose files only change other groups, so that the settings show them already.
 _CHANGES = ("experiment", "arm", "size")
-# Keys that name no folder: incidental ones (a dry run has a folder of its own), and the variant, which the folder above
-# is named after.
+# Keys that are left out of the names of folders: incidental ones (but a dry run has a folder of its own), and the
+# variant, which the folder above is named after.
 _NOT_IN_FOLDERS = ({*INCIDENTAL} - {"dry_run"}) | {"small", "size"}
 _KEPT_IN = {"outputs": "outputs", "store": "${outputs}/store"}
 
 
 def choices_of_run() -> dict[str, str]:
-    """The choices that the run at hand was composed from, by group: `{"estimator": "datainf", …}`.
+    """Returns the choices that the current run was composed from, by group: `{"estimator": "datainf", …}`.
 
-    A configuration that an earlier run left (`--config-path RUN/.hydra`) was composed then, and its choices stand
-    beside it.
+    A configuration that an earlier run left (`--config-path RUN/.hydra`) was composed by that run, so its choices are
+    read from the file beside it.
     """
     if not HydraConfig.initialized():
         return {}
@@ -42,14 +42,15 @@ def choices_of_run() -> dict[str, str]:
     beside = [file for folder in sources if (file := folder / "hydra.yaml").is_file()]
     if "estimator" not in found and beside:
         found = OmegaConf.select(OmegaConf.load(beside[0]), "hydra.runtime.choices", default={})
-    # Below a group stand Hydra's own choices and the parts of an experiment.
+    # Names with a slash are Hydra's own choices and the parts of an experiment.
     return {str(group): str(choice) for group, choice in found.items() if "/" not in str(group)}
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without incidental keys, and without root keys that are null.
+    """Returns the resolved configuration without incidental keys, and without root keys that are null.
 
-    What follows from where results are kept (the folder of the converted model, say) is as incidental as that place.
+    Paths that are derived from `outputs` and `store` (the folder of the converted model, say) are resolved as if these
+    two had their defaults, because the place of the results is incidental, too.
     """
     given = OmegaConf.to_container(config)
     assert isinstance(given, dict)
@@ -61,21 +62,21 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 def identity(
     choices: Mapping[str, str], settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What equal jobs have equal, as JSON holds it.
+    """Returns the identity of a job: values that JSON can hold, equal if and only if two jobs are the same.
 
     Args:
-        choices: as from `choices_of`.
+        choices: as from `choices_of_run`.
         settings: as from `settings_of`.
         inputs: hashes of the content that settings only name (model, rows, files).
     """
     made_of = {group: choice for group, choice in choices.items() if group not in (*INCIDENTAL, *_CHANGES)}
     parts = {"choices": made_of, "settings": _without_targets(settings), "inputs": dict(inputs or {})}
-    # A number that JSON does not know may be what is wrong with a failed job: it is compared as a word.
+    # A job may have failed because of NaN or infinity, which JSON does not know: they are compared as words.
     return json.loads(json.dumps(parts), parse_constant=str)
 
 
 def folder_name(overrides: Iterable[str]) -> str:
-    """The folder of a sweep's job, from its overrides; hashed where they hold what a folder name cannot."""
+    """Returns the name of a job's folder in a sweep: its overrides, with a hash where they do not fit a folder name."""
     named = ",".join(sorted(override for override in overrides if _root(override) not in _NOT_IN_FOLDERS))
     if not named:
         return "default"
@@ -86,17 +87,17 @@ def folder_name(overrides: Iterable[str]) -> str:
 
 
 def sweep_name(name: str, recipe: str | None, small: bool) -> str:
-    """The name of a sweep's folder, which tells its recipe and its size."""
+    """Returns the name of a sweep's folder, with its recipe and its size."""
     return name + (f"_{recipe}" if recipe else "") + ("_small" if small else "")
 
 
 def tracking_of(overrides: Iterable[str]) -> list[str]:
-    """The overrides that say how a job is tracked: that makes no other job, and may yet be why it failed."""
+    """Returns the overrides of the logger: they do not make another job, but a job may have failed because of them."""
     return sorted(override for override in overrides if _root(override) == "logger")
 
 
 def _root(override: str) -> str:
-    """The root key or group that an override sets: `logger` of `+logger.wandb.tags=[a]`."""
+    """Returns the root key or group that an override sets: `logger` of `+logger.wandb.tags=[a]`."""
     return re.split(r"[.@=]", override.lstrip("+~"))[0]
 
 

@@ -19,14 +19,14 @@ UNTOUCHED = "untouched model"
 
 
 def arm_name(job: Job) -> str:
-    """The name of the arm that a job belongs to: what made its allocation, then how.
+    """The name of the arm that a job belongs to: the source of its allocation, then the settings of it.
 
     It comes from the configuration alone, which a failed job has, too.
     """
     kind, given = allocator_choice(job), job.config["allocator"]
     if kind == "file":
         name = "allocation from file"
-    elif kind == "shape":  # it looks at no scores
+    elif kind == "shape":  # this method needs no scores
         shape = given["shape"]
         counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)
         name = f"shape({'-'.join(map(str, counts))}) {given.get('kind', 'experts')}"
@@ -38,7 +38,7 @@ def arm_name(job: Job) -> str:
 
 
 def estimator_name(job: Job) -> str:
-    """The estimator with its aggregation, where that is not the default: `reversed datainf top25`."""
+    """The name of the estimator, with its aggregation if that is not the default: `reversed datainf top25`."""
     inner = job.config["estimator"]
     while "of" in inner:
         inner = inner["of"]
@@ -86,7 +86,7 @@ def name_in_conf(group: str, choice: str) -> str | None:
 @cache
 def _yaml(group: str, choice: str) -> dict[str, Any]:
     file = conf_folder() / group / f"{choice}.yaml"
-    if not file.is_file():  # from a folder of the user's
+    if not file.is_file():  # the YAML lies in a folder of the user's
         return {}
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     return content

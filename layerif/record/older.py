@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# By group, the choice that 0.1.0 had for a class, where it is not the class's file or its name in small letters.
+# The choice of a class in 0.1.0, by group, where it differs from the class's file and from its name in small letters.
 _CHOICES = {
     "model": {"Embedded": "smollm2"},
     "method": {
@@ -22,11 +22,11 @@ _CHOICES = {
 
 
 def in_todays_shape(content: Any) -> Any:
-    """The content of a `record.json` or `failure.json` as it would be written today; a record of today as it is."""
+    """Returns the content of a `record.json` or `failure.json` in today's shape, and a record of today unchanged."""
     if not isinstance(content, dict) or "version" in content or not isinstance(content.get("config"), Mapping):
         return content
     today = {**content, "choices": content.get("choices") or choices_of_targets(content["config"])}
-    if "traceback" in content:  # a failure has had no other shape
+    if "traceback" in content:  # the shape of a failure never changed
         return today
     old = {key: today.pop(key) for key in _OF_DECISION if key in today}
     today["answers"] = today.pop("questions", {})

@@ -21,13 +21,14 @@ from layerif.record.record import AllocationRecord, RunRecord, ScoresRecord
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.hashsalt": "layerif", "svg.fonttype": "none"}  # the same picture gives the same bytes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by everybody
-WIDTH = 8.0  # inches, of every plot
+# Readers with any colour vision can tell these apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+WIDTH = 8.0  # inches; every plot is as wide
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure with its title and, for readers who cannot see it, its content in words."""
+    """A drawn figure with its title, and its content in words for readers who cannot see it."""
 
     figure: Figure
     title: str
@@ -50,7 +51,7 @@ def plots_of_run(record: RunRecord) -> dict[str, Plot]:
         return {}
     scores, given = record.decision.scores, record.decision.allocation
     found = {"allocation": plot_allocations({arm_name(record): given})}
-    if scores is not None and len(set(scores.values)) > 1:  # constant ones say nothing
+    if scores is not None and len(set(scores.values)) > 1:  # constant scores say nothing
         name = f"{record.config['task']['name']} {estimator_name(record)}"
         found = {"scores": plot_scores({name: scores}), **found}
     return found
@@ -65,7 +66,7 @@ def plot_scores(profiles: Mapping[str, ScoresRecord]) -> Plot:
 
 
 def plot_allocations(allocations: Mapping[str, AllocationRecord]) -> Plot:
-    """Draws what each layer gets, one row or colour for each allocation."""
+    """Draws the values that the layers get, one row or colour for each allocation."""
     kinds = " or ".join(dict.fromkeys(given.kind for given in allocations.values()))
     values = {f"{name} (budget {one.budget})": np.array(one.values, dtype=float) for name, one in allocations.items()}
     told = "; ".join(
@@ -73,7 +74,7 @@ def plot_allocations(allocations: Mapping[str, AllocationRecord]) -> Plot:
         for name, one in allocations.items()
     )
     title = f"Allocated {kinds} per layer"
-    if len(values) > 4:  # bars would be hairs
+    if len(values) > 4:  # bars would be as thin as hairs
         return heat_map(values, title, kinds, told)
     figure, axes = _axes(title, "layer (decoder block)", kinds)
     width = 0.8 / len(values)
@@ -119,7 +120,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def finished(figure: Figure, title: str, alt: str, *, legend_of: Axes | None = None) -> Plot:
-    """The figure as a plot, with its legend, which may be long, below the data.
+    """Finishes a figure as a plot, with its legend, which may be long, below the data.
 
     Margins are given in inches: a layout engine measures every text to fit them, which takes as long as drawing.
     """
@@ -129,7 +130,7 @@ def finished(figure: Figure, title: str, alt: str, *, legend_of: Axes | None = N
         figure.set_size_inches(WIDTH, height)
         figure.subplots_adjust(left=0.09, right=0.985, top=1 - 0.32 / height, bottom=(0.5 + legend) / height)
         figure.legend(loc="lower left", frameon=False, fontsize=9, borderaxespad=0.2)
-    plt.close(figure)  # of pyplot's own list; it can still be drawn
+    plt.close(figure)  # drops it from pyplot's list; it can still be drawn
     return Plot(figure, title, alt)
 
 

@@ -1,4 +1,4 @@
-"""What happened in one run: `record.json`, enough to rerun it and to report from it; of a failed one `failure.json`."""
+"""The record of one run: `record.json` with all that a rerun or a report needs, or `failure.json` if it failed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from layerif.record.older import in_todays_shape
 
 FILE = "record.json"
 FAILURE = "failure.json"
-VERSION = 2  # of the shape of a record
+VERSION = 2  # raised when the shape of a record changes
 _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-core", "numpy", "scipy")
 
 
 @dataclass(kw_only=True)
 class ScoresRecord:
-    """One non-negative number per layer, and what a higher one means (`undertrained` or `important`)."""
+    """One non-negative score per layer, and the meaning of a higher one (`undertrained` or `important`)."""
 
     layers: list[str]
     values: list[float]
@@ -33,7 +33,7 @@ class ScoresRecord:
 
 @dataclass(kw_only=True)
 class AllocationRecord:
-    """What each unit (a block or a matrix) gets, and the budget that this spends.
+    """The values that the units (blocks or matrices) get, and the budget that they spend.
 
     `sizes` weights the budget where the kind needs it: the parameters of each unit for a sparsity.
     """
@@ -47,11 +47,11 @@ class AllocationRecord:
 
 @dataclass(kw_only=True)
 class DecisionRecord:
-    """What was decided before fine-tuning or pruning, and how far its scores can be trusted.
+    """The decision made before fine-tuning or pruning, and figures that say how far its scores can be trusted.
 
     Attributes:
-        source: where the scores come from, or else the allocation.
-        allocation: what each unit gets.
+        source: the origin of the scores, or of the allocation where there are none.
+        allocation: the values that the units get.
         scores: None where the allocator looks at no scores.
         curves: a summary of the curves that were spent; None where scores were.
         reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples.
@@ -82,12 +82,13 @@ class RunRecord:
         parameters: total and trainable, and those of the model that a baseline of equal size is compared with.
         sparsity: the fraction of zeros in each pruned matrix, by name.
         recovery: how the pruned model was fine-tuned: its `method` and its `decision`.
-        routing: of an evaluated LoRA-MoE, by block with routers, `load` (the share of the tokens' assignments that each
-            expert got) and `entropy` (of the routers, in nats); means over the routers of the block and the tokens.
+        routing: the use of an evaluated LoRA-MoE's experts, by block with routers: `load` (the share of the tokens'
+            assignments that each expert got) and `entropy` (of the routers, in nats). Both are means over
+            the routers of the block and over the tokens.
         tracking: where wandb has this run: the address of its page, or the name of its folder below `wandb/`.
-        measurements: what was asked of the store, see `layerif.probe.store.Store`.
+        measurements: the requests to the store, see `layerif.probe.store.Store`.
         memory_gb: the most main memory that the process held.
-        fingerprint: of what was measured; the store's files are named after it.
+        fingerprint: names the measurement; the store's files are called after it.
         notes: every departure and warning.
     """
 
@@ -116,39 +117,51 @@ class RunRecord:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the record of the same job has equal."""
+        """The identity of its job, see `layerif.record.job.identity`."""
         return identity(self.choices, self.config, self.inputs)
 
     @property
     def objective(self) -> float | None:
-        """What a search judges the job by, where its configuration says so; none of it is of evaluated rows."""
+        """The figure that a search judges the job by; None where the configuration names none.
+
+        It never depends on evaluated rows.
+
+        Raises:
+            ValueError: it is the reliability, and these scores have none.
+        """
         wanted = self.config.get("objective")
         if wanted != "reliability":
             return self.metrics[wanted] if wanted else None
         if self.decision is None or self.decision.reliability is None:
             raise ValueError(
-                "objective=reliability: these scores have none, for their evidence is not kept sample by sample, or a "
-                "half of it ranks nothing; use an estimator on gradients, such as datainf"
+                "objective=reliability: these scores have none, because their evidence is not kept sample by sample, "
+                "or half of it ranks nothing; use an estimator on gradients, such as datainf"
             )
         return self.decision.reliability
 
     def write(self, folder: Path) -> Path:
-        """Write `record.json` whole or not at all; a failure of the same folder is past then."""
+        """Writes `record.json` whole or not at all, and removes an earlier failure from the folder."""
         file = _write(self, folder / FILE)
         (folder / FAILURE).unlink(missing_ok=True)
         return file
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
-        """Raises ValueError for a file that is no record of ours, saying what is wrong with it."""
+        """Reads the record of a folder.
+
+        Raises:
+            ValueError: says why the file is not a record of layerif.
+        """
         return _read(cls, folder / FILE, "record")
 
 
 @dataclass(kw_only=True)
 class Failure:
-    """A job that ended in an error; name, seed, choices, config and overrides as in `RunRecord`.
+    """A job that ended in an error; name, seed, choices, config and overrides are those of `RunRecord`.
 
-    error: what there is to say of it, in one line. traceback: where it was raised.
+    Attributes:
+        error: the message in one line.
+        traceback: shows where it was raised.
     """
 
     name: str
@@ -161,16 +174,20 @@ class Failure:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a failure of the same job has equal."""
+        """The identity of its job without `inputs`, which a failed job may not have read."""
         return identity(self.choices, self.config)
 
     def write(self, folder: Path) -> Path:
-        """Write `failure.json` whole or not at all; a record of an earlier run of the folder stays."""
+        """Writes `failure.json` whole or not at all; the record of an earlier run stays in the folder."""
         return _write(self, folder / FAILURE)
 
     @classmethod
     def read(cls, folder: Path) -> Failure:
-        """Raises ValueError for a file that is no failure of ours, saying what is wrong with it."""
+        """Reads the failure of a folder.
+
+        Raises:
+            ValueError: says why the file is not a failure of layerif.
+        """
         return _read(cls, folder / FAILURE, "failure")
 
 
@@ -193,7 +210,7 @@ class _Measured:
 
 @dataclass
 class _Within:
-    """What readers take for granted within a record's fields, where these are not empty."""
+    """The structure that readers expect within those fields of a record that are not empty."""
 
     routing: dict[str, _Usage] | None = None
     measurements: list[_Measured] | None = None
@@ -241,13 +258,13 @@ def _check_lengths(job: Job) -> None:
 
 @cache
 def _checker(kind: type) -> Any:
-    from pydantic import TypeAdapter  # a moment that `layerif --help` does not pay
+    from pydantic import TypeAdapter  # its import takes a moment, which `layerif --help` does not pay
 
     return TypeAdapter(kind)
 
 
 def _first_problem(error: ValueError) -> str:
-    """Of pydantic's: where, what, and what stands there."""
+    """Words pydantic's first problem: the key, its value, and the reason."""
     if not hasattr(error, "errors"):
         return str(error)
     first: Any = error.errors()[0]  # type: ignore[attr-defined]
@@ -271,11 +288,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-@cache  # of the code as this process loaded it, not as it may have become since
+@cache  # cached, because the code may change on disk after this process loaded it
 def _git_sha() -> str | None:
-    """The commit of the code that runs, with `-dirty` where it was changed; None for an installed package."""
+    """Returns the commit of the running code, with `-dirty` if it was changed; None for an installed package."""
     folder = PACKAGE
-    if "site-packages" in folder.parts:  # a commit found from there would be of some other project
+    if "site-packages" in folder.parts:  # git would find the commit of some other project there
         return None
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -17,7 +17,7 @@ from layerif.record.names import UNTOUCHED, allocator_choice, arm_name, called, 
 from layerif.record.record import Failure, Job, RunRecord
 from layerif.report.expected import Expected
 
-_SIZE = ("allocator.budget", "allocator.target")  # of an allocation
+_SIZE = ("allocator.budget", "allocator.target")  # the keys that set the size of an allocation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
         job: its record or failure.
-        arm: the name of what was tried; untouched models are an arm, too.
+        arm: the name of the method or setting on trial; untouched models are an arm, too.
         model: its name; empty where all jobs share one model.
         task: the column of the table.
         seeds: everything that tells repetitions apart, by key; empty for an untouched model that always answered alike.
@@ -82,7 +82,7 @@ def same_repetition(first: Run, second: Run) -> bool:
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """The runs without those repetitions of an arm that measured the very same: no seed touches them."""
+    """The runs, but repetitions of an arm with the same measurements only once, because no seed touches them."""
 
     def measured(run: Run) -> tuple:
         routing = {} if isinstance(run.job, Failure) else run.job.routing  # seeds may differ and all answers be alike
@@ -135,7 +135,7 @@ def _before(job: Job) -> dict[str, Any]:
 
 
 def _numbered(runs: list[Run]) -> list[Run]:
-    """The runs with a number behind the arm where the same job was run twice: two arms, not two seeds."""
+    """The runs, with a number after the arm if the same job ran twice, because these are not two seeds of one arm."""
     places = [(run.model, run.task, run.arm, run.seed) for run in runs]
     times, counts = Counter(places), defaultdict(lambda: itertools.count(1))
     return [
@@ -155,7 +155,7 @@ def _arm_names(jobs: Sequence[Job], columns: Sequence[str], expected: Expected |
     own = [number for number, name in enumerate(given) if name is None]
     groups = [own] if own else []
     groups += [[number for number, other in enumerate(given) if other == name] for name in dict.fromkeys(given) if name]
-    for group in groups:  # what differs between the arms of a table is known from its names; what differs within is not
+    for group in groups:  # the names already tell the arms of a published table apart, but not the runs of one arm
         found = [settings(jobs[number]) for number in group]
         found = found if group is own else _apart(found, [columns[number] for number in group])
         for number, label in zip(group, labelled([names[n] for n in group], found, number_alike=False), strict=True):
@@ -214,7 +214,7 @@ def titles(jobs: Sequence[Job], section: str) -> list[str]:
 
 
 def content(job: Job, section: str) -> dict[str, object]:
-    """The settings that make it the same model or task: not how many samples are learned from."""
+    """The settings that make it the same model or task; the number of samples is not among them."""
     incidental = ("num_train", "num_validation", "seed")
     settings = {key: value for key, value in job.identity["settings"][section].items() if key not in incidental}
     return {**settings, "choice": origins(section, job.choices.get(section, ""))[-1]}
@@ -225,7 +225,7 @@ def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
 
 
 def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
-    """The configuration by section (all, or those given), without seeds and what has a name or a column already.
+    """The configuration by section (all, or those given), without seeds and without settings that names already tell.
 
     Methods, estimators, allocators and pruners are compared with their like, because the settings of another choice
     follow from that choice.
@@ -278,7 +278,7 @@ def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def labelled(
     names: Sequence[str], found: Sequence[Mapping[Hashable, Mapping[str, object]]], *, number_alike: bool = True
 ) -> list[str]:
-    """The names with those of their settings that differ from another's; a number tells apart what is alike even so."""
+    """The names with those settings that differ from another's, and with a number where even these are alike."""
     labels = []
     for name, sections in zip(names, found, strict=True):
         for section, values in sections.items():
@@ -293,6 +293,6 @@ def labelled(
 
 
 def _spelt_setting(key: str, value: object) -> str:
-    """The setting as on the command line; of a long value the end, where paths differ."""
+    """Spells a setting as on the command line; a long value is cut to its end, where paths differ."""
     text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
     return f"{key}={text}" if len(text) <= 40 else f"{key}=…{text[-39:]}"

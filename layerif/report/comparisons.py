@@ -139,9 +139,9 @@ def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     if said.startswith("not"):
         least = row["smallest found"]
         if np.isinf(least):
-            return f"{sentence}; any difference would mostly have been missed"
-        return sentence if np.isnan(least) else f"{sentence}; less than {least:.3f} would mostly have been missed"
-    return f"{sentence}; one seed, which says nothing of others" if row["seeds"] == 1 else sentence
+            return f"{sentence}; a difference of any size would mostly have been missed"
+        return sentence if np.isnan(least) else f"{sentence}; one below {least:.3f} would mostly have been missed"
+    return f"{sentence}; one seed, which says nothing about others" if row["seeds"] == 1 else sentence
 
 
 def interval(low: float, high: float) -> str:

@@ -29,12 +29,12 @@ class Expected:
     Attributes:
         source: where the numbers are printed.
         metric: its name in records; a fraction.
-        of: what was run for all of the numbers: model, method, budget or target, and what else the source fixes. A
+        of: the conditions of all numbers: model, method, budget or target, and all else that the source fixes. A
             small variant (`small=true`) never meets it.
         arms: the conditions of each arm, by name.
         columns: the conditions of each column, by name. A column without conditions is a mean over others: no run
             belongs to it.
-        values: arm → column → number; what was not published is left out.
+        values: arm → column → number, as far as it was published.
     """
 
     source: str
@@ -67,7 +67,7 @@ class Expected:
         return next((name for name, needed in self.columns.items() if needed and meets(job, needed)), None)
 
     def is_of(self, job: Job) -> bool:
-        """Tells if the job ran what the numbers are of, and so may be held against them."""
+        """Tells if the job ran with the conditions of the numbers, and so may be held against them."""
         return meets(job, {"small": False, **self.of})
 
     def value(self, job: Job) -> float | None:
@@ -89,7 +89,7 @@ def meets(job: Job, conditions: Mapping[str, Any]) -> bool:
 
 def _meets(job: Job, key: str, value: Any) -> bool:
     if key.split(".")[0] == "pruner" and not _meets(job, "method", "prune"):
-        return False  # every configuration has the group, and no other method looks at it
+        return False  # every configuration has this group, but other methods ignore it
     if key in _GROUPS and isinstance(value, str):
         return _is_choice(job, key, value)
     node: Any = job.config
@@ -102,7 +102,7 @@ def _meets(job: Job, key: str, value: Any) -> bool:
 
 def _is_choice(job: Job, group: str, wanted: str) -> bool:
     published = name_in_conf(group, wanted) if group == "model" else None
-    if published is not None:  # from the hub or from a folder, it is the same
+    if published is not None:  # a model is the same from the hub and from a folder
         name, folder = str(job.config["model"].get("name")), Path(str(job.config["model"].get("path"))).name
         return name.lower() == published.lower() or folder.lower() == Path(published).name.lower()
     return wanted in origins(group, job.choices.get(group, ""))

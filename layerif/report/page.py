@@ -13,7 +13,7 @@ from markupsafe import Markup
 from layerif.record.text import WRAPPED, spelt
 from layerif.report.sections import Section
 
-TEMPLATE = "page.html.jinja"  # beside this file; autoescaped, since names and errors are other people's text
+TEMPLATE = "page.html.jinja"  # lies beside this file; it escapes names and errors, which are other people's text
 
 
 def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
@@ -35,7 +35,7 @@ def cells(frame: pd.DataFrame) -> list[list[list[str]]]:
 
 
 def breadth(section: Section) -> str:
-    """The classes that decide how a section prints: many columns small, few rows on one page."""
+    """The classes that decide how a section prints: many columns in small type, few rows on one page."""
     if section.table is None:
         return "whole"
     num_rows, num_columns = section.table.shape
@@ -43,7 +43,7 @@ def breadth(section: Section) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """The text with places to break after every = and . and within long words; copied text has none of them."""
+    """The text with places to break after every = and . and within long words; a reader who copies it copies none."""
     words = [re.findall(r"[^=./,]{1,24}[=./,]*|[=./,]+", word) for word in text.split(" ")]
     return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
 

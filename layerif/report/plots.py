@@ -1,4 +1,4 @@
-"""Plots of a sweep: results with their intervals, layer profiles, allocations, how evenly routers spread."""
+"""Plots of a sweep: results with their intervals, layer profiles, allocations, and the entropy of routers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plot_results(results: Results) -> Plot | None:
         axes.spines[["top", "right"]].set_visible(False)
         if is_logarithmic(results.metric):
             axes.set_xscale("log")
-            low, high = axes.get_xlim()  # plain numbers, as close as they can be told apart
+            low, high = axes.get_xlim()  # plain numbers, as close together as a reader can tell apart
             axes.xaxis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.xaxis.set_minor_locator(NullLocator())
@@ -106,7 +106,7 @@ def plot_allocations(runs: Sequence[Run]) -> Plot | None:
 
 
 def plot_routing(runs: Sequence[Run]) -> Plot | None:
-    """Draws how undecided the routers of each block are: their entropy over ln(experts); 0 where they are certain."""
+    """Draws the entropy of each block's routers over ln(experts): 0 where they are certain, 1 where undecided."""
     values = {}
     for run in runs:
         if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:

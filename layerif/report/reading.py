@@ -15,13 +15,13 @@ _GROUPS = ("model", "task", "estimator", "allocator", "method")
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedJobs:
-    """The jobs that ended below a folder, and what else lies there.
+    """The jobs that ended below a folder, and the other files there.
 
     Attributes:
         name: of the folder.
         records: of the jobs that finished.
         failures: of those that failed.
-        failed_again: the errors of jobs that failed when they were run again; their records stem from before.
+        failed_again: the errors of jobs that failed when they were run again; their records are from the run before.
         unfinished: jobs that began and left neither a record nor a failure.
         left_out: the reason for each file that was left out, because it is not a record or failure of layerif.
     """
@@ -64,7 +64,7 @@ def read_jobs(folder: Path) -> FinishedJobs:
                 continue
             failure = Failure.read(file.parent)
             _check(failure, file)
-            if file.parent in finished:  # a record written later would have removed the failure
+            if file.parent in finished:  # writing a record removes the failure, so this failure came later
                 failed_again.append(f"{_job(file.parent, folder)}: {failure.error}")
             else:
                 failures.append(failure)
@@ -116,7 +116,7 @@ def _check(job: Job, file: Path) -> None:
 
 
 def _order(job: Job) -> tuple:
-    """The place of a job: baselines stand before what is compared with them."""
+    """The place of a job: baselines stand before the jobs that are compared with them."""
     model = called(job.config["model"], job.choices["model"])
     place = model, job.config["task"]["name"], job.seed
     return *place, bool(job.config["method"]), job.choices["estimator"] != "uniform"

@@ -60,7 +60,7 @@ def write_report(folder: Path, console: Console | None = None, *, expected: Path
     published = None if expected is None else Expected.read(expected)
     jobs = read_jobs(folder)
     fitted = fitting(published, jobs.jobs)
-    runs = runs_of(jobs.jobs, fitted)  # once: the page, the console and the files call every run the same
+    runs = runs_of(jobs.jobs, fitted)  # made once, so that the page, the console and the files use the same names
     said, found = summary(jobs, runs, published), sections(jobs, runs, fitted)
     files = [folder / name for name in ("report.html", "report.md", "report.csv", "scores.png", "allocations.png")]
     files[0].write_text(page(jobs.name, said, found))

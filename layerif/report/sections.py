@@ -22,8 +22,8 @@ from layerif.report.reading import FinishedJobs
 from layerif.stats import num_resamples
 
 _LOADS = (
-    "Shares of the evaluated tokens, means over the routers of a block: 1 is an even share, 0 an expert that no token "
-    "chose. With as many chosen as there are, every load is even."
+    "Shares of the evaluated tokens, as means over the routers of a block: 1 is an even share, 0 an expert that no "
+    "token chose. If every token takes all experts, every load is even."
 )
 
 
@@ -35,7 +35,7 @@ class Section:
         title: its heading.
         table: a frame, with its caption.
         findings: one sentence each.
-        said: how to read it all.
+        said: advice on reading it.
         plot: below the table.
         console: the columns of the table that fit on a console; None: all.
     """
@@ -57,7 +57,7 @@ def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
 
 
 def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) -> list[str]:
-    """The runs, everything wrong with them, and the numbers they are held against, in a few lines."""
+    """A few lines on the runs, everything wrong with them, and the numbers that they are held against."""
     models = sorted({_model(job) for job in jobs.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     of = f"{', '.join(models)} on {', '.join(tasks)}"
@@ -66,13 +66,13 @@ def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) 
         lines.append(f"{_count(jobs.failures, 'run')} failed; the errors are below.")
     if jobs.failed_again:
         again = _count(jobs.failed_again, "run")
-        lines.append(f"{again} failed when run again; the numbers stem from before, the errors are below.")
+        lines.append(f"{again} failed when run again; the numbers are from the run before, and the errors are below.")
     if jobs.unfinished:
-        lines.append(f"{_count(jobs.unfinished, 'run')} began and did not end: killed, or still at work.")
+        lines.append(f"{_count(jobs.unfinished, 'run')} started and did not end: killed, or still at work.")
     if holes := tables.grid(runs, expected):
-        lines.append(f"Missing of the grid of arms, tasks and seeds: {_count(holes, 'run')}.")
+        lines.append(f"{_count(holes, 'run')} of the grid of arms, tasks and seeds never ran.")
     if jobs.left_out:
-        lines.append(f"Left out, because they cannot be read: {_count(jobs.left_out, 'file')}.")
+        lines.append(f"Files left out because they cannot be read: {len(jobs.left_out)}.")
     return lines + ([] if expected is None else _about_paper(expected, jobs.jobs, runs))
 
 
@@ -107,7 +107,7 @@ def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -
     lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.said_of}."]
     for column in [name for name, conditions in expected.columns.items() if not conditions]:
         means = [f"{arm} {spelt(row[column])}" for arm, row in expected.values.items() if column in row]
-        lines.append(f"Published as a mean alone, which no single run is held against: {column}, {', '.join(means)}.")
+        lines.append(f"The paper gives only a mean for {column}, so no run is held against it: {', '.join(means)}.")
     columns = [name for name, conditions in expected.columns.items() if conditions]
     if not columns:
         return lines
@@ -120,7 +120,7 @@ def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -
     elif not any(expected.arm(job) for job in jobs):
         lines.append(f"No run belongs to one of its arms, {', '.join(expected.arms)}.")
     elif not all(expected.is_of(job) for job in jobs):
-        lines.append("Differences to them are shown only for such runs at full size; others are not comparable.")
+        lines.append("Differences from them are shown only for such runs at full size; other runs are not comparable.")
     return lines
 
 
@@ -140,13 +140,13 @@ def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Sec
     results = tables.results(runs, metric, expected)
     of = "logarithms of the seeds" if is_logarithmic(metric) else "seeds"
     said = [
-        f"Intervals are 95 %: Student's t over the {of} of an arm; of a single "
-        "seed, or of seeds that are all alike, Wilson's over its questions."
+        f"Intervals are 95 %: Student's t over the {of} of an arm, or Wilson's over the questions for a single seed "
+        "and for seeds that are all alike."
     ]
     if any(cell.paper is not None for cell in results.cells.values()):
-        said.append("The paper's numbers are of single runs, whose own noise is in none of the intervals.")
+        said.append("The paper's numbers come from single runs, and no interval includes their noise.")
     if results.count("failed") or results.count("missing"):
-        said.append("A failed or missing seed is named in its cell and is in no mean.")
+        said.append("A failed or missing seed is named in its cell and left out of the mean.")
     caption = f"{metric}: {'geometric ' * is_logarithmic(metric)}mean over seeds"
     frame = results.frame()
     return Section(
@@ -177,14 +177,14 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
             f"Paired by question: interval of {num_resamples(len(table)):,} bootstrap draws of seeds and questions, "
             "with Student's t over the seeds' means where that is wider. p: the largest of the exact sign test's by "
             "question (McNemar's for one seed), the bootstrap's and Student's. Only one right: answers that only the "
-            "second, and only the first, got right; odds ratio: the one over the other. Effect h: Cohen's."
+            "second got right, and those that only the first did; odds ratio: their ratio. Effect h: Cohen's."
         )
     if not by_question.all():
         shown["effect d"] = table["effect d"]
         how.append("Paired by seed: interval and p by Student's t. Effect d: mean over standard deviation.")
     how.append(
         f"p Holm is corrected for the {num_tested} comparisons of this table that were tested. Smallest found: the "
-        f"difference that would be found with 80 % power at 0.05 / {num_tested}. A difference is called one only where "
+        f"difference that would be found with 80 % power at 0.05 / {num_tested}. A difference is stated only where "
         "its interval excludes zero and p Holm is below 0.05."
     )
     by = "seed" if not by_question.any() else "question" if by_question.all() else "question where answers were kept"
@@ -205,7 +205,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
 
 
 def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs with the settings that both arms have in a column of their own, so that what differs is in sight."""
+    """The pairs with the settings that both arms share in a column of their own, so that the differences stand out."""
     rows = []
     for row in pairs.to_dict("records"):
         first, second = str(row.pop("from")).split(), str(row.pop("to")).split()
@@ -224,8 +224,8 @@ def _said(low: float, high: float, p: float, has_questions: bool) -> str:
 def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     of = f"ln {metric}" if is_logarithmic(metric) else metric
     has_questions = any(run.answers(metric) for run in runs)
-    how = "One value a run: seeds are the only chance it knows."
-    how += " It is of these very questions; the comparisons above ask what others would show, too." * has_questions
+    how = "The analysis takes one value per run, so seeds are the only chance that it sees."
+    how += " It holds for these questions; the comparisons above allow for other questions, too." * has_questions
     found = []
     analyses = compare.variances(runs, metric)
     for where, text, variance, pairs in analyses:
@@ -241,7 +241,7 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
                 ],
             }
         )
-        how_pairs = f"Means over tasks and seeds, second minus first; p is of the family of all {len(pairs)} pairs."
+        how_pairs = f"Means over tasks and seeds, second minus first; p is for the family of all {len(pairs)} pairs."
         found.append(Section(title=f"Tukey's HSD: {title}", table=shown, caption=caption, said=[how_pairs]))
     return found
 
@@ -261,7 +261,7 @@ def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
     if len(correlations):
         of, title = "Spearman's rank correlation of layer scores", "Rank correlation of layer profiles"
         plot = plots.plot_correlations(jobs.records) if len(correlations) > 12 else None
-        if plot is not None:  # as numbers, only how well each agrees with itself
+        if plot is not None:  # the plot shows the rest, so only the agreement of each with itself is given as numbers
             correlations = correlations.loc[[other == tables.ITSELF for other in correlations["and"]]]
         found.append(Section(title=title, table=correlations, caption=of, plot=plot))
     return found
@@ -281,14 +281,14 @@ def _runs(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
         ]
         found.append(Section(title="Failed runs", table=pd.DataFrame(lines), caption="rerun=failed runs them again"))
     if jobs.failed_again:
-        said = ["The numbers above stem from before. rerun=true runs them again."]
+        said = ["The numbers above are from the runs before. rerun=true runs them again."]
         found.append(Section(title="Failed when run again", findings=jobs.failed_again, said=said))
     if jobs.unfinished:
         found.append(Section(title="Unfinished", findings=jobs.unfinished))
     if jobs.left_out:
         found.append(Section(title="Left out", findings=jobs.left_out))
     if len(notes := tables.notes(jobs.records)):
-        found.append(Section(title="Notes and warnings", table=notes, caption="Remarks of the runs on themselves"))
+        found.append(Section(title="Notes and warnings", table=notes, caption="Remarks that the runs left"))
     if jobs.records:
         table = tables.versions(jobs.records)
         found.append(Section(title="Versions", table=table, caption="Software of the finished runs"))

@@ -220,7 +220,7 @@ def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
             continue
         shown = measured(run.job, run.prefix, every_metric=every_metric)
         rows.append(row | shown | {"state": None})
-    frame = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside what is missing
+    frame = pd.DataFrame(rows, dtype=object)  # so that whole numbers stay whole beside missing ones
     return frame if every_metric else without_empty(frame)
 
 
@@ -236,7 +236,7 @@ def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
         rows.append({"what": "measurements taken from the store", "value": num_reused})
         rows.append({"what": "seconds that this saved", "value": saved})
     rows.append({"what": "highest peak memory of a run, GB", "value": max(r.memory_gb for r in records)})
-    return pd.DataFrame(rows, dtype=object)  # whole numbers stay whole
+    return pd.DataFrame(rows, dtype=object)  # so that whole numbers stay whole
 
 
 def _saved(records: Sequence[RunRecord]) -> tuple[int, float]:

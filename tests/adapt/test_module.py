@@ -95,7 +95,7 @@ def trainer(folder, *callbacks, **options) -> L.Trainer:
 
 
 class StopAt(L.Callback):
-    """A run killed after so many steps."""
+    """Stops a run after a number of steps, as if it were killed."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -119,7 +119,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, model_config, data, k
     killed = moe(model_config, allocation=ALLOCATION, seed=1)
     with pytest.raises(SystemExit):
         trainer(tmp_path / "killed", StopAt(killed_at + 1), **limit).fit(killed, data(seed=1))
-    torch.manual_seed(99)  # nothing may depend on the state a fresh process happens to have
+    torch.manual_seed(99)  # the result must not depend on the generator's state in a fresh process
     resumed = moe(model_config, allocation=ALLOCATION, seed=1)
     trainer(tmp_path / "resumed", **limit).fit(resumed, data(seed=1), ckpt_path=str(tmp_path / "killed" / "last.ckpt"))
     expected = adapter(whole)
@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_p
 
 
 def test_under_a_gradient_scaler_such_a_step_is_left_to_it(tmp_path, model_config, data):
-    """Dynamic loss scaling starts too high on purpose: the scaler skips the steps that overflow."""
+    """Dynamic loss scaling starts too high on purpose, and the scaler skips the steps that overflow."""
     module = moe(model_config, allocation=ALLOCATION)
     spoiled = []
 
@@ -361,7 +361,7 @@ def test_the_balance_loss_trains_and_is_logged(tmp_path, model_config, data):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp_path, model_folder, data, family):
-    """Opt's blocks drop out by their own mode, which must stay as it is; validations and loading keep the knob on."""
+    """Blocks of OPT drop out by their own mode, which must not change. Validation and loading keep the setting on."""
     path = tmp_path / family
     shutil.copytree(model_folder, path)
     settings: dict[str, Any] = {"dropout": 0.5} if family == "opt" else {}
@@ -380,7 +380,7 @@ def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_adapter(tmp
         assert module.model is not None
         for block in blocks(module.model).values():
             next(block.children()).register_forward_pre_hook(count)
-        trainer(tmp_path / str(on), max_steps=7).fit(module, data())  # a validation after 5
+        trainer(tmp_path / str(on), max_steps=7).fit(module, data())  # a validation comes after step 5
         adapters.append(adapter(module))
         counts.append(ran)
         with evaluating(module.model), torch.inference_mode():
@@ -445,7 +445,7 @@ def test_processes_share_an_epoch_and_each_carries_on_where_it_was(count, num_pr
     shares = [list(sampler) for sampler in samplers]
     assert {len(share) for share in shares} == {len(sampler) for sampler in samplers} == {-(-count // num_processes)}
     dealt = [position for turn in zip(*shares, strict=True) for position in turn]
-    assert dealt[:count] == one  # disjoint, whole, and step by step what one process draws
+    assert dealt[:count] == one  # disjoint and complete, and at each step the same as one process draws
     assert set(dealt[count:]) <= set(one)
     assert len(dealt) - count < num_processes
     for rank, share in enumerate(shares):
@@ -457,7 +457,7 @@ def test_processes_share_an_epoch_and_each_carries_on_where_it_was(count, num_pr
 def test_drop_partial_counts_what_all_processes_take(data):
     found = data(batch_size=2, drop_partial=True)
     found.trainer = SimpleNamespace(global_rank=1, world_size=4, accumulate_grad_batches=2, current_epoch=0)
-    assert len(found.train_dataloader()) == 2  # of 20 samples one step of 16: two batches of two in each process
+    assert len(found.train_dataloader()) == 2  # 20 samples give one step of 16: two batches of two in each process
     found.batch_size = 3
     with pytest.raises(ValueError, match=r"batch_size=3 × 2 accumulated × 4 processes"):
         found.train_dataloader()
@@ -471,7 +471,7 @@ def test_drop_partial_leaves_whole_batches(data):
 
 
 def test_early_stopping_and_the_best_checkpoint_are_settings(tmp_path, tiny_overrides):
-    """A learning rate that soon does harm: training stops, and the adapter kept is that of the best epoch."""
+    """With a learning rate that soon does harm, training stops, and the adapter of the best epoch is kept."""
     fit = [
         "fit.keep=best",
         "fit.patience=2",
@@ -493,7 +493,7 @@ def test_early_stopping_and_the_best_checkpoint_are_settings(tmp_path, tiny_over
 
 
 def test_a_run_trains_ranks_and_its_adapter_is_weighed_by_ila(tmp_path, tiny_overrides):
-    """From the command line: method=lora spends allocator=rank, and estimator=ila scores what it learned."""
+    """On the command line, method=lora spends allocator=rank, and estimator=ila scores the adapter that it trained."""
     trained = run_layerif([*tiny_overrides, "method=lora", "allocator=rank", "estimator=uniform"], tmp_path)
     assert trained.decision.allocation.kind == "rank"
     assert sum(trained.decision.allocation.values) == 24

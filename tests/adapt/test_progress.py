@@ -1,4 +1,4 @@
-"""A run killed at any point and resumed shows the curves of an undisturbed one, and counts what it took before."""
+"""A run that is killed at any point and resumed has the curves of an undisturbed one, and counts all its seconds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from layerif.models.pretrained import LocalModel
 from tests.tiny import shipped_task
 
 ALLOCATION = Allocation(tuple(f"model.layers.{l}" for l in range(3)), "experts", (1, 4, 2), 7)
-STEPS = 13  # of 5 an epoch
+STEPS = 13  # 5 of them make an epoch
 
 
 class Killed(BaseException):
-    """Nothing catches it."""
+    """An end of a run that no code catches."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def splits(task_folder):
 
 @pytest.fixture
 def train(model_folder, splits, tmp_path):
-    """A run of one folder; called again it carries on from its checkpoint."""
+    """Runs in one folder; called again, it carries on from the checkpoint there."""
 
     def run(name: str, kept: Fit, **options: Any) -> tuple[AdapterModule, TrainingCurves]:
         folder = tmp_path / name
@@ -64,7 +64,7 @@ def train(model_folder, splits, tmp_path):
 
 
 def after(number: int, done: Any) -> Any:
-    """A method that is killed when it has run so many times."""
+    """Wraps a method so that the run is killed after it has run a number of times."""
     calls = 0
 
     def until_killed(*given: Any, **named: Any) -> Any:
@@ -83,11 +83,11 @@ def shown(folder: Path) -> tuple[pd.DataFrame, str]:
     return curves.drop(columns="train/seconds"), (folder / "routing.csv").read_text()
 
 
-KILLS = [  # whose method, how often it runs before
-    (L.Trainer, "save_checkpoint", 2),  # saved, and the step not logged yet where steps are saved
+KILLS = [  # the object, its method, and how often this runs before
+    (L.Trainer, "save_checkpoint", 2),  # the checkpoint is saved; where steps are saved, the step is not logged yet
     (AdapterModule, "validation_step", 3),  # in the middle of a validation
     (TrainingCurves, "on_validation_end", 2),
-    (TrainingCurves, "on_train_batch_end", 11),  # a step whose curves are kept and whose checkpoint is not saved
+    (TrainingCurves, "on_train_batch_end", 11),  # the step's curves are kept, but its checkpoint is not saved
 ]
 SETTINGS: list[tuple[Fit, dict[str, Any]]] = [
     (Fit(), {}),

@@ -1,4 +1,4 @@
-"""Every YAML composes and binds to the signature it names, and mistyped names get the nearest valid one."""
+"""Every YAML composes and fits the signature of its class, and a mistyped name is answered by the nearest valid one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANDATORY = {
     ("arm", "alphapruning"): ["method=prune", "allocator=sparsity"],
     ("arm", "owl"): ["method=prune", "allocator=sparsity"],
     ("arm", "ila"): ["model.adapter=/somewhere"],
-    ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # its own are beside it in a sweep
+    ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # in a sweep, its own experiments stand beside it
 }
 
 
@@ -58,7 +58,7 @@ def composed(*overrides: str):
 def test_every_choice_composes_and_binds(group, choice):
     overrides = [f"{group}={choice}", *MANDATORY.get((group, choice), [])]
     config = compose("config", ["outputs=/nowhere", *(["logger=none"] if group != "logger" else []), *overrides])
-    for logger in config.logger.values():  # they stand on Hydra's folder and job, which only a run has
+    for logger in config.logger.values():  # they depend on Hydra's folder and job, which only a run has
         logger.save_dir = "/nowhere"
         if "group" in logger:
             logger.group = "mine"
@@ -85,8 +85,8 @@ def test_every_choice_composes_and_binds(group, choice):
         ("method.target_modules=q_proj", "method.target_modules='q_proj' is not allowed; allowed: a list, null"),
         ("seed=-1", "seed=-1 is not allowed; allowed: a whole number from 0 to 4294967295"),
         ("score_task=currency", r"score_task='currency' is a name .* say \+task@score_task=currency"),
-        ("+foo=1", "'foo' is no key of the configuration; allowed at the top: model, task"),
-        ("++prob.num_train=1", r"'prob' is no key of the configuration \(did you mean 'probe'"),
+        ("+foo=1", "'foo' is not a key of the configuration; allowed at the top: model, task"),
+        ("++prob.num_train=1", r"'prob' is not a key of the configuration \(did you mean 'probe'"),
         ("evaluation.metrics=options", r"allowed: a list, as in 'evaluation.metrics=\[options\]'"),
         ("name=", "name='' is not allowed; allowed: the name of a folder"),
         ("+estimator.dampin=1", r"estimator.dampin is not known to .* \(did you mean 'damping'"),
@@ -113,23 +113,29 @@ def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
         (["estimatr=datainf"], "did you mean 'estimator'"),
         (
             ["estimator=datainff"],
-            "estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?); available: alpha",
+            "estimator=datainff is not a choice of the group 'estimator' (did you mean 'datainf'?); available: alpha",
         ),
         (
             ["estimator.dampng=1"],
-            "'estimator.dampng' is no key of the configuration (did you mean 'damping'?); allowed in 'estimator'",
+            "'estimator.dampng' is not a key of the configuration (did you mean 'damping'?); allowed in 'estimator'",
         ),
         (
             ["logger=[csv,wandb]", "estimator.dampng=1"],
-            "'estimator.dampng' is no key of the configuration (did you mean",
+            "'estimator.dampng' is not a key of the configuration (did you mean",
         ),
         (
             ["-m", "experiment=[table1_experts_mistral,upstream]", "seed=0,1", "method.rr=4"],
-            "'method.rr' is no key of the configuration (did you mean 'r'?); allowed in 'method': ",
+            "'method.rr' is not a key of the configuration (did you mean 'r'?); allowed in 'method': ",
         ),
         (["task=capitol"], "did you mean 'capital'"),
-        (["sed=1", "tsk=capital"], "'sed' is no key of the configuration (did you mean 'seed'?); allowed at the top: "),
-        (["prob.num_train=3"], "'prob' is no key of the configuration (did you mean 'probe'?); allowed at the top: "),
+        (
+            ["sed=1", "tsk=capital"],
+            "'sed' is not a key of the configuration (did you mean 'seed'?); allowed at the top",
+        ),
+        (
+            ["prob.num_train=3"],
+            "'prob' is not a key of the configuration (did you mean 'probe'?); allowed at the top",
+        ),
         (["logger.wandb.mode=online"], "logger.wandb.mode: logger=csv has no wandb; choose logger=wandb"),
         (["-m", "hydra.launcher.n_jobs=2"], "launcher=basic has no settings; choose launcher=joblib"),
         (["-m", "+hydra.launcher.n_jobs=2", "seed=0,1"], "launcher=basic has no settings; choose launcher=joblib"),
@@ -152,7 +158,7 @@ def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
         (["--config-dir=own", "experiment=unpacked"], "the first line of its YAML must be: # @package _global_"),
         (
             ["--config-dir=own", "experiment=mistyped"],
-            "In 'experiment/mistyped': 'prob' is no key of the configuration",
+            "In 'experiment/mistyped': 'prob' is not a key of the configuration",
         ),
         (
             ["--config-dir=own", "experiment=wrong"],
@@ -181,7 +187,7 @@ def test_a_typo_is_answered_in_one_line_without_a_traceback(overrides, message, 
 
 
 def imported_by(code: str, folder: Path) -> tuple[set[str], str]:
-    """Returns the modules that a Python of its own has imported after the code, and the text it printed."""
+    """Returns the modules that a new Python imported while it ran the code, and the text that it printed."""
     code += "\nimport sys\nprint('\\n--', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
     told, _, modules = done.stdout.rpartition("\n-- ")
@@ -269,7 +275,7 @@ def test_folder_names_are_readable_unique_and_valid():
     ],
 )
 def test_what_makes_no_other_job_is_in_no_folder_name(incidental):
-    """A sweep given again with another logger finds what is done."""
+    """A sweep that is given again with another logger finds the jobs that are done."""
     for others in ([], ["seed=1"], ["method=none", "task.columns=[c,d]"]):
         assert folder_name([*others, incidental]) == folder_name(others)
     assert folder_name(["dry_run=true"]) != folder_name([])

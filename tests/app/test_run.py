@@ -1,4 +1,4 @@
-"""The command line end to end on a tiny model: every method, what is written, what is skipped, what is refused."""
+"""The command line end to end on a tiny model: every method, its files, the jobs it skips and the input it refuses."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_scores_only_and_then_from_their_file(tiny_overrides, tmp_path):
     hand.mkdir()
     given = run_layerif([*tiny_overrides, "allocator=file", f"allocator.path={by_hand}", f"store={hand}"], hand)
     assert given.decision.allocation.values == [1, 2, 4]
-    assert given.decision.scores is None  # nobody looks at them, so nothing was measured
+    assert given.decision.scores is None  # no allocator looks at scores, so nothing was measured
     assert not list(hand.rglob("*.safetensors")) or list(hand.rglob("grams")) == []
 
 
@@ -104,7 +104,9 @@ def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(t
     moved = [*tiny_overrides, "method=none", f"task.path={rows}"]
     changed = run_layerif(moved, tmp_path)
     (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text().replace("Which of", "What of"))
-    assert run_layerif(moved, tmp_path).decision.scores != changed.decision.scores  # the same words name other rows now
+    assert (
+        run_layerif(moved, tmp_path).decision.scores != changed.decision.scores
+    )  # the same settings name other rows now
     assert any("held another job's record" in note for note in changed.notes)
     other = run_layerif([*tiny_overrides, "method=none", "estimator.damping=1"], tmp_path)
     assert other.decision.scores != first.decision.scores
@@ -229,7 +231,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
         ),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
         (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
-        (["method.target_modules=[q_porj]"], "'q_porj', which names nothing in this model (did you mean 'q_proj'?)"),
+        (["method.target_modules=[q_porj]"], "'q_porj', which is not a layer of this model (did you mean 'q_proj'?)"),
         (["method.warmup_steps=-5"], "method.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0"),
         (
             ["allocator=rank"],
@@ -240,7 +242,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
 def test_bad_input_is_one_message_and_nothing_half_written(
     tiny_overrides, tmp_path, overrides, message, monkeypatch, capsys
 ):
-    """Said by a dry run already, and so before anything is measured."""
+    """A dry run already refuses it, so nothing is measured before."""
     GlobalHydra.instance().clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["layerif", *tiny_overrides, *overrides, "dry_run=true"])
@@ -307,7 +309,7 @@ def test_a_trainer_for_a_gpu_says_what_to_do_without_one():
 
 
 def test_the_hub_says_each_refusal_once():
-    for _ in range(2):  # a sweep's runs are of one process
+    for _ in range(2):  # the runs of a sweep share one process
         _quieten_hub()
     client = logging.getLogger("huggingface_hub.utils._http")
     said = ["refused", "Retrying in 1s", "refused", "Rate limited. Waiting 9s"]

@@ -1,4 +1,4 @@
-"""`layerif-store`: it names what is there, and removes nothing that is in use or none of its own."""
+"""`layerif-store` lists the entries of a store, and removes nothing that is in use or belongs to others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DESCRIPTION = {"probe": VERSIONS["probe"], "loss": VERSIONS["loss"], "scope": "a
 
 @pytest.fixture
 def store(tmp_path) -> Path:
-    """Two measurements, a converted model, a half-written measurement and a half-converted model, and a stranger."""
+    """A store with two measurements, a converted model, a half-written one of each, and a file of another program."""
     root = tmp_path / "store"
     for model in ("first", "second"):
         Store(root).kept(GRAMS, {**DESCRIPTION, "model": model}, some_grams, about={"model": f"org/{model}"})
@@ -78,11 +78,11 @@ def test_the_list_tells_what_each_entry_is(store):
 
 def test_other_versions_are_called_by_name(store, monkeypatch):
     monkeypatch.setitem(VERSIONS, "probe", VERSIONS["probe"] + 1)
-    assert listing(store).count(f"written by probe version {VERSIONS['probe'] - 1}, unused now") == 2
+    assert listing(store).count(f"written by probe version {VERSIONS['probe'] - 1}, not used any more") == 2
     monkeypatch.undo()
     file = store / "grams" / f"{keys(store)['org/first']}.safetensors"
     rewritten(file, lambda header: {**header, "version": "1"})
-    assert listing(store).count("written by store version 1, unused now") == 1
+    assert listing(store).count("written by store version 1, not used any more") == 1
     clear(store, "--unused")
     assert list(keys(store)) == ["org/second"]
 
@@ -100,7 +100,7 @@ def test_a_measurement_without_samples_is_listed_too_and_its_version_compared(st
 
 def test_an_unreadable_file_is_said_to_be_so(store):
     (store / "grams" / f"{keys(store)['org/first']}.safetensors").write_bytes(b"garbage")
-    assert listing(store).count("unreadable, would be computed anew") == 1
+    assert listing(store).count("cannot be read and would be computed anew") == 1
     clear(store, "--unused")
     assert list(keys(store)) == ["org/second"]
 
@@ -169,7 +169,7 @@ def test_the_folder_above_or_below_a_store_is_no_store(store, capsys):
         assert left_with.value.code == 1
         said = capsys.readouterr().err
         assert f"{given} holds no measurements, but " in said
-        assert f"it is no store (did you mean --store={store}?)" in said
+        assert f"it is not a store (did you mean --store={store}?)" in said
 
 
 def test_the_store_may_be_named_after_the_command_too(store, capsys):
@@ -189,7 +189,7 @@ def test_a_missing_folder_is_said_as_such_before_anything_heavy_is_loaded(tmp_pa
     code += "finally: print('torch' in sys.modules, 'pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 1
-    assert "'nowhere' is no folder" in done.stderr
+    assert "'nowhere' is not a folder" in done.stderr
     assert done.stdout.split() == ["False", "False"]
 
 

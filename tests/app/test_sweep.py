@@ -1,4 +1,4 @@
-"""Sweeps: what fails, is stopped or killed loses nothing of the rest, whichever launcher runs the jobs."""
+"""Sweeps: a job that fails, is stopped or is killed costs no other job its result, whichever launcher runs them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.command import layerif_here
 
 @pytest.fixture
 def sweep(tiny_overrides, tmp_path, monkeypatch, capfd):
-    """The command line in this process: its exit code and what it printed."""
+    """Runs the command line in this process and returns its exit code and its output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -60,7 +60,7 @@ def failures(folder: Path) -> list[Failure]:
 
 
 def results(folder: Path) -> list[tuple]:
-    """All that a table is made of, less times."""
+    """Returns all results that a table is made of, without times."""
     return [
         (each.overrides[-1], each.decision, each.metrics, each.answers, each.fingerprint)
         for each in sorted(records(folder), key=lambda record: record.overrides[-1])
@@ -87,7 +87,7 @@ def test_a_job_that_fails_loses_nothing_of_the_others_and_is_named_at_the_end(sw
     assert "allocator.budget=2" in failed[0].overrides
     assert "raise ValueError" in failed[0].traceback
 
-    code, told = sweep(*jobs)  # what is finished is skipped, what failed is listed and not run again
+    code, told = sweep(*jobs)  # finished jobs are skipped, and failed ones are listed and not run again
     assert code == 1
     assert "jobs: 0 run, 2 already done, 0 failed, 2 failed before and not run again (rerun=failed does)" in told
     assert told.count(error) == 4
@@ -144,7 +144,10 @@ def test_what_cannot_be_written_as_json_and_what_a_logger_stopped_are_failures_l
 
 def test_small_is_of_an_experiment(sweep):
     code, told = sweep("method=none", "small=true", "dry_run=true")
-    assert (code, "small=true is the small variant of an experiment, and none is chosen" in told) == (1, True)
+    assert (code, "small=true chooses the small variant of an experiment, but" in told) == (
+        1,
+        True,
+    )
 
 
 def test_ctrl_c_stops_a_sweep_at_once_and_the_same_command_carries_on(sweep, tmp_path, monkeypatch):
@@ -170,7 +173,7 @@ def test_ctrl_c_stops_a_sweep_at_once_and_the_same_command_carries_on(sweep, tmp
 def test_a_typo_stops_a_sweep_before_its_first_job(sweep, tmp_path):
     code, told = sweep("method=none", "estimator=datainf,datainff")
     assert code == 1
-    assert "layerif: estimator=datainff is no choice of the group 'estimator' (did you mean 'datainf'?)" in told
+    assert "layerif: estimator=datainff is not a choice of the group 'estimator' (did you mean 'datainf'?)" in told
     assert not list(tmp_path.rglob("*.json"))
     code, told = sweep("method=none", "rerun=fail")
     assert (code, "rerun='fail' is not allowed; allowed: False, failed, True (did you mean 'failed'?)" in told) == (
@@ -198,9 +201,9 @@ def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
         return model
 
     monkeypatch.setattr(LocalModel, "load", watched)
-    gc.disable()  # by itself it might come in time
+    gc.disable()  # an automatic collection might come in time and hide a leak
     try:
-        # The second trains on a loss that is not finite: an error's traceback must not keep its model.
+        # The second job fails on a loss that is not finite: the traceback of its error must not keep the model.
         code, told = sweep("seed=0,1,2", "method.learning_rate=1e-3,1e300", "trainer.max_steps=3")
     finally:
         gc.enable()
@@ -347,7 +350,7 @@ def test_a_balance_counts_what_it_cannot_read_as_failed_and_leaves_out_jobs_of_e
 def test_a_single_run_that_fails_says_so_as_ever_and_leaves_its_failure(tiny_overrides, tmp_path):
     folder = tmp_path / "run"
     overrides = [*tiny_overrides, "allocator.budget=2", f"hydra.run.dir={folder}"]
-    for _ in range(2):  # one that is asked for by itself is run, whatever happened before
+    for _ in range(2):  # a job that is asked for by itself runs again
         done = command(overrides, tmp_path)
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith("layerif: budget=2 cannot give 3 layers")

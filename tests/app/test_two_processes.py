@@ -1,4 +1,4 @@
-"""Processes that began by themselves, as Slurm's do, train together (gloo, CPU): one folder, one epoch, one adapter."""
+"""Processes started from outside, as by Slurm, train together (gloo, CPU): one folder, one epoch, one adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = [
     "estimator=uniform",
     "allocator.budget=9",
     "logger=none",
-    "method.lora_dropout=0",  # a mask is of a batch's shape
+    "method.lora_dropout=0",  # a mask fits the shape of one batch
     "method.learning_rate=0.01",
     "trainer.max_steps=8",  # of 5 an epoch
     "fit.checkpoint_steps=1",

@@ -1,4 +1,4 @@
-"""Records of version 0.1.0, written by it for every method: read as today's, and reported as it reported them."""
+"""Records that version 0.1.0 wrote for every method are read as today's and reported as it reported them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_failure_of_0_1_0_is_read():
 
 
 def test_runs_of_0_1_0_are_reported_as_it_reported_them(tmp_path):
-    """`report.csv` was written by 0.1.0, which called a run without a method `method=null`."""
+    """Version 0.1.0 wrote `report.csv`, and called a run without a method `method=null`."""
     shutil.copytree(GOLDEN / "runs", tmp_path / "runs")
     write_report(tmp_path / "runs", Console(quiet=True))
     found, before = pd.read_csv(tmp_path / "runs" / "report.csv"), pd.read_csv(GOLDEN / "report.csv")

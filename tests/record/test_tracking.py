@@ -1,4 +1,4 @@
-"""Loggers: a run, finished or failed, leaves its content in each of them, and their files are read back."""
+"""Every logger gets the content of a run, finished or failed, as its files show when they are read back."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from layerif.record.tracking import Wandb, log_routing, tracked
 from tests.wandb_file import WandbFile
 
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
-ROUTED = "model.layers.2"  # the shape below gives only this block more than one expert
+ROUTED = "model.layers.2"  # the shape below gives more than one expert to this block alone
 
 
 @pytest.fixture(scope="module", autouse=True)
 def own_wandb(tmp_path_factory):
-    """No key, no settings and no cache but those of these tests."""
+    """Keeps wandb to keys, settings and a cache of these tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(home))
@@ -42,7 +42,7 @@ def own_wandb(tmp_path_factory):
         for name in ("DATA", "CACHE", "CONFIG"):
             patch.setenv(f"WANDB_{name}_DIR", str(home))
         patch.delenv("WANDB_API_KEY", raising=False)
-        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server answers there
         patch.setenv("WANDB_INIT_TIMEOUT", "1")
         patch.setenv("WANDB_SILENT", "true")
         wandb.teardown()
@@ -51,12 +51,12 @@ def own_wandb(tmp_path_factory):
 
 
 def nothing_stored(fingerprint: str) -> list[Path]:
-    """The files of a store that holds nothing."""
+    """Returns the files of an empty store."""
     return []
 
 
 def job(overrides: list[str], folder: Path) -> None:
-    """One job in this process and `folder`, as the command line runs it."""
+    """Runs one job in this process and in `folder`, as the command line does."""
     folder.mkdir(parents=True, exist_ok=True)
     register()
     GlobalHydra.instance().clear()
@@ -88,10 +88,10 @@ def settings(model_folder, task_folder, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory) -> Path:
-    """The folder of a LoRA-MoE, with every logger at once."""
+    """The folder of a LoRA-MoE run that had every logger at once."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layerif.moe.usage, "UNUSED", 1.0)  # no router is quite even
+        patch.setattr(layerif.moe.usage, "UNUSED", 1.0)  # no router is exactly even
         job([*settings, "logger=[csv,tensorboard,wandb]", "trainer.log_every_n_steps=2"], folder)
     return folder
 
@@ -106,7 +106,7 @@ def test_a_wandb_run_carries_everything(whole):
     assert left.exit_code == 0
 
     curves: Any = pd.DataFrame(found.history)
-    assert curves["train/loss"].dropna().notna().sum() == 2  # of four steps, every second
+    assert curves["train/loss"].dropna().notna().sum() == 2  # every second of four steps
     assert curves["validation/loss"].count() == 2
     assert curves["train/learning_rate"].dropna().is_monotonic_decreasing
     assert (curves["train/seconds"].dropna() > 0).all()
@@ -229,7 +229,7 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
     record = RunRecord.read(tmp_path)
     assert record.seconds["fit"] > saved["seconds"] > 0
     assert any(note.startswith("resumed from") for note in record.notes)
-    assert any(note.startswith("wandb has this run anew") for note in record.notes)
+    assert any(note.startswith("wandb shows this run anew") for note in record.notes)
     curves, expected = (
         pd.read_csv(folder / "metrics.csv").drop(columns="train/seconds") for folder in (tmp_path, whole)
     )

@@ -1,4 +1,4 @@
-"""The report as a reader opens it, in headless Chromium: a committed example, and one of all that can go wrong."""
+"""The report in headless Chromium, as a reader opens it: a committed example, and one with every kind of trouble."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def difficult(tmp_path) -> Path:
-    """Long names, many arms, failures, holes, and foreign files."""
+    """A sweep with long names, many arms, failures, holes and foreign files."""
     settings = {"method.target": "a_name_without_any_place_to_break_it_" * 3}
     runs = [record(f"estimator{n}", [True] * (n + seed) + [False] * 9, seed=seed) for n in range(6) for seed in (0, 1)]
     runs.append(record("datainf", [True] * 9, settings=settings, notes=["a_warning_without_a_place_to_break_it" * 5]))
@@ -78,7 +78,7 @@ def check(browser: Any, file: Path) -> None:
         assert scroll <= client, f"{scroll} pixels at {width}"
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
     page.emulate_media(media="print")
-    page.set_viewport_size({"width": 690, "height": 1000})  # 182 mm, what A4 leaves between its margins
+    page.set_viewport_size({"width": 690, "height": 1000})  # 182 mm, the width of A4 between its margins
     over = "[...document.querySelectorAll('table, img')].filter(e => e.getBoundingClientRect().right > 700).length"
     assert page.evaluate(over) == 0
     page.close()

@@ -1,4 +1,4 @@
-"""The paper's numbers: beside the runs they are of, labelled, and never held against another model or task."""
+"""Published numbers stand labelled beside their runs, and are never held against another model or task."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_conditions_are_those_of_the_command_line():
     assert meets(failure("datainf", choices={"method": "none"}, settings={"method": {}}), {"method": "none"})
     assert not meets(job, {"method": "none"})
     pruned = failure("datainf", choices={"method": "prune"})
-    for pruner in ({"pruner": "wanda"}, {"pruner.n": None}):  # is in every configuration
+    for pruner in ({"pruner": "wanda"}, {"pruner.n": None}):  # this key is in every configuration
         assert meets(pruned, pruner)
         assert not meets(job, pruner)
 
@@ -83,7 +83,7 @@ def test_a_choice_counts_as_those_it_starts_from_and_not_the_other_way_round():
     assert not meets(experts, {"allocator": "experts_gemma"})
     other = failure("datainf", choices={"model": "mistral_7b"}, settings={"model.name": "org/other"})
     assert meets(other, {"model": "hub", "model.name": "org/other"})
-    own = failure("my_estimator", choices={"method": "my_method"})  # from a folder of the user's
+    own = failure("my_estimator", choices={"method": "my_method"})  # its YAML lies in a folder of the user's
     assert meets(own, {"estimator": "my_estimator"})
     assert not meets(own, {"method": "lora_moe"})
 
@@ -107,7 +107,7 @@ def test_no_difference_is_taken_to_another_model_of_a_small_variant_or_in_other_
     )
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "A paper, table 1, accuracy of mistralai/Mistral-7B-v0.1 with allocator.beta=2.5." in page
-    assert "Differences to them are shown only for such runs at full size" in page
+    assert "Differences from them are shown only for such runs at full size" in page
     assert "to the paper" not in page
     assert ("small variants, which stand in for runs of full size" in page) == ("small" in settings)
 
@@ -119,7 +119,7 @@ def test_of_a_mixture_the_page_says_how_many_runs_are_small(tmp_path):
 
 
 def test_published_cells_that_were_never_run_are_missing_of_the_papers_model_at_full_size(tmp_path):
-    paper = Expected.read(expected(tmp_path))  # which has a number of one arm and column, and names for more
+    paper = Expected.read(expected(tmp_path))  # it has one number, and names of more arms and columns
     found = grid(runs_of(runs(seed=3, settings=MISTRAL)[:1], paper), paper)
     assert found == [("layerif", "countries", "3")]
     for settings in ({}, MISTRAL | {"small": True}, MISTRAL | {"allocator.beta": 3.0}):
@@ -220,7 +220,7 @@ def test_a_published_mean_over_runs_is_stated_and_held_against_no_single_one(tmp
     budgets = [one for budget in (80, 160) for one in runs(settings=MISTRAL | {"allocator.budget": budget})]
     write_report(written(tmp_path / "sweep", budgets), console, expected=file)
     said = console.export_text()
-    assert "Published as a mean alone, which no single run is held against: mean of two, layerif 0.800." in said
+    assert "The paper gives only a mean for mean of two, so no run is held against it: layerif 0.800." in said
     assert "layerif allocator.budget=80" in said
     assert "to the paper" not in said
     paper = Expected.read(file)
@@ -258,7 +258,10 @@ def test_a_run_of_another_size_is_beside_the_papers_number_and_not_held_against_
     [
         ({}, ["uniform", "layerif"]),
         (
-            {"columns": {"mrpc": {"task": "mrpc"}}, "values": {"layerif": {"mrpc": 0.8}}},  # of other tasks
+            {
+                "columns": {"mrpc": {"task": "mrpc"}},
+                "values": {"layerif": {"mrpc": 0.8}},
+            },  # these belong to other tasks
             ["uniform experts", "datainf experts"],
         ),
     ],

@@ -186,7 +186,7 @@ def test_every_distinct_profile_is_kept():
 
     dampings = [{"estimator.damping": damping} for damping in (0.001, 0.1, 100)]
     runs = [rolled(shift, settings=settings) for shift, settings in enumerate(dampings)]
-    runs.append(rolled(0, settings=dampings[0]))  # of another budget, say
+    runs.append(rolled(0, settings=dampings[0]))  # as if of another budget
     found = correlations(runs)
     names = [f"capital datainf estimator.damping={damping}" for damping in ("0.001", "0.1", "100")]
     assert list(zip(found["profile"], found["and"], strict=True)) == list(itertools.combinations(names, 2))
@@ -239,7 +239,7 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
 
 
 def changed_within(content: Any, changes: Any) -> Any:
-    """The content with the values of `changes` in their places."""
+    """Returns the content with the values of `changes` put in their places."""
     if not isinstance(changes, dict) or not isinstance(content, dict):
         return changes
     return content | {key: changed_within(content.get(key), change) for key, change in changes.items()}
@@ -364,7 +364,7 @@ def test_jobs_that_began_and_did_not_end_are_named(tmp_path):
     assert read_jobs(tmp_path).unfinished == ["killed"]
     console = Console(record=True, width=200)
     write_report(tmp_path, console)
-    assert "1 run began and did not end: killed, or still at work." in console.export_text()
+    assert "1 run started and did not end: killed, or still at work." in console.export_text()
     assert "## Unfinished\n\n- killed" in (tmp_path / "report.md").read_text()
 
 
@@ -523,7 +523,7 @@ def test_the_same_folder_gives_the_same_page(tmp_path):
 
 def test_what_came_from_the_store_is_counted_as_saved():
     taken = [{"kind": "grams", "key": "f", "reused": reused, "seconds": 29.5} for reused in (False, True, True)]
-    taken[2]["seconds"] = None  # of a store that did not say
+    taken[2]["seconds"] = None  # the store did not say how many
     runs = [record("a", [True], measurements=taken[:1]), record("b", [True], measurements=taken[1:])]
     found = dict(cost(runs).to_numpy().tolist())
     assert found["measurements taken from the store"] == 2
@@ -583,7 +583,7 @@ def test_a_run_that_failed_when_run_again_is_named_beside_its_record(tmp_path):
     console = Console(record=True, width=200)
     write_report(tmp_path, console)
     said = console.export_text()
-    assert "1 run failed when run again; the numbers stem from before, the errors are below." in said
+    assert "1 run failed when run again; the numbers are from the run before, and the errors are below." in said
     assert "Failed when run again:\n  0: out of memory" in said
     for text in (said, (tmp_path / "report.md").read_text()):
         assert "readable" not in text

@@ -1,4 +1,4 @@
-"""Methods: what a run does with scores and an allocation. One file and one YAML in `conf/method/` each.
+"""Methods: the ways to use scores and an allocation in a run. Each has one file and one YAML in `conf/method/`.
 
 A method is a frozen dataclass whose fields are its settings, with the members of `Method`. Nothing is registered: the
 `_target_` of its YAML finds it.
@@ -21,8 +21,8 @@ class Method(Protocol):
     Attributes:
         name: its choice in the group `method`.
         allocates: the kind of allocation that it spends; None if any will do.
-        evaluates: whether it evaluates a model after its work, so that the evaluation is checked beforehand.
-        fine_tunes: whether it leaves a fine-tuned model, whose validation loss a search can ask for.
+        evaluates: it evaluates a model after its work, so the evaluation is checked beforehand.
+        fine_tunes: it leaves a fine-tuned model, whose validation loss a search can ask for.
     """
 
     name: ClassVar[str]
@@ -30,16 +30,28 @@ class Method(Protocol):
     evaluates: ClassVar[bool]
 
     @property
-    def fine_tunes(self) -> bool: ...
+    def fine_tunes(self) -> bool:
+        """Tells if the work leaves a fine-tuned model."""
+        ...
 
     def check(self, setup: Setup) -> None:
-        """Raise ValueError for everything that can be refused before any work."""
+        """Checks all that can be checked before any work.
+
+        Raises:
+            ValueError: the method cannot work with this setup.
+        """
         ...
 
     def preview(self, setup: Setup) -> dict[str, str]:
-        """Say what a run would do, as lines of a dry run by their name."""
+        """Returns the lines that a dry run prints about the work, by their name."""
         ...
 
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
-        """Do the work and put what came of it into the record and the run's folder."""
+        """Does the work and puts its results into the record and the run's folder.
+
+        Args:
+            setup: the objects of the configuration.
+            record: gets decision, metrics, seconds and notes.
+            folder: the run's.
+        """
         ...

@@ -17,7 +17,7 @@ from layerif.record.record import RunRecord
 
 
 class FineTune:
-    """A method whose settings are those of an adapter: to be combined with a subclass of `Adapter`."""
+    """A method whose settings are those of an adapter. It is combined with a subclass of `Adapter`."""
 
     evaluates: ClassVar[bool] = True
     fine_tunes: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class FineTune:
 
 
 def fit(setup: Setup, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
-    """Train an adapter with the configuration's trainer and data; see `layerif.adapt.train.train`."""
+    """Trains an adapter with the configuration's trainer and data, see `layerif.adapt.train.train`."""
     return train(
         module,
         setup.datamodule(),

@@ -22,7 +22,7 @@ from layerif.record.record import RunRecord
 
 
 def loader(setup: Setup) -> Callable[[], nn.Module]:
-    """Give a function that loads the model onto its device when it is first called, and keeps it."""
+    """Returns a function that loads the model onto its device at the first call, and gives the same one afterwards."""
 
     @cache
     def load() -> nn.Module:
@@ -33,7 +33,7 @@ def loader(setup: Setup) -> Callable[[], nn.Module]:
 
 
 def keep(decision: Decision, record: RunRecord) -> None:
-    """Put a decision into the record, with its seconds and what there is to note about its samples."""
+    """Puts a decision into the record, with its seconds, its measurements and its notes."""
     record.decision = decision.record()
     record.seconds |= decision.seconds
     if decision.scores is None:
@@ -49,7 +49,7 @@ def keep(decision: Decision, record: RunRecord) -> None:
 
 @contextmanager
 def keeping(influence: InfluenceCallback, record: RunRecord) -> Iterator[None]:
-    """Put the decision that is made inside into the record, also if the work fails after it."""
+    """Puts the decision that is made inside into the record, even if the work fails after it."""
     try:
         yield
     finally:
@@ -58,9 +58,15 @@ def keeping(influence: InfluenceCallback, record: RunRecord) -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = "") -> None:
-    """Put the metrics of a model into the record under a prefix, and how its routers spread tokens over experts.
+    """Evaluates a model and puts metrics, answers and the use of its experts into the record.
 
-    The first process measures for all.
+    Only the first process measures.
+
+    Args:
+        model: on the device that it is evaluated on.
+        setup: holds the evaluation.
+        record: of the run.
+        prefix: of the metrics' names in the record.
     """
     if rank_zero_only.rank > 0:
         return
@@ -80,7 +86,7 @@ def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = ""
 
 
 def join_processes(setup: Setup) -> None:
-    """Start the processes that the trainer's settings ask for, as its `fit` would, and connect them."""
+    """Starts and connects the processes that the trainer's settings ask for, as its `fit` would."""
     if setup.decider.num_processes > 1:
         settings = {key: setup.config.trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
         Fabric(**settings).launch()

@@ -1,4 +1,4 @@
-"""`method=diagnose`: can the scores of this model, task and estimator be trusted? A report says so."""
+"""`method=diagnose`: report if the scores of this model, task and estimator can be trusted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
 FILE = "diagnose.json"
-LEAST_ROWS = 4  # fewer leave nothing to rank
+LEAST_ROWS = 4  # fewer rows leave nothing to rank
 
 Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
 
@@ -71,7 +71,9 @@ class Diagnose:
         decider = setup.decider
         _check_estimator(decider)
         if setup.evaluation.before:
-            raise ValueError("method=diagnose looks at no evaluated row; use evaluation.before=false, or method=none")
+            raise ValueError(
+                "method=diagnose never looks at evaluated rows; use evaluation.before=false, or method=none"
+            )
         if decider.num_processes > 1:
             raise ValueError(
                 f"method=diagnose works in one process, got {decider.num_processes}; use trainer.devices=1"
@@ -85,7 +87,7 @@ class Diagnose:
             have, asked = len(getattr(decider.splits, part)), getattr(self, f"num_{part}")
             if have < asked:
                 raise ValueError(
-                    f"method.num_{part}={asked} rows are asked for, and the task has {have} in {part}; "
+                    f"method.num_{part}={asked} is more than the {have} {part} rows of the task; "
                     f"use method.num_{part}<={have}"
                 )
             if getattr(decider.probe, f"num_{part}") < LEAST_ROWS:
@@ -109,7 +111,7 @@ class Diagnose:
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         model, work = loader(setup), folder / CHECKPOINTS
         if claim_folder(work, record.identity):
-            record.notes.append("carried on from a run that did not finish; seconds are of the rest")
+            record.notes.append("carried on from a run that did not finish; seconds count the rest alone")
         keep(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)

@@ -1,4 +1,4 @@
-"""`method=none`: scores and allocation only."""
+"""`method=none`: score the layers and allocate, and do nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ScoresOnly:
     fine_tunes: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:
-        """Refuse nothing: the decider has checked all there is."""
+        """Refuses nothing, because the decider has already checked everything."""
 
     def preview(self, setup: Setup) -> dict[str, str]:
         return {}

@@ -22,7 +22,7 @@ class Plan:
     fine_tunes: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:
-        """Refuse nothing: the decider has checked all there is."""
+        """Refuses nothing, because the decider has already checked everything."""
 
     def preview(self, setup: Setup) -> dict[str, str]:
         return {}

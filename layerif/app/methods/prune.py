@@ -37,8 +37,8 @@ from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
 log = logging.getLogger(__name__)
 
-# One step per block needs these settings, whatever the configuration says about fine-tuning. There is no autocast,
-# because `model.dtype` decides.
+# One step per block needs these settings, so they replace those for fine-tuning. There is no autocast, because
+# `model.dtype` decides.
 _TRAINER: dict[str, Any] = {
     "max_epochs": 1,
     "max_steps": -1,
@@ -48,7 +48,7 @@ _TRAINER: dict[str, Any] = {
     "precision": "32-true",
 }
 _ZEROS_ALONE = (
-    "zeros alone save neither time nor memory: the pruned folder is as large and as slow as the dense one; "
+    "zeros alone save neither time nor memory: the pruned model is as large and as slow as the dense one; "
     "2:4 (pruner.n=2 pruner.m=4) on a GPU with method.semi_structured=true measures torch's format for it"
 )
 
@@ -171,7 +171,7 @@ class Prune:
         )
 
     def _given(self, skeleton: nn.Module) -> Allocation | None:
-        """Read the allocation that the user gives in place of scores and allocator."""
+        """Reads the allocation that the user gives in place of scores and allocator; None where there is none."""
         return None if self.allocation is None else given_allocation(_read_sparsities(self.allocation), skeleton)
 
     @property
@@ -197,7 +197,7 @@ class Prune:
             record.notes.append(str(error))
 
     def _recover(self, setup: Setup, record: RunRecord, folder: Path) -> None:
-        """Fine-tune the pruned model in `folder`/model on the task."""
+        """Fine-tunes the pruned model in `folder`/model on the task."""
         where = {"path": str(folder / "model"), "dtype": setup.model.dtype, "attention": setup.model.attention}
         pruned = LocalModel(**where)
         one_each = _one_expert_each(setup.decider.layers().names) if self.recover == "lora" else None
@@ -224,13 +224,13 @@ def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
     measures = decider.estimator.needs.is_measured and decider.allocator.needs_scores
     if pruner.n is not None and measures:
         raise ValueError(
-            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same from every layer, which leaves nothing to "
+            f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same share from every layer, which leaves nothing to "
             "allocate; use estimator=uniform, or pruner.n=null for an n per block from the scores"
         )
 
 
 def _one_expert_each(names: Any) -> Allocation:
-    """Give every block one expert, which is plain LoRA."""
+    """Returns the allocation of one expert to every block, which is plain LoRA."""
     return Allocation(tuple(names), "experts", (1,) * len(names), len(names))
 
 
@@ -249,7 +249,7 @@ def _read_sparsities(file: str) -> Mapping[str, float]:
 
 
 def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:
-    """Put the zeros of every pruned matrix into `sparsity.csv` and the record."""
+    """Writes the share of zeros in every pruned matrix to `sparsity.csv` and to the record."""
     assert module.walk is not None
     assert record.decision is not None
     wanted = {f"{block}.{name}": target for block, of in module.walk.targets.items() for name, target in of.items()}
@@ -284,7 +284,7 @@ def _save(model: nn.Module, setup: Setup, folder: Path) -> None:
 
 
 def _merged(model: Any, pruned: LocalModel) -> nn.Module:
-    """Merge the adapter into the weights; the zeros of the pruned model stay zeros."""
+    """Merges the adapter into the weights; the zeros of the pruned model stay zeros."""
     zeros = {name: linear.weight == 0 for name, linear in matrices(pruned.load()).items()}
     merged = model.cpu().merge_and_unload()
     for name, linear in matrices(merged).items():

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
 
-PARTS = ("train_train", "val_train", "val_norms")  # of a Gram, as a file names them
+PARTS = ("train_train", "val_train", "val_norms")  # the parts of a Gram, as a file names them
 
 
 def measure(
@@ -61,9 +61,12 @@ def measure(
     Args:
         model: a causal language model; it is left as it was.
         layers: the blocks and matrices to measure.
-        train, validation: batches with the position of each of their samples. The rows of a Gram follow the positions,
-            under any batching.
-        form, memory_gb, offload: see `Probe`.
+        train: batches with the position of each of their samples. The rows of a Gram follow the positions, under any
+            batching.
+        validation: the same of the validation samples.
+        form: of the computation, see `Probe`.
+        memory_gb: see `Probe`.
+        offload: see `Probe`.
         projection: makes the gradients smaller first; None measures them exactly.
         partial: a folder for the results of an interrupted measurement, which the next one takes up: the Grams of
             finished passes, and with offload=disk the factors of finished batches. It must belong to this measurement
@@ -119,7 +122,8 @@ def workload(
     Args:
         model: holds the matrices.
         params: the names of the matrices.
-        train, validation: batches with the positions of their samples.
+        train: batches with the positions of their samples.
+        validation: the same of the validation samples.
         reads_with: for each matrix the first that reads the same input, see `factors.inputs_read_together`.
         projection: makes the gradients smaller first.
         num_processes: the processes that share the samples.

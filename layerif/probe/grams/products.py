@@ -27,7 +27,7 @@ from layerif.models.contexts import full_precision
 Form = Literal["materialised", "pairwise"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
-_COLUMNS = 128  # of the Gram at a time; the part above its diagonal is mirrored
+_COLUMNS = 128  # computed at a time; the part above the Gram's diagonal is mirrored
 # Multiplying and summing one entry of the two token-by-token products costs about as much as so many operations of a
 # matrix product: it waits for memory.
 _ENTRY = 64

@@ -1,4 +1,4 @@
-"""`method=plan` says what a probe would do, and the probe then does it."""
+"""`method=plan` prints the passes of a probe, and the probe then takes them."""
 
 from __future__ import annotations
 

@@ -124,12 +124,14 @@ def test_a_killed_run_carries_on_to_the_same_bits(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(walk.Walk, "_prune", real)
     monkeypatch.setattr(walk, "_header", lambda file: {"seconds": "1000"})
     resumed = pruned(setup(*overrides), tmp_path / "killed")
-    assert 2000 < resumed.seconds["prune"] < 2900  # of the two blocks before, and of this process
+    assert 2000 < resumed.seconds["prune"] < 2900  # the seconds of the two blocks before and of this process
     assert "2 blocks were pruned by a run that did not finish" in resumed.notes
     assert resumed.metrics == whole.metrics
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = pruned(setup(*overrides, "allocator.target=0.3"), tmp_path / "killed")  # blocks of another job do not count
+    other = pruned(
+        setup(*overrides, "allocator.target=0.3"), tmp_path / "killed"
+    )  # blocks of another job are not taken over
     assert other.metrics["sparsity"] == pytest.approx(0.3, abs=1e-4)
 
 
