@@ -1,4 +1,4 @@
-"""Retraining laws, and the trust report end to end: the same whether it was killed or not."""
+"""Laws of retraining, and the trust report end to end, which comes out the same if its run is killed."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_what_is_retrained_is_kept_and_a_stop_between_changes_nothing(decider, t
     with pytest.raises(KeyboardInterrupt):
         stopped.losses()
     resumed = stopped.losses()
-    assert len(calls) == 3 + 6  # two of eight were there already
+    assert len(calls) == 3 + 6  # two of eight trainings were finished before the stop
     for one, other in zip(whole, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
     untrained, full, left_out = whole
@@ -154,7 +154,7 @@ def test_the_grams_at_an_adapter_are_those_of_its_file(decider, tmp_path):
 
 
 def setup_of(decider: Decider, *, before: bool = False) -> Any:
-    """The part of a setup that the report looks at."""
+    """Makes the part of a setup that the report looks at."""
     return SimpleNamespace(decider=decider, model=decider.model, evaluation=SimpleNamespace(before=before))
 
 
@@ -261,7 +261,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
 
     killed = tmp_path / "killed"
     killed.mkdir()
-    apart = [*overrides, f"store={killed / 'store'}"]  # its own store: the adapters' Grams are not there yet
+    apart = [*overrides, f"store={killed / 'store'}"]  # a store of its own, which does not have the adapters' Grams yet
     command = [sys.executable, "-m", "layerif", *apart, f"hydra.run.dir={killed / 'run'}"]
     process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = killed / "run" / "checkpoints" / "losses-0-without-3.json"
