@@ -16,15 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # colour-blind readers can tell them apart
+# Colour-blind readers can tell these apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (4, 4)))
 
 
