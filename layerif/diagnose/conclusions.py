@@ -134,7 +134,7 @@ def _approximation(report: Mapping[str, Any]) -> Conclusion | None:
 def _samples(report: Mapping[str, Any]) -> Conclusion:
     found, half = report["stability"]["samples"], report["stability"]["half"]
     return Conclusion(
-        "As many other samples of the task would rank the layers alike.",
+        "The same number of other samples of the task would rank the layers alike.",
         above(ALIKE, found),
         f"Spearman {shown(found)} (bar {ALIKE}), stepped up by Spearman–Brown from disjoint halves, which agree by "
         f"{shown(half)}",
