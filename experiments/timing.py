@@ -1,4 +1,4 @@
-"""Wall-clock seconds of a piece of work, the machine it ran on, and a refusal of figures that cannot be right."""
+"""Wall-clock seconds of a piece of work, the machine that it ran on, and a check for figures that cannot be right."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def test_an_incomplete_grid_is_refused_or_cut_to_its_whole_seeds(tmp_path):
     without = [job for job in jobs if (job.seed, plot.scores_of(job), job.config["task"]["name"]) != (2, "b", "a")]
     cut = plot.read(written(tmp_path / "cut", without))
     assert (cut.seeds, cut.accuracy_TCS.shape, cut.is_small) == ([0, 1], (3, 4, 2), False)
-    assert "Other seeds are left out, for they lack a by scores of b, seed 2." in plot.said(cut)
+    assert "Other seeds are left out, because they lack a by scores of b, seed 2." in plot.said(cut)
     with pytest.raises(SystemExit, match=r"no seed has all 3 × 4 cells.*missing: a by uniform, seed 0; b by uniform"):
         plot.read(written(tmp_path / "none", [job for job in jobs if plot.scores_of(job) != "uniform"]))
     with pytest.raises(SystemExit, match="a by scores of a, seed 0 was run twice"):

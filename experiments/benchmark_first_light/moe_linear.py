@@ -1,10 +1,11 @@
-"""The LoRA-MoE linear against loops over experts and against plain LoRA of the same size: time and memory.
+"""Compares the time and memory of the LoRA-MoE linear with loops over experts and with plain LoRA of the same size.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python experiments/benchmark_first_light/moe_linear.py
 
-Forward + backward of one 576 × 576 linear (SmolLM2-135M's width) on 8 × 128 tokens, rank 8, top 2; the contestants
-take turns in one process and each figure is a median over rounds. Saved bytes: distinct storages that autograd keeps
-for backward besides the parameters and the layer's own input, which the caller holds anyway; without dropout.
+It runs forward + backward of one 576 × 576 linear (SmolLM2-135M's width) on 8 × 128 tokens, with rank 8 and top 2. The
+contestants take turns in one process, and each figure is a median over rounds. Saved bytes are those of the distinct
+storages that autograd keeps for backward, without dropout. Parameters and the layer's own input do not count, because
+the caller holds them anyway.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ BATCH, TOKENS = 8, 128
 
 
 class ExpertLoop(nn.Module):
-    """The same layer from its definition: every expert computes the tokens routed to it, and adds them in.
+    """The same layer from its definition: every expert computes the tokens that are routed to it, and adds them in.
 
-    dense: every expert computes all tokens, its weight being zero where it was not chosen.
+    Args:
+        base_layer: the frozen linear.
+        num_experts: the number of experts.
+        dropout: the rate of dropout before every expert.
+        dense: every expert computes all tokens, with weight zero where it was not chosen.
     """
 
     def __init__(self, base_layer: nn.Linear, num_experts: int, dropout: float, *, dense: bool) -> None:
@@ -62,9 +67,10 @@ class ExpertLoop(nn.Module):
 def measure(
     experts: tuple[int, ...] = (2, 5, 10), *, device: str = "cpu", dropout: float = DROPOUT, rounds: int = 40
 ) -> list[dict[str, Any]]:
-    """One row per number of experts: median milliseconds, ratios and saved bytes of ours, both loops and LoRA.
+    """Measures ours, both loops and LoRA, with one row per number of experts.
 
-    Ratios to the loop take the faster and the smaller of the two loops.
+    A row has median milliseconds, saved bytes and ratios. Ratios to the loop take the faster loop for the time and the
+    smaller one for the bytes.
     """
     rows = []
     for num_experts in experts:
@@ -88,7 +94,7 @@ def measure(
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages kept for backward, without parameters and x."""
+    """Counts the bytes of the distinct storages kept for backward, without parameters and x."""
     known = {tensor.untyped_storage().data_ptr() for tensor in [x, *layer.parameters()]}
     kept: dict[int, int] = {}
 
@@ -104,7 +110,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def _contestants(num_experts: int, dropout: float, device: str) -> dict[str, nn.Module]:
-    """ours, the loops, and a LoRA whose rank spends the router's parameters too (rounded to the nearest rank)."""
+    """Builds ours, the loops, and a LoRA of the nearest rank that has as many parameters, the router's included."""
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
     config = LoraMoeConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, num_experts=num_experts, top_k=TOP_K)

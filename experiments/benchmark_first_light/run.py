@@ -1,8 +1,8 @@
-"""`make bench` times scoring, estimating and a LoRA-MoE linear, beside what they are compared with.
+"""Times scoring, estimating and a LoRA-MoE linear against the plain ways to do the same, in `make bench`.
 
     OMP_WAIT_POLICY=passive python experiments/benchmark_first_light/run.py
 
-Every pair takes turns in one process and each figure is a median. Run nothing else on the machine meanwhile.
+The contestants take turns in one process, and each figure is a median. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def scoring(device: str) -> LayerGrams:
             seconds["plain"].append(seconds_of(lambda b=both: plain(model, b, device), device))
         probe, whole = (statistics.median(seconds[key]) for key in ("probe", "plain"))
         tokens = sum(int(batch["attention_mask"].sum()) for _, batch in both)
-        check_plausible(f"the probe of {name}", probe, 0.1 * whole)  # it runs the same forward and backward passes
+        check_plausible(f"the probe of {name}", probe, 0.1 * whole)  # a probe runs the same forward and backward passes
         print(f"{name:<27}{tokens:>8}{probe:>10.1f}{whole:>10.1f}{probe / whole:>14.2f}")
     print()
     return measure(model, layers, *of_capitals)

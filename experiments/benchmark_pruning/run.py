@@ -1,12 +1,13 @@
-"""Seconds a block and peak memory of each pruner, against pruning matrix by matrix in the plainest way.
+"""Measures the seconds and the peak memory of pruning a block, against pruning matrix by matrix in the plainest way.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python experiments/benchmark_pruning/run.py [cpu|cuda]
 
-cpu: a block of SmolLM2-135M on 16 windows of 256 tokens. Both ways take turns in one process; seconds are medians.
-Memory is what each adds, at its peak, to a process of its own that holds the model and the block's inputs. Then the
-whole run (scores, 30 blocks, saving, evaluation) as the command line does it.
-cuda: a block with the shape of Mistral-7B, random bfloat16 weights, 128 windows of 2048 tokens, and from it the 32
-blocks of a whole model. Nothing else should run on the machine.
+On a CPU it prunes a block of SmolLM2-135M with 16 windows of 256 tokens. Both ways take turns in one process, and
+seconds are medians. For the memory, each way runs in a process of its own, and only its addition to the model and the
+block's inputs counts. Then the command line does the whole run (scores, 30 blocks, saving, evaluation).
+
+On CUDA it prunes a block with the shape of Mistral-7B and random bfloat16 weights, with 128 windows of 2048 tokens, and
+extrapolates to the 32 blocks of the model. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def on_cpu() -> None:
 
 
 class Bench:
-    """The block in the middle of SmolLM2-135M, and what it is given."""
+    """The block in the middle of SmolLM2-135M with its inputs."""
 
     def __init__(self) -> None:
         embedded = EmbeddedModel(cache=MODELS)
@@ -120,7 +121,7 @@ class Bench:
 def on_gpu() -> None:
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    config = MistralConfig(num_hidden_layers=2)  # the family's own sizes: 4096, 14336, 32 and 8 heads
+    config = MistralConfig(num_hidden_layers=2)  # its default sizes are Mistral-7B's: 4096, 14336, 32 and 8 heads
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.cpu().eval()
@@ -144,7 +145,7 @@ def on_gpu() -> None:
                             walk._capture()
                     torch.cuda.synchronize()
                     start = time.perf_counter()
-                    walk(0)  # with the forward of the pruned block, which the next one needs
+                    walk(0)  # includes the forward of the pruned block, which the next block needs
                     torch.cuda.synchronize()
                     times.append(time.perf_counter() - start)
                     del walk
@@ -154,7 +155,10 @@ def on_gpu() -> None:
 
 
 def plain_block(pruner: Pruner, block: nn.Module, inputs: list[tuple[Tensor, tuple, dict]]) -> None:
-    """As it is usually written: every matrix has its own statistic, sorts whole rows, and inverts H step by step."""
+    """Prunes a block as it is usually written.
+
+    Every matrix has its own statistic, whole rows are sorted, and H is inverted step by step.
+    """
     statistics_of: dict[str, Tensor] = {}
     modules = dict(linears(block))
 
@@ -217,7 +221,7 @@ def plain_sparsegpt(weight: Tensor, hessian: Tensor, pruner: SparseGPT) -> Tenso
 
 
 def _peak_megabytes(way: str, pruner: Pruner) -> float:
-    """Of main memory, above where the work began; for a process that does nothing else."""
+    """Returns the peak of main memory above that before the work, in a process that does nothing else."""
     bench, process, done = Bench(), psutil.Process(), threading.Event()
     _give_back_free_memory()
     before = peak = process.memory_info().rss
@@ -236,7 +240,7 @@ def _peak_megabytes(way: str, pruner: Pruner) -> float:
 
 
 def _give_back_free_memory() -> None:
-    """Or what loading the model left free would hide what the work takes."""
+    """Returns free memory to the system, because memory that loading left free would hide the need of the work."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)

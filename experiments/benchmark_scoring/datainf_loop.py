@@ -1,27 +1,30 @@
-"""DataInf from Grams against a loop over samples.
+"""Times DataInf from Grams against loops over samples.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python experiments/benchmark_scoring/datainf_loop.py
 
-Both take per-sample gradients as given (random, with a common direction): 12 blocks × 7 linears × A and B of a rank-8
-LoRA on a 768-wide Llama, n = 64, m = 32, float32. The gradients of all matrices of a size lie in one tensor, matrix by
-matrix and sample by sample, so that ours forms K and C of these at once; it solves them in float64, at once too. The
-second figure is the solve alone, which is what a further damping costs. The loops read the same memory as a dictionary
-of gradients for each sample.
+All contestants get the same per-sample gradients (random, with a common direction): those of 12 blocks × 7 linears × A
+and B of a rank-8 LoRA on a 768-wide Llama, with n = 64, m = 32 and float32. The gradients of all matrices of one size
+lie in one tensor, matrix by matrix and sample by sample. So ours forms K and C of these matrices at once, and solves
+them at once in float64. The second figure is the solve alone, which is the cost of another damping. The loops read the
+same memory as a dictionary of gradients for each sample.
 
-The pair loop is the definition to the letter, an average over the train samples l for every pair of a validation row v
-and a train row i,
+The pair loop is the definition to the letter. For every pair of a validation row v and a train row i it averages over
+the train samples l:
 
-    I = −(1/N)·Σ_l (v·g_i − (v·g_l)·(g_l·g_i)/(λ + ‖g_l‖²))/λ;
+    I = −(1/N)·Σ_l (v·g_i − (v·g_l)·(g_l·g_i)/(λ + ‖g_l‖²))/λ.
 
-all pairs take minutes, so that a few are timed and multiplied. The loop is as such code is written: for every
-validation row and every matrix λ, then the average over l of the product of v with their inverse, by Sherman and
-Morrison
+All pairs take minutes, so a few are timed and the time is multiplied.
 
-    v·(g_l g_lᵀ + λ)⁻¹ = (v − (v·g_l)/(λ + ‖g_l‖²)·g_l)/λ,
+The loop is written as such code usually is. For every validation row and every matrix it computes λ, and then averages
+the product of v with the inverse over l, by Sherman and Morrison:
 
-then its product with every train sample, all as elementwise products and sums of gradients in their matrix's shape. The
-dot loop takes λ and ‖g_l‖² out of the loop over validation rows, with dot products of flat gradients. All take turns in
-one process; figures are medians.
+    v·(g_l g_lᵀ + λ)⁻¹ = (v − (v·g_l)/(λ + ‖g_l‖²)·g_l)/λ.
+
+Then it multiplies the average with every train sample. All of these are elementwise products and sums of gradients in
+the shape of their matrix.
+
+The dot loop takes λ and ‖g_l‖² out of the loop over validation rows, and uses dot products of flat gradients. All
+contestants take turns in one process, and the figures are medians.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from experiments.timing import check_plausible, reading, timed
 from layerif.estimators.datainf import datainf
 
 NUM_TRAIN, NUM_VALIDATION, DAMPING = 64, 32, 0.1
-NUM_SCORED = 2  # train rows whose pairs with one validation row are timed
+NUM_SCORED = 2  # the pair loop is timed on one validation row with this many train rows
 LOOPS = ("pair loop", "loop", "dot loop")
 BLOCKS, WIDTH, HIDDEN, RANK = 12, 768, 3072, 8
 LINEARS = {
@@ -50,21 +53,25 @@ LINEARS = {
     "down_proj": (HIDDEN, WIDTH),
 }
 
-Sample = dict[str, Tensor]  # a gradient of every matrix
+Sample = dict[str, Tensor]  # matrix -> gradient
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The gradients of the matrices of one size, B×S×P: train samples, then validation samples."""
+    """The gradients of all matrices of one size, B×S×P, with the train samples before the validation samples."""
 
     names: tuple[str, ...]
     rows_BSP: Tensor
 
 
 def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
-    """Median seconds, ratios to ours, and the largest difference of an influence relative to its matrix's largest.
+    """Measures median seconds, ratios to ours, and differences of the influences.
 
-    blocks: fewer measure the same in less time; all grow in proportion.
+    A difference is the largest of a matrix, relative to the matrix's largest influence.
+
+    Args:
+        blocks: the number of blocks. All times grow in proportion, so that fewer blocks show the same in less time.
+        rounds: the number of turns of each contestant.
     """
     stacks = _gradients(blocks)
     grams = gram_matrices(stacks)
@@ -77,7 +84,7 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
         "dot loop": partial(from_dot_loop, train, validation),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # and warm
+    influences: dict[str, dict[str, Tensor]] = {"grams": contestants["grams"]()}  # this call also warms up
     for _ in range(rounds):
         for name, work in contestants.items():
             influences[name], spent = timed(work)
@@ -97,7 +104,7 @@ def measure(*, blocks: int = BLOCKS, rounds: int = 3) -> dict[str, Any]:
 
 
 def gram_matrices(stacks: Sequence[Stack]) -> list[Tensor]:
-    """K over C of every matrix, a batch (B×S×N) a stack."""
+    """Returns K over C of every matrix, as one batch (B×S×N) for each stack."""
     return [torch.bmm(stack.rows_BSP, stack.rows_BSP[:, :NUM_TRAIN].mT) for stack in stacks]
 
 
@@ -112,7 +119,7 @@ def solved(stacks: Sequence[Stack], grams: Sequence[Tensor]) -> dict[str, Tensor
 
 
 def from_pair_loop(train: list[Sample], validation: list[Sample], scored: list[Sample]) -> dict[str, Tensor]:
-    """I_ji = −(1/N)Σ_l v_jᵀ·(g_l g_lᵀ + λ)⁻¹·g_i of every validation row and scored train row on its own."""
+    """Computes I_ji = −(1/N)Σ_l v_jᵀ·(g_l g_lᵀ + λ)⁻¹·g_i for each pair of a validation row and a scored train row."""
     influences = {name: torch.zeros(len(validation), len(scored)) for name in train[0]}
     for j, val_sample in enumerate(validation):
         for name, v in val_sample.items():
@@ -127,7 +134,7 @@ def from_pair_loop(train: list[Sample], validation: list[Sample], scored: list[S
 
 
 def from_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Tensor]:
-    """I_ji = −v_jᵀ·(1/N)Σ_l (g_l g_lᵀ + λ)⁻¹·g_i, sample by sample, every validation row on its own."""
+    """Computes I_ji = −v_jᵀ·(1/N)Σ_l (g_l g_lᵀ + λ)⁻¹·g_i sample by sample, for each validation row by itself."""
     influences = {name: torch.zeros(len(validation), len(train)) for name in train[0]}
     for j, val_sample in enumerate(validation):
         for name, v in val_sample.items():
@@ -142,7 +149,7 @@ def from_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Tensor
 
 
 def from_dot_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Tensor]:
-    """The same, with what does not depend on the validation row taken out, and dot products."""
+    """Computes the same by dot products, and takes λ and norms out of the loop over validation rows."""
     lams = {name: DAMPING * sum(float(s[name].square().mean()) for s in train) / len(train) for name in train[0]}
     damped = [{name: lams[name] + float(g @ g) for name, g in sample.items()} for sample in train]
     influences = {name: torch.zeros(len(validation), len(train)) for name in train[0]}
@@ -157,7 +164,7 @@ def from_dot_loop(train: list[Sample], validation: list[Sample]) -> dict[str, Te
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Over the pairs that `theirs` has."""
+    """Returns the largest relative difference over the pairs that `theirs` has."""
     both = ((ours[name][: other.shape[0], : other.shape[1]], other) for name, other in theirs.items())
     return max(float((mine - other).abs().max() / other.abs().max()) for mine, other in both)
 
@@ -178,7 +185,7 @@ def _gradients(blocks: int) -> list[Stack]:
 def _by_sample(
     stacks: Sequence[Stack], shape: Callable[[str], tuple[int, ...]] = lambda name: (-1,)
 ) -> tuple[list[Sample], list[Sample]]:
-    """Train and validation samples: the same memory; flat without a shape."""
+    """Returns the train and the validation samples as views of the same memory, flat unless a shape is given."""
     rows = {name: rows_SP for stack in stacks for name, rows_SP in zip(stack.names, stack.rows_BSP, strict=True)}
     samples = [
         {name: rows_SP[i].view(shape(name)) for name, rows_SP in rows.items()}

@@ -1,13 +1,13 @@
-"""How the cost of a probe grows with samples, tokens and blocks, and its peak memory beside its budget.
+"""Measures the growth of a probe's cost with samples, tokens and blocks, and its peak memory against its budget.
 
-    OMP_WAIT_POLICY=passive python experiments/benchmark_scoring/growth.py   (minutes; with --tiny: does it run?)
+    OMP_WAIT_POLICY=passive python experiments/benchmark_scoring/growth.py   (minutes; --tiny only tries if it runs)
 
-A Llama of SmolLM2-135M's widths and random weights (blocks, hidden 576, 9 heads of 64, 3 of them for keys and values,
-MLP 1536, a vocabulary of 4096), attention weights, float32. One of n, m, tokens, blocks is doubled at a time from the
-same start. Every point is a process of its own, so that its peak memory is its own: the largest resident size less that
-just before the call, in which model, samples and libraries already are. The budget is `memory_gb`; beside it the Grams
-and one forward and backward of a batch take what they take, and that of the batch is measured alone. Writes growth.png
-and growth.csv beside this file.
+It probes the attention weights of a Llama of SmolLM2-135M's widths with random weights (hidden size 576, 9 heads of 64,
+3 of them for keys and values, MLP 1536, a vocabulary of 4096) in float32. From the same start, one of n, m, tokens and
+blocks is doubled at a time. Every point runs in a process of its own, so that its peak memory is its own: the largest
+resident size, less that just before the call, when model, samples and libraries are there. The budget is `memory_gb`.
+The Grams and one forward and backward of a batch do not count in it, and the memory of the batch is measured alone.
+The script writes growth.png and growth.csv beside this file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="two points a curve: does it run?")
     parser.add_argument("--budgets", action="store_true", help="only these, the other curves as growth.csv has them")
-    parser.add_argument("--point", help=argparse.SUPPRESS)  # what a process of its own is asked to measure
+    parser.add_argument("--point", help=argparse.SUPPRESS)  # the settings that a process of its own measures
     given = parser.parse_args()
     if given.point:
         print(json.dumps(point(**json.loads(given.point))))
@@ -82,7 +82,7 @@ def row(what: str, value: float, settings: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         refused = done.stderr.strip().splitlines()[-1]
-        print(f"{what:<12}{value:>7g}   {refused}")  # a budget too small for even one tile says so
+        print(f"{what:<12}{value:>7g}   {refused}")  # the probe says so if the budget is too small for a single tile
         return {"what": what, "value": value, **dict.fromkeys(("seconds", "peak_mb", "batch_mb"), float("nan"))}
     found = {"what": what, "value": value, **json.loads(done.stdout.splitlines()[-1])}
     budget = f"{1000 * settings['memory_gb']:12.0f}" if "memory_gb" in settings else f"{'–':>12}"
@@ -93,14 +93,14 @@ def row(what: str, value: float, settings: dict[str, Any]) -> dict[str, Any]:
 def point(
     *, train: int, validation: int, tokens: int, blocks: int, rounds: int, memory_gb: float | None = None
 ) -> dict[str, float]:
-    """Median seconds of the probe, and the peak megabytes of its first run, and before it of a batch alone."""
+    """Measures the median seconds of the probe, the peak megabytes of its first run, and those of a batch alone."""
     model = llama(blocks)
     layers = layer_map(model)
     both = samples(train, tokens, seed=0), samples(validation, tokens, seed=1)
-    measure(model, layers, samples(1, 8, seed=2), samples(1, 8, seed=3))  # what libraries allocate once
+    measure(model, layers, samples(1, 8, seed=2), samples(1, 8, seed=3))  # lets libraries allocate what they need once
     before = _resident_mb()
     _reset_peak()
-    with frozen(model):  # what every forward and backward needs, whatever is kept of it
+    with frozen(model):  # every forward and backward needs this, however little is kept of it
         capture_factors(model, [layers.params[0][0]], both[0][0][1], [""] * 8)
     batch = _peak_mb() - before
     _reset_peak()
@@ -135,7 +135,7 @@ def samples(count: int, tokens: int, *, seed: int, batch_size: int = 8) -> list[
 
 
 def growth(rows: list[dict[str, Any]]) -> float:
-    """The slope of log seconds over log value: 1 where cost doubles with the size."""
+    """Returns the slope of log seconds over log value, which is 1 where the cost doubles with the size."""
     values, times = (torch.tensor([each[key] for each in rows]).log() for key in ("value", "seconds"))
     values, times = values - values.mean(), times - times.mean()
     return float((values * times).sum() / values.square().sum())
@@ -177,7 +177,7 @@ def _resident_mb() -> float:
 
 
 def _reset_peak() -> None:
-    """What the kernel calls the peak starts anew from here."""
+    """Lets the kernel count the peak anew from here."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

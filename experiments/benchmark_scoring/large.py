@@ -1,6 +1,7 @@
-"""Seconds and peak memory of one probe of Mistral-7B's shape: random weights, 300 + 50 samples of 128 tokens.
+"""Measures the seconds and the peak memory of one probe of Mistral-7B's shape, with 300 + 50 samples of 128 tokens.
 
-On a CUDA device with 80 GB. Anywhere else the same code runs on a small model of the same family, and says so.
+The weights are random. It needs a CUDA device with 80 GB. Anywhere else the same code runs on a small model of the same
+family, and says so.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}, torch {torch.__version__}, {size / 1e9:.2f} billion parameters in {dtype}")
     if small:
-        print("no CUDA device: Mistral-7B's shape is not measured, this is a small one of its family")
+        print("there is no CUDA device, so this is a small model of the family and not Mistral-7B's shape")
     train, validation = (
         random_batches(count, batch_size, model.config.vocab_size, seed)
         for seed, count in enumerate((num_train, num_validation))

@@ -1,15 +1,15 @@
-"""What a further job of a multirun costs, and what two hundred settings cost beside the pass they share.
+"""Measures the cost of another job of a multirun, and of two hundred settings against the pass that they share.
 
     OMP_WAIT_POLICY=passive python experiments/benchmark_scoring/multirun.py --train=300 --validation=50
 
-The first part is `layerif -m estimator=datainf,exact,lissa estimator.damping=0.01,0.1,1 method=none` on SmolLM2-135M,
-with a store that does not have the Grams, in a process of its own: the first job measures, the others find its Grams.
-Hydra's own part is what passes between the end of one job and the start of the next. The rows are technical prose of
-128 tokens, as many as asked for.
+The first part runs `layerif -m estimator=datainf,exact,lissa estimator.damping=0.01,0.1,1 method=none` on SmolLM2-135M,
+in a process of its own and with an empty store. The first job measures the Grams, and the others find them. Hydra's own
+part is the time between the end of one job and the start of the next. The rows are technical prose of 128 tokens, as
+many as asked for.
 
 The second part loads those Grams and runs estimator × damping × aggregation × smoothing × budget, each setting from the
-Grams to the allocation; what settings share is left to the Grams to remember. "One" is the gradient pass and one
-setting, and both start from Grams that remember nothing.
+Grams to the allocation. The Grams remember what settings share. "One" is the gradient pass and one setting. Both start
+from Grams that remember nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def multirun(folder: Path, num_train: int, num_validation: int) -> tuple[float, LayerGrams]:
-    """Prints the seconds of the jobs; gives those of the gradient pass, and its Grams."""
+    """Prints the seconds of the jobs, and returns those of the gradient pass with its Grams."""
     write_rows(folder / "task", {"train": num_train, "validation": num_validation, "test": 4})
     overrides = [
         *SWEEP,
@@ -104,7 +104,7 @@ def settings(one_pass: float, grams: LayerGrams) -> None:
 
 
 def stored(folder: Path) -> LayerGrams:
-    """The Grams that the sweep left, as a further job reads them."""
+    """Reads the Grams that the sweep left, as another job would."""
     from layerif.probe import store
 
     (file,) = (folder / "store" / "grams").glob("*.safetensors")
@@ -113,7 +113,7 @@ def stored(folder: Path) -> LayerGrams:
 
 
 def write_rows(folder: Path, counts: dict[str, int]) -> None:
-    """Questions whose texts fill the probe's 128 tokens, no two alike."""
+    """Writes different questions whose texts fill the probe's 128 tokens."""
     words = itertools.cycle(documentation_text("calibration").split())
     folder.mkdir()
     for split, count in counts.items():
@@ -123,7 +123,7 @@ def write_rows(folder: Path, counts: dict[str, int]) -> None:
 
 
 def jobs() -> None:
-    """The command line itself, with a clock around every job."""
+    """Runs the command line with a clock around every job."""
     from layerif.app import run
     from layerif.app.main import main as layerif
 

@@ -1,13 +1,15 @@
-"""Influence by other libraries beside ours: seconds on the same model and samples, and whether the answers agree.
+"""Compares the seconds and the answers of other libraries with ours, on the same model and samples.
 
     make bench-peers     (makes an environment for each library, then runs this; two minutes)
 
-A Llama of SmolLM2-135M's widths and random weights, attention matrices, float32, samples of equal length (so that no
-library's handling of padding matters). Every contestant runs in a process of its own, a peer in `.peers/NAME`; seconds
-are those of the work alone, without imports and loading. Agreement is the rank correlation (Spearman) with ours of the
-same estimator, or of exact influence beside EK-FAC, which is another approximation of the same: over all pairs of
-samples, summed over matrices, and over blocks where the library tells them apart. dattri forms the products of all
-gradients one by one, and takes minutes for what the others do in seconds: it is measured on a smaller task.
+The model is a Llama of SmolLM2-135M's widths with random weights, and influence is taken of its attention matrices in
+float32. All samples have the same length, so that no library's handling of padding matters. Every contestant runs in a
+process of its own, a peer in `.peers/NAME`. Seconds are those of the work alone, without imports and loading.
+
+Agreement is Spearman's rank correlation with our version of the same estimator. EK-FAC is compared with exact
+influence, because both approximate the same. The correlation is over all pairs of samples, summed over matrices, and
+over blocks if the library tells them apart. dattri forms the products of all gradients one by one, and takes minutes
+for what the others do in seconds, so it is measured on a smaller task.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 
 BATCH_SIZE, DAMPING = 8, 0.1
-LAMBDA = 1e-5  # where a library takes one λ for all matrices
-LIMIT = 300  # seconds for one contestant
+LAMBDA = 1e-5  # for libraries that take one λ for all matrices
+LIMIT = 300  # seconds that a contestant may take
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,7 +53,14 @@ USUAL, SMALL = Size(32, 8, 64, 4), Size(8, 4, 16, 1)
 
 
 class Contestant(NamedTuple):
-    """needs: the environment it runs in. beside: the contestant of ours that it is compared with."""
+    """One library with one estimator.
+
+    Attributes:
+        needs: the environment that it runs in.
+        measure: gives the influence, by matrix or as one sum.
+        beside: the contestant that it is compared with.
+        size: the size of its task.
+    """
 
     needs: str
     measure: Callable[[nn.Module, LayerMap, Tensor, Tensor], dict[str, Tensor]]
@@ -78,7 +87,7 @@ def main() -> None:
 
 
 def compared(name: str, folder: Path) -> str:
-    """One row: runs the contestant and reads what it left."""
+    """Runs a contestant in its environment, and returns its row of the table."""
     contestant = CONTESTANTS[name]
     python = sys.executable if contestant.needs == "layerif" else ROOT / ".peers" / contestant.needs / "bin" / "python"
     if not Path(python).exists():
@@ -118,7 +127,7 @@ def prepare(folder: Path, size: Size) -> None:
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
-    # Words as uneven as a text's: uniform ones would make all gradients alike.
+    # The words are as uneven as those of a text, because uniform ones would make all gradients alike.
     shares = 1 / torch.arange(1, 4097, dtype=torch.float64)
     ids = torch.multinomial(shares, (size.train + size.validation) * size.tokens, replacement=True).view(
         -1, size.tokens
@@ -136,7 +145,7 @@ def measure(name: str, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(seconds))
 
 
-# Ours and theirs: I (validation × train) by matrix, or as one sum, negative where helpful.
+# Every contestant returns I (validation × train) by matrix or as one sum, below zero where a train sample helps.
 
 
 def layerif(estimator: str, model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor) -> dict[str, Tensor]:
@@ -165,7 +174,7 @@ def kronfluence(
 
     arguments = partial(FactorArguments, strategy=strategy)
     spectra = {"lambda_matrix": {param.removesuffix(".weight"): torch.ones(1) for param in sum(layers.params, ())}}
-    if strategy == "identity":  # it fits nothing, and so there is no spectrum to load
+    if strategy == "identity":  # it fits nothing, so there is no spectrum to load
         with (
             patch("kronfluence.arguments.FactorArguments", arguments),
             patch("kronfluence.analyzer.Analyzer.load_lambda_matrices", return_value=spectra),

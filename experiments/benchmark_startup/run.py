@@ -1,4 +1,4 @@
-"""`make bench` times `import layerif` and `layerif --help`.
+"""Times `import layerif` and `layerif --help`, in `make bench`.
 
     python experiments/benchmark_startup/run.py
 
@@ -16,7 +16,7 @@ COMMANDS = {
     "import layerif": ["-c", "import layerif"],
     "layerif --help": ["-m", "layerif", "--help"],
 }
-GOAL = 1.0  # seconds of `layerif --help` on an idle core
+GOAL = 1.0  # seconds that `layerif --help` may take on an idle core
 
 
 def main() -> None:

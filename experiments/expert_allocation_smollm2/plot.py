@@ -1,8 +1,8 @@
-"""Accuracy of each allocation over seeds, and its difference to uniform paired by question.
+"""Draws the accuracy of each allocation over seeds, and its difference to uniform paired by question.
 
     python experiments/expert_allocation_smollm2/plot.py outputs/sweeps/expert_allocation_smollm2 FOLDER
 
-The statistics are those of `layerif-report`, on the comparisons this experiment is made for: all arms with uniform.
+The statistics are those of `layerif-report`, for the comparisons of this experiment: all arms with uniform.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def draw(sweep: Path, folder: Path) -> None:
 
 
 def arm(record: RunRecord) -> str:
-    """The name of the run's allocation, or of the baseline that it is."""
+    """Returns the name of the run's allocation, or of the baseline that the run is."""
     if not record.config["method"] or record.decision is None:
         return BEFORE
     if record.choices["method"] == "lora_equal":
@@ -51,10 +51,11 @@ def arm(record: RunRecord) -> str:
 
 
 def results(records: list[RunRecord]) -> pd.DataFrame:
-    """One row for each arm and task, best first. Its difference is its accuracy minus uniform's, at the seeds of both.
+    """Makes a table with one row for each arm and task, best first.
 
-    p Holm is corrected for all arms of the task; smallest found is the difference that 80 of 100 such experiments would
-    have told from none, after that correction.
+    A difference is the arm's accuracy minus uniform's, at the seeds that both have. `p Holm` is corrected for all arms
+    of the task. `smallest found` is the difference that 80 of 100 such experiments would have found after that
+    correction.
     """
     answers: dict[tuple[str, str], dict[int, dict[str, bool]]] = defaultdict(dict)
     sizes: dict[tuple[str, str], int] = {}
@@ -78,7 +79,7 @@ def results(records: list[RunRecord]) -> pd.DataFrame:
 
 def of_arm(by_seed: dict[int, dict[str, bool]]) -> dict[str, float]:
     questions = sorted(next(iter(by_seed.values())))
-    found = paired_by_question(matrix(by_seed, sorted(by_seed), questions))  # less an arm that is always wrong
+    found = paired_by_question(matrix(by_seed, sorted(by_seed), questions))  # minus an arm that is always wrong
     return {"questions": len(questions), "accuracy": found.value, "low": found.low, "high": found.high}
 
 
@@ -93,14 +94,14 @@ def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, 
 
 
 def matrix(by_seed: dict[int, dict[str, bool]], seeds: list[int], questions: list[str]) -> np.ndarray:
-    """Right or not, seeds × questions."""
+    """Returns which answers are right, as seeds × questions."""
     if any(by_seed[seed].keys() != set(questions) for seed in seeds):
         raise SystemExit("the runs did not answer the same questions, so there is nothing to pair; rerun the odd ones")
     return np.array([[float(by_seed[seed][question]) for question in questions] for seed in seeds])
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with p corrected for the number of comparisons, and each difference in words."""
+    """Corrects p for the number of comparisons, and adds each difference in words."""
     if "p" not in table:
         return table
     table["p Holm"] = holm(table["p"].to_numpy())

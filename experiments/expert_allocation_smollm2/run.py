@@ -1,10 +1,10 @@
-"""Fine-tune the same LoRA-MoE under ten allocations of the same number of experts, and compare them by question.
+"""Fine-tunes the same LoRA-MoE under ten allocations of the same number of experts, and compares them by question.
 
     python experiments/expert_allocation_smollm2/run.py            # one task, three seeds: about an hour on two cores
     python experiments/expert_allocation_smollm2/run.py --full     # four tasks, ten seeds, on a GPU
 
-Carries on where it was stopped. `--outputs FOLDER` puts everything elsewhere; all other arguments are overrides of
-every run.
+If it is stopped, the same command carries on. `--outputs FOLDER` puts everything elsewhere. All other arguments are
+overrides of every run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# 150 experts over 30 blocks, or plain LoRA of the same size. MoLA's third shape, 5555, is the uniform allocation.
+# All have 150 experts over 30 blocks, or are plain LoRA of the same size. MoLA's shape 5555 is the uniform allocation.
 ARMS: tuple[tuple[str, ...], ...] = (
     ("estimator=uniform",),
     ("allocator=shape", "allocator.shape=2468", "allocator.budget=150"),
@@ -40,7 +40,7 @@ def main() -> None:
     shared = [f"experiment={NAME}", f"name={name}", f"task={tasks}", f"outputs={options.outputs}"]
     shared += ["trainer=gpu"] * options.full + overrides
     layerif(*shared, "estimator=uniform", "method=none", "evaluation.before=true")  # the untouched model
-    for seed in seeds:  # whole seeds, so that the runs so far can be compared at any time
+    for seed in seeds:  # one seed is finished before the next, so that the runs so far can be compared at any time
         for arm in ARMS:
             layerif(*shared, *arm, f"seed={seed}")
     plot = Path(__file__).with_name("plot.py")

@@ -1,4 +1,4 @@
-"""Layer profiles of all estimators side by side, their rank correlations, and what they cost.
+"""Draws the layer profiles of all estimators side by side, their rank correlations and their costs.
 
 python experiments/layer_profiles/plot.py outputs/sweeps/layer_profiles experiments/layer_profiles
 """
@@ -48,7 +48,7 @@ def read(sweep: Path) -> Profiles:
 
 
 def trainings(sweep: Path) -> dict[str, float]:
-    """Seconds to train the adapter of each task."""
+    """Returns the seconds that each task's adapter took to train."""
     return {
         record.config["task"]["name"]: record.seconds["fit"] for record in records(sweep) if record.config["method"]
     }
@@ -59,7 +59,7 @@ def records(sweep: Path) -> list[RunRecord]:
 
 
 def order(profiles: Profiles) -> list[str]:
-    """Estimators by direction, then by likeness: the leading direction of their rank correlations."""
+    """Orders the estimators by direction and then by likeness, the leading direction of their rank correlations."""
     directions = {name: scores(run).higher_means for runs in profiles.values() for name, run in runs.items()}
     names = sorted(directions)
     leading = np.linalg.eigh(estimators_alike(profiles, names).fillna(0).to_numpy())[1][:, -1]
@@ -69,7 +69,10 @@ def order(profiles: Profiles) -> list[str]:
 
 
 def heat_maps(profiles: Profiles, file: Path) -> None:
-    """One panel a task: layers across, estimators down, each row its scores' ranks from 0 (lowest) to 1 (highest)."""
+    """Draws a panel for each task, with layers across and estimators down.
+
+    A row shows the ranks of the estimator's scores, from 0 (lowest) to 1 (highest).
+    """
     names = order(profiles)
     size = (max(9.0, 4 * len(profiles) + 2), 0.32 * len(names) + 1.6)
     figure, axes = plt.subplots(1, len(profiles), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -90,19 +93,19 @@ def heat_maps(profiles: Profiles, file: Path) -> None:
 
 
 def scores(run: RunRecord) -> ScoresRecord:
-    """The scores of a run that measured some."""
+    """Returns the scores of a run that has some."""
     assert run.decision is not None
     assert run.decision.scores is not None
     return run.decision.scores
 
 
 def ranked(values: list[float]) -> np.ndarray:
-    """The ranks of the values, from 0 (lowest) to 1 (highest)."""
+    """Returns the ranks of the values, from 0 (lowest) to 1 (highest)."""
     return (pd.Series(values).rank().to_numpy() - 1) / (len(values) - 1)
 
 
 def estimators_alike(profiles: Profiles, names: list[str] | None = None) -> pd.DataFrame:
-    """Rank correlation of every two estimators over the blocks, mean over tasks."""
+    """Correlates the ranks of the blocks by every two estimators, as a mean over tasks."""
     names = names or order(profiles)
     tables = []
     for runs in profiles.values():
@@ -115,7 +118,7 @@ def estimators_alike(profiles: Profiles, names: list[str] | None = None) -> pd.D
 
 
 def across_tasks(profiles: Profiles) -> pd.DataFrame:
-    """Shows if a profile follows the task.
+    """Makes a table that shows if a profile follows the task.
 
     Each estimator has its rank correlation between two tasks and, for comparison, between two halves of the samples of
     one task (where the evidence is kept sample by sample), and its highest block on each task.
@@ -150,11 +153,11 @@ def matrix(correlations: pd.DataFrame, file: Path) -> None:
 
 
 def costs(profiles: Profiles, trainings: dict[str, float]) -> pd.DataFrame:
-    """The seconds of each estimator for its evidence, shared or not, and its scores; means over the tasks where known.
+    """Makes a table of the seconds that each estimator takes for its evidence and its scores, as means over the tasks.
 
-    A pass is paid by the run that took it, and its record says so. Every estimator that shares the pass is shown all of
-    it, and `shared by` counts them. The seconds are unknown (NaN) where the store held the evidence before any run
-    here. The training is that of the adapter which the estimator looks at.
+    The record of the run that took a pass states its seconds. Every estimator that shares the pass is shown all of it,
+    and `shared by` counts them. The seconds are unknown (NaN) if the store held the evidence before any run here. The
+    training is that of the adapter which the estimator looks at.
     """
     runs = [(task, name, run) for task, estimators in profiles.items() for name, run in estimators.items()]
     paid = {run.fingerprint: run.seconds["evidence"] for *_, run in runs if not reused(run)}

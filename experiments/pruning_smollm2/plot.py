@@ -1,9 +1,12 @@
-"""Tables and plots of `experiment=pruning_smollm2`: `python experiments/pruning_smollm2/plot.py [SWEEP [FOLDER]]`.
+"""Makes the tables and plots of `experiment=pruning_smollm2`.
 
-Leaves results.md, results.png and sparsity.png in FOLDER (beside this file). Statistics and intervals (95 %) are those
-of `layerif-report`. Accuracies and their differences: a bootstrap that draws calibration seeds and questions, which are
-the same for all runs, and Student's t over the seeds where that is wider. Perplexities and their ratios: Student's t
-over the logarithms of calibration seeds, for these windows; none for a single run.
+    python experiments/pruning_smollm2/plot.py [SWEEP [FOLDER]]
+
+It leaves results.md, results.png and sparsity.png in FOLDER (by default beside this file). Statistics and intervals
+(95 %) are those of `layerif-report`. For accuracies and their differences, a bootstrap draws calibration seeds and
+questions, which are the same for all runs; Student's t over the seeds replaces it where it is wider. For perplexities
+and their ratios, Student's t is taken over the logarithms at the calibration seeds, for these windows. A single run has
+no interval.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 def draw(sweep: Path, folder: Path) -> None:
     records = [RunRecord.read(file.parent) for file in sorted(sweep.glob(f"*/{FILE}"))]
     if not records:
-        raise SystemExit(f"{sweep} holds no {FILE}: run experiments/pruning_smollm2/run.sh first")
+        raise SystemExit(f"{sweep} holds no {FILE}; run experiments/pruning_smollm2/run.sh first")
     runs = table(records)
     text = [
-        f"{len(records)} runs; `plot.py` says what the intervals (95 %) are of.",
+        f"{len(records)} runs; `plot.py` explains the intervals (95 %).",
         markdown(measured(records, runs)),
-        "Against uniform with the same calibration windows; a perplexity ratio below 1 and a positive difference are "
-        "better than uniform, where the interval excludes 1 or 0 and p, corrected for all rows (Holm), is below 0.05:",
+        "Each allocation is compared with uniform at the same calibration windows. It is better than uniform if its "
+        "perplexity ratio is below 1 or its difference of accuracies is above 0, the interval excludes 1 or 0, and p, "
+        "corrected for all rows (Holm), is below 0.05:",
         markdown(against_uniform(runs)),
     ]
     (folder / "results.md").write_text("\n\n".join(text) + "\n")
@@ -48,7 +52,7 @@ def draw(sweep: Path, folder: Path) -> None:
 
 
 def table(records: list[RunRecord]) -> pd.DataFrame:
-    """One row a run, in the order of the tables; answers: right or not, by question."""
+    """Makes a table with one row for each run, in the order of the tables; `answers` says which ones are right."""
     runs = pd.DataFrame(
         {
             "pruner": record.choices["pruner"],
@@ -133,7 +137,10 @@ def against_uniform(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_results(records: list[RunRecord], runs: pd.DataFrame, file: Path) -> None:
-    """A point a run: perplexity, the logarithm of its ratio to uniform's with the same windows, and accuracy."""
+    """Draws a point for each run: perplexity, the logarithm of its ratio to uniform's, and accuracy.
+
+    A ratio is taken at the same calibration windows.
+    """
     uniform = runs[runs["allocation"] == "uniform"].set_index(["pruner", "target", "seed"])["perplexity"].to_dict()
     keys = zip(runs["pruner"], runs["target"], runs["seed"], strict=True)
     runs = runs.assign(
@@ -182,7 +189,7 @@ def plot_sparsity(runs: pd.DataFrame, file: Path) -> None:
         axis.axhline(target, color=ALLOCATIONS["uniform"], label="uniform")
         for name in [name for name in ALLOCATIONS if name in set(group["allocation"])]:
             distinct = dict.fromkeys(map(tuple, group.loc[group["allocation"] == name, "sparsities"]))
-            for number, values in enumerate(distinct):  # one, but for every random draw
+            for number, values in enumerate(distinct):  # random has one for each draw, the others have a single one
                 style = {"color": ALLOCATIONS[name], "linewidth": 2.0 if len(distinct) == 1 else 0.9}
                 axis.step(range(len(values)), values, where="mid", label=None if number else name, **style)
         pruners = ", ".join(name for name in PRUNERS if name in set(group["pruner"]))

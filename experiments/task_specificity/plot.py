@@ -1,12 +1,12 @@
-"""Do a task's own scores place its experts better than other tasks' scores do, or than no scores?
+"""Compares a task's own scores with other tasks' scores and with uniform, by the accuracy under their experts.
 
     python experiments/task_specificity/plot.py outputs/sweeps/task_specificity_small experiments/task_specificity
 
-Leaves results.md and matrix.png in the second folder. Intervals (95 %) are Student's t over seeds: of a cell, of its
-accuracies; of a difference, of its values, each at one seed; of the mean of tasks, of that mean at each seed. Tasks and
-questions are the same at all seeds, so that no interval speaks of others.
+It leaves results.md and matrix.png in the second folder. Intervals (95 %) are Student's t over seeds. The interval of a
+cell is over its accuracies, that of a difference over its values at the seeds, and that of a mean of tasks over this
+mean at each seed. Tasks and questions are the same at all seeds, so that no interval covers others.
 
-Legend: T tasks, C columns (whose scores: each of the tasks', then none's), S seeds.
+Letters in shape suffixes: T tasks, C columns (each task's scores, then uniform), S seeds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMAND = "layerif -m experiment=task_specificity"
 
 
 class Grid(NamedTuple):
-    """The cells of those seeds that have all of them; missing: those that other seeds lack, in words."""
+    """The cells of the seeds that have all of them; `missing` names the cells that other seeds lack."""
 
     tasks: list[str]
     seeds: list[int]
@@ -56,12 +56,13 @@ def draw(sweep: Path, folder: Path) -> None:
     grid = read(sweep)
     text = [
         said(grid),
-        "Accuracy, mean and 95 % interval over seeds. A row is the task trained for, a column the task whose scores "
-        "placed the experts; a task's own scores in bold:",
+        "The table shows the mean accuracy and its 95 % interval over seeds. A row is the task that was trained, and a "
+        "column is the task whose scores placed the experts. Accuracies under a task's own scores are bold:",
         markdown(matrix(grid)),
-        "Differences at each seed, their mean and its 95 % interval. One that holds 0 shows no difference; one that "
-        f"does not, a difference on these very questions, of which a single one is up to {grid.one_answer:.3f} here. "
-        "Whether it would be there with others, too, the tests of `layerif-report`, paired by question, say.",
+        "The next table shows the differences at each seed, and their mean with its 95 % interval. An interval that "
+        "holds 0 shows no difference. One that does not hold 0 shows a difference on these very questions, where a "
+        f"single answer is worth up to {grid.one_answer:.3f}. The tests of `layerif-report`, which are paired by "
+        "question, say if it extends to other questions.",
         markdown(contrasts(grid)),
     ]
     (folder / "results.md").write_text("\n\n".join(text) + "\n")
@@ -70,7 +71,11 @@ def draw(sweep: Path, folder: Path) -> None:
 
 
 def read(sweep: Path) -> Grid:
-    """SystemExit saying what is missing where no seed has every cell, and what was run twice."""
+    """Reads the cells of all complete seeds.
+
+    Raises:
+        SystemExit: no seed has every cell, or a cell was run twice. The message names the cells.
+    """
     cells: dict[tuple[str, str, int], RunRecord] = {}
     for file in sorted(sweep.glob(f"*/{FILE}")):
         record = RunRecord.read(file.parent)
@@ -80,7 +85,7 @@ def read(sweep: Path) -> Grid:
         cells[key] = record
     tasks = sorted({name for task, scores, _ in cells for name in (task, scores)} - {UNIFORM})
     if len(tasks) < 2:
-        raise SystemExit(f"{sweep} holds {len(tasks)} tasks, and no other's scores; run {COMMAND} (small=true) first")
+        raise SystemExit(f"{sweep} holds {len(tasks)} tasks, where two are needed; run {COMMAND} (small=true) first")
     columns, seeds = [*tasks, UNIFORM], sorted({seed for *_, seed in cells})
     wanted = [(task, scores, seed) for seed in seeds for task in tasks for scores in columns]
     lacking = [key for key in wanted if key not in cells]
@@ -108,7 +113,7 @@ def read(sweep: Path) -> Grid:
 
 
 def scores_of(record: RunRecord) -> str:
-    """The task whose scores placed the experts."""
+    """Returns the task whose scores placed the experts, or uniform."""
     if record.choices["estimator"] == "uniform":
         return UNIFORM
     return (record.config.get("score_task") or record.config["task"])["name"]
@@ -138,7 +143,7 @@ def contrasts(grid: Grid) -> pd.DataFrame:
 
 
 def differences(accuracy_TCS: np.ndarray) -> dict[str, np.ndarray]:
-    """Own scores less the mean of the other tasks', and less uniform, T × S each."""
+    """Returns own accuracies minus the mean under other tasks' scores, and minus uniform's, each T × S."""
     num_tasks = len(accuracy_TCS)
     scored_TTS, uniform_TS = accuracy_TCS[:, :num_tasks], accuracy_TCS[:, num_tasks]
     own_TS = np.array([scored_TTS[task, task] for task in range(num_tasks)])
@@ -147,7 +152,7 @@ def differences(accuracy_TCS: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def plot_matrix(grid: Grid, file: Path) -> None:
-    """Mean accuracy less uniform's, the tasks' own cells framed."""
+    """Draws the mean accuracies minus uniform's, with a frame around the tasks' own cells."""
     mean_TC = grid.accuracy_TCS.mean(axis=2)
     gain_TT, num_tasks = mean_TC[:, :-1] - mean_TC[:, -1:], len(grid.tasks)
     most = max(np.abs(gain_TT).max(), 0.01)
@@ -169,16 +174,19 @@ def plot_matrix(grid: Grid, file: Path) -> None:
 
 
 def said(grid: Grid) -> str:
-    """The remark above the tables, which names model, metric and seeds."""
+    """Writes the remark above the tables, which names model, metric and seeds."""
     text = f"{grid.model}; accuracy {METRICS[grid.metric]}; {counted(len(grid.seeds), 'seed')}: "
     text += f"{', '.join(map(str, grid.seeds))}."
-    text += " The small variant, which exercises the path and is not a reproduction." * grid.is_small
-    text += f" Other seeds are left out, for they lack {listed(grid.missing)}." if grid.missing else ""
-    return text + " `plot.py` says what the intervals are of."
+    text += " This is the small variant, which takes the same path and is not a reproduction." * grid.is_small
+    text += f" Other seeds are left out, because they lack {listed(grid.missing)}." if grid.missing else ""
+    return text + " `plot.py` explains the intervals."
 
 
 def cell(values_S: np.ndarray, digits: str) -> str:
-    """The mean and its interval, which is left out where all seeds are alike: the next one may still differ."""
+    """Spells the mean and its interval.
+
+    If all seeds are alike the interval is left out, because another seed may still differ.
+    """
     mean, (low, high) = f"{values_S.mean():{digits}}", t_interval(values_S)
     if np.ptp(values_S) < 1e-9:
         return mean + " (at every seed)" * (len(values_S) > 1)

@@ -1,7 +1,9 @@
 """The trust report: evidence for and against what influence says about a model, a task and an estimator.
 
-One question a file, pure arithmetic on Grams, influences and losses: `leave_out` (does predicted loss change match
-retraining?), `convex` (the same where theory is exact), `stability` (do the ranks hold?), `agreement` (do estimators
-agree?), `solver`, `gradients`, `mislabel`. `retrain` trains adapters; `conclusions` turns intervals into words;
-`text` and `plots` show them; `diagnose` runs it all.
+Each file asks one question, and answers it by arithmetic on Grams, influences and losses: `leave_out` (does the
+predicted loss change match retraining?), `convex` (does it where theory is exact?), `stability` (do the layers keep
+their ranks?), `agreement` (do the estimators agree?), `solver` (do they solve their systems?), `gradients` (are the
+gradients healthy?), `mislabel` (does influence find wrong answers?). `retrain` and `retrainings` train the adapters.
+`evidence` gathers the figures of each section and `report` runs all sections. `conclusions` turns figures into
+verdicts; `text` and `plots` show them.
 """

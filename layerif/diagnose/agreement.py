@@ -1,4 +1,4 @@
-"""Every estimator that works on Grams, and how alike they rank the layers."""
+"""All estimators that work on Grams, and the agreement of their layer rankings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from layerif.stats import spearman_matrix
 
 
 def panel(own: GramEstimator) -> dict[str, GramEstimator]:
-    """`own` first, then every other estimator on Grams found in `layerif/estimators/`, by its file's name.
+    """Collects the estimators on Grams in `layerif/estimators/`, each under the name of its file.
 
-    The others take over what they share with `own`: aggregation, granularity, normalisation and the damping.
+    Args:
+        own: the user's estimator. It comes first and keeps its settings; the others take its aggregation, granularity,
+            normalisation and, where they have one, its damping.
     """
     shared = {field.name: getattr(own, field.name) for field in fields(GramEstimator)}
     damping = {"damping": own.damping, "damping_rule": own.damping_rule} if isinstance(own, DampedEstimator) else {}
@@ -40,24 +42,27 @@ def panel(own: GramEstimator) -> dict[str, GramEstimator]:
 
 
 def name_of(estimator: GramEstimator) -> str:
+    """Returns the name of the estimator's file, as `estimator=` takes it."""
     return type(estimator).__module__.rpartition(".")[2]
 
 
 def total_influence(estimator: GramEstimator, grams: LayerGrams) -> Tensor:
-    """I (M×N) summed over all matrices of all layers."""
+    """Sums I (M×N) over all matrices of all layers."""
     return reduce(add, estimator.influences(estimator.solvable(grams).grams).values())
 
 
 def layer_influences(estimator: GramEstimator, grams: LayerGrams) -> dict[str, Tensor]:
-    """I (M×N) of each layer: the sum of its matrices'."""
+    """Returns I (M×N) of each layer, summed over the layer's matrices."""
     solvable = estimator.solvable(grams)
     return by_block(estimator.influences(solvable.grams), solvable.layers)
 
 
 def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tuple[list[str], np.ndarray]:
-    """(names, Spearman matrix) of the layer scores of every estimator under every aggregation.
+    """Correlates the layer scores of every estimator under every aggregation.
 
-    Names are the estimator's, followed by the aggregation. NaN where all layers score alike.
+    Returns:
+        The names, each an estimator followed by an aggregation, and the matrix of Spearman correlations in that order.
+        A correlation is NaN where all layers score alike.
     """
     scores: dict[str, tuple[float, ...]] = {}
     for name, estimator in estimators.items():
@@ -68,6 +73,6 @@ def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tup
 
 
 def _stands_alone(cls: type[GramEstimator]) -> bool:
-    """One that asks for Grams alone: no checkpoints, no setting without a default, not abstract."""
+    """Returns True for a concrete estimator that needs only Grams and has a default for every setting."""
     required = [field for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
     return cls.needs == Grams() and not required and cls not in (GramEstimator, DampedEstimator)

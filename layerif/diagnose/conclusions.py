@@ -1,9 +1,10 @@
-"""What the evidence supports, in plain words and by stated rules.
+"""The conclusions that the evidence supports, in plain words and by stated rules.
 
-A claim about what was not measured (other samples, other sets of rows) looks at its figure's 95 % interval:
-`supported` where all of it is on the claim's side of a stated bar, `not supported` where all of it is on the other,
-`not enough evidence` where the bar lies inside, or nothing was determined. A claim whose figure has no interval speaks
-of what was measured alone (these Grams, these samples, these seeds), says so, and compares the figure as it is.
+Every claim compares a figure with a stated bar. A claim that reaches beyond what was measured, to other samples or
+other sets of rows, uses the figure's 95 % interval. It is `supported` if the whole interval lies on the claim's side of
+the bar and `not supported` if the whole interval lies on the other side. If the bar lies inside the interval, or the
+figure is undetermined, there is `not enough evidence`. A claim whose figure has no interval is only about what was
+measured (these Grams, these samples, these seeds). It says so, and compares the figure itself.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from typing import Any, Literal
 
 Verdict = Literal["supported", "not supported", "not enough evidence"]
 
-ALIKE = 0.8  # Spearman from which on two rankings of layers count as the same
-SAME_DAMPING = 0.9  # Spearman, on the same samples
-CONVEX = {"true Hessian": 0.99, "exact": 0.95}  # LDS that theory asks for
-RESIDUAL = 1e-6  # relative, of a solver in float64
-OFF = 0.1  # relative distance from the exact influence up to which an approximation counts as exact
-CONVERGED = 0.01  # share of the gradients' squared length in common
+ALIKE = 0.8  # two rankings of layers count as the same from this Spearman on
+SAME_DAMPING = 0.9  # the same for two dampings, which are compared on the same samples
+CONVEX = {"true Hessian": 0.99, "exact": 0.95}  # the LDS that theory asks for
+RESIDUAL = 1e-6  # relative residual that a solver in float64 must stay below
+OFF = 0.1  # an approximation stands for the exact influence below this relative distance
+CONVERGED = 0.01  # share of the gradients' squared length that samples may have in common at an optimum
 
 
 @dataclass(frozen=True)
 class Conclusion:
+    """A claim, its verdict and the figures behind it."""
+
     claim: str
     verdict: Verdict
     because: str
 
 
 def above(bar: float, estimate: Mapping[str, float | None]) -> Verdict:
-    """Is a figure above `bar`, by its interval?"""
+    """Judges by its interval if a figure is above `bar`."""
     value, low, high = (estimate[end] for end in ("value", "low", "high"))
     if value is None or low is None or high is None:
         return "not enough evidence"
@@ -40,6 +43,7 @@ def above(bar: float, estimate: Mapping[str, float | None]) -> Verdict:
 
 
 def shown(estimate: Mapping[str, float | None], digits: int = 2) -> str:
+    """Spells a figure with its interval, or `undetermined`."""
     if estimate["value"] is None or estimate["low"] is None or estimate["high"] is None:
         return "undetermined"
     value, low, high = (f"{estimate[end]:.{digits}f}" for end in ("value", "low", "high"))
@@ -47,7 +51,11 @@ def shown(estimate: Mapping[str, float | None], digits: int = 2) -> str:
 
 
 def conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
-    """From the sections of a report, as `diagnose.json` holds them."""
+    """Draws all conclusions.
+
+    Args:
+        report: the sections of a report, as `diagnose.json` holds them.
+    """
     rules = (_instrument, _gradients, _optimum, _solvers, _approximation, _samples, _highest, _damping)
     rules += (_seeds, _curvature, _prediction, _average, _noise, _better, _mislabel, _mislabel_better)
     return [conclusion for rule in rules if (conclusion := rule(report)) is not None]
@@ -67,13 +75,13 @@ def _instrument(report: Mapping[str, Any]) -> Conclusion:
 def _gradients(report: Mapping[str, Any]) -> Conclusion:
     found = report["gradients"]
     bad = [f"{name} (dead)" for name in found["dead"]]
-    # One that is not finite has stopped the run.
+    # A gradient that is not finite has stopped the run before.
     return Conclusion(
         "On these samples every measured matrix has finite gradients, and none is dead.",
         "not supported" if bad else "supported",
         ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
         if bad
-        else f"{len(found['train_norms'])} matrices looked at",
+        else f"{len(found['train_norms'])} matrices were examined",
     )
 
 
@@ -86,7 +94,7 @@ def _optimum(report: Mapping[str, Any]) -> Conclusion:
             above(CONVERGED, common), "not enough evidence"
         )
     meaning = {
-        "supported": "influence then stands for the effect of a training row, as theory has it",
+        "supported": "influence then stands for the effect of a training row, as theory says",
         "not supported": "the scores then tell where training would start to move, not what a converged model owes to "
         "its rows",
     }.get(verdict, "")
@@ -119,14 +127,14 @@ def _approximation(report: Mapping[str, Any]) -> Conclusion | None:
         f"On these samples {own} stands for the exact damped influence.",
         "supported" if found["off_max"] < OFF else "not supported",
         f"its influence is off the exact one by {found['off_median']:.2g} times its size in the median matrix and "
-        f"{found['off_max']:.2g} times in the worst (bar {OFF}); what that costs, the loss changes tell",
+        f"{found['off_max']:.2g} times in the worst (bar {OFF}); the loss changes show what that costs",
     )
 
 
 def _samples(report: Mapping[str, Any]) -> Conclusion:
     found, half = report["stability"]["samples"], report["stability"]["half"]
     return Conclusion(
-        "Other samples of the task, as many, would rank the layers alike.",
+        "The same number of other samples of the task would rank the layers alike.",
         above(ALIKE, found),
         f"Spearman {shown(found)} (bar {ALIKE}), stepped up by Spearman–Brown from disjoint halves, which agree by "
         f"{shown(half)}",
@@ -145,10 +153,10 @@ def _highest(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         f"The highest-scored layer, {layers[top]}, is among the top third.",
         verdict,
-        f"95 % of the bootstrap draws rank it {low:g} to {high:g} of {len(layers)}; layer by layer, and not all at "
-        f"once, {within} of the {third} in the top third stay there in as many"
+        f"95 % of the bootstrap draws rank it {low:g} to {high:g} of {len(layers)}; {within} of the {third} layers "
+        "in the top third stay there in 95 % of the draws, each taken by itself"
         if high is not None
-        else "no rank determined",
+        else "no rank was determined",
     )
 
 
@@ -157,9 +165,9 @@ def _damping(report: Mapping[str, Any]) -> Conclusion | None:
     if not pairs:
         return None
     worst = min((pair for pair in pairs if pair["spearman"] is not None), key=lambda p: p["spearman"], default=None)
-    claim = "On these samples the ranking of layers does not hang on the damping, over two orders of magnitude."
+    claim = "On these samples the ranking of layers does not depend on the damping, over two orders of magnitude."
     if worst is None:
-        return Conclusion(claim, "not enough evidence", "no ranking")
+        return Conclusion(claim, "not enough evidence", "the scores rank nothing")
     return Conclusion(
         claim,
         "supported" if worst["spearman"] >= SAME_DAMPING else "not supported",
@@ -175,7 +183,7 @@ def _seeds(report: Mapping[str, Any]) -> Conclusion | None:
         "Any two adapters of these seeds rank the layers alike.",
         "supported" if min(pairs) >= ALIKE else "not supported",
         f"Spearman {min(pairs):.2f} to {max(pairs):.2f} in {_counted(len(pairs), 'pair')} of seeds (bar {ALIKE}), "
-        "scores taken on the LoRA matrices of each adapter; without an interval over seeds",
+        "where scores are taken on the LoRA matrices of each adapter; without an interval over seeds",
     )
 
 
@@ -188,9 +196,9 @@ def _curvature(report: Mapping[str, Any]) -> Conclusion | None:
     if found is None:
         return None
     return Conclusion(
-        f"On these samples {report['estimator']} ranks the layers otherwise than plain gradient products do.",
+        f"On these samples {report['estimator']} ranks the layers differently from plain gradient products.",
         "supported" if found < ALIKE else "not supported",
-        f"Spearman {found:.2f} with grad_dot (below {ALIKE}: otherwise)",
+        f"Spearman {found:.2f} with grad_dot (below {ALIKE}: differently)",
     )
 
 
@@ -220,7 +228,7 @@ def _noise(report: Mapping[str, Any]) -> Conclusion | None:
     if found["sd_over_seeds"] is None:
         return None
     return Conclusion(
-        "Among these seeds, which rows are left out moves a validation loss more than the seed does.",
+        "Among these seeds, the choice of rows left out moves a validation loss more than the seed does.",
         "supported" if found["sd_over_sets"] > found["sd_over_seeds"] else "not supported",
         f"standard deviation over sets {found['sd_over_sets']:.3f}, over {_counted(found['num_seeds'], 'seed')} "
         f"{found['sd_over_seeds']:.3f} nats; without an interval over seeds",

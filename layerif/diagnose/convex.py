@@ -1,9 +1,9 @@
-"""The instrument check: leave-k-out retraining where influence theory holds, before any statement about a model.
+"""The instrument check: leave-k-out retraining of a model for which influence theory is exact.
 
-L2-regularised logistic regression is convex; retraining it to its optimum costs microseconds, and its Hessian at the
-labels' own model is the Fisher matrix. There the influence with the true Hessian must order the loss changes as
-retraining does, and so must the estimator `exact`, which sees gradients alone: a wrong sign, scale or index of ours
-would show here.
+L2-regularised logistic regression is convex, and retraining it to its optimum costs microseconds. If the labels are
+drawn from such a model, its Hessian there is the Fisher matrix. So the influence with the true Hessian must order the
+loss changes as retraining does, and so must the estimator `exact`, which sees only gradients. A wrong sign, scale or
+index in this package would show here.
 
 Letters in shape suffixes: N train rows, M validation rows, P parameters, S left-out sets.
 """
@@ -25,13 +25,19 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Convex:
-    """actual_SM: loss changes by retraining; predicted: by influence, name -> (S×M); lds: name -> LDS."""
+    """The outcome of the instrument check.
+
+    Attributes:
+        actual_SM: the loss changes that retraining gave.
+        predicted: the loss changes (S×M) that each kind of influence predicted, by its name.
+    """
 
     actual_SM: np.ndarray
     predicted: dict[str, np.ndarray]
 
     @property
     def lds(self) -> dict[str, float]:
+        """The LDS of each prediction, by its name."""
         return {name: lds(predicted_SM, self.actual_SM) for name, predicted_SM in self.predicted.items()}
 
 
@@ -44,7 +50,10 @@ def convex_check(
     num_sets: int = 60,
     seed: int = 0,
 ) -> Convex:
-    """Leave `removed` of `num_train` rows out, `num_sets` times, in float64."""
+    """Retrains without `removed` of `num_train` rows, `num_sets` times, and predicts the same by influence.
+
+    All of it is computed in float64.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +75,7 @@ def convex_check(
     hessian_PP = hessian(full_P, x_NP, y_N, torch.ones(num_train, dtype=torch.float64))
     influences = {
         "true Hessian": -val_MP @ torch.linalg.solve(hessian_PP, train_NP.T),
-        # Its λ is the ridge: damping in units of the mean squared gradient entry.
+        # This damping, in units of the mean squared gradient entry, makes λ the ridge.
         "exact": exact(
             train_NP @ train_NP.T,
             val_MP @ train_NP.T,
@@ -79,7 +88,7 @@ def convex_check(
 
 
 def fit(x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
-    """argmin (1/N) Σ w_i·softplus(−y_i·x_iθ) + RIDGE/2·‖θ‖², by Newton's method to machine precision."""
+    """Returns argmin (1/N) Σ w_i·softplus(−y_i·x_iθ) + RIDGE/2·‖θ‖², by Newton's method to machine precision."""
     theta_P = torch.zeros(x_NP.shape[1], dtype=x_NP.dtype)
     for _ in range(50):
         slope_P = (weights_N[:, None] * gradients(theta_P, x_NP, y_N)).sum(dim=0) / len(x_NP) + RIDGE * theta_P
@@ -90,15 +99,17 @@ def fit(x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
 
 
 def loss(theta_P: Tensor, x_NP: Tensor, y_N: Tensor) -> Tensor:
+    """Returns the loss of each row: (N)."""
     return softplus(-y_N * (x_NP @ theta_P))
 
 
 def gradients(theta_P: Tensor, x_NP: Tensor, y_N: Tensor) -> Tensor:
-    """Of each row's loss: (N×P)."""
+    """Returns the gradient of each row's loss: (N×P)."""
     return (-y_N * torch.sigmoid(-y_N * (x_NP @ theta_P)))[:, None] * x_NP
 
 
 def hessian(theta_P: Tensor, x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Returns the Hessian (P×P) of the regularised weighted loss that `fit` minimises."""
     chance_N = torch.sigmoid(x_NP @ theta_P)
     curved_PP = x_NP.T @ ((weights_N * chance_N * (1 - chance_N))[:, None] * x_NP) / len(x_NP)
     return curved_PP + RIDGE * torch.eye(x_NP.shape[1], dtype=x_NP.dtype)

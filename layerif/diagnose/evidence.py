@@ -1,4 +1,4 @@
-"""The sections of the report: each asks one question of Grams and retrainings, and answers in figures."""
+"""The sections of the report: each puts one question to the Grams or the retrainings and answers it in figures."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ Panel = Mapping[str, GramEstimator]  # the user's own comes first
 
 
 def instrument() -> dict[str, Any]:
+    """Checks influence on a convex model, where theory is exact."""
     found = convex_check()
     predicted = {name: change_SM.mean(axis=1) for name, change_SM in found.predicted.items()}
     return {"lds": found.lds, "actual": found.actual_SM.mean(axis=1), "predicted": predicted}
 
 
 def solver(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
+    """Summarises how well the damped estimators solve their systems, and keeps the figures of every matrix."""
     with quiet():
         found = {
             name: solver_residuals(estimator, grams)
@@ -68,6 +70,7 @@ def _summary(matrices: list[Solved]) -> dict[str, Any]:
 
 
 def agreements(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
+    """Compares the layer rankings of all estimators."""
     with quiet():
         names, matrix = agreement(estimators, grams)
     return {"names": names, "spearman": matrix}
@@ -76,6 +79,15 @@ def agreements(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
 def stability(
     own: GramEstimator, grams: LayerGrams, at_adapters: Mapping[int, LayerGrams], *, resamples: int, seed: int
 ) -> dict[str, Any]:
+    """Tests if the layers keep their ranks under other samples, other dampings and the seeds of the adapters.
+
+    Args:
+        own: the user's estimator.
+        grams: the Grams that the scores were taken from.
+        at_adapters: the Grams at the adapter of each seed.
+        resamples: bootstrap draws behind the layers' ranks.
+        seed: the seed of the draws and of the splits into halves.
+    """
     with quiet():
         scores = own.score(grams).values
         by_seed = {f"seed {number}": own.score(found).values for number, found in at_adapters.items()}
@@ -95,6 +107,15 @@ def stability(
 def mislabel(
     estimators: Panel, decider: Decider, model: Callable[[], nn.Module], *, share: float, trials: int
 ) -> dict[str, Any]:
+    """Makes a share of the answers wrong and tests if each estimator finds them.
+
+    Args:
+        estimators: the user's own first; it also gives the figures of single layers.
+        decider: chooses the rows and measures them.
+        model: loads the model.
+        share: the share of the answers made wrong.
+        trials: the number of times, each with its own wrong answers.
+    """
     chosen = decider.chosen("train")
     is_flipped: list[np.ndarray] = []
     influences: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
@@ -134,7 +155,10 @@ def mislabel(
 
 
 def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
-    """The headline compares the means over seeds: what leaving rows out does, rather than what it did once."""
+    """Compares predicted with actual loss changes when rows are left out.
+
+    The headline figures compare means over seeds, because a single training also holds the noise of its seed.
+    """
     train, validation = retrainings.decider.samples()
     seed, num_train = retrainings.decider.seed, len(train)
     untrained_M, full_EM, left_out_ESM = retrainings.losses()
@@ -182,7 +206,7 @@ def _array(values: Tensor) -> np.ndarray:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What an estimator has to say of a Gram was said when the scores were taken; the report gives it as figures."""
+    """Silences the warnings of estimators, which were given with the scores and which the report gives as figures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

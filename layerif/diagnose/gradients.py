@@ -1,13 +1,13 @@
-"""The health of the gradients: their size, dead matrices, and how far the model is from an optimum.
+"""The health of the gradients: their size, the dead matrices, and the distance of the model from an optimum.
 
-All are finite: a measurement that is not has been refused before, by the name of its matrix and sample.
+All gradients are finite here, because the probe refuses others and names their matrix and sample.
 
 Influence theory starts where the mean training gradient is zero. With K = G Gᵀ (N×N) summed over the matrices,
 
     common = mean of K off its diagonal / mean of K on its diagonal
 
-is the share of the gradients' squared length that all samples have in common: an unbiased estimate of
-‖E g‖²/E‖g‖², 0 at an optimum of the training loss and 1 where every sample pulls the same way.
+is the share of the gradients' squared length that all samples have in common. It estimates ‖E g‖²/E‖g‖², and is 0 at
+an optimum of the training loss and 1 where every sample pulls the same way.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from layerif.stats import LEVEL, UNDETERMINED, Estimate
 
 @dataclass(frozen=True)
 class Gradients:
-    """train_norms, val_norms: root mean square over samples of ‖g‖, by matrix.
+    """The figures of the gradients of one model.
 
-    dead: matrices whose gradient is zero for every train or for every validation sample. common: see above; length:
-    ‖mean g‖ over the root mean square of ‖g‖, and chance: what 1/√N of it sampling alone would leave at an optimum.
+    Attributes:
+        train_norms, val_norms: the root mean square of ‖g‖ over samples, by matrix.
+        dead: the matrices whose gradient is zero for every train sample or for every validation sample.
+        common: the share of the squared length that all train samples have in common.
+        length: ‖mean g‖ divided by the root mean square of ‖g‖.
+        chance: 1/√N, the `length` that sampling alone would leave at an optimum.
     """
 
     train_norms: dict[str, float]
@@ -40,6 +44,7 @@ class Gradients:
 
 
 def gradient_health(grams: LayerGrams) -> Gradients:
+    """Reads the figures of the gradients off their Grams."""
     train_norms, val_norms, dead = {}, {}, []
     num_train = len(next(iter(grams.grams.values())).train_train)
     total_NN = torch.zeros(num_train, num_train, dtype=torch.float64)
@@ -56,9 +61,9 @@ def gradient_health(grams: LayerGrams) -> Gradients:
 
 
 def common_share(gram_NN: Tensor) -> Estimate:
-    """`common` of a Gram with its jackknife interval; undetermined below three samples.
+    """Returns `common` of a Gram (N×N) with its jackknife interval; undetermined below three samples.
 
-    A bootstrap would draw samples twice and take a gradient's product with itself for agreement.
+    A bootstrap would not do: it draws samples twice and would take a gradient's product with itself for agreement.
     """
     num = len(gram_NN)
     if num < 3:
@@ -67,9 +72,9 @@ def common_share(gram_NN: Tensor) -> Estimate:
     diagonal_N = gram_NN.diagonal()
     total, trace = gram_NN.sum(), diagonal_N.sum()
     share = float((total - trace) / (num - 1) / trace)
-    left_total_N = total - 2 * gram_NN.sum(dim=1) + diagonal_N  # without each sample in turn
+    left_total_N = total - 2 * gram_NN.sum(dim=1) + diagonal_N  # each sample left out in turn
     left_trace_N = trace - diagonal_N
-    if bool((left_trace_N <= 0).any()):  # one sample has all the gradient
+    if bool((left_trace_N <= 0).any()):  # a single sample has all of the gradient
         return Estimate(share, math.nan, math.nan)
     left_N = (left_total_N - left_trace_N) / (num - 2) / left_trace_N
     error = float(torch.sqrt((num - 1) * (left_N - left_N.mean()).square().mean()))

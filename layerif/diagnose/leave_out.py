@@ -1,13 +1,14 @@
 """Predicted against actual loss change when training rows are left out: the linear datamodeling score (LDS).
 
 Influence I (M×N) is the change of a validation loss per unit of up-weighting a train sample whose weight is 1/N.
-Leaving a row out takes that 1/N away, so that leaving out a set R is predicted to change validation row j's loss by
+Leaving a row out takes that 1/N away. So influence predicts that leaving out a set R changes the loss of validation
+row j by
 
-    Δ_j(R) = −(1/N) Σ_{i in R} I_ji:
+    Δ_j(R) = −(1/N) Σ_{i in R} I_ji,
 
-above zero where helpful rows (I < 0) go. The LDS (Park et al., 2023) of a validation row is Spearman's rank correlation
-of predicted and actual change over the sets; their mean over validation rows is the LDS. 1: influence orders the sets
-as retraining does; 0: no better than chance.
+which is above zero where R holds helpful rows (I < 0). The LDS (Park et al., 2023) of a validation row is Spearman's
+rank correlation of predicted and actual change over the sets, and the LDS as such is its mean over validation rows. It
+is 1 where influence orders the sets as retraining does, and 0 where it does no better than chance.
 
 Letters in shape suffixes: S left-out sets, N train rows, M validation rows, E seeds.
 """
@@ -26,18 +27,21 @@ from layerif.stats import INTERVAL_RESAMPLES, Estimate, known_mean, percentile, 
 
 
 def left_out_sets(num_rows: int, size: int, count: int, *, seed: int) -> list[tuple[int, ...]]:
-    """`count` different random sets of `size` of `num_rows` rows, each in ascending order.
+    """Draws `count` different random sets of `size` of `num_rows` rows, each in ascending order.
 
-    The first sets do not depend on how many are asked for. Raises ValueError where there are not so many.
+    The first sets do not depend on `count`.
+
+    Raises:
+        ValueError: there are not so many different sets.
     """
     if not 1 <= size < num_rows:
         raise ValueError(
-            f"leaving {size} of {num_rows} training rows out is impossible: between 1 and {num_rows - 1} can go; "
-            "change method.removed or method.num_train"
+            f"leaving {size} of {num_rows} training rows out is impossible: between 1 and {num_rows - 1} can be left "
+            "out; change method.removed or method.num_train"
         )
     if math.comb(num_rows, size) < count:
         raise ValueError(
-            f"method.subsets={count} different sets of {size} of {num_rows} rows do not exist, only "
+            f"method.subsets={count} different sets of {size} of {num_rows} rows do not exist, there are only "
             f"{math.comb(num_rows, size)}; use fewer subsets or more rows (method.num_train)"
         )
     chosen, found = Random(f"{seed} left out"), {}
@@ -47,7 +51,7 @@ def left_out_sets(num_rows: int, size: int, count: int, *, seed: int) -> list[tu
 
 
 def membership(sets: Sequence[Sequence[int]], num_rows: int) -> np.ndarray:
-    """1 where a row is left out of a set, 0 elsewhere: (S×N)."""
+    """Marks the rows that each set leaves out: (S×N), 1 where a row is left out and 0 elsewhere."""
     left_out_SN = np.zeros((len(sets), num_rows))
     for number, rows in enumerate(sets):
         left_out_SN[number, list(rows)] = 1
@@ -55,21 +59,21 @@ def membership(sets: Sequence[Sequence[int]], num_rows: int) -> np.ndarray:
 
 
 def predicted_change(influence_MN: Tensor, left_out_SN: np.ndarray) -> np.ndarray:
-    """−(1/N) Σ over the left-out rows of I: (S×M)."""
+    """Predicts the loss changes: −(1/N) Σ of I over the left-out rows, (S×M)."""
     return -left_out_SN @ influence_MN.double().cpu().numpy().T / left_out_SN.shape[1]
 
 
 def lds(predicted_SM: np.ndarray, actual_SM: np.ndarray) -> float:
-    """The mean over validation rows of Spearman's correlation over sets; NaN where nothing was predicted."""
+    """Averages Spearman's correlation over sets over the validation rows; NaN where no change was predicted."""
     return known_mean(spearman(predicted_SM, actual_SM))
 
 
 def lds_draws(
     predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, seed: int, resamples: int = INTERVAL_RESAMPLES
 ) -> dict[str, np.ndarray]:
-    """The LDS of every prediction under a bootstrap of sets and of validation rows; the trained seeds stay as they are.
+    """Draws the LDS of every prediction by a bootstrap over sets and over validation rows.
 
-    All predictions see the same draws, so that their differences are paired.
+    The trained seeds are not drawn anew. All predictions see the same draws, so that their differences are paired.
     """
     num_sets, num_val = actual_SM.shape
     rng = np.random.default_rng(seed)
@@ -84,7 +88,7 @@ def lds_draws(
 def lds_estimates(
     predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, than: str, seed: int
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """The LDS of every prediction, and by how much it exceeds that of the prediction `than`; both with intervals."""
+    """Returns the LDS of every prediction and its excess over that of the prediction `than`, both with intervals."""
     draws = lds_draws(predicted, actual_SM, seed=seed)
     values = {name: lds(predicted_SM, actual_SM) for name, predicted_SM in predicted.items()}
     return (
@@ -94,18 +98,23 @@ def lds_estimates(
 
 
 def seed_agreement(actual_ESM: np.ndarray) -> float:
-    """The mean LDS of one seed's actual changes with another's: how reliable a single seed's are.
+    """Averages the LDS between the actual changes of two seeds over all pairs of seeds; NaN for a single seed.
 
-    Predictions are compared with the mean over seeds, which is more reliable, and may exceed this. NaN for one seed.
+    It tells how reliable the changes of one seed are. Predictions are compared with the mean over seeds, which is more
+    reliable, so their LDS may be higher.
     """
     pairs = combinations(actual_ESM, 2)
     return known_mean(np.array([lds(first_SM, second_SM) for first_SM, second_SM in pairs]))
 
 
 def noise(actual_ESM: np.ndarray, full_EM: np.ndarray) -> tuple[float, float]:
-    """(standard deviation of the change over sets, of the unchanged training's loss over seeds), means over rows.
+    """Compares the effect of the rows left out with that of the seed.
 
-    Where the second is not well below the first, another seed moves a loss as much as other rows do.
+    Where the second figure is not well below the first, another seed moves a loss as much as other rows do.
+
+    Returns:
+        The standard deviation of the loss change over sets, and that of the loss of the full training over seeds, each
+        as a mean over validation rows, in nats.
     """
     over_sets = float(actual_ESM.std(axis=1, ddof=1).mean())
     over_seeds = float(full_EM.std(axis=0, ddof=1).mean()) if len(full_EM) > 1 else math.nan

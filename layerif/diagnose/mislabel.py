@@ -1,6 +1,7 @@
-"""Mislabel detection: flip some training answers and see whether influence calls those rows the most harmful.
+"""Mislabel detection: some training answers are made wrong, and influence should call those rows the most harmful.
 
-A row's harm is Σ_j I_ji over the (clean) validation rows: above zero, up-weighting it raises the validation loss.
+The harm of a row is Σ_j I_ji over the validation rows, whose answers stay right. If it is above zero, up-weighting the
+row raises the validation loss.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from layerif.stats import INTERVAL_RESAMPLES, known_mean
 
 @dataclass(frozen=True)
 class Detection:
-    """found: the share of the flipped rows among the most harmful ones, as many as were flipped; auc: the chance that
-    a flipped row is more harmful than an unflipped one. A random order finds the flipped share, with an AUC of 0.5.
+    """The success of one ranking by harm.
+
+    Attributes:
+        found: the share of flipped rows among the F most harmful ones, where F rows were flipped. For a random order
+            it is the share of flipped rows among all rows.
+        auc: the chance that a flipped row is more harmful than an unflipped one. For a random order it is 0.5.
     """
 
     found: float
@@ -27,10 +32,13 @@ class Detection:
 
 
 def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[Example], np.ndarray]:
-    """The examples with a wrong answer in round(share·N) of them (at least one), and which those are: (N) of bools.
+    """Gives round(share·N) of the examples, but at least one, the answer of another of their options.
 
-    The wrong answer is one of the example's other options. Raises ValueError where a row has no other option, or where
-    nothing or everything would be flipped.
+    Returns:
+        The examples, and an array (N) that is True for those with a wrong answer.
+
+    Raises:
+        ValueError: a row has no other option, or all rows would be flipped.
     """
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
@@ -54,11 +62,12 @@ def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[
 
 
 def harm(influence_MN: np.ndarray) -> np.ndarray:
-    """Σ over validation rows of I: (N)."""
+    """Sums I over the validation rows: (N)."""
     return influence_MN.sum(axis=0)
 
 
 def detection(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> Detection:
+    """Measures how well a ranking by harm tells the flipped rows from the others."""
     count = int(is_flipped_N.sum())
     worst = np.argsort(-harm_N, kind="stable")[:count]
     return Detection(float(is_flipped_N[worst].mean()), float(roc_auc_score(is_flipped_N, harm_N)))
@@ -71,11 +80,16 @@ def auc_draws(
     seed: int,
     resamples: int = INTERVAL_RESAMPLES,
 ) -> np.ndarray:
-    """The mean AUC over trials under a bootstrap of train and of validation rows, which all trials share: one draw of
-    rows for them all. influences: I (M×N) of each trial, is_flipped: (N) of each.
+    """Draws the mean AUC over trials by a bootstrap over train rows and over validation rows.
 
-    A trial none (or all) of whose drawn rows are flipped says nothing in that draw. The draws depend on the seed and
-    the sizes alone: those of two estimators are paired.
+    All trials share the rows of a draw. A trial is left out of a draw whose rows are all flipped or all unflipped. The
+    draws depend only on the seed and the sizes, so that those of two estimators are paired.
+
+    Args:
+        influences: I (M×N) of each trial.
+        is_flipped: True for the flipped rows (N), for each trial.
+        seed: the seed of the draws.
+        resamples: the number of draws.
     """
     rng = np.random.default_rng(seed)
     num_val, num_train = influences[0].shape
@@ -91,13 +105,13 @@ def auc_draws(
 
 
 def curve(harm_N: np.ndarray, is_flipped_N: np.ndarray) -> np.ndarray:
-    """The share of flipped rows found among the 0, 1, …, N most harmful ones."""
+    """Returns the shares of the flipped rows that are among the 0, 1, …, N most harmful ones: (N+1)."""
     ordered = is_flipped_N[np.argsort(-harm_N, kind="stable")]
     return np.concatenate([[0.0], ordered.cumsum() / ordered.sum()])
 
 
 def _auc(bad_F: np.ndarray, good_G: np.ndarray) -> float:
-    """As `roc_auc_score`, without its checks: it is called thousands of times."""
+    """Does the same as `roc_auc_score` without its checks, because it is called thousands of times."""
     good_G = np.sort(good_G)
     below, not_above = np.searchsorted(good_G, bad_F, "left"), np.searchsorted(good_G, bad_F, "right")
     return float((below + not_above).mean() / 2 / len(good_G))

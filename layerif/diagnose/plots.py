@@ -1,4 +1,4 @@
-"""A report in pictures, one file a question; `report` is what `diagnose.json` holds."""
+"""The pictures of a report, one file for each question; `report` is the content of `diagnose.json`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by everybody
+# Colour-blind readers can tell these apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (4, 4)))
 
 
 def plot(report: Mapping[str, Any], folder: Path) -> None:
-    """leave_out.png, ranks.png, agreement.png, mislabel.png and gradients.png."""
+    """Draws leave_out.png, ranks.png, agreement.png, mislabel.png and gradients.png into `folder`."""
     colours = dict(zip(report["leave_out"]["lds"], itertools.cycle(COLOURS)))
     with _figure(folder / "leave_out.png", (12, 4), columns=3) as (convex, model, bars):
         _convex(convex, report["instrument"])
@@ -83,7 +84,7 @@ def _ranks(axes: Axes, report: Mapping[str, Any]) -> None:
             axes.plot([l, l], [rank["low"], rank["high"]], color=COLOURS[5], linewidth=4, solid_capstyle="butt")
             axes.plot(l, rank["value"], "o", color=COLOURS[0], markersize=5)
     axes.set(
-        title=f"Rank of each layer by {report['estimator']}, and where 95 % of bootstrap draws put it",
+        title=f"Rank of each layer by {report['estimator']}, and the range of 95 % of bootstrap draws",
         xlabel="layer (decoder block)",
         ylabel="rank (1 = highest score)",
         ylim=(len(ranks) + 0.5, 0.5),
@@ -111,9 +112,7 @@ def _found(axes: Axes, found: Mapping[str, Any], colours: Mapping[str, str]) -> 
     for (name, each), style in zip(found["estimators"].items(), itertools.cycle(STYLES)):
         looked_at = np.linspace(0, 1, len(each["curve"]))
         label = f"{name}: AUC {each['auc']['value']:.2f}"
-        axes.plot(
-            looked_at, each["curve"], linestyle=style, color=colours[name], label=label
-        )  # some lie on one another
+        axes.plot(looked_at, each["curve"], linestyle=style, color=colours[name], label=label)  # some curves coincide
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="a random order")
     axes.set(title="Wrong answers found", xlabel="share of rows looked at, most harmful first", ylabel="share found")
     axes.legend(frameon=False, fontsize=8)
@@ -133,7 +132,7 @@ def _by_layer(axes: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _gradients(axes: Axes, report: Mapping[str, Any]) -> None:
-    """Norms as a map of matrices over layers; what is dead stays white, with a cross."""
+    """Draws the norms as a map of matrices over layers. A dead matrix stays white, with a cross."""
     layers, norms = report["layers"], report["gradients"]["train_norms"]
     owner = {name: max((layer for layer in layers if name.startswith(f"{layer}.")), key=len) for name in norms}
     kinds = list(dict.fromkeys(name.removeprefix(f"{owner[name]}.").removesuffix(".weight") for name in norms))
@@ -166,7 +165,7 @@ def _diagonal(axes: Axes, values: Sequence[float]) -> None:
 
 @contextmanager
 def _figure(file: Path, size: tuple[float, float], columns: int = 1) -> Iterator[Sequence[Axes]]:
-    """Axes side by side, saved on leaving them."""
+    """Gives axes side by side, and saves the figure at the end of the `with` block."""
     figure, grid = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid[0]:
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The trust report of one model, task and estimator: gather the evidence section by section, then conclude."""
+"""The trust report of one model, task and estimator: the evidence section by section, then the conclusions."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """How much evidence the report gathers.
+    """The amount of evidence that the report gathers.
 
     Attributes:
-        seeds: adapters trained independently of one another, and trials of flipped answers.
-        subsets: random sets of training rows left out, the same for every seed.
-        num_left_out: rows in a set.
-        num_train, num_validation: rows to retrain on, and rows whose loss is watched.
+        seeds: the number of adapters, trained independently of one another, and of trials of flipped answers.
+        subsets: the number of random sets of training rows left out, the same sets for every seed.
+        num_left_out: the number of rows in a set.
+        num_train, num_validation: the number of rows to retrain on, and of rows whose loss is watched.
         flipped: the share of the training answers made wrong.
-        resamples: bootstrap draws behind the layers' ranks.
+        resamples: the number of bootstrap draws behind the layers' ranks.
     """
 
     seeds: int
@@ -57,18 +57,18 @@ def report(
     work: Path,
     seconds: MutableMapping[str, float],
 ) -> dict[str, Any]:
-    """Gather the evidence on the decider's scores and draw the conclusions.
+    """Gathers the evidence on the decider's scores and draws the conclusions.
 
     Args:
-        decider: its estimator works on Grams.
-        trials: how much evidence to gather.
-        recipe: how adapters are retrained.
-        model: gives the bare model on its device.
-        work: a folder for finished retrainings, which a killed run carries on with.
-        seconds: gets the seconds of every section.
+        decider: takes the scores; its estimator works on Grams.
+        trials: the amount of evidence to gather.
+        recipe: the training of an adapter.
+        model: loads the bare model on its device.
+        work: the folder of finished retrainings, from which a killed run carries on.
+        seconds: receives the seconds of every section.
 
     Returns:
-        The sections by name, and `conclusions`, as JSON can hold them.
+        The sections by name, with the conclusions under `conclusions`, as JSON can hold them.
     """
     own: GramEstimator = decider.estimator  # type: ignore[assignment]
     grams, _ = own.needs.take(decider, model)
@@ -100,7 +100,7 @@ def report(
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into what JSON can hold: NaN and infinity become null."""
+    """Turns a value into one that JSON can hold: NaN and infinity become null."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, dict):

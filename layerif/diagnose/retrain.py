@@ -1,8 +1,8 @@
-"""Train a plain LoRA adapter again and again, alike in all but the rows that are left out.
+"""Repeated training of a plain LoRA adapter, where only the rows that are left out differ.
 
-What must not differ between two trainings does not: the adapter starts from the same weights, every step sees the same
-rows in the same order, and there is no dropout. A row left out keeps its place in its batches and weighs zero there;
-the others weigh what they did, which is the weight that influence takes away.
+Every training starts from the same weights, takes the same rows in the same order, and uses no dropout. A row that is
+left out keeps its place in its batches, with weight zero. The other rows keep their weights, so that a retraining takes
+away just the weight that influence predicts the effect of.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """AdamW without weight decay at a constant learning rate, `steps` batches of `batch_size` rows, LoRA of rank `r`
-    with α = 2r.
+    """The training of an adapter: LoRA with α = 2r, by AdamW without weight decay at a constant learning rate.
+
+    Attributes:
+        steps: the number of batches.
+        batch_size: the number of rows in a batch.
+        learning_rate: AdamW's.
+        r: the rank of the adapter.
     """
 
     steps: int
@@ -36,9 +41,15 @@ class Recipe:
 
 
 class Retrainer:
-    """An adapter of one seed on `base`, trained from the same start at every call.
+    """Trains the adapter of one seed on `base`, from the same start at every call.
 
-    targets: names of the linear layers that get one, as in the bare model.
+    Args:
+        base: the bare model, which holds the adapter until `detach`.
+        targets: the linear layers that are adapted, by their names in the bare model.
+        train: the training rows.
+        pad_id: the token that fills up short rows.
+        recipe: the training.
+        seed: draws the start of the adapter and the order of the rows.
     """
 
     def __init__(
@@ -60,7 +71,11 @@ class Retrainer:
         self.start = [parameter.detach().clone() for parameter in self.trained]
 
     def __call__(self, left_out: Collection[int] = ()) -> nn.Module:
-        """The model with its adapter trained without the rows `left_out`."""
+        """Trains the adapter without the rows `left_out`, and returns the model with it.
+
+        Raises:
+            ValueError: the training loss is not finite.
+        """
         with torch.no_grad():
             for parameter, start in zip(self.trained, self.start, strict=True):
                 parameter.copy_(start)
@@ -78,16 +93,16 @@ class Retrainer:
                         "method.learning_rate, or load the model in float32 (model.dtype=float32)"
                     )
                 loss.backward()
-            optimizer.step()  # without a gradient it does nothing
+            optimizer.step()  # does nothing where all rows of the batch are left out
         return self.model
 
     def detach(self) -> None:
-        """Take the adapter off the base again."""
+        """Takes the adapter off the base model."""
         self.model.unload()
 
 
 def schedule(num_rows: int, recipe: Recipe, *, seed: int) -> list[list[int]]:
-    """The rows of every step: each epoch in a new order, every batch full."""
+    """Returns the rows of every step. Each epoch has an order of its own, and every batch is full."""
     chosen, size = Random(f"{seed} order"), min(recipe.batch_size, num_rows)
     steps: list[list[int]] = []
     waiting: list[int] = []
@@ -100,7 +115,7 @@ def schedule(num_rows: int, recipe: Recipe, *, seed: int) -> list[list[int]]:
 
 
 def losses(model: nn.Module, encodings: Encodings, batch_size: int, pad_id: int) -> list[float]:
-    """The loss of every sample (nats per token), in their order."""
+    """Returns the loss of every sample in nats per token, in the order of the samples."""
     device = next(model.parameters()).device
     found = [0.0] * len(encodings)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""All retrainings of a report, each kept as it finishes: adapters, their Grams, losses with and without rows."""
+"""All retrainings of a report: the adapters, their Grams, and the losses with and without rows.
+
+Every result is saved as soon as it is there, so that a killed run carries on from it.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Retrainings:
-    """decider: its probe says which rows are trained on and watched, and where the adapters stand (its scope).
+    """The retrainings of all seeds.
 
-    sets: the rows left out of each retraining, the same for every seed. model: gives the bare model. work: the folder
-    of what is done already; the same work done again in the same folder costs nothing.
+    Attributes:
+        decider: its probe chooses the rows to train on, the rows to watch, and the matrices to adapt (its scope).
+        recipe: the training of an adapter.
+        seeds: the seeds of the adapters.
+        sets: the rows that each retraining leaves out, the same for every seed.
+        model: loads the bare model.
+        work: the folder of the results. Work that is finished there is not done again.
     """
 
     decider: Decider
@@ -40,7 +48,7 @@ class Retrainings:
     work: Path
 
     def losses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of M validation rows: untrained (M), trained on all rows (E×M), and without each set (E×S×M)."""
+        """Returns the losses of M validation rows: untrained (M), fully trained (E×M) and without each set (E×S×M)."""
         untrained = self._kept("untrained", lambda: self._losses(self.model()))
         for seed in self.seeds:
             self._train(seed)
@@ -49,13 +57,13 @@ class Retrainings:
         return np.array(untrained), np.array(full), np.array(left_out)
 
     def grams(self) -> dict[int, LayerGrams]:
-        """Of the LoRA matrices of each seed's adapter, trained on all rows."""
+        """Returns the Grams of the LoRA matrices at each seed's adapter, which was trained on all rows."""
         for seed in self.seeds:
             self._train(seed)
         return {seed: self._measure(seed, None) for seed in self.seeds}
 
     def _train(self, seed: int) -> None:
-        """What is missing of one seed: first the adapter of all rows with its Grams, then the sets."""
+        """Does the missing trainings of one seed: first that on all rows, with its Grams, then those without a set."""
         rows: list[tuple[Path, Sequence[int]]] = [(self._file(seed), ())]
         rows += [(self._file(seed, number), left_out) for number, left_out in enumerate(self.sets)]
         missing = [(file, left_out) for file, left_out in rows if not file.exists()]
@@ -82,7 +90,7 @@ class Retrainings:
         return losses(model, validation, self.decider.probe.batch_size, padding_id(self.decider.tokenizer))
 
     def _measure(self, seed: int, model: nn.Module | None) -> LayerGrams:
-        """The Grams at a saved adapter; `model` is that adapter in memory, if it is."""
+        """Returns the Grams at a saved adapter, measured on `model` if it is in memory and loaded otherwise."""
         at = replace(self.decider.model, adapter=str(self._adapter(seed)))
 
         def load() -> nn.Module:
@@ -114,6 +122,6 @@ class Retrainings:
 
 
 def write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Writes the file as a whole or not at all."""
     with whole(file) as unfinished:
         unfinished.write_text(text)

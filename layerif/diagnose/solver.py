@@ -1,4 +1,7 @@
-"""Do the damped estimators solve the system they stand for, I·(K/N + λ) = −C? N, M, K, C: see `estimators/_base.py`."""
+"""The accuracy of the damped estimators: do they solve their system I·(K/N + λ) = −C?
+
+N, M, K and C are explained in `estimators/_base.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,16 @@ from layerif.evidence import LayerGrams, MatrixGram
 
 @dataclass(frozen=True)
 class Solved:
-    """What one estimator left of the system of one matrix.
+    """The error of one estimator on the system of one matrix.
 
-    residual: ‖I·(K/N + λ) + C‖/‖C‖. off: ‖I − I_exact‖/‖I_exact‖. condition: (σmax/N + λ)/λ of that system.
-    rounding: the most negative eigenvalue of K over Nλ, by its size: what float32 Grams add to the damping; K is
-    positive semi-definite, so that anything below zero is noise. step: LiSSA's α, None for the others.
+    Attributes:
+        matrix: the name of the matrix.
+        residual: ‖I·(K/N + λ) + C‖/‖C‖.
+        off: ‖I − I_exact‖/‖I_exact‖.
+        condition: the condition number (σmax/N + λ)/λ of the system.
+        rounding: the size of the most negative eigenvalue of K, over Nλ. K is positive semi-definite, so that an
+            eigenvalue below zero is noise of float32, which adds to the damping.
+        step: LiSSA's α; None for the other estimators.
     """
 
     matrix: str
@@ -32,8 +40,9 @@ class Solved:
 
 
 def residual(influence_MN: Tensor, gram: MatrixGram, *, damping: float) -> float:
-    """‖I·(K/N + λ) + C‖/‖C‖ (Frobenius), λ = damping · tr K/(N·P), with K as the solvers take it: symmetric, and with
-    no eigenvalue below zero. Zero gradients have residual 0.
+    """Returns ‖I·(K/N + λ) + C‖/‖C‖ (Frobenius) with λ = damping · tr K/(N·P), and 0 for zero gradients.
+
+    K is taken as the solvers take it: symmetric, and with negative eigenvalues set to zero.
     """
     lam = damping_lambda(gram.train_train, numel=gram.numel, damping=damping)
     wanted_MN = gram.val_train.double()
@@ -46,7 +55,7 @@ def residual(influence_MN: Tensor, gram: MatrixGram, *, damping: float) -> float
 
 
 def solver_residuals(estimator: DampedEstimator, grams: LayerGrams) -> list[Solved]:
-    """Of every matrix with a gradient, in the model's order."""
+    """Returns the error on every matrix that has a gradient, in the model's order."""
     solvable = estimator.solvable(grams).grams
     influences = estimator.influences(solvable)
     return [

@@ -1,4 +1,4 @@
-"""Do the layers keep their ranks when samples, damping or the fitted model change? Rank 1 is the highest score.
+"""The stability of the layers' ranks when samples, damping or the fitted model change. Rank 1 is the highest score.
 
 Letters in shape suffixes: B bootstrap draws, L layers.
 """
@@ -20,12 +20,12 @@ from layerif.estimators._base import DampedEstimator, GramEstimator
 from layerif.evidence import LayerGrams
 from layerif.stats import LEVEL, UNDETERMINED, Estimate, known_mean, percentile, spearman
 
-_GROUPS = 10  # of samples left out in turn
+_GROUPS = 10  # the jackknife leaves out one group of samples at a time
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """How alike two profiles of the same layers are; NaN where one ranks nothing."""
+    """The rank correlations of two profiles of the same layers; NaN where all layers of a profile score alike."""
 
     first: str
     second: str
@@ -34,14 +34,14 @@ class Correlation:
 
 
 def ranks(scores: Sequence[float]) -> np.ndarray:
-    """(L): 1 for the highest score; equal scores share their mean rank."""
+    """Returns the rank of each layer (L), 1 for the highest score; equal scores share their mean rank."""
     return rankdata(-np.asarray(scores, dtype=float))
 
 
 def bootstrap_scores(estimator: GramEstimator, grams: LayerGrams, *, resamples: int, seed: int) -> np.ndarray:
-    """Layer scores under `resamples` bootstrap draws of train and of validation samples: (B×L).
+    """Returns the layer scores (B×L) under `resamples` bootstrap draws of train and of validation samples.
 
-    No gradient is taken: a draw selects rows and columns of the Grams.
+    A draw selects rows and columns of the Grams, so that no gradient is computed again.
     """
     generator = torch.Generator().manual_seed(seed)
     num_val, num_train = next(iter(grams.grams.values())).val_train.shape
@@ -55,25 +55,28 @@ def bootstrap_scores(estimator: GramEstimator, grams: LayerGrams, *, resamples: 
 
 
 def rank_intervals(scores: Sequence[float], scores_BL: np.ndarray) -> list[Estimate]:
-    """Each layer's rank and between which ranks 95 % of the draws put it.
+    """Returns each layer's rank with the interval that holds it in 95 % of the draws.
 
-    Layer by layer: that all layers keep within theirs at once is less likely.
+    Each interval is for a single layer. That all layers stay within theirs at once is less likely.
     """
     ranks_BL = np.stack([ranks(draw_L) for draw_L in scores_BL])
     return [percentile(float(rank), ranks_BL[:, l]) for l, rank in enumerate(ranks(scores))]
 
 
 def halves(estimator: GramEstimator, grams: LayerGrams, *, draws: int, seed: int) -> tuple[np.ndarray, Estimate]:
-    """Spearman of the layer scores of disjoint random halves of the samples: (draws), and their mean with an interval.
+    """Correlates the layer scores of disjoint random halves of the samples.
 
-    The spread over splits of the same samples is no sampling error, so that the interval is Student's over a jackknife:
-    of G groups of samples each is left out in turn, of the same splits (delete-a-group; Shao and Tu, 1995), with
-    standard error √((G−1)/G · Σ (mean without g − their mean)²). It is cut off at −1 and 1.
+    The spread over splits of the same samples is not a sampling error. So the interval is Student's, over a jackknife
+    that leaves out one of G groups of samples at a time and keeps the splits (delete-a-group; Shao and Tu, 1995). Its
+    standard error is √((G−1)/G · Σ (mean without g − their mean)²). It is cut off at −1 and 1.
+
+    Returns:
+        Spearman's correlation for each of the `draws` splits, and their mean with its interval.
     """
     generator = torch.Generator().manual_seed(seed)
     num_val, num_train = next(iter(grams.grams.values())).val_train.shape
     splits = [[torch.randperm(num, generator=generator) for num in (num_train, num_val)] for _ in range(draws)]
-    num_groups = min(_GROUPS, max(num_train, num_val))  # one sample a group at most where samples are few
+    num_groups = min(_GROUPS, max(num_train, num_val))  # with few samples, each is a group of its own
     groups = [torch.randperm(num, generator=generator) % num_groups for num in (num_train, num_val)]
     with _quiet():
         found = np.array([_half_agreement(estimator, grams, split) for split in splits])
@@ -94,7 +97,14 @@ def _half_agreement(
     split: Sequence[torch.Tensor],
     kept: Sequence[torch.Tensor] | None = None,
 ) -> float:
-    """split: an order of train and one of validation samples; every other one makes a half. kept: (N), (M) bools."""
+    """Correlates the layer scores of the two halves of one split.
+
+    Args:
+        estimator: gives the scores.
+        grams: the Grams of all samples.
+        split: an order of the train samples and one of the validation samples; every other sample is in the first half.
+        kept: True for the train samples (N) and the validation samples (M) that take part; None: all.
+    """
     scores = []
     for part in (0, 1):
         rows = [order[part::2] for order in split]
@@ -105,10 +115,10 @@ def _half_agreement(
 
 
 def stepped_up(half: Estimate) -> Estimate:
-    """From the agreement of halves to that of two samples as large as the whole: 2r/(1 + r) (Spearman and Brown).
+    """Estimates the agreement of two samples as large as the whole from that of halves, by 2r/(1 + r).
 
-    Exact for Pearson's correlation of scores that are sums over samples, a rule of thumb for ranks. What is not above
-    zero stays as it is.
+    The formula of Spearman and Brown is exact for Pearson's correlation of scores that are sums over samples, and a
+    rule of thumb for ranks. A correlation that is not above zero stays as it is.
     """
     return Estimate(*(2 * r / (1 + r) if r > 0 else r for r in (half.value, half.low, half.high)))
 
@@ -116,7 +126,7 @@ def stepped_up(half: Estimate) -> Estimate:
 def damping_profiles(
     estimator: GramEstimator, grams: LayerGrams, factors: Sequence[float] = (0.1, 1.0, 10.0)
 ) -> dict[str, tuple[float, ...]]:
-    """Layer scores at multiples of the estimator's own damping; none for one without damping."""
+    """Returns the layer scores at multiples of the estimator's own damping; empty for an estimator without damping."""
     if not isinstance(estimator, DampedEstimator):
         return {}
     dampings = [estimator.damping * factor for factor in factors]
@@ -125,7 +135,7 @@ def damping_profiles(
 
 
 def correlations(profiles: Mapping[str, Sequence[float]]) -> list[Correlation]:
-    """Of every pair of profiles."""
+    """Correlates every two profiles."""
     found = []
     for (first, one), (second, other) in combinations(profiles.items(), 2):
         constant = len(set(one)) == 1 or len(set(other)) == 1
@@ -140,7 +150,7 @@ def _kendall(one: Sequence[float], other: Sequence[float]) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the whole sample warned of need not be said again for every draw."""
+    """Silences the estimators' warnings, which were given for the whole sample, in the draws."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

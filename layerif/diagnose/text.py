@@ -1,4 +1,4 @@
-"""A report in words: the page `diagnose.md`, the few lines of the console, the headline figures of the record."""
+"""A report in words: the page `diagnose.md`, the lines on the console, and the headline figures of the record."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from layerif.diagnose.conclusions import shown
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The whole report, conclusions first; `report` is what `diagnose.json` holds."""
+    """Writes the whole report, conclusions first.
+
+    Args:
+        report: the content of `diagnose.json`.
+    """
     sections = [_conclusions, _instrument, _gradients, _solver, _stability, _agreement, _leave_out, _mislabel]
     return "\n\n".join(["# Can these scores be trusted?", *(section(report) for section in sections)]) + "\n"
 
 
 def summary(report: Mapping[str, Any]) -> str:
+    """Writes the conclusions in a few lines for the console."""
     found = report["conclusions"]
     width = max(len(each["verdict"]) for each in found)
     return "\n".join(
@@ -23,7 +28,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of the user's own estimator, by metric; what was not determined is left out."""
+    """Returns the figures of the user's own estimator, by metric, without those that are undetermined."""
     own, left_out = report["estimator"], report["leave_out"]
     mine = report["mislabel"]["estimators"][own]
     found: dict[str, Any] = {
@@ -53,17 +58,17 @@ def _conclusions(report: Mapping[str, Any]) -> str:
     rows = [(each["verdict"], each["claim"], each["because"]) for each in report["conclusions"]]
     return (
         f"{report['source']} over {len(report['layers'])} layers, from {samples} rows. No evaluated row was looked at. "
-        "A claim is supported where the whole 95 % interval of its figure is on the claim's side of the bar, not "
-        "supported where all of it is on the other side, and otherwise there is not enough evidence. A claim whose "
-        "figure has no interval speaks of what was measured alone and compares the figure as it is; no interval "
-        "covers other seeds.\n\n" + _table(("verdict", "claim", "because"), rows)
+        "A claim is supported if the whole 95 % interval of its figure lies on the claim's side of the bar, and not "
+        "supported if the whole interval lies on the other side. Otherwise there is not enough evidence. A claim whose "
+        "figure has no interval is only about what was measured, and compares the figure itself. No interval covers "
+        "other seeds.\n\n" + _table(("verdict", "claim", "because"), rows)
     )
 
 
 def _instrument(report: Mapping[str, Any]) -> str:
     rows = [(name, f"{value:.4f}") for name, value in report["instrument"]["lds"].items()]
     return (
-        "## Instrument check\n\nL2-regularised logistic regression, retrained to its optimum with rows left out, in "
+        "## Instrument check\n\nL2-regularised logistic regression is retrained to its optimum with rows left out, in "
         "float64. Theory is exact here, so anything far below 1 would be a defect of this program.\n\n"
         + _table(("influence by", "LDS"), rows)
     )
@@ -74,14 +79,15 @@ def _gradients(report: Mapping[str, Any]) -> str:
     norms = found["train_norms"]
     low, high = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
     lines = [
-        f"Root mean square norms run from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high}).",
-        f"Dead: {', '.join(found['dead']) or 'none'}. Not finite: none.",  # or the run would have stopped at it
+        f"Root mean square norms range from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high}).",
+        f"Dead: {', '.join(found['dead']) or 'none'}. Not finite: none.",  # the run stops at a gradient that is not
     ]
     if found["length"] is not None:
         lines.append(
             f"The mean training gradient has {found['length']:.2f} of a single gradient's length; at an optimum, "
-            f"sampling alone would leave about {found['chance']:.2f}. Of the squared length, "
-            f"{shown(found['common'], 3)} is common to all samples: 0 at an optimum, 1 where every sample pulls alike."
+            f"sampling alone would leave about {found['chance']:.2f}. The share of the squared length that "
+            f"all samples have in common is {shown(found['common'], 3)}; it would be 0 at an optimum, and 1 if every "
+            "sample pulled the same way."
         )
     return "## Gradients\n\n" + "\n".join(lines)
 
@@ -101,9 +107,9 @@ def _solver(report: Mapping[str, Any]) -> str:
     ]
     head = ("estimator", "residual median / max", "off exact median / max", "worst matrix")
     return (
-        "## Solvers\n\nResidual: ‖I·(K/N + λ) + C‖/‖C‖ of each matrix. Off exact: ‖I − I_exact‖/‖I_exact‖ at the same "
-        "damping. Rounding: the largest negative eigenvalue of a Gram, which is float32 noise, over the damping.\n\n"
-        + _table((*head, "condition", "rounding", "step"), rows)
+        "## Solvers\n\nThe residual is ‖I·(K/N + λ) + C‖/‖C‖ of each matrix. Off exact is ‖I − I_exact‖/‖I_exact‖ at "
+        "the same damping. Rounding is the most negative eigenvalue of a Gram, which is float32 noise, over the "
+        "damping.\n\n" + _table((*head, "condition", "rounding", "step"), rows)
     )
 
 
@@ -118,9 +124,9 @@ def _stability(report: Mapping[str, Any]) -> str:
     if halves:
         lines = [
             f"The scores of disjoint random halves of the samples agree by Spearman {shown(found['half'])} on average "
-            f"({min(halves):.2f} to {max(halves):.2f} over {len(halves)} splits); the interval is a jackknife's over "
-            f"samples. Stepped up to samples as large as the whole (Spearman–Brown, 2r/(1 + r)): "
-            f"{shown(found['samples'])}."
+            f"({min(halves):.2f} to {max(halves):.2f} over {len(halves)} splits); the interval is from a jackknife "
+            f"over samples. Two samples as large as the whole would agree by {shown(found['samples'])}, stepped up by "
+            "Spearman–Brown, 2r/(1 + r)."
         ]
     pairs = [
         (pair["first"], pair["second"], _number(pair["spearman"]), _number(pair["kendall"]))
@@ -130,10 +136,12 @@ def _stability(report: Mapping[str, Any]) -> str:
         [
             "## Ranks of the layers",
             "\n".join(lines),
-            _table(("scores at", "and at", "Spearman", "Kendall"), pairs) if pairs else "Nothing else to compare.",
-            "Seeds are those of the trained adapters, scored on their LoRA matrices. Rank 1 is the highest score; the "
-            "last column holds 95 % of the ranks under bootstrap draws of the samples, layer by layer and not all at "
-            "once:",
+            _table(("scores at", "and at", "Spearman", "Kendall"), pairs)
+            if pairs
+            else "There is nothing else to compare.",
+            "The seeds are those of the trained adapters, which are scored on their LoRA matrices. Rank 1 is the "
+            "highest score. The last column holds 95 % of the ranks under bootstrap draws of the samples, for each "
+            "layer by itself:",
             _table(("layer", "score", "rank", "95 % of draws"), rows),
         ]
     )
@@ -144,8 +152,9 @@ def _agreement(report: Mapping[str, Any]) -> str:
     chosen = [index for index, name in enumerate(names) if name.endswith(f" {report['aggregation']}")]
     rows = [(names[i], *(_number(matrix[i][j]) for j in chosen)) for i in chosen]
     return (
-        f"## Agreement of estimators\n\nSpearman of the layer scores, aggregation `{report['aggregation']}`; the other "
-        "aggregations are in agreement.png and diagnose.json.\n\n" + _table(("", *(names[j] for j in chosen)), rows)
+        "## Agreement of estimators\n\nThe table shows Spearman of the layer scores under aggregation "
+        f"`{report['aggregation']}`; the other aggregations are in agreement.png and diagnose.json.\n\n"
+        + _table(("", *(names[j] for j in chosen)), rows)
     )
 
 
@@ -163,25 +172,26 @@ def _leave_out(report: Mapping[str, Any]) -> str:
     ]
     trained = ", ".join(f"{loss:.3f}" for loss in found["loss"]["trained"])
     common = ", ".join(_number(each["value"]) for each in found["common"])
-    over_seeds = f", over seeds {found['sd_over_seeds']:.3f}" if found["sd_over_seeds"] is not None else ""
+    over_seeds = f" and {found['sd_over_seeds']:.3f} over seeds" if found["sd_over_seeds"] is not None else ""
     limit = ""
     if found["seed_agreement"] is not None:
         limit = (
-            f" The actual changes of two seeds agree by {found['seed_agreement']:.2f}; the mean over seeds, which is "
-            "what was predicted, is more reliable than that."
+            f" The actual changes of two seeds agree by {found['seed_agreement']:.2f}; the predictions are compared "
+            "with the mean over seeds, which is more reliable than that."
         )
     return (
         "## Predicted and actual loss change\n\n"
-        f"Plain LoRA on {found['num_train']} training rows, again without each of {found['num_subsets']} random sets "
-        f"of {found['left_out']} rows, with {found['num_seeds']} seeds: same start, same order, no dropout. Watched is "
-        f"the loss of {found['num_validation']} validation rows: {found['loss']['untrained']:.3f} untrained, {trained} "
-        "trained (one a seed). LDS: Spearman of predicted and actual change over the sets, validation row by "
-        "validation row, on the means over seeds; its interval is over sets and rows, for these seeds. Of the "
-        "mean: the same for the mean loss of all rows. Only the order counts: the damping sets the scale of an "
-        "influence.\n\n"
+        f"Plain LoRA was trained on {found['num_train']} training rows, and again without each of "
+        f"{found['num_subsets']} random sets of {found['left_out']} rows, with {found['num_seeds']} seeds. A seed has "
+        "one start and one order of the rows, and there is no dropout. The loss of "
+        f"{found['num_validation']} validation rows was watched: {found['loss']['untrained']:.3f} untrained, {trained} "
+        "trained (one figure a seed). The LDS is Spearman of predicted and actual change over the sets, averaged over "
+        "the validation rows and taken on the means over seeds; its interval covers other sets and rows, not other "
+        "seeds. The column of the mean shows the same for the mean loss of all rows. Only the order counts, because "
+        "the damping sets the scale of an influence.\n\n"
         + _table(("estimator", "LDS", "seed by seed", "of the mean", "above grad_dot"), rows)
-        + f"\n\nStandard deviation of a row's loss over sets {found['sd_over_sets']:.3f}{over_seeds} nats.{limit} "
-        f"Common share of the gradients at the adapters: {common}."
+        + f"\n\nThe standard deviation of a row's loss is {found['sd_over_sets']:.3f} over sets{over_seeds}, in "
+        f"nats.{limit} The common share of the gradients at the adapters is {common}."
     )
 
 
@@ -201,12 +211,12 @@ def _mislabel(report: Mapping[str, Any]) -> str:
     best = sorted(by_layer, key=by_layer.__getitem__, reverse=True)[:3]
     named = ", ".join(f"{layer} ({by_layer[layer]:.2f})" for layer in best)
     return (
-        f"## Wrong answers\n\n{found['num_flipped']} of {found['num_train']} training answers made wrong, "
-        f"{found['num_trials']} times; found is their share among the {found['num_flipped']} most harmful rows. "
-        "Intervals are over training and validation rows, drawn once for all trials.\n\n"
+        f"## Wrong answers\n\n{found['num_flipped']} of {found['num_train']} training answers were made "
+        f"wrong, {found['num_trials']} times; `found` is their share among the {found['num_flipped']} most harmful "
+        "rows. Intervals are bootstraps over training and validation rows, and all trials share the draws.\n\n"
         + _table(("estimator", "found", "AUC", "above grad_dot"), rows)
-        + f"\n\nSingle layers that tell most ({report['estimator']}, AUC; the best of {len(by_layer)} is flattered by "
-        f"the choice): {named}."
+        + f"\n\nThese single layers tell most (AUC of {report['estimator']}; the best of {len(by_layer)} layers looks "
+        f"better than it is, because it was picked): {named}."
     )
 
 

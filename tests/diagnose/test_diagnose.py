@@ -1,4 +1,4 @@
-"""The trust report's arithmetic: what theory says exactly, dense references, and the rules behind its words."""
+"""The arithmetic of the trust report against theory and dense references, and the rules of its verdicts."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.layers import LayerMap
+from layerif.probe.grams.request import Grams
 from layerif.stats import Estimate, percentile, spearman
 from tests.estimators.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
 from tests.tiny import shipped_task
@@ -68,7 +69,7 @@ def test_where_theory_is_exact_predicted_and_actual_change_agree(seed):
     found = convex_check(seed=seed)
     assert found.lds["true Hessian"] > 0.99
     assert found.lds["exact"] > 0.95
-    # In size too, not in order alone: a lost 1/N or a wrong damping would show here.
+    # The sizes agree as well as the order: a lost 1/N or a wrong damping would show here.
     slope = np.polyfit(found.predicted["true Hessian"].ravel(), found.actual_SM.ravel(), 1)[0]
     assert slope == pytest.approx(1, abs=0.1)
     assert lds(-found.predicted["exact"], found.actual_SM) < -0.95
@@ -102,7 +103,7 @@ def test_sets_are_distinct_of_one_size_and_the_first_of_more():
     assert all(len(set(rows)) == 4 and set(rows) <= set(range(10)) for rows in sets)
     assert left_out_sets(10, 4, 7, seed=3) == sets[:7]
     for size in (0, 10, 11):
-        with pytest.raises(ValueError, match="is impossible: between 1 and 9 can go"):
+        with pytest.raises(ValueError, match="is impossible: between 1 and 9 can be left out"):
             left_out_sets(10, size, 3, seed=0)
     with pytest.raises(ValueError, match="only 10"):
         left_out_sets(10, 1, 11, seed=0)
@@ -178,7 +179,7 @@ def test_auc_draws_scatter_about_the_auc_ties_included_and_are_paired():
     assert draws.mean() == pytest.approx(roc_auc_score(is_flipped_N, harm_N), abs=0.01)
     assert np.array_equal(draws, auc_draws([10.0 * influence_MN], [is_flipped_N], seed=0, resamples=2000))
     assert set(auc_draws([1.0 * np.tile(is_flipped_N, (4, 1))], [is_flipped_N], seed=0)) == {1.0}
-    alone = np.arange(60) == 7  # about a third of the draws hold no flipped row and say nothing
+    alone = np.arange(60) == 7  # about a third of the draws hold no flipped row, and have no AUC
     lonely = auc_draws([influence_MN], [alone], seed=0)
     assert 0.25 < np.isnan(lonely).mean() < 0.5
 
@@ -311,7 +312,7 @@ def test_bootstrap_draws_are_seeded_and_scatter_about_the_scores():
 
 
 def layers_of(values_LMN: np.ndarray) -> LayerGrams:
-    """Grams of one matrix a layer, with these C."""
+    """Returns Grams with one matrix a layer, whose C are the given values."""
     names = tuple(f"l{place}" for place in range(len(values_LMN)))
     layers = LayerMap(names, tuple((name,) for name in names), (1,) * len(names))
     _, num_val, num_train = values_LMN.shape
@@ -327,7 +328,7 @@ def test_the_interval_of_the_halves_holds_what_fresh_samples_do():
     true_L = 50 + rng.normal(size=10)
 
     def fresh(num_train: int, num_val: int, times: int) -> np.ndarray:
-        """Means over samples: (L×times)."""
+        """Returns the scores that fresh samples give, as means over them: (L×times)."""
         noise_LT = rng.normal(size=(10, times)) / num_train**0.5 + rng.normal(size=(10, times)) / num_val**0.5
         return true_L[:, None] + 1.5 * noise_LT
 
@@ -373,7 +374,7 @@ def test_the_panel_is_every_estimator_on_grams_with_the_users_settings_first():
     own = Exact(damping=3.0, aggregation="top25")
     found = panel(own)
     assert next(iter(found.items())) == ("exact", own)
-    assert {type(each) for each in found.values()} == {cls for cls in GRAM_ESTIMATORS if cls.needs == "grams"}
+    assert {type(each) for each in found.values()} == {cls for cls in GRAM_ESTIMATORS if cls.needs == Grams()}
     assert found["datainf"] == DataInf(damping=3.0, aggregation="top25")
     assert panel(GradDot())["datainf"] == DataInf()
 
@@ -458,11 +459,11 @@ REPORT = {
     },
 }
 YES, NO, OPEN = "supported", "not supported", "not enough evidence"
-SAMPLES, CHANCE = "Other samples of the task", "single validation rows better than chance"
+SAMPLES, CHANCE = "other samples of the task", "single validation rows better than chance"
 
 
 def changed(path: str, value: object) -> dict:
-    """REPORT with another value at a path of keys and places: `stability/ranks/0`."""
+    """Returns REPORT with another value at a path of keys and places, such as `stability/ranks/0`."""
     report = deepcopy(REPORT)
     *ways, last = path.split("/")
     at: object = report
@@ -485,9 +486,9 @@ def changed(path: str, value: object) -> dict:
         (SAMPLES, "stability/samples", {(0.9, 0.81, 1.0): YES, (0.5, 0.2, 0.79): NO, (0.9, 0.79, 1.0): OPEN}),
         ("is among the top third", "stability/ranks/0", {(1, 1, 2): YES, (1, 3, 4): NO, (1, 1, 3): OPEN}),
         ("is among the top third", "stability/ranks/0", {(0.5, None, None): OPEN}),
-        ("hang on the damping", "stability/damping/0/spearman", {0.91: YES, 0.89: NO, None: OPEN}),
+        ("depend on the damping", "stability/damping/0/spearman", {0.91: YES, 0.89: NO, None: OPEN}),
         ("Any two adapters of these seeds", "stability/seeds/0/spearman", {0.81: YES, 0.79: NO}),
-        ("otherwise than plain", "agreement/spearman/0/1", {0.79: YES, 0.81: NO}),
+        ("differently from plain", "agreement/spearman/0/1", {0.79: YES, 0.81: NO}),
         (CHANCE, "leave_out/lds/datainf", {(0.2, 0.1, 0.3): YES, (-0.2, -0.3, -0.1): NO, (0.1, -0.1, 0.3): OPEN}),
         ("mean validation loss", "leave_out/lds_of_mean/datainf", {(0.2, 0.1, 0.3): YES, (0.0, -0.3, 0.0): NO}),
         ("mean validation loss", "leave_out/lds_of_mean/datainf", {(0.2, -0.1, 0.3): OPEN}),

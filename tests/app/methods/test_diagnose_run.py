@@ -1,4 +1,4 @@
-"""Laws of retraining, and the trust report end to end, which is the same if the run was killed in between."""
+"""Laws of retraining, and the trust report end to end, which comes out the same if its run is killed."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_what_is_retrained_is_kept_and_a_stop_between_changes_nothing(decider, t
     with pytest.raises(KeyboardInterrupt):
         stopped.losses()
     resumed = stopped.losses()
-    assert len(calls) == 3 + 6  # two of eight were done before
+    assert len(calls) == 3 + 6  # two of eight trainings were finished before the stop
     for one, other in zip(whole, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
     untrained, full, left_out = whole
@@ -154,7 +154,7 @@ def test_the_grams_at_an_adapter_are_those_of_its_file(decider, tmp_path):
 
 
 def setup_of(decider: Decider, *, before: bool = False) -> Any:
-    """Returns the part of a setup that the report uses."""
+    """Makes the part of a setup that the report looks at."""
     return SimpleNamespace(decider=decider, model=decider.model, evaluation=SimpleNamespace(before=before))
 
 
@@ -164,7 +164,7 @@ SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({}, {"num_train": 21}, "method.num_train=21 is more than the 20 train rows of the task"),
+        ({}, {"num_train": 21}, "method.num_train=21 rows are asked for, and the task has 20 in train"),
         ({}, {"num_validation": 9}, "the task has 8 in validation; use method.num_validation<=8"),
         ({}, {"removed": 0.99}, "leaving 12 of 12 training rows out is impossible"),
         ({}, {"removed": 0.01, "subsets": 13}, "method.subsets=13 different sets of 1 of 12 rows do not exist"),
@@ -231,7 +231,7 @@ def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
     blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
     sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
     assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
-    with pytest.raises(ValueError, match=r"never looks at evaluated rows; use evaluation\.before=false"):
+    with pytest.raises(ValueError, match=r"looks at no evaluated row; use evaluation\.before=false"):
         Diagnose(**SMALL).check(setup_of(decider, before=True))
 
 
@@ -261,7 +261,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
 
     killed = tmp_path / "killed"
     killed.mkdir()
-    apart = [*overrides, f"store={killed / 'store'}"]  # a store of its own, which does not hold the adapters' Grams yet
+    apart = [*overrides, f"store={killed / 'store'}"]  # a store of its own, which does not have the adapters' Grams yet
     command = [sys.executable, "-m", "layerif", *apart, f"hydra.run.dir={killed / 'run'}"]
     process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = killed / "run" / "checkpoints" / "losses-0-without-3.json"
@@ -275,7 +275,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
     written = done.stat().st_mtime_ns
     assert not (killed / "run" / "checkpoints" / "losses-1-without-11.json").exists()
     resumed = run_layerif(apart, killed)
-    assert "carried on from a run that did not finish; seconds count the rest alone" in resumed.notes
+    assert "carried on from a run that did not finish; seconds are of the rest" in resumed.notes
     assert written < (killed / "run" / "record.json").stat().st_mtime_ns
     assert json.loads((killed / "run" / "diagnose.json").read_text()) == report
     assert isinstance(resumed, RunRecord)
