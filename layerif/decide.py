@@ -13,7 +13,7 @@ from typing import Any
 
 from layerif.allocate import Allocation, Allocator, FixedAllocator
 from layerif.estimators import Estimator
-from layerif.estimators._reliability import agreement, split_half
+from layerif.estimators._reliability import fidelity_of, split_half
 from layerif.files import hash_file
 from layerif.models.pretrained import hash_folder
 from layerif.probe.measurements import Load, Measurements
@@ -151,7 +151,7 @@ class Decider(Measurements):
             probed = f"probed in {' and '.join(approximations)}"
             return None, (f"{probed}; not compared with exact float32 ({why})",)
         num_validation, num_train = next(iter(reference.grams.values())).val_train.shape
-        return {"train": num_train, "validation": num_validation, **agreement(self.estimator, some, reference)}, ()
+        return {"train": num_train, "validation": num_validation, **fidelity_of(self.estimator, some, reference)}, ()
 
     def _notes_on_samples(self, num_samples: tuple[int, int]) -> tuple[str, ...]:
         notes = []

@@ -279,7 +279,7 @@ def test_what_is_unconverged_of_the_comparison_is_not_said_of_the_scores(decider
         estimator.score(grams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decide.agreement(estimator, grams, grams)["scores"] == pytest.approx(1)
+        assert decide.fidelity_of(estimator, grams, grams)["scores"] == pytest.approx(1)
 
 
 def test_a_projection_as_wide_as_the_model_is_faithful_and_a_narrow_one_says_what_it_loses(decider):
@@ -305,8 +305,8 @@ def test_a_fixed_step_that_diverges_on_part_of_the_samples_leaves_a_warning_and_
     with pytest.warns(RuntimeWarning, match=r"no reliability: on a half of the samples estimator\.step_size="):
         assert decide.split_half(estimator, grams) is None
     with pytest.warns(RuntimeWarning, match=r"no fidelity: on the samples of the comparison estimator\.step_size="):
-        assert decide.agreement(estimator, grams, grams.halves[0]) == {}
-    assert decide.agreement(Lissa(), grams, grams)["influences"] == pytest.approx(1)
+        assert decide.fidelity_of(estimator, grams, grams.halves[0]) == {}
+    assert decide.fidelity_of(Lissa(), grams, grams)["influences"] == pytest.approx(1)
 
 
 def test_a_single_sample_is_said_to_rank_nothing(decider):

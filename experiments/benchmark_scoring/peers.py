@@ -185,7 +185,7 @@ def kronfluence(
 
 def _through(ekfac: Any, model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor) -> dict[str, Tensor]:
     settings = {"pad_id": 0, "batch_size": BATCH_SIZE, "damping": DAMPING}
-    return dict(ekfac.measure(model, layers, encodings(train), encodings(validation), **settings).influences)
+    return dict(ekfac.measure_ekfac(model, layers, encodings(train), encodings(validation), **settings).influences)
 
 
 def dattri_datainf(model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor) -> dict[str, Tensor]:

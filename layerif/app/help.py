@@ -20,7 +20,7 @@ def is_asked(arguments: Sequence[str]) -> bool:
     return bool({"--help", "-h"}.intersection(arguments)) and not any(map(_is_elsewhere, arguments))
 
 
-def text() -> str:
+def help_text() -> str:
     """Returns the help: the template of `conf/config.yaml` with its header and the groups with their choices."""
     lines = (conf_folder() / "config.yaml").read_text().splitlines()
     # The YAML parser takes a tenth of a second for the whole file, and the help is its end.

@@ -23,7 +23,7 @@ WITH_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 def main() -> None:
     """Runs the command line: prints the help, or starts a run or a sweep."""
     if help.is_asked(sys.argv[1:]):
-        print(help.text())
+        print(help.help_text())
         return
     sys.argv[1:] = with_size(sys.argv[1:])
     _start()

@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.command == "clear":
             _clear(given, found, console)
         else:
-            show(found, other, given.store, console)
+            show_entries(found, other, given.store, console)
     except (ValueError, OSError) as error:
         print(f"layerif-store: {error}", file=sys.stderr)
         sys.exit(1)
@@ -179,7 +179,7 @@ def _is_store(folder: Path) -> bool:
     return any(_ENTRY.fullmatch(path.name) for path in folder.glob("*/*"))
 
 
-def show(found: Sequence[Entry], other: int, store: Path, console: Console) -> None:
+def show_entries(found: Sequence[Entry], other: int, store: Path, console: Console) -> None:
     """Prints the entries and their sizes as a table."""
     listed = [entry for entry in found if entry.files or entry.in_use]  # a lock that nobody holds is an empty file
     if not listed:

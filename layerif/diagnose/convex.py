@@ -66,10 +66,10 @@ def convex_check(
     sets = left_out_sets(num_train, removed, num_sets, seed=seed)
     left_out_SN = membership(sets, num_train)
 
-    full_P = fit(x_NP, y_N, torch.ones(num_train, dtype=torch.float64))
+    full_P = fit_convex(x_NP, y_N, torch.ones(num_train, dtype=torch.float64))
     full_M = loss(full_P, x_MP, y_M)
     weights_SN = 1 - torch.from_numpy(left_out_SN)
-    actual_SM = torch.stack([loss(fit(x_NP, y_N, weights_N), x_MP, y_M) - full_M for weights_N in weights_SN])
+    actual_SM = torch.stack([loss(fit_convex(x_NP, y_N, weights_N), x_MP, y_M) - full_M for weights_N in weights_SN])
 
     train_NP, val_MP = gradients(full_P, x_NP, y_N), gradients(full_P, x_MP, y_M)
     hessian_PP = hessian(full_P, x_NP, y_N, torch.ones(num_train, dtype=torch.float64))
@@ -87,7 +87,7 @@ def convex_check(
     return Convex(actual_SM.numpy(), predicted)
 
 
-def fit(x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
+def fit_convex(x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
     """Returns argmin (1/N) Σ w_i·softplus(−y_i·x_iθ) + RIDGE/2·‖θ‖², by Newton's method to machine precision."""
     theta_P = torch.zeros(x_NP.shape[1], dtype=x_NP.dtype)
     for _ in range(50):

@@ -22,9 +22,9 @@ from layerif.diagnose.retrainings import Retrainings
 from layerif.diagnose.solver import Solved, solver_residuals
 from layerif.diagnose.stability import (
     bootstrap_scores,
-    correlations,
     damping_profiles,
     halves,
+    profile_correlations,
     rank_intervals,
     stepped_up,
 )
@@ -99,8 +99,8 @@ def stability(
         "samples": stepped_up(half),
         "half": half,
         "halves": splits,
-        "damping": correlations(damping_profiles(own, grams)),
-        "seeds": correlations(by_seed),
+        "damping": profile_correlations(damping_profiles(own, grams)),
+        "seeds": profile_correlations(by_seed),
     }
 
 

@@ -134,7 +134,7 @@ def damping_profiles(
         return {f"damping {damping:g}": replace(estimator, damping=damping).score(grams).values for damping in dampings}
 
 
-def correlations(profiles: Mapping[str, Sequence[float]]) -> list[Correlation]:
+def profile_correlations(profiles: Mapping[str, Sequence[float]]) -> list[Correlation]:
     """Correlates every two profiles."""
     found = []
     for (first, one), (second, other) in combinations(profiles.items(), 2):

@@ -8,7 +8,7 @@ from typing import Any
 from layerif.diagnose.conclusions import shown
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def report_markdown(report: Mapping[str, Any]) -> str:
     """Writes the whole report, conclusions first.
 
     Args:
@@ -18,7 +18,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(["# Can these scores be trusted?", *(section(report) for section in sections)]) + "\n"
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def report_summary(report: Mapping[str, Any]) -> str:
     """Writes the conclusions in a few lines for the console."""
     found = report["conclusions"]
     width = max(len(each["verdict"]) for each in found)
@@ -27,7 +27,7 @@ def summary(report: Mapping[str, Any]) -> str:
     )
 
 
-def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+def headline_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the figures of the user's own estimator, by metric, without those that are undetermined."""
     own, left_out = report["estimator"], report["leave_out"]
     mine = report["mislabel"]["estimators"][own]

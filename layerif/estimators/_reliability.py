@@ -32,7 +32,7 @@ def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | Layer
     return known_spearman(first, second)
 
 
-def agreement(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
+def fidelity_of(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) -> dict[str, float]:
     """Compares scores and influences with those on exact Grams of the same samples.
 
     Returns:

@@ -72,7 +72,7 @@ class Curvature(Request):
             model = load()
             layers = measurements.measured_layers(model)
             log.info("EK-FAC of %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
-            return measure(
+            return measure_ekfac(
                 model,
                 layers,
                 train,
@@ -118,7 +118,7 @@ def check_installed() -> None:
         )
 
 
-def measure(
+def measure_ekfac(
     model: nn.Module,
     layers: LayerMap,
     train: Encodings,

@@ -117,7 +117,7 @@ _WHY = {
 }
 
 
-def show(measurements: Measurements, load: Workload, strategies: Sequence[Strategy]) -> None:
+def show_plan(measurements: Measurements, load: Workload, strategies: Sequence[Strategy]) -> None:
     """Prints the strategies as a table, and marks the chosen one."""
     console = Console()
     probe = measurements.probe

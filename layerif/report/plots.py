@@ -62,7 +62,7 @@ def plot_results(results: Results) -> Plot | None:
     return finished(figure, f"{results.metric} of every arm", ". ".join(told))
 
 
-def plot_scores(records: Sequence[RunRecord]) -> Plot | None:
+def plot_score_profiles(records: Sequence[RunRecord]) -> Plot | None:
     """Draws the distinct layer profiles of all runs; None where no scores differ between layers."""
     found = profiles(records)
     return plots.plot_scores({name: profile.scores for name, profile in found.items()}) if found else None
@@ -90,7 +90,7 @@ def plot_correlations(records: Sequence[RunRecord]) -> Plot | None:
     return finished(figure, "Rank correlation of layer profiles", alt)
 
 
-def plot_allocations(runs: Sequence[Run]) -> Plot | None:
+def plot_allocation_profiles(runs: Sequence[Run]) -> Plot | None:
     """Draws each distinct allocation, called after the first run that has it."""
     distinct: dict[tuple, tuple[Run, AllocationRecord]] = {}
     for run in runs:

@@ -66,7 +66,10 @@ def write_report(folder: Path, console: Console | None = None, *, expected: Path
     files[0].write_text(page(jobs.name, said, found))
     files[1].write_text(_markdown(jobs.name, said, found))
     tables.in_full(runs, every_metric=True).to_csv(files[2], index=False)
-    for plot, file in ((plots.plot_scores(jobs.records), files[3]), (plots.plot_allocations(runs), files[4])):
+    for plot, file in (
+        (plots.plot_score_profiles(jobs.records), files[3]),
+        (plots.plot_allocation_profiles(runs), files[4]),
+    ):
         if plot is not None:
             plot.save(file)
     for reason in jobs.left_out:

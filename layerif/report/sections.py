@@ -127,7 +127,7 @@ def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -
 def sections(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None = None) -> list[Section]:
     """The sections that have something to show."""
     found, after = [], []
-    metrics = tables.metrics_of(runs, expected)
+    metrics = tables.table_metrics(runs, expected)
     for metric in metrics:
         found.append(_results(runs, metric, expected))
         after += _comparisons(runs, metric) + _variance(runs, metric)
@@ -252,7 +252,7 @@ def _intervals(table: pd.DataFrame) -> list[str]:
 
 
 def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
-    drawn = [plots.plot_scores(jobs.records), plots.plot_allocations(runs), plots.plot_routing(runs)]
+    drawn = [plots.plot_score_profiles(jobs.records), plots.plot_allocation_profiles(runs), plots.plot_routing(runs)]
     found = [Section(title=plot.title, plot=plot) for plot in drawn if plot is not None]
     if len(loads := tables.loads(runs)):
         caption = "Least and most used expert, as a multiple of an even share of the tokens, and where"
@@ -268,7 +268,10 @@ def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
 
 
 def _runs(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
-    table, narrow = tables.in_full(runs), ("run", "model", "task", "seed", *tables.metrics_of(runs), "all s", "state")
+    table, narrow = (
+        tables.in_full(runs),
+        ("run", "model", "task", "seed", *tables.table_metrics(runs), "all s", "state"),
+    )
     narrow = [name for name in narrow if name in table]
     found = [Section(title="Every run", table=table, caption="Measurements and cost by seed", console=narrow)]
     if jobs.records:

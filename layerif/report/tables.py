@@ -78,7 +78,7 @@ class Results:
         return sum(len(getattr(cell, state)) for cell in self.cells.values())
 
 
-def metrics_of(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
+def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
     """The metrics that get a table of their own, the published one first."""
     found = [name for run in runs for name in run.metrics]
     shown = headline(found)

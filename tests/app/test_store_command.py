@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from layerif.app.store import entries, main, show
+from layerif.app.store import entries, main, show_entries
 from layerif.probe.grams.request import GRAMS
 from layerif.probe.spectra import SPECTRA
 from layerif.probe.store import Store
@@ -47,7 +47,7 @@ def keys(store: Path) -> dict[str, str]:
 
 def listing(store: Path) -> str:
     console = Console(file=io.StringIO(), width=200)
-    show(*entries(store), store, console)
+    show_entries(*entries(store), store, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -31,9 +31,9 @@ from layerif.diagnose.report import plain
 from layerif.diagnose.solver import residual, solver_residuals
 from layerif.diagnose.stability import (
     bootstrap_scores,
-    correlations,
     damping_profiles,
     halves,
+    profile_correlations,
     rank_intervals,
     ranks,
     stepped_up,
@@ -365,9 +365,9 @@ def test_damping_profiles_hold_the_estimators_own():
     assert list(profiles) == ["damping 0.05", "damping 0.5", "damping 5"]
     assert profiles["damping 0.5"] == estimator.score(grams).values
     assert damping_profiles(GradDot(), grams) == {}
-    (pair,) = correlations({"a": (1, 2, 3, 4), "b": (1, 2, 4, 3)})
+    (pair,) = profile_correlations({"a": (1, 2, 3, 4), "b": (1, 2, 4, 3)})
     assert (pair.spearman, pair.kendall) == (pytest.approx(0.8), pytest.approx(2 / 3))
-    assert math.isnan(correlations({"a": (1, 1), "b": (1, 2)})[0].spearman)
+    assert math.isnan(profile_correlations({"a": (1, 1), "b": (1, 2)})[0].spearman)
 
 
 def test_the_panel_is_every_estimator_on_grams_with_the_users_settings_first():

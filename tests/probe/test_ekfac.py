@@ -50,7 +50,7 @@ TRAIN, VALIDATION = samples(*LENGTHS), samples(*LENGTHS[:3], seed=1)
 
 def measured(model, layers: LayerMap, **settings) -> dict[str, torch.Tensor]:
     settings = {"pad_id": 1, "batch_size": 2, "damping": 0.1, **settings}
-    return dict(ekfac.measure(model, layers, TRAIN, VALIDATION, **settings).influences)
+    return dict(ekfac.measure_ekfac(model, layers, TRAIN, VALIDATION, **settings).influences)
 
 
 def dense(model, param: str, damping: float, relative: bool) -> torch.Tensor:

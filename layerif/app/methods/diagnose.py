@@ -116,10 +116,10 @@ class Diagnose:
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
         write(folder / FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write(folder / "diagnose.md", text.markdown(found))
+        write(folder / "diagnose.md", text.report_markdown(found))
         plots.plot(found, folder)
-        record.metrics |= text.headline(found)
-        print(text.summary(found))
+        record.metrics |= text.headline_metrics(found)
+        print(text.report_summary(found))
 
     @property
     def _num_left_out(self) -> int:

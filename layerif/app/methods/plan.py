@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerif.app.setup import Setup
-from layerif.probe.plan import estimate, show
+from layerif.probe.plan import estimate, show_plan
 from layerif.record.record import RunRecord
 
 
@@ -30,6 +30,6 @@ class Plan:
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         load, strategies = estimate(setup.decider)
         chosen = next(strategy for strategy in strategies if strategy.chosen)
-        show(setup.decider, load, strategies)
+        show_plan(setup.decider, load, strategies)
         (folder / "plan.json").write_text(json.dumps([asdict(strategy) for strategy in strategies], indent=1) + "\n")
         record.metrics = {"expected_seconds": chosen.seconds, "expected_memory_gb": chosen.device_gb}
