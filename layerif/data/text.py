@@ -20,12 +20,10 @@ def text(name: str, part: Literal["calibration", "test"]) -> str:
     """Returns the documents of a text, joined by blank lines.
 
     Args:
-        name: one of
-            - documentation: the manual that every CPython carries, split by topic;
-            - wikitext2: WikiText-2-raw, its train split for calibration and its test split for the test;
-            - c4: the first English training file for calibration, the first 1100 documents of the first validation
-              file for the test;
-            - the path of a .txt file, or of a .jsonl file with a column "text".
+        name: `documentation` is the manual that every CPython carries, split by topic. `wikitext2` is WikiText-2-raw:
+            its train split for calibration, its test split for the test. `c4` is the first English training file for
+            calibration, and the first 1100 documents of the first validation file for the test. Any other name is the
+            path of a .txt file, or of a .jsonl file with a column "text".
         part: the part of the text. A file has only one.
 
     Raises:

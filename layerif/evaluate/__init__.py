@@ -3,8 +3,7 @@
 A metric is one file with two functions:
 
 - `check(settings, questions, max_positions)` refuses, before any weight is loaded, what `run` would refuse;
-- `run(settings, questions, model)` measures and returns `Measured`: values by name, and the answer to each question
-  where the metric asks any.
+- `run(settings, questions, model)` measures and returns `Measured`, which holds the values by name.
 
 To add a metric, write such a file and add it to `METRICS` in `evaluation.py`. Every metric is a fraction (0 to 1),
 except perplexity.

@@ -26,12 +26,10 @@ class LoraMoeConfig(PeftConfig):
         r: the rank of an expert.
         lora_alpha: α.
         lora_dropout: the rate of the dropout mask, which the experts of a layer share.
-        num_experts: E, one number for all layers, or a number by
-            - full module name (`model.layers.3.mlp.up_proj`),
-            - pattern, matched like the keys of PEFT's `rank_pattern` (`q_proj`, `layers.[0-3].mlp.*`), of which the
-              first match counts,
-            - block name (`model.layers.3`).
-            A more specific key has precedence. Every targeted module needs a count, and every key needs a module.
+        num_experts: E, one number for all layers, or a number by full module name (`model.layers.3.mlp.up_proj`), by
+            pattern (`q_proj`, `layers.[0-3].mlp.*`; matched like the keys of PEFT's `rank_pattern`, and the first match
+            counts) or by block name (`model.layers.3`). A more specific key has precedence. Every targeted module needs
+            a count, and every key needs a module.
         top_k: the number of experts per token; 1 where a layer has only one.
         balance_coefficient: the weight of the load-balancing loss. The training loop adds it,
             `loss + config.balance_coefficient * balance_loss(model)`; a model that is trained without it warns.

@@ -31,6 +31,8 @@ def in_todays_shape(content: Any) -> Any:
     old = {key: today.pop(key) for key in _OF_DECISION if key in today}
     today["answers"] = today.pop("questions", {})
     allocation = old.get("allocation") or {}
+    if not isinstance(allocation, Mapping):
+        raise ValueError(f"allocation={str(allocation)[:40]!r}: not an object")
     if allocation:
         layers = old.get("layers", [])
         scores = {"layers": layers, "values": old["scores"], "higher_means": old.get("higher_means", "")}
@@ -58,12 +60,12 @@ def choices_of_targets(config: Mapping[str, Any]) -> dict[str, str]:
         node = config.get(group)
         if not node and group == "method":
             found[group] = "none"
-        elif isinstance(node, Mapping) and isinstance(node.get("_target_"), str):
+        elif _names_a_class(node):
             found[group] = _choice(group, node)
-    reversed_one = (config.get("estimator") or {}).get("of")
-    if reversed_one:
-        found["estimator@estimator.of"] = _choice("estimator", reversed_one)
-    if scored := config.get("score_task"):
+    estimator, scored = config.get("estimator"), config.get("score_task")
+    if isinstance(estimator, Mapping) and _names_a_class(estimator.get("of")):
+        found["estimator@estimator.of"] = _choice("estimator", estimator["of"])
+    if _names_a_class(scored):
         found["task@score_task"] = _choice("task", scored)
     return found
 
@@ -71,7 +73,11 @@ def choices_of_targets(config: Mapping[str, Any]) -> dict[str, str]:
 _OF_DECISION = ("layers", "samples", "scores", "higher_means", "source", "reliability", "fidelity", "allocation")
 
 
-def _choice(group: str, node: Mapping[str, Any]) -> str:
+def _names_a_class(node: Any) -> bool:
+    return isinstance(node, Mapping) and isinstance(node.get("_target_"), str)
+
+
+def _choice(group: str, node: Any) -> str:
     *_, module, name = ["", *node["_target_"].split(".")]
     if group == "task":
         return str(node.get("name", name))

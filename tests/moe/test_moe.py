@@ -13,6 +13,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -135,6 +137,34 @@ def test_equals_the_loop_over_experts_with_every_gradient(
     expected = torch.autograd.grad((looped * probe).sum(), inputs)
     for got, wanted in zip(gradients, expected, strict=True):
         assert torch.allclose(got, wanted, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_experts=st.integers(2, 9),
+    top_k=st.integers(1, 10),
+    tokens=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    scale=st.sampled_from([1e-6, 1.0, 300.0]),
+)
+@pytest.mark.filterwarnings("ignore:top_k=1")
+def test_routing_weights_sum_to_one_over_the_largest_logits(
+    num_experts: int, top_k: int, tokens: list[int], scale: float
+) -> None:
+    """At any number of experts and choices, for any shape of input, and for routers that hardly or wholly decide."""
+    layer = layer_of(num_experts, torch.float64, top_k=top_k, lora_dropout=0.0)
+    x = torch.randn(*tokens, 6, dtype=torch.float64)
+    layer.lora_moe_router["default"].weight.data *= scale
+    gates = layer._gates(x, "default")
+    chosen = min(top_k, num_experts)
+    assert gates.shape == (*tokens, num_experts)
+    assert (gates >= 0).all()
+    assert ((gates > 0).sum(dim=-1) <= chosen).all()
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(*tokens, dtype=torch.float64))
+    logits_TE = layer.lora_moe_router["default"](x)
+    least = logits_TE.topk(chosen, dim=-1).values[..., -1:]
+    assert ((gates == 0) | (logits_TE >= least)).all()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), loop_over_experts(layer, x, chosen, 0.0), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 4])
