@@ -323,9 +323,7 @@ def test_the_exponent_is_the_experiments_whatever_the_model_is_called(experiment
             assert compose("config", [f"experiment={name}", f"arm={arm}", *given]).allocator.beta == beta
 
 
-@pytest.mark.parametrize(
-    "file", [*(EXPERIMENTS / name / "README.md" for name in TABLES), EXPERIMENTS.parent / "README.md"]
-)
+@pytest.mark.parametrize("file", [EXPERIMENTS / name / "README.md" for name in TABLES])
 def test_every_sweep_of_a_readme_has_its_report_beside_it(file):
     blocks = re.findall(r"```\n(.*?)```", file.read_text(), flags=re.DOTALL)
     blocks = [block for block in blocks if "layerif-report outputs/sweeps/" in block]
