@@ -195,7 +195,10 @@ def test_the_baseline_of_equal_size_is_as_near_as_ranks_come(model_config, targe
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ({**ALLOCATION, "model.layer.2": 1}, r"'model\.layer\.2' has no place.*did you mean 'model\.layers\.2'"),
+        (
+            {**ALLOCATION, "model.layer.2": 1},
+            r"'model\.layer\.2' has a rank but is not a block.*did you mean 'model\.layers\.2'",
+        ),
         ({"model.layers.0": 1}, r"2 of 3 blocks have no rank, the first is 'model\.layers\.1'"),
     ],
 )
@@ -211,7 +214,9 @@ def test_whether_an_adapter_fits_is_found_out_without_weights(model_config, kind
 
     fits()
     fits(target_modules=["q_proj", "mlp.up_proj"])
-    with pytest.raises(ValueError, match=r"target_modules holds 'q_porj', which names nothing .* mean 'q_proj'"):
+    with pytest.raises(
+        ValueError, match=r"target_modules holds 'q_porj', which is not a layer of this model .* mean 'q_proj'"
+    ):
         fits(target_modules=["v_proj", "q_porj"])
 
 

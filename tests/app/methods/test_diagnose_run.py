@@ -164,8 +164,8 @@ SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({}, {"num_train": 21}, "method.num_train=21 rows are asked for, and the task has 20 in train"),
-        ({}, {"num_validation": 9}, "the task has 8 in validation; use method.num_validation<=8"),
+        ({}, {"num_train": 21}, "method.num_train=21 is more than the 20 train rows of the task"),
+        ({}, {"num_validation": 9}, "more than the 8 validation rows of the task; use method.num_validation<=8"),
         ({}, {"removed": 0.99}, "leaving 12 of 12 training rows out is impossible"),
         ({}, {"removed": 0.01, "subsets": 13}, "method.subsets=13 different sets of 1 of 12 rows do not exist"),
         ({}, {"flipped": 0.99}, "method.flipped=0.99"),
@@ -231,7 +231,7 @@ def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
     blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
     sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
     assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
-    with pytest.raises(ValueError, match=r"looks at no evaluated row; use evaluation\.before=false"):
+    with pytest.raises(ValueError, match=r"never looks at evaluated rows; use evaluation\.before=false"):
         Diagnose(**SMALL).check(setup_of(decider, before=True))
 
 
@@ -275,7 +275,7 @@ def test_the_report_is_the_same_whether_its_run_was_killed_or_not(tiny_overrides
     written = done.stat().st_mtime_ns
     assert not (killed / "run" / "checkpoints" / "losses-1-without-11.json").exists()
     resumed = run_layerif(apart, killed)
-    assert "carried on from a run that did not finish; seconds are of the rest" in resumed.notes
+    assert "carried on from a run that did not finish; seconds count the rest alone" in resumed.notes
     assert written < (killed / "run" / "record.json").stat().st_mtime_ns
     assert json.loads((killed / "run" / "diagnose.json").read_text()) == report
     assert isinstance(resumed, RunRecord)

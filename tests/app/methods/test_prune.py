@@ -279,7 +279,10 @@ def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
         ),
         (["allocator.max_sparsity=1"], r"max_sparsity=1 is not allowed"),
         (["method.recover=lora", "method.adapter.warmup_ratio=2"], r"warmup_ratio=2"),
-        (["method.recover=lora", "method.adapter.target_modules=[q_porj]"], r"'q_porj', which names nothing"),
+        (
+            ["method.recover=lora", "method.adapter.target_modules=[q_porj]"],
+            r"'q_porj', which is not a layer of this model",
+        ),
         (["method.recover=lora", "fit.patience=-1"], r"fit\.patience=-1 is not allowed"),
         (["method.recover=lora_moe", "data.batch_size=0"], r"data\.batch_size=0 is not allowed"),
         (["method.recover=lora_moe", "data.max_length=1"], "max_length=1 leaves no token"),
