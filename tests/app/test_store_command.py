@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from layerif.probe.store import Store
 from layerif.versions import VERSIONS
 from tests.probe.test_store import rewritten, some_grams
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "v0.1.0" / "store"
 DESCRIPTION = {"probe": VERSIONS["probe"], "loss": VERSIONS["loss"], "scope": "attention", "parameters": "weights"}
 
 
@@ -85,6 +87,17 @@ def test_other_versions_are_called_by_name(store, monkeypatch):
     assert listing(store).count("written by store version 1, not used any more") == 1
     clear(store, "--unused")
     assert list(keys(store)) == ["org/second"]
+
+
+def test_a_file_that_0_1_0_wrote_is_recognised_and_listed(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    shutil.copytree(GOLDEN, store)
+    (entry,) = entries(store)[0]
+    assert (entry.kind, entry.samples, entry.problem) == ("grams", (8, 4), "")
+    (line,) = [line for line in listing(store).splitlines() if entry.name[:12] in line]
+    assert [cell.strip() for cell in line.split("│")][2:7] == ["grams", "model", "attention", "weights", "8 + 4"]
+    monkeypatch.setitem(VERSIONS, "probe", entry.header["description"]["probe"] + 1)
+    assert listing(store).count("written by probe version 1, not used any more") == 1
 
 
 def test_a_measurement_without_samples_is_listed_too_and_its_version_compared(store, monkeypatch):
