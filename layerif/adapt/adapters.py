@@ -7,6 +7,7 @@ into an adapter of PEFT.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
@@ -27,7 +28,7 @@ Scaling = Annotated[float, Gt(0), "it is α/r; the paper uses 16/8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(ABC):
     """Settings that every kind of adapter has, and how it is trained.
 
     Attributes:
@@ -56,6 +57,7 @@ class Adapter:
     def __post_init__(self) -> None:
         check_fields(self, "method")
 
+    @abstractmethod
     def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
         """Returns the configuration of the adapter.
 
@@ -63,7 +65,6 @@ class Adapter:
             base: the bare model, or its skeleton.
             allocation: of the kind that this adapter spends.
         """
-        raise NotImplementedError
 
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         """Returns the terms that are added to the loss of the batch just run: by name, the weight and the value."""

@@ -7,6 +7,7 @@ K = G Gᵀ (N×N) and C = V Gᵀ (M×N) for per-sample gradients G (N×P) of tra
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -67,7 +68,7 @@ class InfluenceEstimator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GramEstimator(InfluenceEstimator):
+class GramEstimator(InfluenceEstimator, ABC):
     """An estimator that needs nothing but Grams.
 
     A matrix whose gradients are all zero has no influence; a RuntimeWarning names it. A Gram that is not finite is
@@ -84,9 +85,9 @@ class GramEstimator(InfluenceEstimator):
     granularity: Granularity = "matrix"
     normalisation: Normalisation = "none"
 
+    @abstractmethod
     def influence(self, gram: MatrixGram) -> Tensor:
         """Gives I (M×N) in float64. I_ji < 0: up-weighting train sample i lowers the loss of validation sample j."""
-        raise NotImplementedError
 
     def influences(self, grams: Mapping[str, MatrixGram]) -> dict[str, Tensor]:
         """Gives I of every Gram, by its name. An estimator that refuses or warns of all Grams together overrides it."""
@@ -134,7 +135,7 @@ class DampedEstimator(GramEstimator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormEstimator:
+class NormEstimator(ABC):
     """Scores a block by the size of its train gradients, those of all its matrices laid end to end.
 
     Large gradients mark an undertrained block. A Gram that is not finite is refused by the name of its matrix.
@@ -151,9 +152,9 @@ class NormEstimator:
     def __post_init__(self) -> None:
         check_fields(self, "estimator")
 
+    @abstractmethod
     def size(self, train_train: Tensor, *, numel: int) -> float:
         """Gives the size of gradients with inner products K (N×N), for each of `numel` parameters."""
-        raise NotImplementedError
 
     def score(self, evidence: LayerGrams, /) -> LayerScores:
         blocks = evidence.in_float64.by_block.grams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,7 +30,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrained:
+class Pretrained(ABC):
     """A source of a model; each kind of source adds the place of its files (`location`).
 
     Args:
@@ -45,13 +46,13 @@ class Pretrained:
     def __post_init__(self) -> None:
         check_fields(self, "model")
 
+    @abstractmethod
     def location(self) -> tuple[str, str | None]:
         """Returns the folder or hub name, and the revision, for `from_pretrained`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights_hash(self) -> str:
         """Returns a hash or revision that changes whenever the weights do."""
-        raise NotImplementedError
 
     def fingerprint(self) -> dict[str, str]:
         """Returns everything about the model that changes a measurement."""

@@ -6,6 +6,7 @@ A pruner is a frozen keyword-only dataclass whose fields are its settings (see `
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -16,7 +17,7 @@ from layerif.checks import Count, Share, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner:
+class Pruner(ABC):
     """The part of a pruner that the walk over the blocks uses.
 
     Without n and m any weights may be removed. m without n gives every block an n of its own, from its sparsity.
@@ -42,7 +43,10 @@ class Pruner:
             raise ValueError(f"pruner.n={self.n} must be below pruner.m={self.m}: n of every m weights are kept")
 
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
-        """Adds the inputs of T tokens to the statistic of a linear layer, in place where there is one."""
+        """Adds the inputs of T tokens to the statistic of a linear layer, in place where there is one.
+
+        It is not called where `needs_inputs` is False, and defined by every other pruner.
+        """
         raise NotImplementedError
 
     def prepare(self, statistic: Tensor, num_samples: int, *, name: str) -> Any:
@@ -55,6 +59,7 @@ class Pruner:
         """
         return statistic
 
+    @abstractmethod
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         """Returns the pruned weight.
 
@@ -64,4 +69,3 @@ class Pruner:
             sparsity: the fraction of the weights to remove; None where n is given.
             n: the number of weights to keep of every m.
         """
-        raise NotImplementedError
