@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,30 @@ def composed(*overrides: str):
     return config
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="/".join)
-def test_every_choice_composes_and_binds(group, choice):
-    overrides = [f"{group}={choice}", *MANDATORY.get((group, choice), [])]
-    config = compose("config", ["outputs=/nowhere", *(["logger=none"] if group != "logger" else []), *overrides])
+def together() -> list[list[str]]:
+    """Overrides that hold every choice once. Choices of groups that set nothing outside themselves share one list."""
+    alone = {"arm", "experiment", "launcher", "sweeper", "size"}
+    groups = {group: [name for other, name in CHOICES if other == group] for group, _ in CHOICES}
+    shared = zip_longest(
+        *([f"{group}={name}" for name in names] for group, names in groups.items() if group not in alone)
+    )
+    lists = [[override for override in row if override] for row in shared]
+    lists += [[f"{group}={name}"] for group, name in CHOICES if group in alone]
+    return [
+        [*row, *(more for override in row for more in MANDATORY.get(tuple(override.split("=")), []))] for row in lists
+    ]
+
+
+@pytest.mark.parametrize("overrides", together(), ids=" ".join)
+def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experiments(overrides):
+    with_logger = [] if any(override.startswith("logger=") for override in overrides) else ["logger=none"]
+    config = compose("config", ["outputs=/nowhere", *with_logger, *overrides, "seed=7", "probe.num_train=3"])
     for logger in config.logger.values():  # they depend on Hydra's folder and job, which only a run has
         logger.save_dir = "/nowhere"
         if "group" in logger:
             logger.group = "mine"
     check(config)
+    assert (config.seed, config.probe.num_train) == (7, 3)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +154,6 @@ def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
         ),
         (["logger.wandb.mode=online"], "logger.wandb.mode: logger=csv has no wandb; choose logger=wandb"),
         (["-m", "hydra.launcher.n_jobs=2"], "launcher=basic has no settings; choose launcher=joblib"),
-        (["-m", "+hydra.launcher.n_jobs=2", "seed=0,1"], "launcher=basic has no settings; choose launcher=joblib"),
         (["method=none", "method.balance_coefficient=1"], "method=none has no settings; choose method=lora_moe"),
         (["-m", "method=lora_moe,none", "method.learning_rate=1"], "not every job has the key 'method.learning_rate'"),
         (["data.dropp=1"], "allowed in 'data': template, batch_size, max_length, loss_on, drop_partial, seed"),
@@ -242,13 +257,6 @@ def test_a_size_is_the_experiments_own_and_every_small_file_has_its_experiment()
 def test_small_without_the_choice_of_a_size_is_refused():
     with pytest.raises(ValueError, match="small=True and size=full disagree"):
         check_size(small=True, size="full")
-
-
-def test_experiments_override_the_defaults_and_the_command_line_the_experiments():
-    for file in conf_folder().glob("experiment/*.yaml"):
-        own = compose("config", [f"experiment={file.stem}", "seed=7", "probe.num_train=3"])
-        assert own.seed == 7
-        assert own.probe.num_train == 3
 
 
 def test_folder_names_are_readable_unique_and_valid():

@@ -113,29 +113,24 @@ def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(t
 
 
 def test_a_sweep_gives_one_folder_a_job_and_a_report(tiny_overrides, tmp_path):
-    done = layerif_here(
-        ["-m", *tiny_overrides, "name=mine", "estimator=uniform,datainf", "method=none,lora_moe"], tmp_path
-    )
+    done = layerif_here(["-m", *tiny_overrides, "name=mine", "estimator=uniform,datainf"], tmp_path)
     assert done.returncode == 0, done.stderr
     sweep = tmp_path / "sweeps" / "mine"
-    assert len(list(sweep.glob("*/record.json"))) == 4
+    assert len(list(sweep.glob("*/record.json"))) == 2
     write_report(sweep)
     for name in ("report.md", "report.csv", "scores.png", "allocations.png"):
         assert (sweep / name).stat().st_size > 0
 
 
 def test_settings_of_a_sweep_share_one_gradient_pass(tiny_overrides, tmp_path):
-    sweep = ["estimator=datainf,exact,lissa", "estimator.damping=0.01,0.1,1", "method=none", "name=mine"]
+    sweep = ["estimator=datainf,lissa", "estimator.damping=0.01,1", "method=none", "name=mine"]
     done = layerif_here(["-m", *tiny_overrides, *sweep], tmp_path)
     assert done.returncode == 0, done.stderr
     records = [RunRecord.read(file.parent) for file in (tmp_path / "sweeps" / "mine").glob("*/record.json")]
-    assert len(records) == 9
     assert len({record.fingerprint for record in records}) == 1
-    # LiSSA may have converged to the exact influence.
-    others = [record for record in records if not record.decision.source.startswith("lissa")]
-    assert len({tuple(record.decision.scores.values) for record in others}) == len(others) == 6
+    assert len({tuple(record.decision.scores.values) for record in records}) == len(records) == 4
     assert done.stdout.count("gradient pass: 20 + 8 samples") == 1
-    assert done.stdout.count("no gradient pass") == 8
+    assert done.stdout.count("no gradient pass") == 3
 
 
 def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
@@ -147,6 +142,7 @@ def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "trainer.max_steps=40", "trainer.max_epochs=-1", "fit.checkpoint_steps=1"]
     whole = run_layerif([*overrides, "method.lora_dropout=0.1"], tmp_path)

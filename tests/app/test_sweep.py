@@ -68,33 +68,31 @@ def results(folder: Path) -> list[tuple]:
 
 
 def test_a_job_that_fails_loses_nothing_of_the_others_and_is_named_at_the_end(sweep, tmp_path):
-    jobs = ["method=none", "estimator=datainf,exact", "allocator.budget=2,9"]
+    jobs = ["method=none", "allocator.budget=2,8,9"]
     code, told = sweep(*jobs)
     assert code == 1
     assert "Traceback" not in told
-    assert "jobs: 2 run, 0 already done, 2 failed\n" in told
+    assert "jobs: 2 run, 0 already done, 1 failed\n" in told
     assert "gradient passes: 1 made in " in told
     assert "1 taken from the store, which saved " in told
     error = "budget=2 cannot give 3 layers 1 expert each; use allocator.budget>=3"
-    assert f"failed: allocator.budget=2,estimator=datainf: {error}\n" in told.replace(
-        "estimator=datainf,allocator.budget=2", "allocator.budget=2,estimator=datainf"
-    )
+    assert f"failed: allocator.budget=2: {error}\n" in told
     assert len(records(tmp_path)) == 2
-    failed = failures(tmp_path)
-    assert [failure.error for failure in failed] == [error, error]
-    assert failed[0].config["allocator"]["budget"] == 2
-    assert (failed[0].name, failed[0].seed) == ("mine", 0)
-    assert "allocator.budget=2" in failed[0].overrides
-    assert "raise ValueError" in failed[0].traceback
+    (failed,) = failures(tmp_path)
+    assert failed.error == error
+    assert failed.config["allocator"]["budget"] == 2
+    assert (failed.name, failed.seed) == ("mine", 0)
+    assert "allocator.budget=2" in failed.overrides
+    assert "raise ValueError" in failed.traceback
 
     code, told = sweep(*jobs)  # finished jobs are skipped, and failed ones are listed and not run again
     assert code == 1
-    assert "jobs: 0 run, 2 already done, 0 failed, 2 failed before and not run again (rerun=failed does)" in told
-    assert told.count(error) == 4
+    assert "jobs: 0 run, 2 already done, 0 failed, 1 failed before and not run again (rerun=failed does)" in told
+    assert told.count(error) == 2
     code, told = sweep(*jobs, "rerun=failed")
-    assert "jobs: 0 run, 2 already done, 2 failed\n" in told
-    code, told = sweep("method=none", "estimator=datainf,exact", "allocator.budget=9", "rerun=true")
-    assert (code, "jobs: 2 run, 0 already done, 0 failed" in told) == (0, True)
+    assert "jobs: 0 run, 2 already done, 1 failed\n" in told
+    code, told = sweep("method=none", "allocator.budget=9", "rerun=true")
+    assert (code, "jobs: 1 run, 0 already done, 0 failed" in told) == (0, True)
 
 
 def test_what_failed_by_a_defect_keeps_its_traceback_and_runs_again_on_request(sweep, tmp_path, monkeypatch):
@@ -204,15 +202,16 @@ def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
     gc.disable()  # an automatic collection might come in time and hide a leak
     try:
         # The second job fails on a loss that is not finite: the traceback of its error must not keep the model.
-        code, told = sweep("seed=0,1,2", "method.learning_rate=1e-3,1e300", "trainer.max_steps=3")
+        code, told = sweep("seed=0,1", "method.learning_rate=1e-3,1e300", "trainer.max_steps=3")
     finally:
         gc.enable()
-    assert (code, "3 run, 0 already done, 3 failed" in told) == (1, True), told
-    assert len(loaded) >= 6
+    assert (code, "2 run, 0 already done, 2 failed" in told) == (1, True), told
+    assert len(loaded) >= 4
     assert not any(alive)
     assert not any(reference() for reference in loaded)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_the_table_is_the_same(tiny_overrides, tmp_path):
     def jobs(folder: Path) -> list[str]:
         return ["-m", *tiny_overrides, "trainer.max_steps=20", "name=mine", f"outputs={folder}", "seed=0,1,2,3"]
@@ -241,6 +240,7 @@ def test_killed_in_the_middle_and_started_again_the_table_is_the_same(tiny_overr
     assert len(results(killed)) == 4
 
 
+@pytest.mark.slow
 def test_joblib_runs_jobs_side_by_side_on_one_gradient_pass(tiny_overrides, tmp_path):
     jobs = ["launcher=joblib", "method=none", "name=mine", "estimator=datainf,exact", "allocator.budget=2,9"]
     done = command(["-m", *tiny_overrides, *jobs], tmp_path)
@@ -252,12 +252,10 @@ def test_joblib_runs_jobs_side_by_side_on_one_gradient_pass(tiny_overrides, tmp_
     assert not any("launcher" in folder.name for folder in (tmp_path / "sweeps" / "mine").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [
-        ["launcher=submitit_local"],
-        pytest.param(["launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"], marks=pytest.mark.slow),
-    ],
+    [["launcher=submitit_local"], ["launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]],
     ids=["submitit", "ray"],
 )
 def test_a_launcher_runs_jobs_on_this_machine(launcher, tiny_overrides, tmp_path):
@@ -280,16 +278,16 @@ def test_a_swept_job_of_two_processes_runs_by_itself_and_may_fail(tiny_overrides
 
 
 def test_a_search_minimises_the_loss_on_validation_rows_and_carries_on(sweep, tmp_path):
-    search = ["sweeper=optuna", "hydra.sweeper.n_trials=3", "method.learning_rate=interval(0.0001,0.01)"]
+    search = ["sweeper=optuna", "hydra.sweeper.n_trials=2", "method.learning_rate=interval(0.0001,0.01)"]
     code, told = sweep(*search)
     assert code == 0, told
-    assert "jobs: 3 run, 0 already done, 0 failed\n" in told
+    assert "jobs: 2 run, 0 already done, 0 failed\n" in told
     found = OmegaConf.load(tmp_path / "sweeps" / "mine" / "optimization_results.yaml")
     losses = [record.metrics["validation/loss"] for record in records(tmp_path)]
     assert found.best_value == min(losses)
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 2
     code, told = sweep(*search)
-    assert (code, "jobs: 0 run, 3 already done, 0 failed\n" in told) == (0, True)
+    assert (code, "jobs: 0 run, 2 already done, 0 failed\n" in told) == (0, True)
 
 
 def test_a_search_goes_on_after_a_failed_trial_and_looks_at_scores_alone_if_asked(sweep, tmp_path):
@@ -351,7 +349,7 @@ def test_a_single_run_that_fails_says_so_as_ever_and_leaves_its_failure(tiny_ove
     folder = tmp_path / "run"
     overrides = [*tiny_overrides, "allocator.budget=2", f"hydra.run.dir={folder}"]
     for _ in range(2):  # a job that is asked for by itself runs again
-        done = command(overrides, tmp_path)
+        done = layerif_here(overrides, tmp_path)
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith("layerif: budget=2 cannot give 3 layers")
         assert "failed before" not in done.stdout + done.stderr
