@@ -23,17 +23,18 @@ MODULES = sorted(
 
 GROUPS = {
     "model": "The model that is measured, and adapted or pruned.",
-    "task": "The task whose rows are scored, trained on and evaluated.",
-    "estimator": "How a layer is scored.",
-    "allocator": "How the scores are spent.",
-    "method": "What is done with the allocation.",
-    "pruner": "How weights are chosen for removal; only `method=prune` looks at it.",
+    "task": "The source of the rows: train and validation rows are scored and trained on, test rows are evaluated.",
+    "estimator": "The way a layer is scored.",
+    "allocator": "The way the scores are spent.",
+    "method": "The work that spends the allocation.",
+    "pruner": "The way weights are chosen for removal; only `method=prune` looks at it.",
     "trainer": "Lightning's trainer.",
-    "logger": "Where metrics go while a run trains.",
-    "launcher": "Where the jobs of a sweep run.",
-    "sweeper": "How the jobs of a sweep are chosen.",
+    "logger": "The place where metrics go while a run trains.",
+    "launcher": "The place where the jobs of a sweep run.",
+    "sweeper": "The way the jobs of a sweep are chosen.",
     "experiment": "A change to all of the above: one question each.",
     "arm": "One column of an experiment's table.",
+    "size": "The full or the small variant of an experiment; `small=true` chooses the small one.",
 }
 
 
@@ -55,7 +56,7 @@ def every_key() -> str:
             text = file.read_text()
             choice = file.relative_to(CONF / group).with_suffix("")
             parts.append(f"### `{group}={choice}`\n")
-            parts.append(" ".join(_head(text)) + "\n")
+            parts.append((" ".join(_head(text)) or summary(text)) + "\n")
             parts.append(_table(keys_of(text)))
     return "\n".join(parts)
 
@@ -101,6 +102,13 @@ def meanings(target: str) -> dict[str, str]:
                 for name in names.split(", "):
                     found.setdefault(name, " ".join(said.split()))
     return found
+
+
+def summary(text: str) -> str:
+    """Returns the first sentence of the docstring of a choice's class, and nothing for a class of another package."""
+    found = re.search(r"^_target_: (layerif\.\S+)", text, re.M)
+    said = inspect.getdoc(get_object(found[1])) or "" if found else ""
+    return " ".join(said.split("\n\n")[0].split())
 
 
 def _with_meanings(keys: Sequence[Key]) -> Iterator[Key]:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -210,12 +211,14 @@ def grams_of(gram: MatrixGram) -> LayerGrams:
     return LayerGrams(LayerMap(("block.0",), (("block.0.q.weight",),), (2,)), {"block.0.q.weight": gram}, "none")
 
 
-def test_the_allocator_example_is_a_working_allocator(module_of):
+def test_the_allocator_example_is_a_working_allocator(module_of, decider):
     module = module_of("class Top")
     fields = fields_of(module, "Top", code("yaml", "top.Top"))
     layers = LayerMap(("a", "b", "c"), (("a.q",), ("b.q",), ("c.q",)), (4, 4, 4))
     scores = LayerScores(layers.names, (0.1, 3.0, 2.0), "undertrained", "test", "")
-    assert module.Top(**fields | {"number": 2})(scores, layers).values == (1, 5, 5)
+    top = module.Top(**fields | {"number": 2})
+    assert top(scores, layers).values == (1, 5, 5)
+    assert sorted(replace(decider, allocator=top)().allocation.values) == [1, 5, 5]
 
 
 @pytest.fixture

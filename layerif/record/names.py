@@ -26,7 +26,7 @@ def arm_name(job: Job) -> str:
     kind, given = allocator_choice(job), job.config["allocator"]
     if kind == "file":
         name = "allocation from file"
-    elif kind == "shape":  # this method needs no scores
+    elif kind == "shape":  # this allocator needs no scores
         shape = given["shape"]
         counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)
         name = f"shape({'-'.join(map(str, counts))}) {given.get('kind', 'experts')}"
@@ -34,7 +34,12 @@ def arm_name(job: Job) -> str:
         name = f"{estimator_name(job)} {kind}"
     if scored := job.config.get("score_task"):
         name = f"{name} by scores of {called(scored, job.choices.get('task@score_task', ''))}"
-    return name if job.config["method"] else f"{name} (not trained)"
+    return name if leaves_a_model(job) else f"{name} (not trained)"
+
+
+def leaves_a_model(job: Job) -> bool:
+    """Tells methods that fine-tune or prune the model from those that only measure it."""
+    return job.choices["method"] not in ("none", "plan", "diagnose")
 
 
 def estimator_name(job: Job) -> str:

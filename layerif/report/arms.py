@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerif.record.frames import BEFORE, QUESTIONS, metrics_of
-from layerif.record.names import UNTOUCHED, allocator_choice, arm_name, called, estimator_choice, origins
+from layerif.record.names import (
+    UNTOUCHED,
+    allocator_choice,
+    arm_name,
+    called,
+    estimator_choice,
+    leaves_a_model,
+    origins,
+)
 from layerif.record.record import Failure, Job, RunRecord
 from layerif.report.expected import Expected
 
@@ -62,7 +70,7 @@ class Run:
     @property
     def is_trained(self) -> bool:
         """Tells fine-tuned and pruned models from untouched ones."""
-        return not self.prefix and bool(self.job.config["method"])
+        return not self.prefix and leaves_a_model(self.job)
 
 
 def comparable(first: Run, second: Run) -> bool:
@@ -99,7 +107,7 @@ def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
     """
     models, columns = titles(jobs, "model"), _columns(jobs, expected)
     seeds = _seeds(jobs)
-    trained = [number for number, job in enumerate(jobs) if job.config["method"] or not job_metrics(job)]
+    trained = [number for number, job in enumerate(jobs) if leaves_a_model(job) or not job_metrics(job)]
     arms = _arm_names([jobs[number] for number in trained], [columns[number] for number in trained], expected)
     names = dict(zip(trained, arms, strict=True))
     found = []

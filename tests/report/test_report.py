@@ -144,6 +144,16 @@ def test_an_untouched_model_is_one_row_unless_it_answered_otherwise():
     assert names[:2] == [f"{UNTOUCHED} evaluation.num_questions={number}" for number in ("null", 1)]
 
 
+def test_a_run_that_only_measures_is_its_untouched_model_and_no_arm():
+    ours = {"method": {"_target_": "layerif.app.methods.none.ScoresOnly"}}  # as in `conf/method/none.yaml`
+    measured = record("datainf", [], choices={"method": "none"}, settings=ours, metrics={}, answers={})
+    trained = record("datainf", [True] * 4)
+    runs = runs_of([with_before(measured, [True, False]), trained])
+    assert [(run.arm, run.is_trained) for run in runs] == [(UNTOUCHED, False), ("datainf experts", True)]
+    assert grid(runs) == []
+    assert runs_of([measured])[0].arm == UNTOUCHED
+
+
 def test_runs_without_a_common_question_are_named_and_skipped():
     first, second = record("uniform", [True] * 4), record("datainf", [True] * 4)
     second.answers = {"options": {"other": True}}
