@@ -92,7 +92,8 @@ def together(commands: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     for overrides in commands:
         choices = choices_behind(overrides)
         for place, (chosen, joined) in enumerate(found):
-            if not ALONE & {*choices, *chosen} and all(chosen.get(group, name) == name for group, name in choices.items()):
+            agrees = all(chosen.get(group, name) == name for group, name in choices.items())
+            if agrees and not ALONE & {*choices, *chosen}:
                 found[place] = chosen | choices, tuple(dict.fromkeys((*joined, *overrides)))
                 break
         else:
