@@ -30,7 +30,6 @@ from layerif.report.tables import correlations, cost, grid, in_full, loads, resu
 from layerif.stats import t_interval
 from tests.records import failure, from_file, record, with_before, written
 
-
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
