@@ -50,7 +50,7 @@ def test_the_papers_prompts_are_reproduced_exactly(tmp_path, golden):
     column = shipped.columns.get("id") or "id"
     write(tmp_path, **{name: [{**others, text: f"{name} {n}", column: n} for n in range(3)] for name in names})
     write(tmp_path, **{shipped.splits["test"]: [golden["row"]]})
-    (example,) = shipped_task(golden["task"], f"task.path='{tmp_path}'").load().test
+    (example,) = replace(shipped, path=str(tmp_path)).load().test
     assert example.instruction == golden["instruction"]
     assert example.output == golden["output"]
     assert example.labels[example.answer] == golden["label"]
@@ -249,7 +249,7 @@ def test_statements_without_options_are_compared_whatever_their_label(tmp_path):
     cola = [{"sentence": f"Sentence {n}.", "label": n % 2, "idx": n} for n in range(30)]
     path = write(tmp_path, train=cola, validation=[{**cola[3], "label": 0}])
     with pytest.raises(ValueError, match=r"1 of 30 rows of train \(split 'train'\) ask what rows of test"):
-        shipped_task("cola", f"task.path='{path}'").load()
+        replace(shipped_task("cola"), path=path).load()
 
 
 def test_an_id_twice_in_a_part_names_both_rows(tmp_path):
