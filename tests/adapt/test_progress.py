@@ -54,7 +54,8 @@ def train(model_folder, splits, tmp_path):
         )
         (folder / "routing.csv").unlink(missing_ok=True)  # as `tracked` does
         model = {"_target_": "layerif.models.pretrained.LocalModel", "path": str(model_folder)}
-        module = AdapterModule(LoraMoeAdapter(learning_rate=0.02, seed=1), model, ALLOCATION)
+        adapter = LoraMoeAdapter(learning_rate=0.02, seed=1, target_modules=["q_proj", "down_proj"])
+        module = AdapterModule(adapter, model, ALLOCATION)
         data = TaskDataModule(splits, LocalModel(path=str(model_folder)).tokenizer(), batch_size=4, seed=1)
         last = checkpoints / "last.ckpt"
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
@@ -101,35 +102,56 @@ SETTINGS: list[tuple[Fit, dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture
+def killed_and_resumed(train, tmp_path, monkeypatch):
+    """Holds runs that are killed and resumed to an undisturbed one, and counts the kills that happened."""
+
+    def count(kept: Fit, options: dict[str, Any], kills: list[tuple[type, str, int]]) -> int:
+        whole, undisturbed = train("whole", kept, **options)
+        assert undisturbed.seconds_before == 0
+        expected, routing = shown(tmp_path / "whole")
+        steps = expected.dropna(subset="train/loss")["step"]
+        assert steps.is_unique
+        assert len(steps) == options.get("max_steps", STEPS) // options.get("log_every_n_steps", 1)
+        num_killed = 0
+        for where, method, number in kills:
+            name = f"{method}-{number}"
+            with monkeypatch.context() as patch:
+                patch.setattr(where, method, after(number, getattr(where, method)))
+                try:
+                    train(name, kept, **options)
+                except Killed:
+                    num_killed += 1
+                else:
+                    continue  # it does not run as often with these settings
+            resumed, carried = train(name, kept, **options)
+            found, routed = shown(tmp_path / name)
+            pd.testing.assert_frame_equal(found, expected)
+            assert routed == routing, name
+            assert (carried.seconds_before > 0) == (tmp_path / name / "checkpoints" / "last.ckpt").exists()
+            for key, value in whole.state_dict().items():
+                assert torch.equal(value, resumed.state_dict()[key]), (name, key)
+            if kept.keep == "best":
+                first, second = (
+                    torch.load(tmp_path / run / "checkpoints" / "best.ckpt", weights_only=True)
+                    for run in ("whole", name)
+                )
+                assert first["global_step"] == second["global_step"], name
+        return num_killed
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("setting", "kills"),
+    [(SETTINGS[0], KILLS[:1]), (SETTINGS[3], [KILLS[1], KILLS[3]])],
+    ids=["after-a-checkpoint", "in-a-validation-and-before-a-checkpoint"],
+)
+def test_killed_and_resumed_shows_the_same_curves(killed_and_resumed, setting, kills):
+    assert killed_and_resumed(*setting, kills) == len(kills)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "options"), SETTINGS)
-def test_killed_anywhere_and_resumed_shows_the_same_curves(train, tmp_path, monkeypatch, kept, options):
-    whole, undisturbed = train("whole", kept, **options)
-    assert undisturbed.seconds_before == 0
-    expected, routing = shown(tmp_path / "whole")
-    steps = expected.dropna(subset="train/loss")["step"]
-    assert steps.is_unique
-    assert len(steps) == options.get("max_steps", STEPS) // options.get("log_every_n_steps", 1)
-    num_killed = 0
-    for where, method, number in KILLS:
-        name = f"{method}-{number}"
-        with monkeypatch.context() as patch:
-            patch.setattr(where, method, after(number, getattr(where, method)))
-            try:
-                train(name, kept, **options)
-            except Killed:
-                num_killed += 1
-            else:
-                continue  # it does not run as often with these settings
-        resumed, carried = train(name, kept, **options)
-        found, routed = shown(tmp_path / name)
-        pd.testing.assert_frame_equal(found, expected)
-        assert routed == routing, name
-        assert (carried.seconds_before > 0) == (tmp_path / name / "checkpoints" / "last.ckpt").exists()
-        for key, value in whole.state_dict().items():
-            assert torch.equal(value, resumed.state_dict()[key]), (name, key)
-        if kept.keep == "best":
-            first, second = (
-                torch.load(tmp_path / run / "checkpoints" / "best.ckpt", weights_only=True) for run in ("whole", name)
-            )
-            assert first["global_step"] == second["global_step"], name
-    assert num_killed >= 2
+def test_killed_anywhere_and_resumed_shows_the_same_curves(killed_and_resumed, kept, options):
+    assert killed_and_resumed(kept, options, KILLS) >= 2
