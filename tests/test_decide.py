@@ -63,22 +63,26 @@ def test_all_forward_pass_estimators_share_one_pass(decider, monkeypatch):
 TOLD = {TracIn: {"learning_rates": [0.5, 0.1]}, Ila: {"num_steps": 3}, Outlier: {"multiple": 2.0}}
 
 
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> Path:
+    """A folder of stores that all estimators take their evidence from: each kind is measured once in every store."""
+    return tmp_path_factory.mktemp("stores")
+
+
 @pytest.mark.parametrize("cls", ESTIMATORS, ids=lambda cls: cls.__name__)
-def test_every_estimator_is_a_function_of_the_seed_and_of_no_batch_size(decider, adapters, cls):
+def test_every_estimator_is_a_function_of_the_seed_and_of_no_batch_size(decider, adapters, stores, cls):
     if cls is Ekfac and find_spec("kronfluence") is None:
         pytest.skip("kronfluence is not installed")
     estimator = make(cls, **TOLD.get(cls, {}) | ({"checkpoints": adapters} if cls is TracIn else {}))
     model = replace(decider.model, dtype="float64", adapter=adapters[0] if isinstance(estimator.needs, Gates) else None)
 
-    def measured_anew(name: str, batch_size: int) -> LayerScores:
-        probe, store = replace(decider.probe, batch_size=batch_size), Store(decider.store.root / name)
-        decision = replace(decider, model=model, estimator=estimator, probe=probe, store=store)()
-        assert not decision.reused
-        return decision.scores
+    def measured(name: str, batch_size: int) -> LayerScores:
+        probe = replace(decider.probe, batch_size=batch_size)
+        return replace(decider, model=model, estimator=estimator, probe=probe, store=Store(stores / name))().scores
 
-    first = measured_anew("first", 3)
-    assert measured_anew("again", 3) == first
-    assert measured_anew("one by one", 1).values == pytest.approx(first.values, rel=1e-6)
+    first = measured("first", 3)
+    assert measured("again", 3) == first
+    assert measured("one by one", 1).values == pytest.approx(first.values, rel=1e-6)
 
 
 def test_alpha_looks_at_weights_alone_and_says_what_it_cost(decider):
@@ -124,9 +128,10 @@ def saved_adapter(folder: Path, base: str, *, seed: int = 0, moe: bool = False, 
     return str(folder)
 
 
-@pytest.fixture
-def adapters(model_folder, tmp_path) -> list[str]:
-    return [saved_adapter(tmp_path / f"step-{seed}", str(model_folder), seed=seed) for seed in (1, 2)]
+@pytest.fixture(scope="module")
+def adapters(model_folder, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [saved_adapter(folder / f"step-{seed}", str(model_folder), seed=seed) for seed in (1, 2)]
 
 
 def tracin_of(checkpoints: list[str], *rates: float) -> TracIn:

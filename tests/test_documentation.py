@@ -74,6 +74,31 @@ def composed(overrides: tuple[str, ...]) -> DictConfig:
 
 SHOWN = [command for _, _, kind, text in BLOCKS if kind in ("sh", "") for command in commands(text)]
 OVERRIDES = sorted({tuple(map(first_of, overrides_of(command))) for command in (*SHOWN, *HELP_COMMANDS)})
+GROUPS = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
+# These change the choices of other groups.
+ALONE = {"experiment", "arm", "recipe", "small"}
+
+
+def choices_behind(overrides: tuple[str, ...]) -> dict[str, str | None]:
+    """Returns by group the choice that decides which keys these overrides may name; None stands for the default."""
+    pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
+    named = {key: value for key, value in pairs if key in GROUPS or "@" in key}
+    return dict.fromkeys(key.removeprefix("hydra.").partition(".")[0] for key, _ in pairs) | named
+
+
+def together(commands: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Puts the overrides of commands that make no different choice into one, because each composition takes long."""
+    found: list[tuple[dict[str, str | None], tuple[str, ...]]] = []
+    for overrides in commands:
+        choices = choices_behind(overrides)
+        for place, (chosen, joined) in enumerate(found):
+            agrees = all(chosen.get(group, name) == name for group, name in choices.items())
+            if agrees and not ALONE & {*choices, *chosen}:
+                found[place] = chosen | choices, tuple(dict.fromkeys((*joined, *overrides)))
+                break
+        else:
+            found.append((choices, overrides))
+    return [joined for _, joined in found]
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +106,14 @@ def with_the_example_package(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLE_PACKAGE))
 
 
-@pytest.mark.parametrize("overrides", OVERRIDES, ids=" ".join)
+@pytest.mark.parametrize("overrides", together(OVERRIDES), ids=" ".join)
 def test_every_command_composes(overrides):
     assert composed(overrides)
+
+
+def test_commands_are_put_together_only_where_they_choose_the_same():
+    given = [("estimator=exact", "seed=1"), ("estimator.damping=1",), ("task=cola", "estimator=exact"), ("seed=2",)]
+    assert together(given) == [("estimator=exact", "seed=1", "task=cola", "seed=2"), ("estimator.damping=1",)]
 
 
 def test_every_program_shown_is_installed():

@@ -76,8 +76,9 @@ def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+@cache
 def shipped_task(name: str, *overrides: str) -> Any:
-    """The task of `conf/task/<name>.yaml`, with Hydra overrides."""
+    """The task of `conf/task/<name>.yaml`, with Hydra overrides; composing it takes longer than most tests."""
     return from_conf(f"task={name}", *overrides)
 
 

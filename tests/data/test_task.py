@@ -50,7 +50,7 @@ def test_the_papers_prompts_are_reproduced_exactly(tmp_path, golden):
     column = shipped.columns.get("id") or "id"
     write(tmp_path, **{name: [{**others, text: f"{name} {n}", column: n} for n in range(3)] for name in names})
     write(tmp_path, **{shipped.splits["test"]: [golden["row"]]})
-    (example,) = shipped_task(golden["task"], f"task.path='{tmp_path}'").load().test
+    (example,) = replace(shipped, path=str(tmp_path)).load().test
     assert example.instruction == golden["instruction"]
     assert example.output == golden["output"]
     assert example.labels[example.answer] == golden["label"]

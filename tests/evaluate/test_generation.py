@@ -19,8 +19,9 @@ def test_generation_is_greedy_whatever_the_batch(family):
     model.generation_config.do_sample = True  # a checkpoint's own habits must not matter
     model.generation_config.repetition_penalty = 1.5
     arguments: dict[str, Any] = {"template": "plain", "pattern": PATTERN, "max_new_tokens": 6}
-    found = generation_accuracy(model, TOKENIZER, EXAMPLES, batch_size=3, **arguments)
-    for item, answer in zip(EXAMPLES, found.answers, strict=True):
+    examples = EXAMPLES[:4]
+    found = generation_accuracy(model, TOKENIZER, examples, batch_size=3, **arguments)
+    for item, answer in zip(examples, found.answers, strict=True):
         ids = TOKENIZER(prompt_text(item, "plain")).input_ids
         start = len(ids)
         while len(ids) < start + 6 and ids[-1] != TOKENIZER.eos_token_id:

@@ -3,6 +3,7 @@
 import random
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 
 from layerif.data.render import Example
 from layerif.evaluate.evaluation import METRICS, Evaluation
-from layerif.evaluate.harness import _configs, harness_metrics, lm_eval
+from layerif.evaluate.harness import ZERO_SHOT, _configs, check_tasks, harness_metrics, lm_eval
 from layerif.evaluate.options import option_accuracy
 from tests.evaluate.questions import EXAMPLES, TOKENIZER, example
 from tests.tiny import shipped_task, tiny_model
 
 
+@pytest.mark.usefixtures("lm_eval_without_pip")
 def test_lm_eval_on_the_same_questions_gives_the_same_accuracy_and_the_same_choices():
     model, chosen = tiny_model("llama"), random.Random(0)
     examples = [example(index) for index in range(12)]
@@ -44,22 +46,42 @@ def test_lm_eval_metrics_are_kept_whatever_their_filter():
     }
 
 
-def test_lm_eval_names_what_is_missing(monkeypatch):
-    with pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know \(did you mean 'arc_easy'"):
+FOLDERS = ("arc", "commonsense_qa", "glue", "hellaswag", "openbookqa", "super_glue", "winogrande")
+
+
+@pytest.fixture(scope="module")
+def known_tasks() -> Any:
+    """The part of lm-eval's own index that is asked for here: the whole of it takes many seconds to read."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    folders = [Path(str(lm_eval.__file__)).parent / "tasks" / name for name in FOLDERS]
+    return TaskManager(include_path=[*folders], include_defaults=False)
+
+
+@pytest.fixture
+def with_known_tasks(monkeypatch, known_tasks):
+    """Lets the metric find these tasks, and nothing that evaluates them."""
+    monkeypatch.setattr("layerif.evaluate.harness._package", lambda: (None, None, lambda **_: known_tasks))
+
+
+@pytest.mark.usefixtures("with_known_tasks")
+def test_a_task_that_lm_eval_does_not_know_is_refused_with_and_without_a_model():
+    unknown = pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know \(did you mean 'arc_easy'")
+    with unknown:
         lm_eval(tiny_model(), TOKENIZER, EXAMPLES, name="tiny", template="plain", tasks=["arc_easi"])
+    with unknown:
+        evaluation = Evaluation(metrics=["lm_eval"], lm_eval_tasks=["arc_easi"])
+        evaluation.check(TOKENIZER, EXAMPLES, shipped_task("capital"), None)
+
+
+def test_lm_eval_names_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"pip install 'layerif\[lm-eval\]'"):
         lm_eval(tiny_model(), TOKENIZER, EXAMPLES, name="tiny", template="plain")
 
 
-@pytest.fixture(scope="module")
-def known_tasks() -> Any:
-    """lm-eval's own index, read once: it takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
+@pytest.mark.usefixtures("with_known_tasks")
 @pytest.mark.parametrize(
     ("tasks", "overrides", "score_task", "message"),
     [
@@ -86,10 +108,7 @@ def known_tasks() -> Any:
         (["commonsense_qa"], ["task=commonsense_qa"], "openbookqa", None),  # it evaluates what is our test split, too
     ],
 )
-def test_tasks_of_lm_eval_on_rows_that_are_learned_are_refused(
-    known_tasks, monkeypatch, tasks, overrides, score_task, message
-):
-    monkeypatch.setattr("layerif.evaluate.harness._package", lambda: (None, None, lambda: known_tasks))
+def test_tasks_of_lm_eval_on_rows_that_are_learned_are_refused(tasks, overrides, score_task, message):
     chosen, *changed = overrides
     task = shipped_task(chosen.removeprefix("task="), *changed)
     scored = shipped_task(score_task) if score_task else None
@@ -98,7 +117,14 @@ def test_tasks_of_lm_eval_on_rows_that_are_learned_are_refused(
         evaluation.check(TOKENIZER, EXAMPLES, task, None, score_task=scored)
 
 
-def test_every_task_of_lm_eval_stands_for_some(known_tasks):
+@pytest.mark.slow
+def test_every_task_of_lm_eval_stands_for_some_and_an_unknown_one_is_refused():
+    from lm_eval.tasks import TaskManager
+
+    known_tasks = TaskManager()
+    assert set(ZERO_SHOT) < set(known_tasks.all_tasks)
+    with pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know \(did you mean 'arc_easy'"):
+        check_tasks(["arc_easi"])
     assert all(any(True for _ in _configs(name, known_tasks.task_index)) for name in known_tasks.all_tasks)
 
 

@@ -29,18 +29,17 @@ def reference(model, examples, template: Template, tokenizer=TOKENIZER) -> list[
     return values
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_option_likelihoods_equal_one_option_at_a_time(family):
+@pytest.mark.parametrize(("family", "template"), [*((family, "plain") for family in FAMILIES), ("llama", "alpaca")])
+def test_option_likelihoods_equal_one_option_at_a_time(family, template):
     # Not in double: eager attention masks with the lowest double and takes its softmax in single, so padding turns NaN.
-    model = tiny_model(family)
-    for template in ("plain", "alpaca"):
-        expected = reference(model, EXAMPLES, template)
-        for batch_size in (1, 3):
-            found = option_accuracy(model, TOKENIZER, EXAMPLES, template=template, batch_size=batch_size)
-            assert [answer.id for answer in found.answers] == [item.id for item in EXAMPLES]
-            for answer, values in zip(found.answers, expected, strict=True):
-                assert answer.log_likelihoods == pytest.approx(values, abs=2e-5)
-                assert answer.choice == max(range(len(values)), key=values.__getitem__)
+    model, examples = tiny_model(family), EXAMPLES[:4]
+    expected = reference(model, examples, template)
+    for batch_size in (1, 3):
+        found = option_accuracy(model, TOKENIZER, examples, template=template, batch_size=batch_size)
+        assert [answer.id for answer in found.answers] == [item.id for item in examples]
+        for answer, values in zip(found.answers, expected, strict=True):
+            assert answer.log_likelihoods == pytest.approx(values, abs=2e-5)
+            assert answer.choice == max(range(len(values)), key=values.__getitem__)
 
 
 def test_option_likelihoods_with_sdpa_and_a_tokenizer_that_adds_bos():
