@@ -72,6 +72,18 @@ def decider(model_folder, task_folder, tmp_path):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the files of plots empty, because drawing them takes most of the time of a run's end or of a report."""
+    from matplotlib.figure import Figure
+
+    def touch(figure, file, **options):
+        if isinstance(file, str | Path):
+            Path(file).touch()
+
+    monkeypatch.setattr(Figure, "savefig", touch)
+
+
+@pytest.fixture
 def softmax_in_the_models_dtype(monkeypatch):
     """Lets eager attention take its softmax in the model's dtype, because a float64 reference needs float64."""
     import torch

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerif.data.batches import (
@@ -106,6 +106,10 @@ def test_a_tokenizer_that_appends_its_end_token_gives_one_end_only():
     assert token_ids(Appending(), ["a", "b"]) == [(5, 6), (5, 6)]  # type: ignore[arg-type]
 
 
+few = settings(max_examples=30, deadline=None)
+
+
+@few
 @given(samples, st.sampled_from(["left", "right"]))
 def test_collate_keeps_every_token_in_its_mask_and_nothing_else(encodings, side):
     pad = encodings[0].input_ids[0]  # a padding token that is also a word must make no difference
@@ -120,6 +124,7 @@ def test_collate_keeps_every_token_in_its_mask_and_nothing_else(encodings, side)
         assert (batch["labels"][row][~mask] == IGNORED).all()
 
 
+@few
 @given(samples, st.integers(1, 4))
 def test_batches_hold_every_sample_once_and_say_which(encodings, batch_size):
     seen, lengths = [], []

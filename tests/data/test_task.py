@@ -249,7 +249,7 @@ def test_statements_without_options_are_compared_whatever_their_label(tmp_path):
     cola = [{"sentence": f"Sentence {n}.", "label": n % 2, "idx": n} for n in range(30)]
     path = write(tmp_path, train=cola, validation=[{**cola[3], "label": 0}])
     with pytest.raises(ValueError, match=r"1 of 30 rows of train \(split 'train'\) ask what rows of test"):
-        shipped_task("cola", f"task.path='{path}'").load()
+        replace(shipped_task("cola"), path=path).load()
 
 
 def test_an_id_twice_in_a_part_names_both_rows(tmp_path):

@@ -52,6 +52,7 @@ def test_a_failure_of_0_1_0_is_read():
     assert (new.choices["estimator"], new.choices["allocator"]) == ("datainf", "experts")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_0_1_0_are_reported_as_it_reported_them(tmp_path):
     """Version 0.1.0 wrote `report.csv`, and called a run without a method `method=null`."""
     shutil.copytree(GOLDEN / "runs", tmp_path / "runs")

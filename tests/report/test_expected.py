@@ -18,6 +18,8 @@ from layerif.report.expected import Expected, meets
 from layerif.report.tables import grid, results
 from tests.records import failure, record, with_before, written
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PAPER: dict[str, Any] = {
     "source": "A paper, table 1",
     "metric": "accuracy",
