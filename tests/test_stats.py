@@ -95,25 +95,20 @@ def test_clustering_by_seed_widens_the_interval_where_seeds_differ():
 
 
 @pytest.mark.parametrize(
-    ("num_seeds", "num_questions", "seed_spread"),
-    [(1, 60, 0.0), (3, 60, 0.0), (3, 60, 0.1), (5, 60, 0.1), (3, 2000, 0.06), (5, 2000, 0.05)],
+    ("num_seeds", "num_questions", "seed_spread"), [(1, 60, 0.0), (3, 60, 0.1), (3, 500, 0.1), (5, 300, 0.12)]
 )
 def test_the_interval_covers_the_truth_as_often_as_it_says(num_seeds, num_questions, seed_spread):
-    rng, num_trials = np.random.default_rng(2), 120
+    rng, num_trials = np.random.default_rng(2), 60
     covered = found_one = 0
     for _ in range(num_trials):
         difference = answers(num_seeds, num_questions, seed_spread=seed_spread, rng=rng)
-        found = paired_by_question(difference, resamples=500)
+        found = paired_by_question(difference, resamples=300)
         covered += found.low <= 0 <= found.high
         found_one += verdict(found.low, found.high, found.p) != "not distinguishable from"
-    assert covered / num_trials >= 0.91  # 95 % less two standard errors
+    # 95 % less two standard errors. With all answers in one pot (3, 500, 0.1) is covered in 27 %, and without Student's
+    # t over the seeds in 87 %.
+    assert covered / num_trials >= 0.9
     assert found_one / num_trials <= 0.09
-
-
-def test_a_difference_that_is_not_there_is_seldom_found():
-    rng = np.random.default_rng(3)
-    found = [paired_by_question(answers(3, 60, seed_spread=0.05, rng=rng), resamples=500) for _ in range(80)]
-    assert sum(verdict(one.low, one.high, one.p) != "not distinguishable from" for one in found) <= 8
 
 
 def test_questions_that_not_every_seed_asked_are_weighed_by_who_asked():
@@ -123,14 +118,16 @@ def test_questions_that_not_every_seed_asked_are_weighed_by_who_asked():
     assert -1 <= found.low <= found.value <= found.high <= 1
 
 
-@pytest.mark.parametrize("number", [1, 2, 7, 40])
+@pytest.mark.parametrize("number", [1, 2, 40])
 def test_holm_is_the_textbooks_and_monotone(number):
     p = np.random.default_rng(number).beta(0.3, 2, number)
-    corrected, textbook = holm(p), np.asarray(multipletests(p, method="holm")[1], dtype=float)
-    np.testing.assert_allclose(corrected, textbook)
+    corrected, order = holm(p), np.argsort(p)
+    by_rank = [max(min(1, (number - j) * p[order[j]]) for j in range(k + 1)) for k in range(number)]
+    np.testing.assert_allclose(corrected[order], by_rank)
     assert (corrected >= p).all()
-    order = np.argsort(p)
-    assert (np.diff(corrected[order]) >= -1e-12).all()
+    assert (np.diff(corrected[order]) >= 0).all()
+    if number == 40:
+        np.testing.assert_allclose(corrected, np.asarray(multipletests(p, method="holm")[1], dtype=float))
 
 
 def test_holm_leaves_out_what_was_not_tested():
@@ -169,10 +166,10 @@ def test_the_smallest_difference_of_answers_is_about_what_eighty_of_a_hundred_wo
     difference[0, : round(discordant * num_questions)] = 1
     difference[0, : round(discordant * num_questions / 2)] = -1
     least = smallest_difference(paired_by_question(difference), num_comparisons)
-    rng, changed, num_trials, num_found = np.random.default_rng(5), max(discordant, least), 150, 0
+    rng, changed, num_trials, num_found = np.random.default_rng(5), max(discordant, least), 100, 0
     for _ in range(num_trials):  # so many answers change, and so much more often for the better
         change = [(changed - least) / 2, 1 - changed, (changed + least) / 2]
-        found = paired_by_question(rng.choice([-1.0, 0, 1], p=change, size=(1, num_questions)), resamples=2000)
+        found = paired_by_question(rng.choice([-1.0, 0, 1], p=change, size=(1, num_questions)), resamples=1000)
         num_found += found.p < 0.05 / num_comparisons
     assert 0.65 < num_found / num_trials < 0.97
 

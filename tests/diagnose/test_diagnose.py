@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from layerif.diagnose import leave_out
 from layerif.diagnose.agreement import agreement, layer_influences, panel, total_influence
 from layerif.diagnose.conclusions import Verdict, above, conclusions
 from layerif.diagnose.convex import convex_check
@@ -64,7 +66,7 @@ def random_grams(num_train: int = 12, num_val: int = 8, num_params: int = 30, *,
 # Leave-k-out
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_where_theory_is_exact_predicted_and_actual_change_agree(seed):
     found = convex_check(seed=seed)
     assert found.lds["true Hessian"] > 0.99
@@ -109,7 +111,8 @@ def test_sets_are_distinct_of_one_size_and_the_first_of_more():
         left_out_sets(10, 1, 11, seed=0)
 
 
-def test_lds_of_noise_is_not_above_zero_and_differences_are_paired():
+def test_lds_of_noise_is_not_above_zero_and_differences_are_paired(monkeypatch):
+    monkeypatch.setattr(leave_out, "lds_draws", partial(leave_out.lds_draws, resamples=200))
     actual_SM = RNG.normal(size=(30, 12))
     noisy_SM = actual_SM + 0.3 * RNG.normal(size=actual_SM.shape)
     predicted = {"good": noisy_SM, "same": noisy_SM * 5, "random": RNG.normal(size=actual_SM.shape)}
@@ -336,7 +339,7 @@ def test_the_interval_of_the_halves_holds_what_fresh_samples_do():
     held = []
     for seed in range(15):
         of_train, of_val = (1.5 * rng.normal(size=size) for size in ((10, 1, 16), (10, 10, 1)))
-        _, found = halves(GradDot(), layers_of(true_L[:, None, None] + of_train + of_val), draws=4, seed=seed)
+        _, found = halves(GradDot(), layers_of(true_L[:, None, None] + of_train + of_val), draws=2, seed=seed)
         stepped = stepped_up(found)
         held.append((found.low <= half <= found.high, stepped.low <= whole <= stepped.high))
     assert np.mean(held, axis=0).min() >= 0.8
