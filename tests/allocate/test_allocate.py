@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -27,7 +28,6 @@ from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank
 from layerif.allocate.shape import Shape
 from layerif.allocate.sparsity import Sparsity
-from layerif.app.schema import from_conf
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
 
@@ -37,7 +37,7 @@ PUBLISHED_EXPERTS = json.loads((GOLDEN / "expert_allocations.json").read_text())
 TASKS = ("mrpc", "cola", "scienceqa", "commonsense_qa", "openbookqa")
 CONF = Path(__file__).parents[2] / "conf" / "allocator"
 
-law = settings(deadline=None, max_examples=80)
+law = settings(deadline=None, max_examples=50)
 any_scores = st.lists(st.floats(0, 1e9), min_size=1, max_size=40)
 # Scores a thousandth apart: away from ties, where the lower index decides by design.
 spread_scores = st.lists(st.integers(0, 1000), min_size=1, max_size=40, unique=True).map(lambda s: [x / 7 for x in s])
@@ -559,8 +559,9 @@ def test_every_allocator_has_a_yaml_that_binds_with_every_field(stem):
     config = OmegaConf.load(CONF / f"{stem}.yaml")
     assert [str(key) for key in config] == ["_target_", *(field.name for field in fields(cls))]
     given = {"file": {"path": "allocation.json"}, "shape": {"shape": 2468}}.get(stem, {})
-    overrides = [f"allocator.{key}={value}" for key, value in given.items()]
-    assert from_conf(f"allocator={stem}", *overrides) == cls(**given)
+    config.update(given)
+    root = OmegaConf.load(CONF.parent / "config.yaml")
+    assert instantiate(OmegaConf.create({"allocator": config, "recipe": root.recipe}).allocator) == cls(**given)
 
 
 def test_every_yaml_is_an_allocator():

@@ -16,16 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
 
 import layerif.estimators
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.allocate.sparsity import Sparsity
-from layerif.app.schema import register
 from layerif.estimators import _base
 from layerif.estimators._base import DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.avss import Avss
@@ -697,16 +696,22 @@ def test_the_order_of_blocks_does_not_matter(any_estimator):
 # Files: every estimator has its configuration
 
 
+def of_yaml(stem: str) -> DictConfig:
+    """The YAML of one choice, in a root with the seed and with the choice that it nests in itself."""
+    config: Any = OmegaConf.load(CONF / f"{stem}.yaml")
+    for nested in config.pop("defaults", []):
+        ((name, choice),) = nested.items()
+        config[name.partition("@")[2]] = of_yaml(choice)
+    return OmegaConf.create({"estimator": config, "seed": 0}).estimator
+
+
 @pytest.mark.parametrize("stem", FILES)
 def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem):
     (cls,) = classes_of(stem)
-    register()
-    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
-        config = compose("config", [f"estimator={stem}"])
-    assert {str(key) for key in config.estimator} == {"_target_", *(field.name for field in fields(cls))}
-    required = {} if cls is Reversed else REQUIRED.get(cls, {})  # a nested choice has its own YAML
-    config.estimator.update(required)
-    estimator = instantiate(config.estimator)
+    config = of_yaml(stem)
+    assert {str(key) for key in config} == {"_target_", *(field.name for field in fields(cls))}
+    config.update({} if cls is Reversed else REQUIRED.get(cls, {}))  # a nested choice has its own YAML
+    estimator = instantiate(config)
     assert type(estimator) is cls
     assert estimator == make(cls)
     assert isinstance(estimator.needs, Request)
