@@ -210,6 +210,7 @@ def test_the_loops_are_the_definition_of_datainf(loop):
     torch.testing.assert_close(found_MN, -val_MP @ inverse_PP @ train_NP.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_path):
     plot = plot_of("pruning_smollm2")
     rng = np.random.default_rng(0)

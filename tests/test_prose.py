@@ -28,6 +28,11 @@ DENIALS = re.compile(r"(?<!there )\b(is|are) no (?!longer\b)")
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Gives every docstring with the line that it begins on."""
     for node in ast.walk(tree):
@@ -61,14 +66,13 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @every_file
 def test_docstrings_and_comments_open_with_a_verb_or_a_noun(file):
-    source = file.read_text()
-    opened = [*docstrings(ast.parse(source)), *comments(source)]
+    opened = [*docstrings(parsed(file)), *comments(file.read_text())]
     assert not [f"{line}: {text.splitlines()[0]}" for line, text in opened if OPENINGS.match(text)]
 
 
 @every_file
 def test_messages_say_is_not_a(file):
-    said = messages(ast.parse(file.read_text()))
+    said = messages(parsed(file))
     assert not [f"{line}: {text}" for line, text in said if DENIALS.search(text)]
 
 
@@ -83,7 +87,7 @@ def undocumented(file: Path) -> Iterator[str]:
     """Gives the public functions, classes and methods of a module that have no docstring and need one."""
     name = ".".join(["layerif", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
     module = importlib.import_module(name)
-    for node in ast.parse(file.read_text()).body:
+    for node in parsed(file).body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
             continue
         if ast.get_docstring(node) is None:
@@ -119,7 +123,7 @@ def protocols() -> list[type]:
     """Gives the protocols of the package."""
     found = []
     for file in FILES:
-        names = [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+        names = [node.name for node in parsed(file).body if isinstance(node, ast.ClassDef)]
         if names and not file.name.startswith("__main__"):
             path = ".".join(["layerif", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
             module = importlib.import_module(path)

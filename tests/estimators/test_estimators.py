@@ -33,6 +33,7 @@ from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.exact import Exact, exact
 from layerif.estimators.file import SavedScores
 from layerif.estimators.grad_dot import GradDot, grad_dot
+from layerif.estimators.linear_probe import LinearProbe
 from layerif.estimators.lissa import Lissa, lissa, step_bound
 from layerif.estimators.random import Random
 from layerif.estimators.reversed import Reversed
@@ -263,7 +264,7 @@ def iterated_lissa(gram: MatrixGram, lam: float, step: float, num_steps: int) ->
     return -step * u_MN
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     num_params=st.sampled_from([3, 20]),
     damping=st.floats(1e-4, 10),
@@ -635,7 +636,7 @@ def evidence(needs: Request, *, alike: bool = False, order: Sequence[int] = rang
 
 @pytest.fixture(params=ESTIMATORS, ids=lambda cls: cls.__name__)
 def any_estimator(request) -> Any:
-    return make(request.param)
+    return make(request.param, **({"folds": 2} if request.param is LinearProbe else {}))  # each fold takes long
 
 
 def test_every_estimator_names_its_layers_direction_and_source(any_estimator):

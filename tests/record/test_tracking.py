@@ -28,6 +28,8 @@ from layerif.record.text import markdown
 from layerif.record.tracking import Wandb, log_routing, tracked
 from tests.wandb_file import WandbFile
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
 ROUTED = "model.layers.2"  # the shape below gives more than one expert to this block alone
 
@@ -249,10 +251,10 @@ def test_every_logger_of_a_resumed_run_shows_it_from_the_start(whole, settings, 
 
 def test_a_run_done_again_in_its_folder_hides_what_it_logged_before(settings, tmp_path):
     for _ in range(2):
-        job([*settings, "logger=[csv,tensorboard]", "rerun=true"], tmp_path)
-    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [0, 1, 2, 3]
+        job([*settings, "logger=[csv,tensorboard]", "rerun=true", "trainer.max_steps=2"], tmp_path)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [0, 1]
     curves: Any = pd.read_csv(tmp_path / "metrics.csv")
-    assert curves["train/loss"].count() == 4
+    assert curves["train/loss"].count() == 2
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SystemExit, 1), (ValueError, 1)])
@@ -326,10 +328,11 @@ def test_disabled_leaves_nothing(tmp_path):
 
 def test_the_environment_chooses_the_mode(settings, monkeypatch):
     register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", [*settings, "logger=wandb"])
     for mode in ("online", "offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            assert compose("config", [*settings, "logger=wandb"]).logger.wandb.mode == mode
+        assert config.logger.wandb.mode == mode
 
 
 def test_a_logger_that_fails_in_the_end_loses_no_result(tmp_path, monkeypatch):
