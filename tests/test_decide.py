@@ -59,8 +59,13 @@ def test_all_forward_pass_estimators_share_one_pass(decider, monkeypatch):
     assert len(passes) == 2  # counted below another bound
 
 
-# Settings that a test needs: checkpoints that exist, few steps, outliers that a random model has.
-TOLD = {TracIn: {"learning_rates": [0.5, 0.1]}, Ila: {"num_steps": 3}, Outlier: {"multiple": 2.0}}
+# Settings that a test needs: checkpoints that exist, few steps and folds, outliers that a random model has.
+TOLD = {
+    TracIn: {"learning_rates": [0.5, 0.1]},
+    Ila: {"num_steps": 3},
+    LinearProbe: {"folds": 2},
+    Outlier: {"multiple": 2.0},
+}
 
 
 @pytest.fixture(scope="module")
