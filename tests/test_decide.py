@@ -59,8 +59,19 @@ def test_all_forward_pass_estimators_share_one_pass(decider, monkeypatch):
     assert len(passes) == 2  # counted below another bound
 
 
-# Settings that a test needs: checkpoints that exist, few steps, outliers that a random model has.
-TOLD = {TracIn: {"learning_rates": [0.5, 0.1]}, Ila: {"num_steps": 3}, Outlier: {"multiple": 2.0}}
+# Settings that a test needs: checkpoints that exist, few steps and folds, outliers that a random model has.
+TOLD = {
+    TracIn: {"learning_rates": [0.5, 0.1]},
+    Ila: {"num_steps": 3},
+    LinearProbe: {"folds": 2},
+    Outlier: {"multiple": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> Path:
+    """A folder of stores that all estimators take their evidence from: each kind is measured once in every store."""
+    return tmp_path_factory.mktemp("stores")
 
 
 @pytest.fixture(scope="module")

@@ -254,7 +254,8 @@ def test_every_logger_of_a_run_resumed_or_done_again_shows_it_from_the_start(who
 
     job([*rest, "logger=[csv,tensorboard]", "rerun=true"], tmp_path)  # done again, it hides what it logged before
     assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [1, 3]
-    assert pd.read_csv(tmp_path / "metrics.csv")["train/loss"].count() == 2
+    again: Any = pd.read_csv(tmp_path / "metrics.csv")
+    assert again["train/loss"].count() == 2
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SystemExit, 1), (ValueError, 1)])
