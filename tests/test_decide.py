@@ -74,12 +74,6 @@ def stores(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("stores")
 
 
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory) -> Path:
-    """A folder of stores that all estimators take their evidence from: each kind is measured once in every store."""
-    return tmp_path_factory.mktemp("stores")
-
-
 @pytest.mark.parametrize("cls", ESTIMATORS, ids=lambda cls: cls.__name__)
 def test_every_estimator_is_a_function_of_the_seed_and_of_no_batch_size(decider, adapters, stores, cls):
     if cls is Ekfac and find_spec("kronfluence") is None:
