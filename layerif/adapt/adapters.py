@@ -247,7 +247,10 @@ def equal_ranks(
     wanted = num_parameters(shapes, {block: Capacity(count, r) for block, count in experts.items()})
     of_rank_one = num_parameters(shapes, dict.fromkeys(shapes, Capacity(1, 1)))
     if not of_rank_one:
-        raise ValueError(f"{', '.join(targets or ())} are no layers of the blocks, over which the ranks are dealt out")
+        raise ValueError(
+            f"method.target_modules={list(targets or ())} names only layers outside the blocks, over which ranks are "
+            "dealt out; name a layer of the blocks, too"
+        )
     budget = max(len(shapes), round(Fraction(wanted * len(shapes), of_rank_one)))
     ranks = to_rank([1.0] * len(shapes), budget)
     return dict(zip(shapes, ranks, strict=True)), wanted

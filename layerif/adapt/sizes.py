@@ -14,7 +14,7 @@ from layerif.moe.model import linears_of_blocks
 # By block and by name inside it: the inputs and outputs of each linear layer that gets an adapter.
 Shapes = Mapping[str, Mapping[str, tuple[int, int]]]
 
-_BYTES = 4 * 4  # of a trained parameter: itself, its gradient and AdamW's two moments, in float32
+_BYTES = 4 * 4  # a trained parameter, its gradient and AdamW's two moments, in float32
 
 
 class Capacity(NamedTuple):

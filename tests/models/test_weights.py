@@ -202,7 +202,7 @@ def test_a_quantised_model_in_memory_is_refused_by_name():
     attention.k_proj = Linear8bitLt(32, 24, bias=False)
     attention.k_proj.weight = nn.Parameter(torch.zeros(24, 32, dtype=torch.int8), requires_grad=False)
     for use in (layer_map, matrices):
-        with pytest.raises(ValueError, match=r"1\.self_attn\.k_proj\.weight \(Linear8bitLt, torch\.int8\) is quantised"):
+        with pytest.raises(ValueError, match=r"1\.\S+k_proj\.weight \(Linear8bitLt, torch\.int8\) is quantised"):
             use(model)
     packed = nn.Module()
     packed.register_buffer("qweight", torch.zeros(4, 24, dtype=torch.int32))
