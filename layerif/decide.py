@@ -15,7 +15,7 @@ from layerif.allocate import Allocation, Allocator, FixedAllocator
 from layerif.estimators import Estimator
 from layerif.estimators._reliability import fidelity_of, split_half
 from layerif.files import hash_file
-from layerif.models.pretrained import hash_folder
+from layerif.models.weights import hash_folder
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import NotCompared
 from layerif.record.record import AllocationRecord, DecisionRecord, ScoresRecord

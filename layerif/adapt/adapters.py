@@ -10,12 +10,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
+from layerif.adapt.sizes import Capacity, adapted_shapes, num_parameters
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.rank import to_rank
 from layerif.checks import Count, NonNegative, Positive, Whole, check_fields, did_you_mean
@@ -66,6 +68,10 @@ class Adapter(ABC):
             allocation: of the kind that this adapter spends.
         """
 
+    def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
+        """Returns the experts and their rank by block, for `peft_config` of the same arguments."""
+        raise NotImplementedError
+
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         """Returns the terms that are added to the loss of the batch just run: by name, the weight and the value."""
         return {}
@@ -104,6 +110,9 @@ class LoraMoeAdapter(Adapter):
         settings = {name: getattr(self, name) for name in names}
         return LoraMoeConfig(num_experts=allocation.by_name(), task_type="CAUSAL_LM", **settings)
 
+    def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
+        return {block: Capacity(int(experts), self.r) for block, experts in allocation.by_name().items()}
+
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         return {"balance": (self.balance_coefficient, balance_loss(model))} if self.balance_coefficient else {}
 
@@ -124,6 +133,9 @@ class LoraAdapter(Adapter):
 
     def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
         return self.of_ranks(base, allocation.by_name())
+
+    def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
+        return {block: Capacity(1, int(rank)) for block, rank in allocation.by_name().items()}
 
     def of_ranks(self, base: nn.Module, ranks: Mapping[str, int]) -> PeftConfig:
         """Returns the configuration of LoRA with these ranks by block."""
@@ -156,9 +168,13 @@ class EqualLoraAdapter(LoraAdapter):
         ranks, _ = self._equal(base, allocation)
         return self.of_ranks(base, ranks)
 
+    def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
+        ranks, _ = self._equal(base, allocation)
+        return {block: Capacity(1, rank) for block, rank in ranks.items()}
+
     def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        _, num_parameters = self._equal(base, allocation)
-        return {"lora_moe": num_parameters}
+        _, wanted = self._equal(base, allocation)
+        return {"lora_moe": wanted}
 
     def _equal(self, base: nn.Module, allocation: Allocation) -> tuple[dict[str, int], int]:
         return equal_ranks(base, allocation.by_name(), r=self.r, targets=self.target_modules)
@@ -216,9 +232,6 @@ def equal_ranks(
 ) -> tuple[dict[str, int], int]:
     """Finds the ranks of plain LoRA that come nearest to the size of a LoRA-MoE.
 
-    A linear layer of I inputs and O outputs has E·r·(I + O) + E·I parameters with E > 1 experts and a router, r·(I + O)
-    with one expert, and R·(I + O) in plain LoRA of rank R.
-
     Args:
         base: the bare model, or its skeleton.
         experts: the number of experts E by block.
@@ -227,18 +240,18 @@ def equal_ranks(
 
     Returns:
         The ranks by block, and the number of parameters of the LoRA-MoE.
+
+    Raises:
+        ValueError: none of the layers is inside a block.
     """
-    endings = tuple(f".{ending}" for ending in targets or linears_of_blocks(base))
-    wanted, per_rank = 0, {}
-    for block, module in blocks(base).items():
-        sizes = [
-            (linear.in_features, linear.out_features)
-            for name, linear in module.named_modules()
-            if isinstance(linear, nn.Linear) and f".{block}.{name}".endswith(endings)
-        ]
-        per_rank[block] = sum(map(sum, sizes))
-        routers = sum(inputs for inputs, _ in sizes) * experts[block] if experts[block] > 1 else 0
-        wanted += experts[block] * r * per_rank[block] + routers
-    budget = max(len(per_rank), round(wanted * len(per_rank) / sum(per_rank.values())))
-    ranks = to_rank([1.0] * len(per_rank), budget)
-    return dict(zip(per_rank, ranks, strict=True)), wanted
+    shapes = adapted_shapes(base, targets)
+    wanted = num_parameters(shapes, {block: Capacity(count, r) for block, count in experts.items()})
+    of_rank_one = num_parameters(shapes, dict.fromkeys(shapes, Capacity(1, 1)))
+    if not of_rank_one:
+        raise ValueError(
+            f"method.target_modules={list(targets or ())} names only layers outside the blocks, over which ranks are "
+            "dealt out; name a layer of the blocks, too"
+        )
+    budget = max(len(shapes), round(Fraction(wanted * len(shapes), of_rank_one)))
+    ranks = to_rank([1.0] * len(shapes), budget)
+    return dict(zip(shapes, ranks, strict=True)), wanted

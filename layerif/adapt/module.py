@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from types import MethodType
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layerif.adapt.adapters import Adapter, adapter_of
+from layerif.adapt.sizes import adapted_shapes, check_memory, num_parameters, too_large_rank
 from layerif.allocate.allocation import Allocation
 from layerif.checks import did_you_mean
 from layerif.models.blocks import blocks
@@ -87,6 +90,10 @@ class AdapterModule(L.LightningModule):
             )
         base = self.base_model()
         config = self.adapter.peft_config(base, self.allocation)
+        shapes = adapted_shapes(base, self.adapter.target_modules)
+        if too_large := too_large_rank(shapes, self.adapter.capacities(base, self.allocation)):
+            # Equal scores asked for less, so this is what these scores ask for: a waste and no error.
+            warnings.warn(f"{too_large}; what the scores give it beyond that is wasted", RuntimeWarning, stacklevel=2)
         self.compared = self.adapter.compared(base, self.allocation)
         if self.adapter.gradient_checkpointing:
             _checkpoint_blocks(base)
@@ -155,16 +162,28 @@ class AdapterModule(L.LightningModule):
         set_peft_model_state_dict(self.model, checkpoint["state_dict"])
 
 
-def check_fits(adapter: Adapter, skeleton: nn.Module, allocation: Allocation) -> None:
+def check_fits(
+    adapter: Adapter,
+    skeleton: nn.Module,
+    allocation: Allocation,
+    *,
+    free: float = math.inf,
+    where: str = "method",
+    budget: str = "allocator.budget",
+) -> None:
     """Puts the adapter on a model without weights, so that an impossible one is refused before any pass over the data.
 
     Args:
         adapter: the kind of adapter with its settings.
         skeleton: the bare model on the meta device; the adapter stays on it.
         allocation: of the kind that the adapter spends.
+        free: bytes of memory that its training may take.
+        where: the adapter's settings are called on the command line, before the dot.
+        budget: the setting of the budget that is spent.
 
     Raises:
-        ValueError: a target names nothing, which PEFT itself leaves out in silence, or PEFT refuses the adapter.
+        ValueError: a target names nothing, which PEFT itself leaves out in silence, a rank is larger than a layer can
+            use, the adapter does not fit into the memory that is free, or PEFT refuses it.
     """
     known = [name for name, _ in skeleton.named_modules()]
     for target in adapter.target_modules or ():
@@ -172,9 +191,15 @@ def check_fits(adapter: Adapter, skeleton: nn.Module, allocation: Allocation) ->
             linears = linears_of_blocks(skeleton)
             near = did_you_mean(target, [*linears, *(name.rpartition(".")[2] for name in linears)])
             raise ValueError(
-                f"method.target_modules holds {target!r}, which is not a layer of this model{near}; its blocks have "
+                f"{where}.target_modules holds {target!r}, which is not a layer of this model{near}; its blocks have "
                 f"{', '.join(linears)} (null: all of them)"
             )
+    shapes, capacities = adapted_shapes(skeleton, adapter.target_modules), adapter.capacities(skeleton, allocation)
+    larger_by = [f"{where}.r", budget] if hasattr(adapter, "r") else [budget]
+    advice = f"lower {' or '.join(larger_by)}, or name fewer layers in {where}.target_modules"
+    if too_large := too_large_rank(shapes, capacities):
+        raise ValueError(f"{too_large}; {advice}")
+    check_memory(num_parameters(shapes, capacities), free, advice=advice)
     with torch.device("meta"):
         get_peft_model(skeleton, adapter.peft_config(skeleton, allocation))  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,10 @@ def train(
     start = time.perf_counter()
     trainer.ckpt_path = _unfinished(checkpoints, record)
     run_trainer(trainer, module, data)
+    if trainer.global_step == 0:
+        raise ValueError(
+            f"training ended before its first step; is there a limit of time among trainer's settings? {_UNTRAINED}"
+        )
     record.seconds["fit"] = curves.seconds_before + time.perf_counter() - start - influence.seconds
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
@@ -112,6 +117,67 @@ def train(
     if trainer.is_global_zero:
         model.save_pretrained(folder / "adapter")
     return model.to(trainer.strategy.root_device)
+
+
+def check_training(trainer: L.Trainer, data: TaskDataModule, fit: Fit, *, measure_validation: bool = False) -> None:
+    """Refuses a training without a step or without an end, and validations that cannot be, before any work.
+
+    Args:
+        trainer: with the settings of the one that `train` will make.
+        data: the task's batches.
+        fit: which adapter to keep.
+        measure_validation: the validation loss of the kept adapter is asked for.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    data.trainer = trainer
+    if trainer.max_epochs == trainer.max_steps == -1:
+        raise ValueError("trainer.max_epochs=-1 trains without end; give trainer.max_steps, or a number of epochs")
+    for setting in ("max_epochs", "max_steps"):
+        if getattr(trainer, setting) == 0:
+            raise ValueError(f"trainer.{setting}=0 trains nothing; {_UNTRAINED}")
+    num_batches = _num_batches(trainer, "train", len(data.train_dataloader()))
+    if num_batches == 0:
+        raise ValueError(f"trainer.limit_train_batches={trainer.limit_train_batches} trains nothing; {_UNTRAINED}")
+    num_validated = _num_batches(trainer, "val", len(data.val_dataloader()))
+    if num_validated == 0:
+        if fit.keep == "best" or measure_validation:
+            asked = "fit.keep=best" if fit.keep == "best" else "objective=validation/loss"
+            raise ValueError(
+                f"{asked} needs a validation, and trainer.limit_val_batches={trainer.limit_val_batches} leaves none; "
+                "use trainer.limit_val_batches=1.0"
+            )
+        return
+    # Between two validations; a share of an epoch is a float and always fits.
+    interval = getattr(trainer, "val_check_interval", None)
+    most = num_batches if trainer.check_val_every_n_epoch is not None else math.inf
+    if isinstance(interval, int) and not 1 <= interval <= most:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} is not a number of batches of an epoch, which has {num_batches}; "
+            f"use 1 to {num_batches}, a share such as 1.0 (the end of the epoch), or trainer.limit_val_batches=0 for "
+            "no validation"
+        )
+
+
+_UNTRAINED = "give at least 1, or use method=none with evaluation.before=true for the model as it is"
+
+
+def _num_batches(trainer: L.Trainer, part: Literal["train", "val"], available: int) -> int:
+    """Counts the batches of an epoch, as Lightning limits them: by a number, or by a share.
+
+    Raises:
+        ValueError: the share is less than one batch.
+    """
+    limit = getattr(trainer, f"limit_{part}_batches")
+    if isinstance(limit, int):
+        return min(limit, available)
+    if 0 < limit * available < 1:
+        raise ValueError(
+            f"trainer.limit_{part}_batches={limit} of {available} batches is less than one; use at least "
+            f"{1 / available:.2g}, or a whole number of batches"
+        )
+    return int(limit * available)
 
 
 def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:

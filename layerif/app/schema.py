@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -91,6 +92,7 @@ def check(config: DictConfig) -> None:
     check_root(config)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
+    check_plain(plain)
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     if plain.get("small") and choices.get("experiment") == choices.get("arm") == "none":
         raise ValueError(
@@ -113,6 +115,30 @@ def check(config: DictConfig) -> None:
         )
     for path, node in _targets(plain):
         _check_node(path, node)
+
+
+def check_plain(node: Any, path: str = "") -> None:
+    """Refuses a value that JSON cannot hold, because the record of the run could not be written.
+
+    Args:
+        node: a value, or dictionaries and lists of values.
+        path: of the node in the configuration.
+
+    Raises:
+        ValueError: names the first such value: an infinity, say, or bytes.
+    """
+    if isinstance(node, dict):
+        for key, value in node.items():
+            inside = f"{path}.{key}" if path else str(key)
+            check_plain(key, inside)
+            check_plain(value, inside)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            check_plain(value, f"{path}[{index}]")
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{path}={node} is not allowed; allowed: a finite number")
+    elif not isinstance(node, str | int | float | None):
+        raise ValueError(f"{path}={node!r} is not allowed; allowed: a text, a number, true, false or null")
 
 
 def check_size(*, small: bool, size: str) -> None:
@@ -188,8 +214,6 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
 
     if value == MISSING:
         raise ValueError(f"{path} has no value: give one with {path}=…")
-    if value != value:
-        raise ValueError(f"{path}=nan is not allowed; allowed: a number")
     try:
         TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticUserError:  # a type of another library

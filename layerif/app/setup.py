@@ -22,6 +22,7 @@ from layerif.decide import Decider
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
+from layerif.models.memory import free_bytes
 from layerif.models.pretrained import Pretrained
 from layerif.probe.store import Store
 
@@ -49,6 +50,7 @@ class Setup:
         self.method: Method = instantiate(config.method, _convert_="all")
         self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
         self.fit: Fit = instantiate(config.fit)
+        self.model.check()
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
         score_task: Task | None = instantiate(config.score_task) if config.score_task else None
@@ -84,9 +86,16 @@ class Setup:
                 hashes[setting] = hash_file(Path(path))
         return hashes
 
+    @cached_property
     def datamodule(self) -> TaskDataModule:
-        """Makes the batches of the task for fine-tuning."""
+        """The batches of the task for fine-tuning."""
         return instantiate(self.config.data)(self.splits, self.tokenizer)
+
+    @property
+    def free_for_training(self) -> int:
+        """The bytes that are free for training, on the devices of all processes among which a model is spread."""
+        decider = self.decider
+        return free_bytes(decider.device) * (decider.num_processes if decider.spread else 1)
 
     @cached_property
     def loggers(self) -> list[Logger]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerif.layers import LayerMap
+from layerif.models.quantised import refuse_quantised_block
 
 Scope = Literal["attention", "mlp", "all"]
 Parameters = Literal["weights", "lora"]
@@ -60,7 +61,8 @@ def layer_map(
         skip_unsupported: leave out matrices in scope that are not linear layers, such as fused experts.
 
     Raises:
-        ValueError: a block has no linear layer in scope, or a matrix that is not a linear layer and is not skipped.
+        ValueError: a block has quantised weights, no linear layer in scope, or a matrix that is not a linear layer and
+            is not skipped.
     """
     found = blocks(model)
     if not found:
@@ -70,6 +72,7 @@ def layer_map(
         )
     names, params, numel = [], [], []
     for block_name, block in found.items():
+        refuse_quantised_block(block_name, block)
         matrices = {
             f"{block_name}.{name}.weight": module.weight
             for name, module in (linears(block, scope) if parameters == "weights" else _lora_linears(block, scope))

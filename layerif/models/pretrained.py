@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from layerif.checks import check_fields
+from layerif.checks import check_choice, check_fields
 from layerif.compat import hub_commit
-from layerif.files import hash_files
+from layerif.files import hash_files, read_json
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.checkpoints import refuse_other_adapter, refuse_other_shapes, shapes_of
+from layerif.models.quantised import refuse_quantised_config
+from layerif.models.weights import hash_folder, model_files, refuse_incomplete
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -69,24 +72,53 @@ class Pretrained(ABC):
 
     def layers(self) -> LayerMap:
         """Returns all blocks with all their linear layers, without loading weights."""
-        return _remembered(_layers, self)
+        return _remembered(_layers_and_vocabulary, self)[0]
+
+    def check(self) -> None:
+        """Checks configuration, tokenizer and adapter against one another, without loading weights.
+
+        Raises:
+            ValueError: the model cannot be built or is quantised, its vocabulary lacks ids of the tokenizer, or the
+                adapter is of another model.
+        """
+        _, num_embeddings = _remembered(_layers_and_vocabulary, self)
+        _check_vocabulary(self.location()[0], self.tokenizer(), num_embeddings)
+        if self.adapter:
+            refuse_other_adapter(self, Path(self.adapter))
 
     def load(self) -> PreTrainedModel:
-        """Loads the model with its adapter on the CPU, in evaluation mode."""
+        """Loads the model with its adapter on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: the files do not hold exactly the weights of this model, see `refuse_incomplete`, or the adapter
+                is of another model.
+        """
         from transformers import AutoModelForCausalLM
 
         where, revision = self.location()
+        self._config()
+        if Path(where).is_dir():
+            model_files(Path(where))
         with _readable(where):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 where,
                 revision=revision,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=self.attention,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that `found` says which
             )
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts it on the model without a word
+            raise ValueError(
+                f"cannot load {where!r}: there is an adapter beside the model (adapter_config.json); move the adapter "
+                "into a folder of its own, and name that with model.adapter=/folder"
+            )
+        refuse_incomplete(where, model, found)
         if self.adapter:
             from peft import PeftModel
 
+            refuse_other_adapter(self, Path(self.adapter))
             return PeftModel.from_pretrained(model, self.adapter).eval()  # type: ignore[return-value]
         return model.eval()
 
@@ -96,22 +128,44 @@ class Pretrained(ABC):
         Args:
             with_adapter: add the adapter, as `load` does.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        from transformers import AutoModelForCausalLM
 
-        where, revision = self.location()
-        with _readable(where), torch.device("meta"):
-            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-            is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # transformers would take it silently
-            if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
-                raise ValueError(f"the architecture {config.model_type} has an encoder")
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype), trust_remote_code=False)
+        config = self._config()
+        with _readable(self.location()[0]), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation="eager",  # which every machine has; it never runs
+                trust_remote_code=False,
+            )
         if not with_adapter or self.adapter is None:
             return model
         from peft import PeftConfig, get_peft_model
 
         with torch.device("meta"):
             return get_peft_model(model, PeftConfig.from_pretrained(self.adapter))  # type: ignore[return-value]
+
+    def _config(self) -> PreTrainedConfig:
+        """Reads the configuration, and refuses one that is not of a causal language model that can be measured."""
+        from transformers import AutoConfig
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        if "/" not in self.attention:  # a kernel of the hub, which transformers looks up
+            check_choice("model.attention", self.attention, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()))
+        where, revision = self.location()
+        if (file := Path(where, "config.json")).is_file():
+            _check_sizes(file)
+        with _readable(where):
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+            is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # transformers would take it silently
+            if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
+                raise ValueError(f"the architecture {config.model_type} has an encoder")
+            if (names := config.architectures or ()) and all(name.endswith(_OTHER_HEADS) for name in names):
+                raise ValueError(f"it is a {names[0]}, which has no head that predicts the next token")
+            _check_heads(config.get_text_config())
+        refuse_quantised_config(where, config)
+        return config
 
     def at(self, checkpoint: str) -> Pretrained:
         """Returns this model at a saved checkpoint, without loading weights of the model.
@@ -132,7 +186,7 @@ class Pretrained(ABC):
                 "written by save_pretrained, PEFT adapters or whole models"
             )
         found = LocalModel(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
-        refuse_other_shapes(checkpoint, shapes_of(found.skeleton()), shapes_of(self.skeleton()))
+        refuse_other_shapes(f"the checkpoint {checkpoint!r}", shapes_of(found.skeleton()), shapes_of(self.skeleton()))
         return found
 
 
@@ -205,28 +259,60 @@ def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
-def _layers(model: Pretrained) -> LayerMap:
-    return layer_map(model.skeleton(), scope="all", skip_unsupported=True)
+def _layers_and_vocabulary(model: Pretrained) -> tuple[LayerMap, int]:
+    """Returns the layers, and the number of token ids that the model has an embedding for."""
+    skeleton = model.skeleton()
+    layers = layer_map(skeleton, scope="all", skip_unsupported=True)
+    return layers, skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[index, union-attr]
 
 
-def hash_folder(folder: Path) -> str:
-    """Computes the SHA-256 of the names and contents of a model folder's configuration and weight files."""
-    files = sorted(
-        file for file in folder.glob("*") if file.name in _CONFIGS or file.suffix in {".safetensors", ".bin", ".gguf"}
-    )
-    if not files:
+def _check_vocabulary(where: str, tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """Refuses a tokenizer with ids that the model has no embedding for.
+
+    An added token that no text holds by chance may lie beyond them: `<image_soft_token>` does in Gemma 3.
+    """
+    added: list[int] = [id for id in getattr(tokenizer, "added_tokens_decoder", {}) if id >= num_embeddings]
+    used = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    beyond = [f"the {name} token is {id}" for name, id in used.items() if id in added]
+    if tokenizer.vocab_size > num_embeddings:
+        beyond.insert(0, f"its ids reach {tokenizer.vocab_size - 1}")
+    if beyond:
         raise ValueError(
-            f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors"
+            f"the tokenizer of {where!r} does not fit its model: {beyond[0]}, and the model has embeddings for the ids "
+            f"below {num_embeddings} (vocab_size in config.json); give the tokenizer that the model was trained with"
         )
-    return hash_files(files)
 
 
-_CONFIGS = {"config.json", "adapter_config.json"}
+def _check_sizes(file: Path) -> None:
+    """Refuses a config.json that is no object, or that has a size of zero, which transformers would divide by."""
+    content = read_json(file, what="model configuration")
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"model configuration {str(file)!r} must hold an object, got a {type(content).__name__}; give a folder "
+            "written by save_pretrained"
+        )
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        size = content.get(name, 1)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"model configuration {str(file)!r}: {name}={size} is not allowed; allowed: at least 1")
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Refuses query heads that cannot be dealt out to the key heads; transformers finds out in the forward pass."""
+    queries, keys = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(queries, int) and isinstance(keys, int) and queries % keys:
+        raise ValueError(f"num_attention_heads={queries} is not a multiple of num_key_value_heads={keys}")
+
+
+# Ends of the names of classes whose files may hold everything but the head of a language model.
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
 
 class _readable:
-    """Turns the many errors of the loaders into one that says what to do."""
+    """Turns every error of the loaders into one that says what to do; files are the user's, whatever they raise."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -241,12 +327,22 @@ class _readable:
                 "(a folder: model=local model.path=/folder; a hub model: model=hub model.name=org/name, online, or "
                 "downloaded before and with HF_HUB_OFFLINE=1, which waits for no network)"
             ) from error
-        if isinstance(error, ValueError | KeyError | ImportError | SafetensorError):
+        if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise ValueError(
-                f"cannot load {self.where!r}: {_first_line(error)}; supported are decoder-only language models whose "
+                f"cannot load {self.where!r}: {_reason(error)}; supported are decoder-only language models whose "
                 "architecture this version of transformers holds itself (no trust_remote_code), in files that are whole"
             ) from error
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def _reason(error: Exception) -> str:
+    """Words an error of a loader; the kind of error is left out where the text says enough."""
+    if isinstance(error, StrictDataclassError):  # transformers' own check of a configuration; the cause stands last
+        return str(error).strip().splitlines()[-1].partition(": ")[2].rstrip(".")
+    said = _first_line(error)
+    if isinstance(error, ValueError | ImportError | RuntimeError | SafetensorError):
+        return said
+    return f"config.json and files make no model ({type(error).__name__}: {said})"

@@ -9,6 +9,7 @@ from torch import nn
 
 from layerif.checks import did_you_mean, is_number
 from layerif.models.blocks import bare, blocks, linears
+from layerif.models.quantised import refuse_quantised_block
 from layerif.pruning import Pruner
 from layerif.pruning.mask import check_width, counts, kept_of_m
 
@@ -70,10 +71,11 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns every linear layer inside the blocks by its full name.
 
     Raises:
-        ValueError: a block has a matrix that is not a linear layer, or two layers share a weight.
+        ValueError: a block has quantised weights or a matrix that is not a linear layer, or two layers share a weight.
     """
     found: dict[str, nn.Linear] = {}
     for block_name, block in blocks(model).items():
+        refuse_quantised_block(block_name, block)
         inside = dict(linears(block))
         for name, module in block.named_modules():
             for kind, parameter in module.named_parameters(recurse=False):

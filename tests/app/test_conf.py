@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from layerif.app import help
 from layerif.app.main import main
 from layerif.app.overrides import with_size
-from layerif.app.schema import check, check_size, register
+from layerif.app.schema import check, check_plain, check_size, register
 from layerif.files import conf_folder
 from layerif.record.job import folder_name, identity, settings_of
 
@@ -96,7 +96,9 @@ def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experi
         ("task.drop_overlap=no", "task.drop_overlap='no' is not allowed; allowed: true or false"),
         ("probe.num_train=1e2", r"probe.num_train=100\.0 is not allowed; allowed: a whole number"),
         ("method.top_k=true", "method.top_k=True is not allowed; allowed: a whole number"),
-        ("method.learning_rate=nan", "method.learning_rate=nan is not allowed; allowed: a number"),
+        ("method.learning_rate=nan", "method.learning_rate=nan is not allowed; allowed: a finite number"),
+        ("trainer.gradient_clip_val=inf", "trainer.gradient_clip_val=inf is not allowed; allowed: a finite number"),
+        ("+logger.csv={prefix:[a,-inf]}", r"logger.csv.prefix\[1\]=-inf is not allowed; allowed: a finite number"),
         ("fit.patience=2.5", r"fit.patience=2\.5 is not allowed; allowed: a whole number, null"),
         ("method.target_modules=q_proj", "method.target_modules='q_proj' is not allowed; allowed: a list, null"),
         ("seed=-1", "seed=-1 is not allowed; allowed: a whole number from 0 to 4294967295"),
@@ -114,6 +116,13 @@ def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experi
 def test_values_are_checked_against_the_signature(override, message):
     with pytest.raises(ValueError, match=message):
         check(composed(override))
+
+
+@pytest.mark.parametrize("value", [{"key": [b"bytes"]}, {1e400: 1}, {"key": Path("a")}, float("nan"), {1, 2}])
+def test_what_json_cannot_hold_is_refused(value):
+    with pytest.raises(ValueError, match=r"trainer\S*=.* is not allowed; allowed: a "):
+        check_plain(value, "trainer")
+    check_plain({"key": [1, 2.5, None, True, "text"], 3: {}}, "trainer")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from layerif.adapt.adapters import Adapter
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule, check_fits
-from layerif.adapt.train import train
+from layerif.adapt.train import check_training, train
 from layerif.app.methods._steps import evaluate, keeping
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
@@ -23,11 +23,12 @@ class FineTune:
     fine_tunes: ClassVar[bool] = True
 
     def check(self, setup: Setup) -> None:
-        check_fits(self._adapter, setup.model.skeleton(), setup.decider.preview())
+        check_fits(self._adapter, setup.model.skeleton(), setup.decider.preview(), free=setup.free_for_training)
         self._module(setup)
+        check_fit(setup)
 
     def preview(self, setup: Setup) -> dict[str, str]:
-        data = setup.datamodule()
+        data = setup.datamodule
         cut = f"{data.train.num_truncated} samples cut at {setup.config.data.max_length} tokens"
         return {"fit": f"{len(data.train)} samples in batches of {data.batch_size}, {cut}"}
 
@@ -48,15 +49,28 @@ class FineTune:
         return cast(Adapter, self)
 
 
+def check_fit(setup: Setup) -> None:
+    """Refuses settings of trainer and data with which `fit` would train nothing, never end, or fail after the scores.
+
+    Raises:
+        ValueError: see `layerif.adapt.train.check_training`.
+    """
+    check_training(setup.trainer([], Path()), setup.datamodule, setup.fit, measure_validation=_asks_for_loss(setup))
+
+
 def fit(setup: Setup, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
     """Trains an adapter with the configuration's trainer and data, see `layerif.adapt.train.train`."""
     return train(
         module,
-        setup.datamodule(),
+        setup.datamodule,
         influence,
         setup.fit,
         lambda callbacks: setup.trainer(callbacks, folder),
         record,
         folder,
-        measure_validation=setup.config.get("objective") == "validation/loss",
+        measure_validation=_asks_for_loss(setup),
     )
+
+
+def _asks_for_loss(setup: Setup) -> bool:
+    return setup.config.get("objective") == "validation/loss"

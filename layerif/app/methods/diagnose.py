@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
+from layerif.adapt.sizes import Capacity, adapted_shapes, too_large_rank
 from layerif.adapt.train import CHECKPOINTS
 from layerif.app.methods._steps import keep, loader
 from layerif.app.setup import Setup
@@ -94,6 +95,7 @@ class Diagnose:
                 raise ValueError(
                     f"probe.num_{part} must be at least {LEAST_ROWS} for method=diagnose: fewer rows rank nothing"
                 )
+        self._check_rank(setup)
         left_out_sets(self.num_train, self._num_left_out, self.subsets, seed=decider.seed)
         flip(decider.chosen("train"), self.flipped, seed=decider.seed)
 
@@ -120,6 +122,13 @@ class Diagnose:
         plots.plot(found, folder)
         record.metrics |= text.headline_metrics(found)
         print(text.report_summary(found))
+
+    def _check_rank(self, setup: Setup) -> None:
+        skeleton = setup.model.skeleton()
+        targets = [param.removesuffix(".weight") for param in setup.decider.measured_layers(skeleton).matrices]
+        shapes = adapted_shapes(skeleton, targets)
+        if too_large := too_large_rank(shapes, dict.fromkeys(shapes, Capacity(1, self.r))):
+            raise ValueError(f"{too_large}; lower method.r")
 
     @property
     def _num_left_out(self) -> int:

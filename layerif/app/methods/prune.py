@@ -18,7 +18,7 @@ from layerif.adapt.module import AdapterModule, check_fits
 from layerif.adapt.train import run_trainer
 from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
-from layerif.app.methods._finetune import fit
+from layerif.app.methods._finetune import check_fit, fit
 from layerif.app.methods._steps import evaluate, keeping
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
@@ -123,8 +123,15 @@ class Prune:
         if decider.num_processes > 1:
             raise ValueError(f"pruning works on one device, got {decider.num_processes}; use trainer.devices=1")
         if self.recover != "none":
-            setup.datamodule()
-            check_fits(self._recovery_adapter, skeleton, self._recovery_preview(decider, skeleton))
+            check_fit(setup)
+            check_fits(
+                self._recovery_adapter,
+                skeleton,
+                self._recovery_preview(decider, skeleton),
+                free=setup.free_for_training,
+                where="method.adapter",
+                budget="method.experts.budget",
+            )
 
     def preview(self, setup: Setup) -> dict[str, str]:
         found = matrices(setup.model.skeleton())

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from layerif.files import whole
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
+from layerif.models.memory import free_bytes
 from layerif.probe.grams import products
 from layerif.probe.grams.factors import Side, capture_factors, inputs_read_together
 from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload, passes
@@ -163,11 +163,11 @@ def budget(
         The bytes on the device, and those of main memory for factors that are moved there; 0 if that is the device.
     """
     is_cuda = device.type == "cuda"
-    host = (psutil.virtual_memory().available - (0 if is_cuda else model)) / 2 / num_processes
+    host = (free_bytes("cpu") - (0 if is_cuda else model)) / 2 / num_processes
     if not is_cuda:
         return (host if memory_gb is None else memory_gb * 1e9), 0.0
     # A GPU is not shared, and the autograd graph of a batch needs far less than the rest.
-    free = (torch.cuda.mem_get_info(device)[0] - model) * 0.85
+    free = (free_bytes(device) - model) * 0.85
     return (free if memory_gb is None else memory_gb * 1e9), host
 
 

@@ -1,0 +1,96 @@
+"""The size of an adapter, counted from the shapes of the layers that it is put on, before any part of it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from layerif.models.blocks import blocks
+from layerif.moe.model import linears_of_blocks
+
+# By block and by name inside it: the inputs and outputs of each linear layer that gets an adapter.
+Shapes = Mapping[str, Mapping[str, tuple[int, int]]]
+
+_BYTES = 4 * 4  # a trained parameter, its gradient and AdamW's two moments, in float32
+
+
+class Capacity(NamedTuple):
+    """The experts of a block, one in plain LoRA, and the rank of each."""
+
+    experts: int
+    rank: int
+
+
+def adapted_shapes(base: nn.Module, targets: Sequence[str] | None) -> Shapes:
+    """Finds the linear layers of the blocks that get an adapter.
+
+    Args:
+        base: the bare model, or its skeleton.
+        targets: names of the layers; None: every linear layer of the blocks.
+    """
+    endings = tuple(f".{ending}" for ending in targets or linears_of_blocks(base))
+    return {
+        block: {
+            name: (linear.in_features, linear.out_features)
+            for name, linear in module.named_modules()
+            if isinstance(linear, nn.Linear) and f".{block}.{name}".endswith(endings)
+        }
+        for block, module in blocks(base).items()
+    }
+
+
+def num_parameters(shapes: Shapes, capacities: Mapping[str, Capacity]) -> int:
+    """Counts the parameters of an adapter.
+
+    A linear layer of I inputs and O outputs has E·r·(I + O) + E·I with E > 1 experts and a router, r·(I + O) with one.
+
+    Args:
+        shapes: of the layers with an adapter.
+        capacities: by block.
+    """
+    total = 0
+    for block, layers in shapes.items():
+        experts, rank = capacities[block]
+        for inputs, outputs in layers.values():
+            total += experts * rank * (inputs + outputs) + (experts * inputs if experts > 1 else 0)
+    return total
+
+
+def too_large_rank(shapes: Shapes, capacities: Mapping[str, Capacity]) -> str | None:
+    """Says which layer has a rank above its smaller side, where a larger rank adds nothing; None where none has."""
+    for block, layers in shapes.items():
+        for name, sides in layers.items():
+            if capacities[block].rank > min(sides):
+                return (
+                    f"a rank of {_count(capacities[block].rank)} is more than {block}.{name} can use: it has "
+                    f"{sides[0]} inputs and {sides[1]} outputs, so {min(sides)} is full rank"
+                )
+    return None
+
+
+def check_memory(num_trained: int, free: float, *, advice: str) -> None:
+    """Refuses an adapter whose training needs more memory than there is.
+
+    Args:
+        num_trained: its parameters.
+        free: bytes.
+        advice: says what to do.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    needed = _BYTES * num_trained
+    if needed > free:
+        raise ValueError(
+            f"the adapter would have {_count(num_trained)} parameters, whose training takes "
+            f"{_count(needed // 10**9)} GB (the weights, their gradients and AdamW's two moments in float32), and "
+            f"{free / 1e9:.3g} GB are free; {advice}"
+        )
+
+
+def _count(number: int) -> str:
+    """Writes a number with separators, or as a power of ten where nobody would count its digits."""
+    return f"{number:,}" if number < 10**18 else f"about 10^{math.log10(number):.0f}"
