@@ -68,9 +68,9 @@ class Adapter(ABC):
             allocation: of the kind that this adapter spends.
         """
 
+    @abstractmethod
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
         """Returns the experts and their rank by block, for `peft_config` of the same arguments."""
-        raise NotImplementedError
 
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         """Returns the terms that are added to the loss of the batch just run: by name, the weight and the value."""
