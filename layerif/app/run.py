@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from layerif.app.schema import check
 from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
 from layerif.data.batches import output_text, prompt_text
+from layerif.files import held
 from layerif.models.blocks import layer_map
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
@@ -45,6 +46,7 @@ def run(config: DictConfig) -> float | None:
 
     Raises:
         ValueError: the user can mend it. It is raised before any work where that is possible.
+        InUse: another run works in the folder.
     """
     check(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -54,6 +56,13 @@ def run(config: DictConfig) -> float | None:
         _check_method(setup)
         preview(setup, folder)
         return None
+    # The processes of one run share its folder, and the first one holds it.
+    with held(folder) if rank_zero_only.rank == 0 else nullcontext():
+        return _run_in(folder, setup)
+
+
+def _run_in(folder: Path, setup: Setup) -> float | None:
+    config = setup.config
     record = RunRecord(
         name=config.name,
         seed=config.seed,
@@ -78,6 +87,10 @@ def run(config: DictConfig) -> float | None:
         if not is_swept():  # the jobs of a sweep find their folders again by themselves
             print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
             sys.exit(130)
+        raise
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say where
+            error.filename = str(folder)
         raise
     if rank_zero_only.rank > 0:  # the first process keeps the record for all
         return None

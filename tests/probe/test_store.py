@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
+from layerif.files import load_tensors, save_tensors
 from layerif.layers import LayerMap
-from layerif.probe import store as store_module
 from layerif.probe.ekfac import INFLUENCES
 from layerif.probe.gates import GATES
 from layerif.probe.grams.request import GRAMS
@@ -104,11 +102,8 @@ def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path):
 
 def rewritten(file: Path, change) -> None:
     """The file with another header, its checksum as it should be."""
-    with safe_open(file, framework="pt") as opened:
-        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    header.pop("checksum")
-    header = change(header)
-    save_file(tensors, file, metadata={**header, "checksum": store_module._checksum(tensors, header)})
+    tensors, header = load_tensors(file)
+    save_tensors(tensors, file, change(header), advice="")
 
 
 @pytest.mark.parametrize(
