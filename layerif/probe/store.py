@@ -138,6 +138,9 @@ class Store:
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=4)
             return None
+        shutil.rmtree(
+            self.partial(file.stem), ignore_errors=True
+        )  # there if its job died right after it wrote the file
         self._note(kind, file.stem, reused=True, seconds=seconds)
         return measured
 

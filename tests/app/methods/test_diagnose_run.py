@@ -32,6 +32,7 @@ from layerif.probe.settings import Probe
 from layerif.probe.store import Store
 from layerif.record.record import RunRecord
 from tests.command import run_layerif
+from tests.damage import flip
 from tests.tiny import tiny_model
 
 RECIPE = Recipe(steps=4, batch_size=4, learning_rate=1e-2, r=2)
@@ -136,6 +137,26 @@ def test_what_is_retrained_is_kept_and_a_stop_between_changes_nothing(decider, t
 
     again = replace(stopped, model=never)
     np.testing.assert_array_equal(again.losses()[2], left_out)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "num_trained"), [("losses-0-without-1.json", 1), ("adapter-0/adapter_model.safetensors", 1)]
+)
+def test_a_retraining_that_was_damaged_is_done_again(decider, tmp_path, monkeypatch, damaged, num_trained):
+    kept = retrainings(decider, tmp_path / "work", seeds=[0])
+    whole, grams = kept.losses(), kept.grams()[0]
+    flip(tmp_path / "work" / damaged, -5)
+    calls: list[object] = []
+    train = Retrainer.__call__
+    monkeypatch.setattr(
+        Retrainer, "__call__", lambda self, left_out=(): [calls.append(left_out), train(self, left_out)][1]
+    )
+    with pytest.warns(UserWarning, match="damaged and is trained again"):
+        again = kept.losses()
+    assert len(calls) == num_trained
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert kept.grams()[0].fingerprint == grams.fingerprint
 
 
 def test_the_grams_at_an_adapter_are_those_of_its_file(decider, tmp_path):
