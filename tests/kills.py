@@ -192,6 +192,19 @@ WORKS = {
             *_PRUNING,
         )
     ),
+    "diagnose": Work(
+        (
+            "method=diagnose",
+            "logger=none",
+            "method.num_train=12",
+            "method.num_validation=6",
+            "method.subsets=4",
+            "method.seeds=1",
+            "method.steps=2",
+            "method.batch_size=4",
+            "method.resamples=20",
+        )
+    ),
     "probe": Work(("method=none", "probe.scope=all", "probe.offload=disk", "probe.batch_size=4")),
     "sweep": Work(("trainer.max_steps=2", "seed=0,1"), swept=True),
 }
@@ -227,4 +240,5 @@ _READ: dict[str, Callable[[Path], Any]] = {
     ".safetensors": _tensors,
     ".csv": Path.read_text,
     ".json": Path.read_text,
+    ".md": Path.read_text,
 }

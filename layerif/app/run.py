@@ -75,6 +75,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
     is_same = before is not None and before.identity == record.identity
     if before is not None and is_same and config.rerun is not True and not (folder / FAILURE).exists():
         log.info("already done and not run again (rerun=true would run it): %s", folder / FILE)
+        _remove_parts(folder)  # there if the run was killed right after it wrote its record
         return before.objective
     _check_method(setup)
     if before is not None and not is_same and rank_zero_only.rank == 0:
@@ -97,8 +98,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
     record.measurements = setup.decider.store.taken
     record.memory_gb = _peak_memory()
     file = record.write(folder)
-    for name in (CHECKPOINTS, BLOCKS):  # only a run that was killed before it wrote its record needs them
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove_parts(folder)
     if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)
     log.info("record: %s", file)
@@ -162,6 +162,13 @@ def _execute(setup: Setup, record: RunRecord, folder: Path) -> None:
     if setup.splits.num_dropped:
         record.notes.append(f"{setup.splits.num_dropped} rows dropped from train and validation: repeated")
     setup.method.run(setup, record, folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what only a run that was killed before it wrote its record needs."""
+    if rank_zero_only.rank == 0:
+        for name in (CHECKPOINTS, BLOCKS):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class _FirstTime(logging.Filter):
