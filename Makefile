@@ -1,18 +1,19 @@
 # One environment in .venv, made by whatever target comes first. `make help` lists the targets.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-TESTS := not gpu and not docs and not slow
+TESTS := not gpu and not docs and not soak and not slow
 READY := .venv/.ready
 PEERS := kronfluence dattri dattri-llm
 export OMP_WAIT_POLICY ?= passive
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help demo test test-all test-docs docs test-gpu test-ekfac lint bench bench-peers clean
+.PHONY: help demo test test-all soak test-docs docs test-gpu test-ekfac lint bench bench-peers clean
 
 help:
 	@echo "make demo      score two tasks, allocate experts, fine-tune, compare (about 10 minutes on two cores)"
 	@echo "make test      import contract, ruff, tests"
 	@echo "make test-all  the same with the slow tests: launchers, processes, the wheel"
+	@echo "make soak      100 kills, 300 bad inputs; prints the counts"
 	@echo "make docs      build the manual in docs/_build/html; a warning is an error"
 	@echo "make test-docs build the manual, and run its code and the commands that it marks"
 	@echo "make test-gpu  the tests that need a CUDA device"
@@ -43,8 +44,11 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "$(TESTS)"
 
-test-all: TESTS = not gpu and not docs
+test-all: TESTS = not gpu and not docs and not soak
 test-all: test
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m soak
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html

@@ -1,17 +1,25 @@
-"""Files and folders that survive a kill, hashes of files, and errors of the file system in plain words."""
+"""Files and folders that survive a kill, hashes of files, and errors of the file system in plain words.
+
+A file that a later process reads is written beside its place, forced to the disk, and renamed. Tensors carry a
+checksum, so that a damaged file is noticed where it is read.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -21,30 +29,74 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Damaged(ValueError):
+    """Says why a file cannot be what was written."""
+
+
+class InUse(ValueError):
+    """Says that another process works in a folder, and which one."""
+
+
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to, and renames it to `file` at the end; after an error it leaves nothing."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+def whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Gives a temporary name to write to, and renames it to `path` at the end; after an error it leaves nothing.
+
+    Args:
+        path: of a file, or of a folder that is not there yet.
+        durable: forces the content to the disk before it gets its name, so that a power cut costs nothing either. This
+            takes a few milliseconds, and for large files longer than writing them.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield unfinished
-        os.replace(unfinished, file)
+        if durable:
+            _to_disk(unfinished)
+        os.replace(unfinished, path)
+        if durable:
+            _to_disk(path.parent, deep=False)
     except OSError as error:
-        error.filename = error.filename or str(file)  # a full disk does not say
+        # A full disk names no file, or the temporary one.
+        if error.errno and (not error.filename or Path(str(error.filename)).is_relative_to(unfinished)):
+            error.filename = str(path)
         raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path, *, deep: bool = True) -> None:
+    """Waits until a file, or a folder with all in it, is on the disk."""
+    if deep and path.is_dir():
+        for each in path.iterdir():
+            _to_disk(each)
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:  # there are file systems that cannot do this with a folder
+            raise
+    finally:
+        os.close(opened)
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None, *, advice: str
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    advice: str,
+    durable: bool = True,
 ) -> None:
-    """Writes tensors and texts to a safetensors file, which is there as a whole or not at all.
+    """Writes tensors and texts to a safetensors file with a checksum, which is there as a whole or not at all.
 
     Args:
         tensors: by name, on any device.
         file: the file to write.
         metadata: texts that the file's header holds.
         advice: says what to do where the disk is full, see `full_disk_explained`.
+        durable: see `whole`.
 
     Raises:
         OSError: names the file and the cause, and ends with `advice`.
@@ -52,8 +104,39 @@ def save_tensors(
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with full_disk_explained(str(file), advice), whole(file) as unfinished:
-        save_file(plain, unfinished, dict(metadata) if metadata else None)
+    header = dict(metadata or {})
+    header["checksum"] = _checksum(plain, header)
+    with full_disk_explained(str(file), advice), whole(file, durable=durable) as unfinished:
+        save_file(plain, unfinished, header)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and the texts that `save_tensors` wrote.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise Damaged(str(error)) from error
+    if header.pop("checksum", None) != _checksum(tensors, header):
+        raise Damaged("its checksum does not match its content")
+    return tensors, header
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    import torch
+
+    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -89,7 +172,7 @@ def claim_folder(folder: Path, job: Any) -> bool:
     mark, lock, wanted = folder / "job.json", folder / "job.lock", json.dumps(job, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        if mark.exists() and mark.read_text() == wanted:
+        if mark.exists() and mark.read_bytes() == wanted.encode():
             return True
         for path in folder.iterdir():
             if path.is_dir():
@@ -99,6 +182,55 @@ def claim_folder(folder: Path, job: Any) -> bool:
         with whole(mark) as unfinished:
             unfinished.write_text(wanted)
     return False
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps a folder for this process alone while the block runs, and never waits for another one.
+
+    A process that ends, however it ends, holds nothing any more: the kernel frees its lock.
+
+    Raises:
+        InUse: another process holds the folder; says which one on which host, and since when.
+    """
+    file = folder / "run.lock"
+    lock = _locked(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held, so that nobody can hold a file without a name
+        lock.close()
+
+
+def _locked(file: Path) -> IO[str]:
+    while True:
+        opened = file.open("a+")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+                raise FileNotFoundError
+        except BlockingIOError:
+            with opened:
+                opened.seek(0)
+                holder = opened.read().strip() or "another process"
+            raise InUse(
+                f"{file.parent} is in use by {holder}; wait until it ends or end it, or take another folder "
+                "(hydra.run.dir=…, for a sweep name=…)"
+            ) from None
+        except FileNotFoundError:  # its holder has just removed it
+            opened.close()
+            continue
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
+            warnings.warn(
+                f"{file.parent} lies on a file system without locks, so a second run in it would not be noticed",
+                stacklevel=1,
+            )
+        opened.truncate(0)
+        opened.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        opened.flush()
+        return opened
 
 
 def explained(error: OSError, folders: Mapping[str, str]) -> str:
@@ -124,6 +256,7 @@ def explained(error: OSError, folders: Mapping[str, str]) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # the file system does not know the operation
 _REFUSED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; `make test-gpu` where there is one"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many kills, bad inputs and the like were survived: what tests gave to `record_property` as numbers."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        counts.update({name: value for name, value in report.user_properties if isinstance(value, int)})
+    if counts:
+        terminalreporter.write_line(", ".join(f"{number} {what}" for what, number in counts.items()) + ": survived")
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
+import torch
 
 from layerif.app.messages import explain
-from layerif.files import claim_folder, explained, whole
+from layerif.files import Damaged, InUse, claim_folder, explained, held, load_tensors, save_tensors, whole
+from tests.damage import flip
 
 
 def test_of_processes_that_ask_at_once_one_empties_the_folder(tmp_path):
@@ -28,6 +35,8 @@ def test_of_processes_that_ask_at_once_one_empties_the_folder(tmp_path):
     with ThreadPoolExecutor(4) as asking:  # the lock is on a file each of them opens
         assert sorted(asking.map(ask, range(4))) == [False, True, True, True]
     assert {path.name for path in folder.iterdir()} == {"job.json", "job.lock"}
+    (folder / "job.json").write_bytes(b"\xff")  # a damaged mark is another job's
+    assert not claim_folder(folder, {"job": "new"})
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -46,6 +55,101 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]
 
 
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    with whole(folder) as unfinished:
+        (unfinished / "deep").mkdir(parents=True)
+        (unfinished / "deep" / "a").write_text("first")
+        assert not folder.exists()
+    assert (folder / "deep" / "a").read_text() == "first"
+
+    def interrupted():
+        with whole(tmp_path / "other") as unfinished:
+            unfinished.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_content_is_on_the_disk_before_it_has_its_name_and_then_the_name(tmp_path, monkeypatch, durable):
+    seen: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(opened: int) -> None:
+        seen.append(os.readlink(f"/proc/self/fd/{opened}"))
+        sync(opened)
+
+    def replaced(source, target) -> None:
+        seen.append(f"{source} -> {target}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with whole(tmp_path / "a", durable=durable) as unfinished:
+        unfinished.write_text("first")
+    renamed = f"{unfinished} -> {tmp_path / 'a'}"
+    assert seen == ([str(unfinished), renamed, str(tmp_path)] if durable else [renamed])
+
+
+def test_a_flipped_bit_of_saved_tensors_is_noticed_or_changes_nothing(tmp_path):
+    file = tmp_path / "a.safetensors"
+    tensors, texts = {"a": torch.arange(3.0), "b": torch.tensor([[1, 2]])}, {"seconds": "1.5"}
+    save_tensors(tensors, file, texts, advice="")
+    content, num_noticed = file.read_bytes(), 0
+    for position in range(len(content)):
+        flip(file, position, position % 8)
+        try:
+            found, said = load_tensors(file)
+        except Damaged:
+            num_noticed += 1
+        else:  # a space that fills the header
+            assert said == texts
+            assert all(torch.equal(found[name], value) for name, value in tensors.items())
+        file.write_bytes(content)
+    assert num_noticed > 0.9 * len(content)
+    file.write_bytes(b"")
+    with pytest.raises(Damaged):
+        load_tensors(file)
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_the_second_learns_by_whom(tmp_path):
+    with held(tmp_path):
+        with pytest.raises(InUse) as refused, held(tmp_path):
+            pass
+        holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+        assert re.match(rf"{re.escape(str(tmp_path))} is in use by {holder}; wait until it ends", str(refused.value))
+    with held(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_was_killed_holds_nothing(tmp_path):
+    hold = f"from layerif.files import *\nwith held(Path({str(tmp_path)!r})): print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"1\n"
+    with pytest.raises(InUse, match=f"process {holder.pid} on"), held(tmp_path):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    assert (tmp_path / "run.lock").exists()
+    with held(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with pytest.warns(UserWarning, match="lies on a file system without locks"), held(tmp_path):
+        pass
+
+
 def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
     file = tmp_path / "a.json"
     with pytest.raises(OSError, match="No space left") as full, whole(file):
@@ -54,6 +158,13 @@ def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
         explained(full.value, {})
         == f"no space is left on the disk for {file}; free some and give the same command again"
     )
+
+
+@pytest.mark.parametrize("name", ["{}", "{}/model.safetensors"])
+def test_a_full_disk_never_names_the_temporary_file(tmp_path, name):
+    with pytest.raises(OSError, match="No space left") as full, whole(tmp_path / "a") as unfinished:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name.format(unfinished))
+    assert full.value.filename == str(tmp_path / "a")
 
 
 def test_a_file_in_a_folders_place_names_the_setting(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ class TrainingCurves(L.Callback):
 
     Loggers begin anew with every process. A resumed run has to show the past of its checkpoint as well, so everything
     that is logged is also written to a file, each row before the checkpoint of its step (Lightning logs a step after
-    the checkpoint). The checkpoint holds the number of rows and the seconds of fitting before it, and the routers' use
-    since the last row.
+    the checkpoint). The checkpoint holds the number of rows, their checksum and the seconds of fitting before it, and
+    the routers' use since the last row.
 
     Args:
         file: of the rows, one JSON object a line.
@@ -35,7 +37,8 @@ class TrainingCurves(L.Callback):
 
     def __init__(self, file: Path) -> None:
         self.seconds_before = 0.0  # spent fitting before the checkpoint that this process began with
-        self._file, self._num_rows = file, 0
+        self._file, self._num_rows, self._checksum = file, 0, hashlib.sha256()
+        self._expected: str | None = None  # the checksum of the rows before the checkpoint
         self._step = 0
         self._seconds = self._begun = self._fit_begun = 0.0
         self._measuring = ExitStack()
@@ -49,11 +52,12 @@ class TrainingCurves(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds_before + time.perf_counter() - self._fit_begun
         usage = self._meter.state() if self._meter else {}
-        return {"seconds": seconds, "num_rows": self._num_rows, "usage": usage}
+        rows = {"num_rows": self._num_rows, "checksum": self._checksum.hexdigest()}
+        return {"seconds": seconds, **rows, "usage": usage}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds_before, self._num_rows = state_dict["seconds"], state_dict["num_rows"]
-        self._usage = state_dict["usage"]
+        self._expected, self._usage = state_dict.get("checksum"), state_dict["usage"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
@@ -107,14 +111,21 @@ class TrainingCurves(L.Callback):
             self._keep({"step": logged_step(trainer), "metrics": {**values, "epoch": trainer.current_epoch}})
 
     def _keep(self, row: dict[str, Any]) -> None:
-        with self._file.open("a") as opened:
-            opened.write(json.dumps(row) + "\n")
+        line = (json.dumps(row) + "\n").encode()
+        with self._file.open("ab") as opened:
+            opened.write(line)
         self._num_rows += 1
+        self._checksum.update(line)
 
     def _kept(self) -> list[dict[str, Any]]:
         """Returns the rows before the checkpoint, and drops later ones, which will be logged again."""
-        lines = self._file.read_text().splitlines()[: self._num_rows] if self._file.exists() else []
+        content = self._file.read_bytes() if self._file.exists() else b""
+        lines = content.splitlines(keepends=True)[: self._num_rows]
+        self._checksum = hashlib.sha256(b"".join(lines))
+        if self._expected not in (None, self._checksum.hexdigest()):
+            warnings.warn(f"{self._file} is damaged: the curves before the checkpoint are lost", stacklevel=2)
+            lines, self._checksum = [], hashlib.sha256()
         with whole(self._file) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in lines))
+            unfinished.write_bytes(b"".join(lines))
         self._num_rows = len(lines)
         return [json.loads(line) for line in lines]

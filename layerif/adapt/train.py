@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.data import TaskDataModule
 from layerif.adapt.module import AdapterModule
 from layerif.adapt.progress import TrainingCurves
+from layerif.adapt.resume import BEST, LAST, WholeCheckpoints, readable_checkpoint
 from layerif.checks import Count, check_fields
 from layerif.compat import validates_now
-from layerif.files import claim_folder
+from layerif.files import claim_folder, full_disk_explained
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -56,11 +58,12 @@ class Fit:
             found.append(EarlyStopping("validation/loss", patience=self.patience, check_on_train_epoch_end=False))
         saved = partial(ModelCheckpoint, checkpoints, enable_version_counter=False, save_top_k=1)
         if self.keep == "best":
-            found.append(saved(filename="best", monitor="validation/loss", save_on_train_epoch_end=False))
+            found.append(saved(filename=Path(BEST).stem, monitor="validation/loss", save_on_train_epoch_end=False))
         if self.checkpoint_steps is None:
-            return [*found, saved(filename="last")]
+            return [*found, saved(filename=Path(LAST).stem)]
         every = self.checkpoint_steps
-        return [*found, StepCheckpoint(checkpoints, "last", every_n_train_steps=every, enable_version_counter=False)]
+        name = Path(LAST).stem
+        return [*found, StepCheckpoint(checkpoints, name, every_n_train_steps=every, enable_version_counter=False)]
 
 
 def train(
@@ -93,6 +96,8 @@ def train(
     curves = TrainingCurves(checkpoints / "curves.jsonl")
     trainer = make_trainer([influence, curves, *fit.callbacks(checkpoints)])
     start = time.perf_counter()
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # another one is the user's
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
     trainer.ckpt_path = _unfinished(checkpoints, record)
     run_trainer(trainer, module, data)
     if trainer.global_step == 0:
@@ -104,7 +109,7 @@ def train(
         if encodings.num_truncated:
             record.notes.append(f"{encodings.num_truncated} of {len(encodings)} {part} samples cut at data.max_length")
     if fit.keep == "best":
-        _load_best(module, checkpoints / "best.ckpt")
+        _load_best(module, checkpoints / BEST)
     if measure_validation:
         record.metrics["validation/loss"] = _validation_loss(trainer, module, data)
     model: Any = module.model
@@ -115,7 +120,9 @@ def train(
         **module.compared,
     }
     if trainer.is_global_zero:
-        model.save_pretrained(folder / "adapter")
+        advice = "free some space and give the same command again, which carries on after the last step"
+        with full_disk_explained(f"the adapter to {folder / 'adapter'}", advice):
+            model.save_pretrained(folder / "adapter")
     return model.to(trainer.strategy.root_device)
 
 
@@ -225,8 +232,8 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
 
     All processes of a run get the same answer, because none trains before all have asked.
     """
-    last = checkpoints / "last.ckpt"
-    if claim_folder(checkpoints, record.identity) and last.exists():
+    last = readable_checkpoint(checkpoints) if claim_folder(checkpoints, record.identity) else None
+    if last is not None:
         record.notes.append("resumed from the checkpoint of a run that did not finish")
         if "wandb" in record.tracking:
             record.notes.append("wandb shows this run anew, from its first step, beside the one that did not finish")

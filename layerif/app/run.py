@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from layerif.app.schema import check
 from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
 from layerif.data.batches import output_text, prompt_text
+from layerif.files import held
 from layerif.models.blocks import layer_map
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
@@ -45,6 +46,7 @@ def run(config: DictConfig) -> float | None:
 
     Raises:
         ValueError: the user can mend it. It is raised before any work where that is possible.
+        InUse: another run works in the folder.
     """
     check(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -54,6 +56,13 @@ def run(config: DictConfig) -> float | None:
         _check_method(setup)
         preview(setup, folder)
         return None
+    # The processes of one run share its folder, and the first one holds it.
+    with held(folder) if rank_zero_only.rank == 0 else nullcontext():
+        return _run_in(folder, setup)
+
+
+def _run_in(folder: Path, setup: Setup) -> float | None:
+    config = setup.config
     record = RunRecord(
         name=config.name,
         seed=config.seed,
@@ -66,6 +75,7 @@ def run(config: DictConfig) -> float | None:
     is_same = before is not None and before.identity == record.identity
     if before is not None and is_same and config.rerun is not True and not (folder / FAILURE).exists():
         log.info("already done and not run again (rerun=true would run it): %s", folder / FILE)
+        _remove_parts(folder)  # there if the run was killed right after it wrote its record
         return before.objective
     _check_method(setup)
     if before is not None and not is_same and rank_zero_only.rank == 0:
@@ -79,13 +89,16 @@ def run(config: DictConfig) -> float | None:
             print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
             sys.exit(130)
         raise
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say where
+            error.filename = str(folder)
+        raise
     if rank_zero_only.rank > 0:  # the first process keeps the record for all
         return None
     record.measurements = setup.decider.store.taken
     record.memory_gb = _peak_memory()
     file = record.write(folder)
-    for name in (CHECKPOINTS, BLOCKS):  # only a run that was killed before it wrote its record needs them
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove_parts(folder)
     if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)
     log.info("record: %s", file)
@@ -149,6 +162,13 @@ def _execute(setup: Setup, record: RunRecord, folder: Path) -> None:
     if setup.splits.num_dropped:
         record.notes.append(f"{setup.splits.num_dropped} rows dropped from train and validation: repeated")
     setup.method.run(setup, record, folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what only a run that was killed before it wrote its record needs."""
+    if rank_zero_only.rank == 0:
+        for name in (CHECKPOINTS, BLOCKS):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class _FirstTime(logging.Filter):

@@ -300,6 +300,8 @@ def _is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # a store that cannot be written: nobody makes anything there
+        return False
 
 
 def _size(path: Path) -> int:

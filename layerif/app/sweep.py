@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layerif.app.messages import explain, of_the_user
 from layerif.app.schema import check_root
+from layerif.files import InUse
 from layerif.record.job import choices_of_run, identity, settings_of, tracking_of
 from layerif.record.record import FAILURE, FILE, Failure, RunRecord
 
@@ -65,8 +65,8 @@ class Sweep(Callback):
             return
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder) as mark:  # the jobs' files are dated by this disk's clock
-            self.since = os.stat(mark.name).st_mtime_ns
+        os.utime(self.folder)  # the jobs' files are dated by this disk's clock
+        self.since = self.folder.stat().st_mtime_ns
         Sweep.running = self
 
     def balance(self) -> Balance:
@@ -130,12 +130,15 @@ def attempt(run: Callable[[DictConfig], float | None], config: DictConfig) -> fl
 
 
 def note(error: Exception, config: DictConfig, folder: Path) -> str:
-    """Writes the failure of a job into its folder, once for all of its processes, and returns the error in one line."""
+    """Writes the failure of a job into its folder, once for all of its processes, and returns the error in one line.
+
+    Nothing is written where another process works in that folder.
+    """
     overrides = list(HydraConfig.get().overrides.task)
     cause = of_the_user(error)
     said = explain(cause, overrides) if cause else f"{type(error).__name__}: {error}"
     said = " ".join(said.split())
-    if isinstance(error, _Reported) or config.dry_run or not folder.is_dir() or not _is_first_process():
+    if isinstance(error, _Reported | InUse) or config.dry_run or not folder.is_dir() or not _is_first_process():
         return said
     try:
         failure = Failure(

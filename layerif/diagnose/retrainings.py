@@ -1,13 +1,15 @@
 """All retrainings of a report: the adapters, their Grams, and the losses with and without rows.
 
-Every result is saved as soon as it is there, so that a killed run carries on from it.
+Every result is saved as soon as it is there, with a checksum, so that a killed run carries on from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
 from layerif.evidence import LayerGrams
-from layerif.files import whole
+from layerif.files import hash_files, whole
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 
@@ -49,11 +51,14 @@ class Retrainings:
 
     def losses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the losses of M validation rows: untrained (M), fully trained (E×M) and without each set (E×S×M)."""
-        untrained = self._kept("untrained", lambda: self._losses(self.model()))
+        untrained = _read(self.work / "losses-untrained.json")
+        if untrained is None:
+            untrained = self._losses(self.model())
+            _keep(untrained, self.work / "losses-untrained.json")
         for seed in self.seeds:
             self._train(seed)
-        full = [self._read(seed) for seed in self.seeds]
-        left_out = [[self._read(seed, number) for number in range(len(self.sets))] for seed in self.seeds]
+        full = [self._kept(seed) for seed in self.seeds]
+        left_out = [[self._kept(seed, number) for number in range(len(self.sets))] for seed in self.seeds]
         return np.array(untrained), np.array(full), np.array(left_out)
 
     def grams(self) -> dict[int, LayerGrams]:
@@ -64,24 +69,23 @@ class Retrainings:
 
     def _train(self, seed: int) -> None:
         """Does the missing trainings of one seed: first that on all rows, with its Grams, then those without a set."""
-        rows: list[tuple[Path, Sequence[int]]] = [(self._file(seed), ())]
-        rows += [(self._file(seed, number), left_out) for number, left_out in enumerate(self.sets)]
-        missing = [(file, left_out) for file, left_out in rows if not file.exists()]
+        sets: dict[int | None, Sequence[int]] = {None: (), **dict(enumerate(self.sets))}
+        missing = {number: left_out for number, left_out in sets.items() if self._kept(seed, number) is None}
         if not missing:
             return
         base, (train, _) = self.model(), self.decider.samples()
         scope = self.decider.probe.scope
         params = layer_map(base, scope=scope).matrices
         targets = [param.removesuffix(".weight") for param in params]
-        log.info("seed %d: %d of %d trainings to do", seed, len(missing), len(rows))
+        log.info("seed %d: %d of %d trainings to do", seed, len(missing), len(sets))
         retrainer = Retrainer(base, targets, train, padding_id(self.decider.tokenizer), self.recipe, seed)
         try:
-            for file, left_out in tqdm(missing, desc=f"retraining, seed {seed}", disable=None, leave=False):
+            for number, left_out in tqdm(missing.items(), desc=f"retraining, seed {seed}", disable=None, leave=False):
                 model = retrainer(left_out)
-                if not left_out:
+                if number is None:
                     self._save(retrainer, seed)
                     self._measure(seed, model)
-                write(file, json.dumps(self._losses(model)))
+                _keep(self._losses(model), self._file(seed, number), self._adapter_files(seed, number))
         finally:
             retrainer.detach()
 
@@ -99,11 +103,9 @@ class Retrainings:
         return Grams().take(replace(self.decider, model=at), load)[0]
 
     def _save(self, retrainer: Retrainer, seed: int) -> None:
-        folder, unfinished = self._adapter(seed), self._adapter(seed).with_suffix(".unfinished")
-        for old in (folder, unfinished):
-            shutil.rmtree(old, ignore_errors=True)
-        retrainer.model.save_pretrained(str(unfinished), save_embedding_layers=False)
-        unfinished.rename(folder)
+        shutil.rmtree(self._adapter(seed), ignore_errors=True)
+        with whole(self._adapter(seed)) as unfinished:
+            retrainer.model.save_pretrained(str(unfinished), save_embedding_layers=False)
 
     def _adapter(self, seed: int) -> Path:
         return self.work / f"adapter-{seed}"
@@ -111,17 +113,38 @@ class Retrainings:
     def _file(self, seed: int, number: int | None = None) -> Path:
         return self.work / (f"losses-{seed}.json" if number is None else f"losses-{seed}-without-{number}.json")
 
-    def _read(self, seed: int, number: int | None = None) -> list[float]:
-        return json.loads(self._file(seed, number).read_text())
+    def _kept(self, seed: int, number: int | None = None) -> list[float] | None:
+        return _read(self._file(seed, number), self._adapter_files(seed, number))
 
-    def _kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
-        file = self.work / f"losses-{name}.json"
-        if not file.exists():
-            write(file, json.dumps(compute()))
-        return json.loads(file.read_text())
+    def _adapter_files(self, seed: int, number: int | None) -> list[Path]:
+        """Lists the files that are kept beside these losses: the adapter, if it was trained on all rows."""
+        return sorted(self._adapter(seed).glob("*.*")) if number is None else []
 
 
 def write(file: Path, text: str) -> None:
     """Writes the file as a whole or not at all."""
     with whole(file) as unfinished:
         unfinished.write_text(text)
+
+
+def _keep(losses: Sequence[float], file: Path, of: Sequence[Path] = ()) -> None:
+    """Writes losses with a checksum of them and of the adapter's files that they belong to."""
+    write(file, json.dumps({"losses": losses, "checksum": _checksum(losses, of)}))
+
+
+def _read(file: Path, of: Sequence[Path] = ()) -> list[float] | None:
+    """Reads what `_keep` wrote; None where that is missing or damaged."""
+    try:
+        found = json.loads(file.read_bytes())
+        if found["checksum"] != _checksum(found["losses"], of):
+            raise ValueError("its checksum does not match its content")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file} or its adapter is damaged and is trained again: {error}", stacklevel=2)
+        return None
+    return found["losses"]
+
+
+def _checksum(losses: Sequence[float], of: Sequence[Path]) -> str:
+    return hashlib.sha256((json.dumps(losses) + hash_files(of)).encode()).hexdigest()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from layerif.files import hash_file
+from layerif.files import hash_file, whole
 from layerif.models.pretrained import Pretrained
 
 log = logging.getLogger(__name__)
@@ -77,10 +75,6 @@ class EmbeddedModel(Pretrained):
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with whole(folder) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,8 +3,8 @@
 Each measurement is one safetensors file, `<root>/grams/<key>.safetensors`, and each kind has a folder (`influences/`,
 `spectra/` …). The header holds the version of the format, the description that was hashed, the layer map, entries for
 people to read, and a checksum of all that and the tensors. A file is written under a temporary name and then renamed,
-so that a reader sees the whole file or nothing. A lock lets one of several jobs that want the same key compute it.
-`layerif-store` lists and clears the files.
+so that a reader sees the whole file or nothing, and needs no lock: a store that cannot be written serves what it has. A
+lock lets one of several jobs that want the same key compute it. `layerif-store` lists and clears the files.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layerif.files import save_tensors
+from layerif.files import load_tensors, save_tensors
 from layerif.layers import LayerMap
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
+_ADVICE = "free some space and give the command again, or set store=/another/folder"
 _MINUTE = 60.0  # seconds; far below what processes wait for one another (30 minutes by default)
 
 Measured = TypeVar("Measured")
@@ -109,15 +109,14 @@ class Store:
         """
         key = self.key(description)
         file = Path(self.root) / kind.folder / f"{key}.safetensors"
+        found = self._found(kind, file)
+        if found is not None:
+            return found, True
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock"), key, self.while_waiting):
-            if file.exists():
-                try:
-                    measured, seconds = _read(file, kind.unpack)
-                    self._note(kind, key, reused=True, seconds=seconds)
-                    return measured, True
-                except (SafetensorError, KeyError, ValueError, OSError) as error:
-                    warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=3)
+            found = self._found(kind, file)  # another job may have measured it meanwhile
+            if found is not None:
+                return found, True
             start = time.perf_counter()
             measured = compute(key)
             seconds = time.perf_counter() - start
@@ -126,10 +125,24 @@ class Store:
             header["version"] = str(VERSIONS["store"])
             header["description"] = json.dumps(dict(description), sort_keys=True)
             header["about"] = json.dumps(dict(about or {}))
-            _write(tensors, header, file)
+            save_tensors(tensors, file, header, advice=_ADVICE)
             shutil.rmtree(self.partial(key), ignore_errors=True)
             self._note(kind, key, reused=False, seconds=seconds)
         return measured, False
+
+    def _found(self, kind: Kind[Measured], file: Path) -> Measured | None:
+        try:
+            measured, seconds = _read(file, kind.unpack)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=4)
+            return None
+        shutil.rmtree(
+            self.partial(file.stem), ignore_errors=True
+        )  # there if its job died right after it wrote the file
+        self._note(kind, file.stem, reused=True, seconds=seconds)
+        return measured
 
     def _note(self, kind: Kind[Any], key: str, *, reused: bool, seconds: float | None) -> None:
         self.taken.append(
@@ -170,13 +183,6 @@ def _acquired(lock: FileLock, seconds: float) -> bool:
     return True
 
 
-def _write(tensors: dict[str, Tensor], header: dict[str, str], file: Path) -> None:
-    header["checksum"] = _checksum(tensors, header)
-    save_tensors(
-        tensors, file, header, advice="free some space and give the command again, or set store=/another/folder"
-    )
-
-
 def _read(
     file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured]
 ) -> tuple[Measured, float | None]:
@@ -191,24 +197,13 @@ def _read_once(
 ) -> tuple[Measured, float | None]:
     """Reads and checks a file once in a process as long as it stays the same, so that derived values are kept, too."""
     with safe_open(file, framework="pt") as opened:
-        header = opened.metadata() or {}
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    written_by = header.get("version", "1")
+        written_by = (opened.metadata() or {}).get("version", "1")
     if written_by != str(VERSIONS["store"]):
         raise ValueError(f"it was written by version {written_by} of the store, and this is {VERSIONS['store']}")
-    if header.pop("checksum") != _checksum(tensors, header):
-        raise ValueError("its checksum does not match its content")
+    tensors, header = load_tensors(file)
     if fingerprint({**json.loads(header["description"]), "store": VERSIONS["store"]}) != file.stem:
         raise ValueError("it holds another measurement than its name says")
     return unpack(tensors, header, file.stem), float(header["seconds"]) if "seconds" in header else None
-
-
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def layers_in(header: Mapping[str, str]) -> LayerMap:

@@ -2,7 +2,8 @@
 
 The model stays where it is; only the block at work is on the device. One forward that skips the blocks captures the
 inputs of the first block and the other arguments of every block (masks, rotary embeddings). A finished block is saved,
-so that a killed walk carries on: it replays the finished blocks and gives the same bits.
+so that a killed walk carries on: it replays the finished blocks and gives the same bits. From a damaged one on, it
+prunes again.
 
 Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inputs of a linear layer.
 """
@@ -10,6 +11,7 @@ Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inpu
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,11 +20,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerif.compat import map_tensors
-from layerif.files import save_tensors
+from layerif.files import Damaged, full_disk_explained, load_tensors, save_tensors, whole
 from layerif.models.blocks import bare, blocks, linears
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
@@ -30,6 +32,11 @@ from layerif.pruning import Pruner
 from layerif.pruning.targets import Target
 
 Offload = Literal["device", "cpu", "disk"]
+
+_ADVICE = (
+    "free some space, use method.offload=cpu, or set outputs=/another/folder; "
+    "the same command carries on from the last finished block"
+)
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Walk:
     def __post_init__(self) -> None:
         self.blocks = blocks(self.model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.num_finished = next((i for i in range(len(self.blocks)) if not self._file(i).exists()), len(self.blocks))
+        self.num_finished = next((i for i in range(len(self.blocks)) if not self._is_finished(i)), len(self.blocks))
         self.num_replayed = self.num_finished
         self._hidden: HiddenStates | None = None
         self._calls: dict[str, list[Call]] = {}
@@ -84,7 +91,8 @@ class Walk:
             else:
                 self._prune(name, block)
                 pruned = {name: module.weight for name, module in linears(block)}
-                _save(pruned, self._file(index), {"seconds": str(time.perf_counter() - begun)})
+                seconds = {"seconds": str(time.perf_counter() - begun)}
+                save_tensors(pruned, self._file(index), seconds, advice=_ADVICE)
                 self.num_finished = index + 1
             if is_needed and index + 1 < len(self.blocks):
                 self._forward(name, block)
@@ -97,6 +105,17 @@ class Walk:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
+
+    def _is_finished(self, index: int) -> bool:
+        file = self._file(index)
+        if not file.exists():
+            return False
+        try:
+            load_tensors(file)
+        except Damaged as error:
+            warnings.warn(f"{file} is damaged and its block is pruned again: {error}", stacklevel=4)
+            return False
+        return True
 
     def _capture(self) -> None:
         hidden, self._calls = capture_inputs(self.model, self.batches)
@@ -247,7 +266,9 @@ class HiddenStates:
         if self.folder is None:
             self._kept[index] = hidden_BTH.to(self.device)
         else:
-            _save({"hidden": hidden_BTH}, self._file(index))
+            file = self._file(index)  # for this process alone
+            with full_disk_explained(str(file), _ADVICE), whole(file, durable=False) as unfinished:
+                save_file({"hidden": hidden_BTH.cpu().contiguous()}, unfinished)
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None
@@ -266,14 +287,6 @@ def _set_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _header(file: Path) -> Mapping[str, str]:
     with safe_open(file, "pt") as opened:
         return opened.metadata() or {}
-
-
-def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    advice = (
-        "free some space, use method.offload=cpu, or set outputs=/another/folder; "
-        "the same command carries on from the last finished block"
-    )
-    save_tensors(tensors, file, metadata, advice=advice)
 
 
 def _not_finite(what: str) -> str:

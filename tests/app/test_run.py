@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -20,8 +22,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from layerif.app.main import main
+from layerif.app.methods.none import ScoresOnly
 from layerif.app.run import _quieten_hub
 from layerif.app.setup import Setup
+from layerif.files import held
 from layerif.record.record import RunRecord
 from layerif.report.report import write_report
 from tests.command import layerif_here, run_layerif
@@ -142,43 +146,26 @@ def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.slow
-def test_killed_in_training_the_same_command_carries_on_to_the_same_result(tiny_overrides, tmp_path):
-    overrides = [*tiny_overrides, "trainer.max_steps=40", "trainer.max_epochs=-1", "fit.checkpoint_steps=1"]
-    whole = run_layerif([*overrides, "method.lora_dropout=0.1"], tmp_path)
-    folder = tmp_path / "killed"
+def test_a_second_run_in_the_same_folder_is_told_who_is_there(tiny_overrides, tmp_path):
+    folder = tmp_path / "run"
     folder.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "layerif",
-        *overrides,
-        "method.lora_dropout=0.1",
-        f"hydra.run.dir={folder / 'run'}",
-    ]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = folder / "run" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 600
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists()
-    assert not (folder / "run" / "record.json").exists()
-    resumed = run_layerif([*overrides, "method.lora_dropout=0.1"], folder)
-    assert any("resumed" in note for note in resumed.notes)
-    assert resumed.decision == whole.decision
-    assert resumed.answers == whole.answers
-    shown, undisturbed = (
-        pd.read_csv(of / "run" / "metrics.csv").drop(columns="train/seconds") for of in (folder, tmp_path)
-    )
-    pd.testing.assert_frame_equal(shown, undisturbed)
-    assert (folder / "run" / "routing.csv").read_text() == (tmp_path / "run" / "routing.csv").read_text()
-    from safetensors.torch import load_file
+    with held(folder):
+        done = layerif_here([*tiny_overrides, "method=none", f"hydra.run.dir={folder}"], tmp_path)
+    assert done.returncode == 1
+    holder = f"process {os.getpid()} on {socket.gethostname()} since "
+    assert done.stderr.startswith(f"layerif: {folder} is in use by {holder}")
+    assert {path.name for path in folder.iterdir()} == {".hydra", "default.log"}  # nor a failure
 
-    file = Path("run", "adapter", "adapter_model.safetensors")
-    first, second = load_file(tmp_path / file), load_file(folder / file)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+
+def test_a_full_disk_names_the_runs_folder(tiny_overrides, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it, without a name
+
+    monkeypatch.setattr(ScoresOnly, "run", full)
+    done = layerif_here([*tiny_overrides, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
+    assert done.stderr == (
+        f"layerif: no space is left on the disk for {tmp_path / 'run'}; free some and give the same command again\n"
+    )
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):

@@ -6,10 +6,7 @@ import gc
 import json
 import logging
 import os
-import signal
-import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from layerif.app import main as __main__
 from layerif.app.messages import explain
 from layerif.app.methods.none import ScoresOnly
 from layerif.app.sweep import Balance, Sweep, balance
+from layerif.files import held
 from layerif.models.pretrained import LocalModel
 from layerif.record.record import Failure, RunRecord
 from tests.command import layerif as command
@@ -57,14 +55,6 @@ def records(folder: Path) -> list[RunRecord]:
 
 def failures(folder: Path) -> list[Failure]:
     return [Failure.read(file.parent) for file in sorted((folder / "sweeps" / "mine").glob("*/failure.json"))]
-
-
-def results(folder: Path) -> list[tuple]:
-    """Returns all results that a table is made of, without times."""
-    return [
-        (each.overrides[-1], each.decision, each.metrics, each.answers, each.fingerprint)
-        for each in sorted(records(folder), key=lambda record: record.overrides[-1])
-    ]
 
 
 def test_a_job_that_fails_loses_nothing_of_the_others_and_is_named_at_the_end(sweep, tmp_path):
@@ -211,33 +201,15 @@ def test_the_model_of_a_job_is_gone_when_the_next_begins(sweep, monkeypatch):
     assert not any(reference() for reference in loaded)
 
 
-@pytest.mark.slow
-def test_killed_in_the_middle_and_started_again_the_table_is_the_same(tiny_overrides, tmp_path):
-    def jobs(folder: Path) -> list[str]:
-        return ["-m", *tiny_overrides, "trainer.max_steps=20", "name=mine", f"outputs={folder}", "seed=0,1,2,3"]
-
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert layerif_here(jobs(undisturbed), tmp_path).returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "layerif", *jobs(killed)],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 600
-    while not list(killed.rglob("checkpoints")) or not records(killed):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = len(records(killed))
-    assert 1 <= finished < 4
-    again = layerif_here(jobs(killed), tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert f"jobs: {4 - finished} run, {finished} already done, 0 failed\n" in again.stdout
-    assert results(killed) == results(undisturbed)
-    assert len(results(killed)) == 4
+def test_a_job_that_another_sweep_runs_is_unfinished_and_not_failed(tiny_overrides, tmp_path):
+    folder = tmp_path / "sweeps" / "mine" / "job"
+    folder.mkdir(parents=True)
+    with held(folder):
+        done = layerif_here(["-m", *tiny_overrides, "name=mine", "method=none", "hydra.sweep.subdir=job"], tmp_path)
+    assert done.returncode == 1
+    assert f"{folder} is in use by process {os.getpid()}" in done.stdout
+    assert "jobs: 0 run, 0 already done, 0 failed, 1 unfinished" in done.stdout
+    assert not (folder / "failure.json").exists()
 
 
 @pytest.mark.slow

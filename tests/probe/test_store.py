@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
+from layerif.files import explained, load_tensors, save_tensors
 from layerif.layers import LayerMap
-from layerif.probe import store as store_module
 from layerif.probe.ekfac import INFLUENCES
 from layerif.probe.gates import GATES
 from layerif.probe.grams.request import GRAMS
@@ -104,11 +105,8 @@ def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path):
 
 def rewritten(file: Path, change) -> None:
     """The file with another header, its checksum as it should be."""
-    with safe_open(file, framework="pt") as opened:
-        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    header.pop("checksum")
-    header = change(header)
-    save_file(tensors, file, metadata={**header, "checksum": store_module._checksum(tensors, header)})
+    tensors, header = load_tensors(file)
+    save_tensors(tensors, file, change(header), advice="")
 
 
 @pytest.mark.parametrize(
@@ -184,18 +182,42 @@ def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path, monkeypatch, er
 
 
 def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path):
-    """Through the real writer, in a process that may write no more than a kilobyte to a file."""
-    code = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-        "from tests.probe.test_store import *\n"
-        f"try: Store({str(tmp_path)!r}).kept(GRAMS, {{}}, some_grams)\n"
-        "except OSError as error: print('refused:', error)"
-    )
-    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert "refused: cannot write" in done.stdout, done.stderr
-    assert "free some space" in done.stdout
+    """Through the real writer, while this process may write no more than a kilobyte to a file."""
+    store = Store(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {tmp_path}/grams/{store.key({})}.safetensors: .*; free some"):
+            store.kept(GRAMS, {}, some_grams)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
+
+
+def test_a_store_that_cannot_be_written_serves_what_it_has(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    first, _ = store.kept(GRAMS, {"model": "a"}, some_grams)
+
+    def refuse(path, *rest, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for name in ("open", "mkdir", "unlink", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    again, reused = store.kept(GRAMS, {"model": "a"}, never)
+    assert reused
+    assert_same(first, again)
+    with pytest.raises(OSError, match="Read-only") as refused:  # before anything is measured
+        store.kept(GRAMS, {"model": "b"}, never)
+    assert explained(refused.value, {"store": str(tmp_path)}).startswith(f"store={tmp_path} cannot be used")
+
+
+def test_parts_whose_job_was_killed_as_it_removed_them_go_with_the_next(tmp_path):
+    store = Store(tmp_path)
+    store.kept(GRAMS, {"model": "a"}, some_grams)
+    left = store.partial(store.key({"model": "a"}))
+    left.mkdir()
+    assert store.kept(GRAMS, {"model": "a"}, never)[1]
+    assert not left.exists()
 
 
 # A job that wants one key; what it says it does comes out line by line.

@@ -16,6 +16,7 @@ from layerif.pruning.magnitude import Magnitude
 from layerif.pruning.sparsegpt import SparseGPT
 from layerif.pruning.targets import matrices, targets
 from layerif.pruning.walk import Walk, capture_inputs
+from tests.damage import flip
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 FAMILY_NAMES = [*FAMILIES, "gemma3_text"]
@@ -105,6 +106,18 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, family, killed_aft
     found = weights(walked(resumed, Counting(), tmp_path / "killed"))
     assert all(torch.equal(found[name], value) for name, value in whole.items())
     assert {name.split(".")[2] for name in seen} == {str(index) for index in range(killed_after, 3)}
+
+
+@pytest.mark.parametrize("position", [-1, 0, 20])
+def test_from_a_damaged_block_on_it_is_pruned_again_to_the_same_bits(tmp_path, position):
+    expected = weights(walked(tiny_model(), SparseGPT(), tmp_path / "whole"))
+    walked(tiny_model(), SparseGPT(), tmp_path / "killed")
+    damaged = tmp_path / "killed" / "block-001.safetensors"
+    flip(damaged, position)
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged and its block is pruned again"):
+        found = weights(walked(tiny_model(), SparseGPT(), tmp_path / "killed"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert damaged.read_bytes()[:8] == (tmp_path / "whole" / damaged.name).read_bytes()[:8]
 
 
 @pytest.mark.parametrize("offload", ["device", "disk"])

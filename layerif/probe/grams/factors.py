@@ -9,7 +9,6 @@ Letters in shape suffixes: B samples of a batch, T tokens, I inputs and O output
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -19,9 +18,6 @@ from torch import Tensor, nn
 from layerif.models.blocks import bare
 from layerif.models.hooks import first_non_finite_block, hooked
 from layerif.models.loss import per_sample_loss
-
-log = logging.getLogger(__name__)
-
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix: (input_BTI, delta_BTO)
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerif.evidence import LayerGrams, MatrixGram
-from layerif.files import whole
+from layerif.files import Damaged, load_tensors, save_tensors
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
@@ -287,9 +286,9 @@ class _Measurement:
         if self.partial is not None and self.shards.rank == 0:
             for file in sorted(self.partial.glob("grams-*.safetensors")):
                 try:
-                    tensors = load_file(file)
-                except (SafetensorError, OSError) as error:
-                    log.warning("%s is damaged and is measured again: %s", file, error)
+                    tensors, _ = load_tensors(file)
+                except Damaged as error:
+                    warnings.warn(f"{file} is damaged and is measured again: {error}", stacklevel=3)
                     continue
                 for param in {name.rpartition("/")[0] for name in tensors}:
                     numel = bare(self.model).get_parameter(param).numel()
@@ -301,8 +300,8 @@ def _save(grams: Mapping[str, MatrixGram], folder: Path) -> None:
     tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in PARTS}
     name = hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / f"grams-{name}.safetensors") as unfinished:
-        save_file(tensors, unfinished)
+    advice = "free some space and give the command again, or set store=/another/folder"
+    save_tensors(tensors, folder / f"grams-{name}.safetensors", advice=advice)
 
 
 def _as_it_is(values: Tensor, side: str) -> Tensor:

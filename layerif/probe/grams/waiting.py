@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from layerif.files import save_tensors
-from layerif.probe.grams.factors import SIDES, Factors, Side, log
+from layerif.files import Damaged, load_tensors, save_tensors
+from layerif.probe.grams.factors import SIDES, Factors, Side
 
 
 class Waiting(Protocol):
@@ -82,12 +83,12 @@ class OnDisk:
         file = self._files[number] = self.folder / f"tile-{name}.safetensors"
         if not file.exists():
             return False
-        try:  # opening it compares its size with what its header says
-            with safe_open(file, framework="pt") as opened:
-                return set(json.loads(opened.metadata()["inputs_of"])) == set(params)
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            log.warning("%s is damaged and its batch runs again: %s", file, error)
+        try:
+            load_tensors(file)
+        except Damaged as error:
+            warnings.warn(f"{file} is damaged and its batch runs again: {error}", stacklevel=3)
             return False
+        return True
 
     def add(self, number: int, factors: Factors) -> None:
         tensors: dict[str, Tensor] = {}
@@ -99,7 +100,8 @@ class OnDisk:
             tensors[f"{param}/delta"] = delta
         file = self._files[number]
         advice = "free some space, set store=/another/folder, or probe.offload=none (several passes)"
-        save_tensors(tensors, file, {"inputs_of": json.dumps(inputs_of)}, advice=advice)
+        # A power cut may cost some batches: waiting for the disk would take longer than writing.
+        save_tensors(tensors, file, {"inputs_of": json.dumps(inputs_of)}, advice=advice, durable=False)
 
     def take(self, param: str, side: Side) -> Iterator[tuple[int, Tensor]]:
         for number in sorted(self._files):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -231,26 +227,6 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
     assert not (tmp_path / "run" / "blocks").exists()
     assert any("neither time nor memory" in note for note in record.notes)
     assert {"evidence", "prune", "evaluate"} <= record.seconds.keys()
-
-
-def test_killed_for_good_and_run_again(tiny_overrides, tmp_path):
-    overrides = [*tiny_overrides, *PRUNE, "pruner=sparsegpt", "estimator=uniform"]
-    whole = run_layerif(overrides, tmp_path)
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    command = [sys.executable, "-m", "layerif", *overrides, f"hydra.run.dir={folder / 'run'}"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    first = folder / "run" / "blocks" / "block-000.safetensors"
-    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert first.exists()
-    assert not (folder / "run" / "record.json").exists()
-    again = run_layerif(overrides, folder)
-    assert again.metrics == whole.metrics
-    assert any("did not finish" in note for note in again.notes)
 
 
 @pytest.mark.parametrize(

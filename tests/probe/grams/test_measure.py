@@ -20,6 +20,7 @@ from layerif.probe.grams import products
 from layerif.probe.grams.measure import measure
 from layerif.probe.grams.products import FORMS
 from layerif.probe.grams.projection import Projection
+from tests.damage import flip
 from tests.tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("softmax_in_the_models_dtype")
@@ -173,13 +174,16 @@ def test_an_interrupted_probe_resumes_from_its_finished_batches(tmp_path, monkey
     assert_equal(resumed, probe(model, size=1), 0)
 
 
-def test_a_damaged_tile_is_measured_again(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(file.read_bytes()[:-100]), lambda file: flip(file, -9)]
+)
+def test_a_damaged_tile_is_measured_again(tmp_path, damage):
     model = double("llama")
     first = probe(model, offload="disk", partial=tmp_path)
     damaged = sorted(tmp_path.glob("tile-*"))[0]
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    assert_equal(probe(model, offload="disk", partial=tmp_path), first, 0)
-    assert f"{damaged} is damaged and its batch runs again" in caplog.text
+    damage(damaged)
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged and its batch runs again"):
+        assert_equal(probe(model, offload="disk", partial=tmp_path), first, 0)
 
 
 def test_an_interrupted_probe_resumes_from_its_finished_passes_under_any_budget(tmp_path, monkeypatch):
@@ -196,10 +200,13 @@ def test_an_interrupted_probe_resumes_from_its_finished_passes_under_any_budget(
     with pytest.raises(KeyboardInterrupt):
         probe(model, scope="all", memory_gb=memory, partial=tmp_path)
     left = sorted(tmp_path.glob("grams-*"))
-    assert len(left) > 2
+    assert len(left) > 3
     left[0].write_bytes(b"damaged")
+    flip(left[1], -9)
     monkeypatch.setattr(products, "gram", lambda *args: [multiplied.append(args), run(*args)][1])
-    resumed = probe(model, scope="all", memory_gb=1, partial=tmp_path)  # all that is left in one pass
+    with pytest.warns(UserWarning, match="is damaged and is measured again") as said:
+        resumed = probe(model, scope="all", memory_gb=1, partial=tmp_path)  # all that is left in one pass
+    assert [any(str(file) in str(each.message) for each in said) for file in left[:3]] == [True, True, False]
     assert 12 < len(multiplied) < 12 + 21
     assert_equal(resumed, probe(model, scope="all"), 1e-12)
 
