@@ -260,6 +260,42 @@ _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # the file
 _REFUSED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def parse_json(text: str) -> Any:
+    """Parses JSON that anybody may have written.
+
+    Raises:
+        JSONDecodeError: it is not JSON.
+        ValueError: it is JSON that nothing here can use, and the message says why: nested too deeply, a number of too
+            many digits, half a character.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:  # the limit of Python's integers
+        raise ValueError("it holds a whole number of too many digits") from error
+    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(content, DEEPEST):
+        raise ValueError(_TOO_DEEP)
+    if "\\u" in text:
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"it holds {half!r}, which is half a character (a lone surrogate)") from None
+    return content
+
+
+DEEPEST = 100  # levels of objects and lists within one another
+_TOO_DEEP = f"it is nested too deeply; at most {DEEPEST} levels are read"
+
+
+def _is_deeper(content: Any, levels: int) -> bool:
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return bool(inner) and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
+
+
 def read_json(path: str | Path, *, what: str) -> Any:
     """Reads a JSON file that a user wrote or an earlier run left.
 
@@ -271,11 +307,13 @@ def read_json(path: str | Path, *, what: str) -> Any:
         ValueError: if the file is missing or broken.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}; check the path") from error
-    except ValueError as error:  # either JSON or the encoding is wrong
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} {str(path)!r} is not valid JSON: {error}; is it complete?") from error
+    except ValueError as error:
+        raise ValueError(f"{what} {str(path)!r} cannot be used: {error}") from error
 
 
 @lru_cache

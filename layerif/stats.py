@@ -2,7 +2,7 @@
 
 SciPy, pandas and statsmodels are imported where they are used, because reading a task needs none of them.
 
-Legend: S seeds, Q questions, B bootstrap draws, R rows, C columns, P patterns of answers. A difference is the second
+Legend: S seeds, Q questions, B bootstrap draws, R rows, C columns. A difference is the second
 run's value minus the first one's.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,8 @@ ALPHA = round(1 - LEVEL, 6)  # the level of every test
 POWER = 0.8
 RESAMPLES = 10_000  # draws of a bootstrap that gives a p
 INTERVAL_RESAMPLES = 1000  # draws of one that gives an interval alone
+ENOUGH_TAIL = 20  # draws beyond zero that settle a p: its standard error is then a fifth of it
+_DRAWN_AT_ONCE = 2**20  # questions of a bootstrap in memory
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
@@ -78,18 +82,24 @@ def spearman(first: Any, second: Any) -> Any:
     Returns:
         A float, or (C). NaN where either side is constant, and so ranks nothing.
     """
-    from scipy.stats import rankdata
-
-    centre = (len(first) + 1) / 2
-    first, second = (rankdata(np.asarray(values, dtype=float), axis=0) - centre for values in (first, second))
+    first, second = _centred_ranks(first), _centred_ranks(second)
     norms = np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
     found = np.divide((first * second).sum(axis=0), norms, out=np.full(norms.shape, np.nan), where=norms > 0)
     return found if found.ndim else float(found)
 
 
+def _centred_ranks(values: Any) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return rankdata(np.asarray(values, dtype=float), axis=0) - (len(values) + 1) / 2
+
+
 def spearman_matrix(values_RC: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of every two columns: (C×C). NaN where one of them is constant."""
-    return np.array([spearman(values_RC, np.broadcast_to(one_R[:, None], values_RC.shape)) for one_R in values_RC.T])
+    ranks_RC = _centred_ranks(values_RC)
+    norms_C = np.sqrt((ranks_RC**2).sum(axis=0))
+    norms_CC = np.outer(norms_C, norms_C)
+    return np.divide(ranks_RC.T @ ranks_RC, norms_CC, out=np.full(norms_CC.shape, np.nan), where=norms_CC > 0)
 
 
 def known_mean(values: np.ndarray) -> float:
@@ -157,7 +167,20 @@ def num_resamples(num_comparisons: int) -> int:
 
 
 def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
-    """The mean difference of answers, with an interval clustered by seed.
+    """The mean difference of the answers of two runs, see `all_paired_by_question`.
+
+    Args:
+        difference_SQ: −1, 0 or 1 for each seed and question; NaN where the question was not asked at this seed.
+        seed: decides the draws.
+        resamples: the most draws.
+    """
+    return all_paired_by_question([(np.zeros_like(difference_SQ), difference_SQ)], seed=seed, resamples=resamples)[0]
+
+
+def all_paired_by_question(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], *, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Difference]:
+    """The mean difference of the answers of every two runs, with an interval clustered by seed.
 
     The interval is the percentile bootstrap of seeds and of questions; a question is drawn for all seeds at once, since
     it is the same question (Owen 2007, The pigeonhole bootstrap). Of S seeds S − 1 are drawn: this makes the variance
@@ -167,35 +190,113 @@ def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: i
     range of the seeds' own means, which is too narrow where seeds matter and questions are many. The interval therefore
     includes Student's t over the seeds' means, and p is at least that test's.
 
+    Comparisons over as many questions share their draws, so that each run is drawn once and not once for each of its
+    comparisons. The interval takes at most RESAMPLES draws. p takes more, up to `resamples`, as long as fewer than
+    ENOUGH_TAIL of them lie beyond zero and it is the largest of the three.
+
     Args:
-        difference_SQ: −1, 0 or 1 for each seed and question; NaN where the question was not asked at this seed.
+        pairs: the answers (S×Q) of the first and of the second run of each comparison, 1 where right and 0 where wrong;
+            NaN where the question was not asked at this seed.
         seed: decides the draws.
-        resamples: number of draws.
+        resamples: the most draws.
     """
-    by_seed = paired_by_seed(np.nanmean(difference_SQ, axis=1))
-    asked_SQ = ~np.isnan(difference_SQ)
-    value_SQ = np.where(asked_SQ, difference_SQ, 0.0)
-    # Questions with the same answers at all seeds are alike to the bootstrap: draw how often each such pattern occurs.
-    patterns, count_P = np.unique(np.concatenate([value_SQ, asked_SQ]), axis=1, return_counts=True)
-    value_SP, asked_SP = np.split(patterns, 2)
-    rng, num_seeds = np.random.default_rng(seed), len(value_SQ)
-    drawn_BS = rng.multinomial(max(num_seeds - 1, 1), np.full(num_seeds, 1 / num_seeds), size=resamples)
-    drawn_BP = rng.multinomial(count_P.sum(), count_P / count_P.sum(), size=resamples)
-    asked_B = ((drawn_BS @ asked_SP) * drawn_BP).sum(axis=1)
-    mean_B = ((drawn_BS @ value_SP) * drawn_BP).sum(axis=1)[asked_B > 0] / asked_B[asked_B > 0]
-    low, high = np.quantile(mean_B, _ENDS)
-    tail = min((mean_B <= 0).sum(), (mean_B >= 0).sum())
-    p = max(min(1.0, 2 * (1 + tail) / (1 + len(mean_B))), sign_test(value_SQ.sum(axis=0)))
-    return Difference(
-        value=float(value_SQ.sum() / asked_SQ.sum()),
-        low=float(np.fmin(low, max(by_seed.low, -1.0))),
-        high=float(np.fmax(high, min(by_seed.high, 1.0))),
-        p=float(np.fmax(p, by_seed.p)),
-        seed_error=by_seed.seed_error,
-        num_seeds=num_seeds,
-        error=float(mean_B.std()),
-        num_answers=int(asked_SQ.sum()),
-    )
+    rows_of: dict[int, dict[bytes, int]] = defaultdict(dict)
+    found = [_Bootstrap(first_SQ, second_SQ, rows_of) for first_SQ, second_SQ in pairs]
+    for num_questions, rows in rows_of.items():
+        values_RQ = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(len(rows), num_questions)
+        same = [one for one in found if one.num_questions == num_questions]
+        for start in range(0, resamples, RESAMPLES):
+            unsettled = [one for one in same if one.is_unsettled]
+            _draw(unsettled, values_RQ, min(RESAMPLES, resamples - start), (seed, start))
+    return [one.difference() for one in found]
+
+
+class _Bootstrap:
+    """One comparison: its tests that need no draws, and what its draws have shown so far."""
+
+    def __init__(self, first_SQ: np.ndarray, second_SQ: np.ndarray, rows_of: dict[int, dict[bytes, int]]) -> None:
+        """Puts its rows of answers into `rows_of`, by number of questions, each row once."""
+        asked_SQ = ~np.isnan(first_SQ + second_SQ)
+        is_asked_Q, num_asked_S = asked_SQ.any(axis=0), asked_SQ.sum(axis=1)
+        difference_SQ = np.where(asked_SQ, second_SQ - first_SQ, 0.0)
+        self.num_seeds, self.num_questions, self.num_answers = len(asked_SQ), int(is_asked_Q.sum()), int(asked_SQ.sum())
+        self.value = float(difference_SQ.sum() / self.num_answers)
+        self.by_seed = paired_by_seed(difference_SQ.sum(axis=1) / num_asked_S)
+        self.least_p = float(np.fmax(sign_test(difference_SQ.sum(axis=0)), self.by_seed.p))
+        rows = rows_of[self.num_questions]
+        # Single precision holds the sums exactly, because they are whole numbers.
+        self.first_S, self.second_S, self.asked_S = (
+            [rows.setdefault(row_Q[is_asked_Q].astype(np.float32).tobytes(), len(rows)) for row_Q in values_SQ]
+            for values_SQ in (*(np.where(asked_SQ, answers, 0.0) for answers in (first_SQ, second_SQ)), asked_SQ)
+        )
+        self.interval, self.error = (np.nan, np.nan), np.nan
+        self.num_draws = self.num_below = self.num_above = 0
+
+    @property
+    def p(self) -> float:
+        return min(1.0, 2 * (1 + min(self.num_below, self.num_above)) / (1 + self.num_draws))
+
+    @property
+    def is_unsettled(self) -> bool:
+        is_rough = min(self.num_below, self.num_above) < ENOUGH_TAIL
+        return not self.num_draws or (is_rough and self.p > self.least_p)
+
+    def take(self, mean_B: np.ndarray) -> None:
+        if not self.num_draws:
+            low, high = np.quantile(mean_B, _ENDS)
+            self.interval, self.error = (float(low), float(high)), float(mean_B.std())
+        self.num_draws += len(mean_B)
+        self.num_below += int((mean_B <= 0).sum())
+        self.num_above += int((mean_B >= 0).sum())
+
+    def difference(self) -> Difference:
+        return Difference(
+            value=self.value,
+            low=float(np.fmin(self.interval[0], max(self.by_seed.low, -1.0))),
+            high=float(np.fmax(self.interval[1], min(self.by_seed.high, 1.0))),
+            p=max(self.p, self.least_p),
+            seed_error=self.by_seed.seed_error,
+            num_seeds=self.num_seeds,
+            error=self.error,
+            num_answers=self.num_answers,
+        )
+
+
+def _draw(compared: Sequence[_Bootstrap], values_RQ: np.ndarray, num_draws: int, seeds: tuple[int, ...]) -> None:
+    """Gives these comparisons, which all have the same number of questions, more draws."""
+    needed = sorted({row for one in compared for row in (*one.first_S, *one.second_S, *one.asked_S)})
+    totals_RB = dict(zip(needed, _bootstrapped(values_RQ[needed], num_draws, seeds), strict=True))
+    weights = {}
+    for num_seeds in {one.num_seeds for one in compared}:
+        rng, even_S = np.random.default_rng((*seeds, num_seeds)), np.full(num_seeds, 1 / num_seeds)
+        weights[num_seeds] = rng.multinomial(max(num_seeds - 1, 1), even_S, size=num_draws).T.astype(np.float32)
+    for one in compared:
+        total_B, asked_B = np.zeros((2, num_draws))
+        for weight_B, first, second, asked in zip(
+            weights[one.num_seeds], one.first_S, one.second_S, one.asked_S, strict=True
+        ):
+            total_B += weight_B * (totals_RB[second] - totals_RB[first])
+            asked_B += weight_B * totals_RB[asked]
+        one.take(total_B[asked_B > 0] / asked_B[asked_B > 0])
+
+
+def _bootstrapped(values_RQ: np.ndarray, num_draws: int, seeds: tuple[int, ...]) -> np.ndarray:
+    """The sums of each row over questions that are drawn with replacement: (R×B)."""
+    num_rows, num_questions = values_RQ.shape
+    totals_RB = np.empty((num_rows, num_draws), dtype=np.float32)
+    at_once = max(1, _DRAWN_AT_ONCE // num_questions)
+    for start in range(0, num_draws, at_once):
+        times_QB = _times_drawn(num_questions, min(at_once, num_draws - start), (*seeds, start))
+        totals_RB[:, start : start + times_QB.shape[1]] = values_RQ @ times_QB
+    return totals_RB
+
+
+@lru_cache(maxsize=8)
+def _times_drawn(num_questions: int, num_draws: int, seeds: tuple[int, ...]) -> np.ndarray:
+    """How often each question is drawn where as many are drawn as there are: (Q×B)."""
+    rng, own_B = np.random.default_rng(seeds), num_questions * np.arange(num_draws)
+    drawn_BQ = rng.integers(num_questions, size=(num_draws, num_questions)) + own_B[:, None]
+    return np.bincount(drawn_BQ.ravel(), minlength=drawn_BQ.size).reshape(drawn_BQ.shape).T.astype(np.float32)
 
 
 def sign_test(difference_Q: np.ndarray) -> float:
@@ -239,21 +340,27 @@ def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
     Returns:
         NaN where nothing tells chance from effect; infinity where it would be more than a fraction can differ by.
     """
-    from scipy import optimize, stats
+    from scipy import stats
 
     alpha, needed = ALPHA / num_comparisons, [np.nan]
     if found.num_answers:
         z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)
         needed += [z * found.error, z**2 / found.num_answers]
     if found.seed_error > 0:
-        df = found.num_seeds - 1
-        critical = stats.t.ppf(1 - alpha / 2, df)
-        found_with_power = optimize.root_scalar(
-            lambda shift: stats.nct.sf(critical, df, shift) - POWER, bracket=(0, 2 * critical + 4)
-        )
-        needed.append(found_with_power.root * found.seed_error)
+        needed.append(_needed_shift(alpha, found.num_seeds - 1) * found.seed_error)
     least = float(np.fmax.reduce(np.array(needed)))
     return np.inf if found.num_answers and least > 1 else least
+
+
+@lru_cache
+def _needed_shift(alpha: float, df: int) -> float:
+    """The noncentrality at which Student's t with `df` degrees of freedom passes its critical value in 80 %."""
+    from scipy import optimize, stats
+
+    critical = stats.t.ppf(1 - alpha / 2, df)
+    return optimize.root_scalar(
+        lambda shift: stats.nct.sf(critical, df, shift) - POWER, bracket=(0, 2 * critical + 4)
+    ).root
 
 
 # Effect sizes

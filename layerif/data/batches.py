@@ -101,13 +101,16 @@ def encode(
     prompts = [prompt_text(example, template) for example in examples]
     texts = [p + output_text(e.output, template) for p, e in zip(prompts, examples, strict=True)]
     samples = []
-    for example, prompt, ids in zip(examples, token_ids(tokenizer, prompts), token_ids(tokenizer, texts), strict=True):
+    prompt_ids, text_ids = (token_ids(tokenizer, each, max_length) for each in (prompts, texts))
+    for example, prompt, ids in zip(examples, prompt_ids, text_ids, strict=True):
         prompt_length = num_shared(prompt, ids)
         whole = ids + end
         kept = whole[:max_length]
         if loss_on == "output" and len(kept) <= prompt_length:
+            is_cut = max_length is not None and prompt_length == max_length + 1  # see `token_ids`
+            many = f"more than {max_length}" if is_cut else prompt_length
             raise ValueError(
-                f"example {example.id}: its prompt of {prompt_length} tokens fills max_length={max_length}, "
+                f"example {example.id}: its prompt of {many} tokens fills max_length={max_length}, "
                 f"so no token of the output is left to learn; use max_length>={prompt_length + 1} or loss_on=all"
             )
         samples.append(
@@ -121,13 +124,47 @@ def encode(
     return Encodings(samples)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Returns the ids of each text, with BOS if the tokenizer adds it, and without an EOS that it adds by itself."""
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_most: int | None = None
+) -> list[tuple[int, ...]]:
+    """Returns the ids of each text, with BOS if the tokenizer adds it, and without an EOS that it adds by itself.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        texts: the texts.
+        at_most: the number of ids that the caller can use. A text with many more loses those after the first
+            `at_most + 1`, so that a row of many megabytes takes no longer than a page. None keeps all.
+    """
+    if at_most is None:
+        return _token_ids(tokenizer, texts)
+    long = _LONG * (at_most + 1)
+    short_ones = iter(_token_ids(tokenizer, [text for text in texts if len(text) <= long]))
+    return [next(short_ones) if len(text) <= long else _first_ids(tokenizer, text, at_most + 1) for text in texts]
+
+
+_LONG = 64  # characters for each id that is wanted; an id stands for about four
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
     if not texts:
         return []
     rows: Any = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False)["input_ids"]
     eos = tokenizer.eos_token_id
     return [tuple(ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids) for ids in rows]
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, num: int) -> tuple[int, ...]:
+    """Returns the first ids of a text, from starts of it that double in length until two of them agree.
+
+    The end of a start may be cut within a word, which is why one of them says too little.
+    """
+    length, before = _LONG // 4 * num, ()
+    while length < len(text):
+        ids = _token_ids(tokenizer, [text[:length]])[0][:num]
+        if len(ids) == num and ids == before:
+            return ids
+        length, before = 2 * length, ids
+    return _token_ids(tokenizer, [text])[0]
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:

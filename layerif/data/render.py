@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +27,7 @@ def answer_parser(pattern: str) -> re.Pattern[str]:
     """
     try:
         parser = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"task.pattern={pattern!r} is not a regular expression: {error}") from error
     if parser.groups < 1:
         raise ValueError(f"task.pattern={pattern!r} has no group; put the answer in parentheses, as in 'is ([A-Z])'")
@@ -85,8 +87,9 @@ class Renderer:
         def compiled(field: str, compile: Any, **options: Any) -> Any:
             try:
                 return compile(getattr(task, field), **options)
-            except TemplateError as error:
-                raise ValueError(f"task.{field}={getattr(task, field)!r} is not Jinja: {error.message}") from error
+            except Exception as error:  # a template becomes Python code, so its compiler may refuse it, too
+                given = f"{getattr(task, field)!r:.200}"
+                raise ValueError(f"task.{field}={given} is not Jinja: {_said(error)}") from error
 
         self.instruction = compiled("instruction", environment.from_string)
         self.output = compiled("output", environment.from_string)
@@ -135,13 +138,16 @@ class Renderer:
         labels = self._value("labels", names, row)
         if not isinstance(labels, list | tuple) or not labels:
             raise ValueError(f"{row.where}: task.labels={self.task.labels!r} gave {labels!r}; give a list of texts")
-        labels = tuple(str(label) for label in labels)
+        with self._naming("labels", names, row):
+            labels = tuple(str(_not_null(label)) for label in labels)
         if len(set(labels)) < len(labels):
             raise ValueError(f"{row.where}: labels {list(labels)} repeat; each option needs its own label")
         return labels
 
     def _answer_index(self, names: Mapping[str, Any], labels: tuple[str, ...], row: Row) -> int:
         answer = self._value("answer", names, row)
+        with self._naming("answer", names, row):
+            repr(answer)  # a number of too many digits has none
         if isinstance(answer, int) and not isinstance(answer, bool):
             found = {answer} if 0 <= answer < len(labels) else set()
             if str(answer) in labels and found != {labels.index(str(answer))}:
@@ -166,23 +172,29 @@ class Renderer:
         )
 
     def _value(self, field: str, names: Mapping[str, Any], row: Row) -> Any:
-        try:
+        with self._naming(field, names, row):
             value = self.expressions[field](names)
-        except (TemplateError, TypeError) as error:
-            raise self._error(field, error, names, row) from error
         if isinstance(value, Undefined):
             raise self._error(field, f"{getattr(self.task, field)!r} uses an unknown name", names, row)
         return value
 
     def _text(self, field: str, template: Any, names: Mapping[str, Any], row: Row) -> str:
-        try:
-            return template.render(names)
-        except (TemplateError, TypeError) as error:
-            raise self._error(field, error, names, row) from error
+        with self._naming(field, names, row):
+            text = template.render(names)
+            text.encode()  # half a character cannot be tokenised
+        return text
 
-    def _error(self, field: str, reason: object, names: Mapping[str, Any], row: Row) -> ValueError:
-        empty = ", ".join(sorted(name for name, value in names.items() if value is None))
-        if isinstance(reason, _Null):
+    @contextmanager
+    def _naming(self, field: str, names: Mapping[str, Any], row: Row) -> Iterator[None]:
+        """Names the row where a template fails; it is a small program, so it may fail in any way that Python can."""
+        try:
+            yield
+        except Exception as error:
+            raise self._error(field, _said(error), names, row) from error
+
+    def _error(self, field: str, reason: str, names: Mapping[str, Any], row: Row) -> ValueError:
+        if not reason:
+            empty = ", ".join(sorted(name for name, value in names.items() if _is_null(value)))
             reason = f"{empty or 'a value'} is null in this row; fill it in, or leave such rows out with task.keep"
         return ValueError(
             f"{row.where}: task.{field} cannot be filled in: {reason}. Known names: {', '.join(sorted(names))}"
@@ -190,13 +202,24 @@ class Renderer:
 
 
 class _Null(TemplateError):
-    """Says that a template would write `None`."""
+    """Says that a template would write `None` or `nan`."""
 
 
 def _not_null(value: Any) -> Any:
-    if value is None:
+    if _is_null(value):
         raise _Null()
     return value
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _said(error: Exception) -> str:
+    """The message of an error in a template; empty for `_Null`."""
+    if isinstance(error, TemplateError):
+        return error.message or ""
+    return f"{type(error).__name__}: {error}"
 
 
 def folded(text: str) -> str:

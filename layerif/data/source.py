@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from layerif.files import parse_json
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,21 +48,24 @@ class JsonlFolder:
                 f"task.path={self.path} is not a folder; give the folder that holds files such as {split}.jsonl"
             )
         file = folder / f"{split}.jsonl"
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder; it must be a file that holds a JSON object per line")
         if not file.is_file():
             found = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
             raise ValueError(
                 f"{file} does not exist; the folder holds {found}; "
                 "add the file, or name the one to read: task.splits.<train|validation|test>=<file without .jsonl>"
             )
-        number = 0
+        is_empty = True
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
-                yield Row(f"{file}:{number}", _json_object(line, f"{file}:{number}"))
-        if number == 0:
+                is_empty = False
+                yield Row(f"{file}:{number}", json_object(line, f"{file}:{number}"))
+        if is_empty:
             raise ValueError(f"{file} is empty; it must hold a JSON object per line")
 
     def files(self) -> list[Path]:
-        return sorted(Path(self.path).expanduser().glob("*.jsonl"))
+        return sorted(file for file in Path(self.path).expanduser().glob("*.jsonl") if file.is_file())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +153,22 @@ def _lines(file: Path) -> Iterator[str]:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _json_object(line: str, where: str) -> Mapping[str, Any]:
+def json_object(line: str, where: str) -> Mapping[str, Any]:
+    """Parses one line of a JSONL file.
+
+    Raises:
+        ValueError: the line is not a JSON object that can be used; names `where`, which is its place.
+    """
     shown = line.strip()[:60]
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is not valid JSON ({error.msg} at column {error.colno}): {shown!r}; "
             "a line must hold one whole JSON object, so see if the file is truncated"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be used: {error}; mend the row or leave it out") from error
     if not isinstance(fields, dict):
         raise ValueError(f'{where} is not a JSON object: {shown!r}; it must look like {{"column": value, ...}}')
     return fields

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from layerif.checks import did_you_mean
+from layerif.data.source import json_object
 
 NAMED = ("documentation", "wikitext2", "c4")
 
@@ -81,10 +81,14 @@ def _file(path: Path) -> Iterable[str]:
         ) from error
     if path.suffix != ".jsonl":
         return [content]
-    try:
-        return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} must hold one JSON object with a "text" per line; got {error!r}') from error
+    rows = [(f"{path}:{number}", line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    return [_text_of(json_object(line, where), where) for where, line in rows]
+
+
+def _text_of(row: Mapping[str, Any], where: str) -> str:
+    if not isinstance(row.get("text"), str):
+        raise ValueError(f'{where} has no text; there must be one JSON object with a "text" per line')
+    return row["text"]
 
 
 def documentation_text(part: Literal["calibration", "test"]) -> str:

@@ -74,14 +74,11 @@ def questions_of(
         max_positions: the most tokens that the model reads; None where it has no limit.
 
     Raises:
-        ValueError: no example is given, a question is longer than `max_positions` tokens, two options become the same
-            tokens, or a prompt is empty.
+        ValueError: no example is given, a question has one option or is longer than `max_positions` tokens, two
+            options become the same tokens, or a prompt is empty.
     """
     require_some(examples)
-    questions = [_question(example, tokenizer, template) for example in examples]
-    for example, question in zip(examples, questions, strict=True):
-        _check_length(len(question.prompt) + max(map(len, question.options)), max_positions, example)
-    return questions
+    return [_question(example, tokenizer, template, max_positions) for example in examples]
 
 
 def prompts_of(
@@ -97,7 +94,8 @@ def prompts_of(
         ValueError: no example is given, or a prompt leaves no room for `max_new_tokens` more.
     """
     require_some(examples)
-    prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples])
+    at_most = None if max_positions is None else max(0, max_positions - max_new_tokens)
+    prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples], at_most)
     for example, prompt in zip(examples, prompts, strict=True):
         _check_length(len(prompt) + max_new_tokens, max_positions, example)
     return [Encoded(ids, len(ids)) for ids in prompts]
@@ -109,9 +107,18 @@ def require_some(examples: Sequence[Example]) -> None:
         raise ValueError("there is no question to evaluate; give at least one example")
 
 
-def _question(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> Question:
+def _question(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
+) -> Question:
+    if len(example.options) < 2:
+        raise ValueError(
+            f"question {example.id} has one option, {example.output!r:.80}, so any model would be right; give each row "
+            "two or more in task.labels, or use evaluation.metrics=[generation] or [perplexity]"
+        )
     prompt = prompt_text(example, template)
-    alone, *whole = token_ids(tokenizer, [prompt, *(prompt + output_text(o, template) for o in example.options)])
+    texts = [prompt, *(prompt + output_text(option, template) for option in example.options)]
+    alone, *whole = token_ids(tokenizer, texts, max_positions)
+    _check_length(max(map(len, whole)), max_positions, example)
     # A token may reach over the end of the prompt; it then belongs to the options, for all of them alike.
     num_common = min(num_shared(alone, ids) for ids in whole)
     options = tuple(ids[num_common:] for ids in whole)
@@ -124,8 +131,9 @@ def _question(example: Example, tokenizer: PreTrainedTokenizerBase, template: Te
 
 def _check_length(num_tokens: int, max_positions: int | None, example: Example) -> None:
     if max_positions is not None and num_tokens > max_positions:
+        many = num_tokens if num_tokens > max_positions + 1 else f"more than {max_positions}"  # a long text is cut
         raise ValueError(
-            f"question {example.id} takes {num_tokens} tokens with its answer, the model reads at most "
+            f"question {example.id} takes {many} tokens with its answer, the model reads at most "
             f"{max_positions}; leave such questions out with task.keep, shorten the prompt, "
             "or lower evaluation.max_new_tokens"
         )

@@ -229,7 +229,12 @@ def content(job: Job, section: str) -> dict[str, object]:
 
 
 def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
-    return [item for number, item in enumerate(items) if key(item) not in map(key, items[:number])]
+    kept: list[tuple] = []
+    for item in items:
+        value = key(item)
+        if not any(value == other for other, _ in kept):
+            kept.append((value, item))
+    return [item for _, item in kept]
 
 
 def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
@@ -287,12 +292,21 @@ def labelled(
     names: Sequence[str], found: Sequence[Mapping[Hashable, Mapping[str, object]]], *, number_alike: bool = True
 ) -> list[str]:
     """The names with those settings that differ from another's, and with a number where even these are alike."""
+    by_section: dict[Hashable, list[Mapping[str, object]]] = defaultdict(list)
+    for section, values in itertools.chain.from_iterable(sections.items() for sections in found):
+        by_section[section].append(values)
+    differing = {
+        section: [
+            key
+            for key in dict.fromkeys(itertools.chain.from_iterable(every))
+            if any(values.get(key) != every[0].get(key) for values in every)
+        ]
+        for section, every in by_section.items()
+    }
     labels = []
     for name, sections in zip(names, found, strict=True):
         for section, values in sections.items():
-            others = [other[section] for other in found if section in other]
-            differing = [key for key, value in values.items() if any(other.get(key) != value for other in others)]
-            name = " ".join([name, *(_spelt_setting(key, values[key]) for key in differing)])
+            name = " ".join([name, *(_spelt_setting(key, values[key]) for key in values if key in differing[section])])
         labels.append(name)
     if not number_alike:
         return labels

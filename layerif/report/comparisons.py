@@ -15,12 +15,12 @@ from layerif.stats import (
     ALPHA,
     Difference,
     Variance,
+    all_paired_by_question,
     anova,
     cohens_h,
     holm,
     num_resamples,
     odds_ratio,
-    paired_by_question,
     paired_by_seed,
     smallest_difference,
     standardised,
@@ -38,14 +38,14 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
         One row for every two arms, and a remark on every two that could not be paired.
     """
     paired: list[tuple[bool, list[tuple[Run, Run]]]] = []
-    remarks = []
+    remarks, answers = [], _answers(runs, metric)
     for first, second in itertools.combinations(_arms(runs, metric), 2):
         if not comparable(first[0], second[0]):
             continue
         pairs = [(one, other) for one in first for other in second if same_repetition(one, other)]
-        by_question = all(run.answers(metric) for pair in pairs for run in pair) and metric in QUESTIONS
+        by_question = all(id(run) in answers for pair in pairs for run in pair) and metric in QUESTIONS
         if by_question:
-            pairs = [(one, other) for one, other in pairs if one.answers(metric).keys() & other.answers(metric).keys()]
+            pairs = [pair for pair in pairs if _asked(*_rows([pair], answers)).any()]
         if not pairs:
             shared = "question" if by_question else "seed"
             remarks.append(f"{_place(first[0])}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
@@ -53,8 +53,12 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
         paired.append((by_question, pairs))
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
     paired.sort(key=lambda kept: places.index((kept[1][0][0].model, kept[1][0][0].task)))
-    resamples = num_resamples(len(paired))
-    rows = [_by_question(pairs, metric, resamples) if kept else _by_seed(pairs, metric) for kept, pairs in paired]
+    asked = (_rows(pairs, answers) for by_question, pairs in paired if by_question)
+    found = iter(all_paired_by_question(asked, resamples=num_resamples(len(paired))))
+    rows = [
+        _by_question(pairs, answers, next(found)) if by_question else _by_seed(pairs, metric)
+        for by_question, pairs in paired
+    ]
     table = pd.DataFrame(rows)
     if rows:
         tested = max(1, num_tested(table))
@@ -78,20 +82,40 @@ def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
     return list(found.values())
 
 
-def _by_question(pairs: Sequence[tuple[Run, Run]], metric: str, resamples: int) -> dict[str, object]:
-    answers = [(one.answers(metric), other.answers(metric)) for one, other in pairs]
-    names = sorted(set().union(*(one.keys() & other.keys() for one, other in answers)))
-    right = [
-        [(one[n], other[n]) if n in one and n in other else (np.nan, np.nan) for n in names] for one, other in answers
-    ]
-    first_SQ, second_SQ = np.moveaxis(np.array(right, dtype=float), 2, 0)
-    difference_SQ = second_SQ - first_SQ
-    won, lost = int((difference_SQ == 1).sum()), int((difference_SQ == -1).sum())
-    found = paired_by_question(difference_SQ, resamples=resamples)
-    counts = {"questions": len(names), "won": won, "lost": lost, "odds ratio": odds_ratio(won, lost)}
-    return (
-        _row(pairs, found) | counts | {"effect h": cohens_h(float(np.nanmean(first_SQ)), float(np.nanmean(second_SQ)))}
-    )
+def _answers(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
+    """The answers of each run that kept them, by its `id`: 1, 0, or NaN (not asked) for each question of its task."""
+    kept: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.answers(metric):
+            kept.setdefault((run.model, run.task), []).append(run)
+    found = {}
+    for of_place in kept.values():
+        names = sorted(set().union(*(run.answers(metric) for run in of_place)))
+        for run in of_place:
+            given = run.answers(metric)
+            found[id(run)] = np.array([given.get(name, np.nan) for name in names], dtype=float)
+    return found
+
+
+def _rows(pairs: Sequence[tuple[Run, Run]], answers: Mapping[int, np.ndarray]) -> np.ndarray:
+    """The answers of the first and of the second run of each pair: (2×S×Q)."""
+    return np.array([[answers[id(run)] for run in side] for side in zip(*pairs, strict=True)])
+
+
+def _asked(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return ~np.isnan(first + second)
+
+
+def _by_question(
+    pairs: Sequence[tuple[Run, Run]], answers: Mapping[int, np.ndarray], found: Difference
+) -> dict[str, object]:
+    first_SQ, second_SQ = _rows(pairs, answers)
+    asked_SQ = _asked(first_SQ, second_SQ)
+    won, lost = int((second_SQ > first_SQ).sum()), int((second_SQ < first_SQ).sum())
+    num_questions = int(asked_SQ.any(axis=0).sum())
+    counts = {"questions": num_questions, "won": won, "lost": lost, "odds ratio": odds_ratio(won, lost)}
+    effect = cohens_h(float(first_SQ[asked_SQ].mean()), float(second_SQ[asked_SQ].mean()))
+    return _row(pairs, found) | counts | {"effect h": effect}
 
 
 def _by_seed(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]:

@@ -17,7 +17,7 @@ from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
 from layerif.report.arms import Run, content, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
-from layerif.stats import spearman, t_interval, wilson
+from layerif.stats import spearman_matrix, t_interval, wilson
 
 ITSELF = "itself, on disjoint halves of its samples"
 
@@ -285,12 +285,18 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
     """The rank correlation of every two layer profiles of one model, and of each with itself on other samples."""
     found = profiles(records)
-    rows = []
-    for (first, one), (second, other) in itertools.combinations(found.items(), 2):
-        is_one_model = content(one.record, "model") == content(other.record, "model")
-        if one.scores.layers == other.scores.layers and is_one_model:
-            alike = spearman(one.scores.values, other.scores.values)
-            rows.append({"profile": first, "and": second, "Spearman": alike})
+    kinds = [(content(one.record, "model"), one.scores.layers) for one in found.values()]
+    alike = np.full((len(found), len(found)), np.nan)
+    for number, kind in enumerate(kinds):
+        if kind not in kinds[:number]:
+            of_kind = [place for place, other in enumerate(kinds) if other == kind]
+            values = [one.scores.values for one, other in zip(found.values(), kinds, strict=True) if other == kind]
+            alike[np.ix_(of_kind, of_kind)] = spearman_matrix(np.array(values).T)
+    rows = [
+        {"profile": first, "and": second, "Spearman": alike[row, column]}
+        for (row, first), (column, second) in itertools.combinations(enumerate(found), 2)
+        if kinds[row] == kinds[column]
+    ]
     for name, one in found.items():
         if one.record.decision and one.record.decision.reliability is not None:
             rows.append({"profile": name, "and": ITSELF, "Spearman": one.record.decision.reliability})
