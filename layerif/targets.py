@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -67,9 +66,10 @@ def allowed_target(target: Any, setting: str, trusted: Sequence[str] = ()) -> An
     if callable(found) and any(_belongs(found, other) for other in others):
         return found
     leads = "" if found is None else f", it leads to {_name(found)}"
+    trust = target if found is None else "…" if isinstance(found, ModuleType) else _name(found)
     raise ValueError(
         f"{setting}={target!r} is not allowed{leads}; allowed: {_IN_WORDS}; for code that you trust, add "
-        f"trusted_targets=[{target if found is None else '…'}] to the command line"
+        f"trusted_targets=[{trust}] to the command line"
     )
 
 
@@ -139,6 +139,8 @@ def refuse_keywords(node: Mapping[str, Any], setting: str) -> None:
 @cache
 def registered_modules() -> tuple[str, ...]:
     """Lists the modules that installed packages registered in the entry-point group `layerif.choices`."""
+    from importlib.metadata import entry_points  # a quarter of a second, and few configurations need it
+
     return tuple(sorted({point.module for point in entry_points(group=ENTRY_POINTS)}))
 
 

@@ -183,10 +183,12 @@ def _as_texts(node: Any) -> Any:
 
 def _unresolved(node: DictConfig, key: str) -> Any:
     """Returns a setting as plain values, with interpolations as they are written; None where it is not there."""
+    if key not in list(node):
+        return None
     if OmegaConf.is_interpolation(node, key):
         written: Any = OmegaConf.to_container(node)
         return written[key]
-    found = None if OmegaConf.is_missing(node, key) else node.get(key)
+    found = node[key] if key in node else None
     return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
