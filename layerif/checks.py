@@ -38,6 +38,25 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
     )
 
 
+def check_file_name(setting: str, got: object, *, below: str) -> None:
+    """Refuses a text that is not the name of one folder, which would lead elsewhere or could not be made.
+
+    Args:
+        setting: for the message.
+        got: the value.
+        below: the folder that it is made in.
+
+    Raises:
+        ValueError: the text is empty or too long, or holds a slash or a character that cannot be printed.
+    """
+    is_name = isinstance(got, str) and got.isprintable() and "/" not in got and len(got.encode(errors="replace")) <= 200
+    if not is_name or str(got).strip() in ("", ".", ".."):
+        raise ValueError(
+            f"{setting}={got!r} is not allowed; allowed: the name of a folder below {below}, without a slash and of at "
+            "most 200 characters"
+        )
+
+
 def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:
     """Refuses values unless there is one for each layer, at least one, and no layer is named twice."""
     if not layers or len(layers) != len(values):

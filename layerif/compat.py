@@ -7,10 +7,13 @@ they override methods that PEFT asks its methods to override.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import lightning as L
     from lightning.pytorch.loggers import WandbLogger
     from torch import Tensor
@@ -21,6 +24,30 @@ def hydra_options() -> list[str]:
     from hydra._internal.utils import get_args_parser
 
     return [option for option in get_args_parser()._option_string_actions if option.startswith("--")]
+
+
+def hydra_arguments(arguments: Sequence[str]) -> Namespace:
+    """Reads a command line as Hydra does, with what Hydra does not know left out. Read from hydra-core 1.3.8."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser().parse_known_args(arguments)[0]
+
+
+@contextmanager
+def compose_by(make_loader: Callable[..., Any]) -> Iterator[None]:
+    """Lets Hydra compose by a loader of ours, where it starts within this context. Read from hydra-core 1.3.8.
+
+    Args:
+        make_loader: gives a `ConfigLoaderImpl` for a search path, `config_search_path`.
+    """
+    from hydra._internal import hydra
+
+    original = hydra.ConfigLoaderImpl
+    hydra.ConfigLoaderImpl = make_loader  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        hydra.ConfigLoaderImpl = original  # type: ignore[misc]
 
 
 def logged_step(trainer: L.Trainer) -> int:

@@ -316,6 +316,52 @@ def read_json(path: str | Path, *, what: str) -> Any:
         raise ValueError(f"{what} {str(path)!r} cannot be used: {error}") from error
 
 
+# The largest configuration of ours has 9 kB and some 300 nodes.
+_YAML_BYTES, _YAML_NODES = 250_000, 20_000
+
+
+def check_yaml(file: Path) -> None:
+    """Refuses a YAML file whose content would fill the memory: a large one, or one that aliases make large.
+
+    An alias costs a few bytes in the file and a copy of what it stands for in the configuration.
+
+    Raises:
+        ValueError: says what is too much.
+    """
+    if file.stat().st_size > _YAML_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; allowed: a configuration of {_YAML_BYTES:,}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text in UTF-8: {error.reason} at byte {error.start}") from error
+    if "&" in text and "*" in text:
+        _check_aliases(file, text)
+
+
+def _check_aliases(file: Path, text: str) -> None:
+    import yaml
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:  # whoever reads the file says what is wrong with it
+        return
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        """Counts the nodes with every alias spelt out; a node inside itself is infinite."""
+        if id(node) not in sizes:
+            sizes[id(node)] = float("inf")
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            sizes[id(node)] = 1 + sum(sum(map(size, one)) if isinstance(one, tuple) else size(one) for one in inner)
+        return sizes[id(node)]
+
+    if (spelt_out := size(root)) > _YAML_NODES:
+        raise ValueError(
+            f"{file} has {spelt_out:,.0f} entries once its aliases are spelt out; allowed: {_YAML_NODES:,}; write out "
+            "what it needs, without aliases inside aliases"
+        )
+
+
 @lru_cache
 def _sha256(path: str, size: int, modified_ns: int) -> str:
     with open(path, "rb") as file:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from layerif.models.blocks import blocks
 from layerif.models.hooks import first_non_finite_block
 from layerif.models.loss import per_sample_loss
 from layerif.moe.model import linears_of_blocks
+from layerif.targets import build
 
 
 class AdapterModule(L.LightningModule):
@@ -37,7 +37,13 @@ class AdapterModule(L.LightningModule):
         adapter: the kind of adapter with its settings, or what a checkpoint holds of them.
         model: the model's configuration with its `_target_`, so that a checkpoint can rebuild it.
         allocation: None until the influence callback decides.
+
+    Attributes:
+        trusted_targets: packages or objects whose targets the model's configuration may name, beside those that every
+            configuration may. They are no argument, because a checkpoint, which may come from anywhere, holds those.
     """
+
+    trusted_targets: Sequence[str] = ()
 
     def __init__(
         self,
@@ -63,6 +69,15 @@ class AdapterModule(L.LightningModule):
                 "its own (PEFT's merge_and_unload) and use model=local, or score it with method=none"
             )
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
+        """Loads a checkpoint as Lightning does, and by default does not unpickle code from any place, a URL included.
+
+        Raises:
+            ValueError: the checkpoint names a model that is not among the allowed targets.
+        """
+        return super().load_from_checkpoint(checkpoint_path, *args, weights_only=weights_only, **kwargs)
+
     @property
     def allocation(self) -> Allocation | None:
         """The allocation that the adapter follows."""
@@ -76,7 +91,7 @@ class AdapterModule(L.LightningModule):
     def base_model(self) -> nn.Module:
         """Loads the bare model once. The callback scores it before `configure_model` wraps it."""
         if self.model is None:
-            self.model = instantiate(dict(self.hparams["model"])).load()
+            self.model = build(self.hparams["model"], "model", self.trusted_targets).load()
         assert self.model is not None
         return self.model
 

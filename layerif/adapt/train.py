@@ -190,7 +190,7 @@ def _num_batches(trainer: L.Trainer, part: Literal["train", "val"], available: i
 def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None = None) -> None:
     """Runs `trainer.fit`, and turns its exit on Ctrl-C into the usual KeyboardInterrupt."""
     try:
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, weights_only=True)
     except SystemExit:
         if trainer.interrupted:
             raise KeyboardInterrupt from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -33,7 +34,9 @@ def _start() -> None:
     import hydra
 
     from layerif.app import sweep
+    from layerif.app.composition import Composer, from_command_line
     from layerif.app.schema import register
+    from layerif.compat import compose_by, hydra_arguments
 
     register()
     _check_options()
@@ -43,7 +46,9 @@ def _start() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here instead of being printed by Hydra
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+        given = from_command_line(hydra_arguments(sys.argv[1:]).overrides)
+        with compose_by(partial(Composer, given=given)):
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
     except KeyboardInterrupt:
         carries_on = "; the same command carries on" if sweep.Sweep.running else ""
         print(f"\ninterrupted{carries_on}", file=sys.stderr)
@@ -91,7 +96,7 @@ def _leave(error: Exception) -> NoReturn:
 
 def _check_options() -> None:
     """Refuses a setting that is written as an option and says how to write it; argparse would only not recognise it."""
-    from layerif.compat import hydra_options
+    from layerif.compat import hydra_arguments, hydra_options
 
     options = hydra_options()
     for argument in sys.argv[1:]:
@@ -100,6 +105,13 @@ def _check_options() -> None:
             setting = f"{name[2:].replace('-', '_')}={value if equals else 'true'}"
             print(f"layerif: {name} is not an option; settings are key=value: {setting}", file=sys.stderr)
             sys.exit(2)
+    if hydra_arguments(sys.argv[1:]).experimental_rerun is not None:
+        print(
+            "layerif: --experimental-rerun reads a pickle, which can run any code; use --config-path=/run/.hydra "
+            "--config-name=config",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _overrides() -> list[str]:

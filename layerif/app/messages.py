@@ -71,6 +71,8 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         unexpected := re.search(r"unexpected keyword argument '(\w+)'[\s\S]*full_key: (\S+)", said)
     ):
         return _explain_key(f"{unexpected[2]}.{unexpected[1]}", said, overrides)
+    if "Config group override must be" in said:
+        return _explain_no_choice(overrides)
     if isinstance(error, ConfigCompositionException):
         within = re.match(r"In '[^']+': ", said)
         where = within[0] if within else ""
@@ -122,6 +124,15 @@ def _named_by(group: str, choice: str, overrides: list[str]) -> str:
     if "experiment" not in given or choice in re.split(r"[\[\],]", given.get(group, "")):
         return ""
     return f"experiment={given['experiment']} names a choice that does not exist: "
+
+
+def _explain_no_choice(overrides: list[str]) -> str:
+    """Explains a group that is set to null: which one, and its choices."""
+    for group, value in _given(overrides).items():
+        if value.lower() == "null" and (conf_folder() / group).is_dir():
+            choices = sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+            return f"{group}=null is not a choice of the group {group!r}; available: {', '.join(choices)}"
+    return "a group is set to a value that is not the name of a choice; give a name, or a list of names"
 
 
 def _explain_unreadable(override: str) -> str:

@@ -11,9 +11,8 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
@@ -21,8 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from layerif.app.resolvers import register_resolvers
-from layerif.checks import did_you_mean, unknown_key
+from layerif.checks import check_file_name, did_you_mean, unknown_key
 from layerif.files import conf_folder
+from layerif.targets import allowed_target, build, nodes_with_target, refuse_keywords
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Config:
     objective: str | None = None
     recipe: Any = MISSING
     small: bool = False
+    trusted_targets: list[str] = field(default_factory=list)
     outputs: str = MISSING
     store: str = MISSING
 
@@ -59,6 +60,20 @@ def register() -> None:
     register_resolvers()
 
 
+# Root keys that hold the settings of one object.
+_OBJECTS = (
+    "model",
+    "task",
+    "estimator",
+    "allocator",
+    "method",
+    "pruner",
+    "trainer",
+    "probe",
+    "data",
+    "fit",
+    "evaluation",
+)
 # Root keys whose choices are words.
 _CHOICES = {
     "rerun": Literal[False, "failed", True],
@@ -69,15 +84,14 @@ _CHOICES = {
 def from_conf(choice: str, *overrides: str) -> Any:
     """Returns the object behind one choice, for use from Python: `from_conf("model=local", "model.path=/folder")`."""
     from hydra import compose, initialize_config_dir
-    from hydra.utils import instantiate
 
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose("config", [choice, *overrides])
-    group = choice.partition("=")[0]
-    node = OmegaConf.create({group: OmegaConf.to_container(config[group], resolve=True)})
-    check(node)
-    return instantiate(node[group])
+    group, trusted = choice.partition("=")[0], list(config.trusted_targets)
+    plain: Any = OmegaConf.to_container(config[group], resolve=True)
+    check(OmegaConf.create({group: plain, "trusted_targets": trusted}))
+    return build(plain, group, trusted)
 
 
 def check(config: DictConfig) -> None:
@@ -113,8 +127,11 @@ def check(config: DictConfig) -> None:
             f"score_task={named!r} is a name where a whole task belongs; say +task@score_task={named}, which puts that "
             "task there, or score_task=null for scores on the task's own rows"
         )
-    for path, node in _targets(plain):
-        _check_node(path, node)
+    for key in _OBJECTS:
+        if key in plain and not (isinstance(plain[key], dict) and "_target_" in plain[key]):
+            raise ValueError(f"{key}={plain[key]} is not allowed; allowed: settings of the {key}, with their _target_")
+    for path, node in nodes_with_target(plain):
+        _check_node(path, node, plain.get("trusted_targets") or ())
 
 
 def check_plain(node: Any, path: str = "") -> None:
@@ -166,28 +183,17 @@ def check_root(config: DictConfig) -> None:
             _check_value(key, config[key], hint)
     if not 0 <= config.get("seed", 0) < 2**32:
         raise ValueError(f"seed={config.seed} is not allowed; allowed: a whole number from 0 to {2**32 - 1}")
-    folder = Path(config.get("name", "default"))
-    if not folder.name or folder.is_absolute() or ".." in folder.parts:
-        raise ValueError(f"name={config.name!r} is not allowed; allowed: the name of a folder below outputs/sweeps")
+    check_file_name("name", config.get("name", "default"), below="outputs/sweeps")
 
 
-def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from _targets(value, f"{path}.{key}" if path else str(key))
-
-
-def _check_node(path: str, node: Mapping[str, Any]) -> None:
-    from hydra.utils import get_object
-
+def _check_node(path: str, node: Mapping[str, Any], trusted: Sequence[str]) -> None:
+    target = allowed_target(node["_target_"], f"{path}._target_", trusted)
+    refuse_keywords(node, path)
     try:
-        target = get_object(node["_target_"])
-    except Exception as error:
-        raise ValueError(f"{path}._target_={node['_target_']!r} cannot be imported: {error}") from error
-    parameters = inspect.signature(target).parameters
-    given = {key: value for key, value in node.items() if not re.fullmatch(r"_\w+_", key)}
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # a trusted class that is written in C may have none
+        return
+    given = {key: value for key, value in node.items() if not re.fullmatch(r"_\w+_", str(key))}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in given:
         if key not in parameters and not open_ended:
@@ -197,10 +203,10 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
             )
     try:
         hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
-    except NameError:  # another library has annotations that only a type checker can resolve
+    except (NameError, TypeError):  # another library has annotations that only a type checker can resolve, or none
         return
     for key, value in given.items():
-        if key in hints and not (isinstance(value, dict) and "_target_" in value):  # these nodes are bound on their own
+        if key in hints and not any(nodes_with_target(value)):  # nodes with a target are bound on their own
             _check_value(f"{path}.{key}", value, hints[key])
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -25,6 +23,7 @@ from layerif.models.blocks import context_length
 from layerif.models.memory import free_bytes
 from layerif.models.pretrained import Pretrained
 from layerif.probe.store import Store
+from layerif.targets import allowed_target, build
 
 # Settings that may be the path of a file. If the file's content changes, it is another job.
 _FILES = ("method.allocation", "method.calibration.text", "evaluation.text")
@@ -45,15 +44,15 @@ class Setup:
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
-        self.model: Pretrained = instantiate(config.model)
-        self.task: Task = instantiate(config.task)
-        self.method: Method = instantiate(config.method, _convert_="all")
-        self.evaluation: Evaluation = instantiate(config.evaluation, _convert_="all")
-        self.fit: Fit = instantiate(config.fit)
+        self.model: Pretrained = self._build("model")
+        self.task: Task = self._build("task")
+        self.method: Method = self._build("method")
+        self.evaluation: Evaluation = self._build("evaluation")
+        self.fit: Fit = self._build("fit")
         self.model.check()
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
-        score_task: Task | None = instantiate(config.score_task) if config.score_task else None
+        score_task: Task | None = self._build("score_task")
         self.scored = score_task.load() if score_task else self.splits
         check_unseen(self.scored, self.splits)
         trainer = self.trainer([], Path())
@@ -61,9 +60,9 @@ class Setup:
             model=self.model,
             tokenizer=self.tokenizer,
             splits=self.scored,
-            probe=instantiate(config.probe),
-            estimator=instantiate(config.estimator),
-            allocator=instantiate(config.allocator),
+            probe=self._build("probe"),
+            estimator=self._build("estimator"),
+            allocator=self._build("allocator"),
             store=Store(Path(config.store)),
             seed=config.seed,
             device=trainer.strategy.root_device,
@@ -89,7 +88,7 @@ class Setup:
     @cached_property
     def datamodule(self) -> TaskDataModule:
         """The batches of the task for fine-tuning."""
-        return instantiate(self.config.data)(self.splits, self.tokenizer)
+        return self._build("data")(self.splits, self.tokenizer)
 
     @property
     def free_for_training(self) -> int:
@@ -100,7 +99,7 @@ class Setup:
     @cached_property
     def loggers(self) -> list[Logger]:
         """The loggers that the configuration names; all trainers of the run share them."""
-        return [instantiate(logger) for logger in self.config.logger.values()]
+        return list(self._build("logger").values())
 
     def trainer(self, callbacks: list[Callback], folder: Path, **overrides: Any) -> L.Trainer:
         """Makes a trainer that works in this folder.
@@ -115,8 +114,8 @@ class Setup:
         """
         logger = self.loggers if callbacks else False
         try:
-            return instantiate(
-                self.config.trainer,
+            return self._build(
+                "trainer",
                 callbacks=callbacks,
                 logger=logger,
                 default_root_dir=str(folder),
@@ -125,9 +124,15 @@ class Setup:
                 num_sanity_val_steps=0,
                 **overrides,
             )
-        except InstantiationException as error:
+        except Exception as error:  # Lightning raises what it likes
             cpu = "; without a GPU use trainer=default" if self.config.trainer.get("accelerator") == "gpu" else ""
-            raise ValueError(f"trainer: {error.__cause__ or error}{cpu}") from error
+            raise ValueError(f"trainer: {error}{cpu}") from error
+
+    def _build(self, key: str, **given: Any) -> Any:
+        """Builds the object of a root key, None where it is null; arguments stand in place of its settings."""
+        node = self.config[key]
+        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        return build(plain, key, list(self.config.get("trusted_targets") or ()), **given)
 
 
 def check_spent(method: Method, given: str) -> None:
@@ -157,4 +162,4 @@ def check_unseen(scored: Splits, splits: Splits) -> None:
 
 
 def _method_class(file: Path) -> type[Method]:
-    return get_class(OmegaConf.load(file)["_target_"])  # type: ignore[return-value]
+    return allowed_target(OmegaConf.load(file)["_target_"], f"{file}._target_")

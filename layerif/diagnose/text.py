@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from layerif.diagnose.conclusions import shown
+from layerif.record.text import inert
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
@@ -15,7 +16,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         report: the content of `diagnose.json`.
     """
     sections = [_conclusions, _instrument, _gradients, _solver, _stability, _agreement, _leave_out, _mislabel]
-    return "\n\n".join(["# Can these scores be trusted?", *(section(report) for section in sections)]) + "\n"
+    return inert("\n\n".join(["# Can these scores be trusted?", *(section(report) for section in sections)]) + "\n")
 
 
 def report_summary(report: Mapping[str, Any]) -> str:

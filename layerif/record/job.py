@@ -17,9 +17,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.files import check_yaml
+
 # Root keys and groups that may differ between two runs of the same job. `small` is not among them, because a record
 # says that it belongs to a small variant.
-INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger", "launcher", "sweeper")
+INCIDENTAL = ("dry_run", "rerun", "outputs", "store", "name", "logger", "launcher", "sweeper", "trusted_targets")
 # Groups whose files only change other groups, so that the settings show them already.
 _CHANGES = ("experiment", "arm", "size")
 # Keys that are left out of the names of folders: incidental ones (but a dry run has a folder of its own), and the
@@ -41,6 +43,7 @@ def choices_of_run() -> dict[str, str]:
     sources = [Path(source.path) for source in hydra.runtime.config_sources if source.provider == "main"]
     beside = [file for folder in sources if (file := folder / "hydra.yaml").is_file()]
     if "estimator" not in found and beside:
+        check_yaml(beside[0])
         found = OmegaConf.select(OmegaConf.load(beside[0]), "hydra.runtime.choices", default={})
     # Names with a slash are Hydra's own choices and the parts of an experiment.
     return {str(group): str(choice) for group, choice in found.items() if "/" not in str(group)}

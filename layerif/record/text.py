@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -87,6 +88,11 @@ def markdown(frame: pd.DataFrame, spell: Callable[[object], str] = spelt) -> str
     rows = [header, rule, *([spell(value) for value in row] for row in frame.itertuples(index=False))]
     lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join(line.replace("\n", "; ") for line in lines)
+
+
+def inert(page: str) -> str:
+    """Returns a page of Markdown in which names and errors, other people's text, can be neither HTML nor links."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", page).replace("](", "]\\(")
 
 
 class _Console(Console):

@@ -1,3 +1,4 @@
 from layerif.report import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -102,4 +102,4 @@ def _markdown(title: str, summary: Sequence[str], found: Sequence[Section]) -> s
         parts += ["\n".join(f"- {finding}" for finding in section.findings)] if section.findings else []
         parts += [text.markdown(section.table)] if section.table is not None else []
         parts += section.said
-    return "\n\n".join(parts) + "\n"
+    return text.inert("\n\n".join(parts) + "\n")

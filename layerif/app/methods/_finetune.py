@@ -42,7 +42,9 @@ class FineTune:
 
     def _module(self, setup: Setup) -> AdapterModule:
         model: Any = OmegaConf.to_container(setup.config.model, resolve=True)
-        return AdapterModule(self._adapter, model)
+        module = AdapterModule(self._adapter, model)
+        module.trusted_targets = tuple(setup.config.get("trusted_targets") or ())
+        return module
 
     @property
     def _adapter(self) -> Adapter:
