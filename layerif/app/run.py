@@ -97,10 +97,10 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         return None
     record.measurements = setup.decider.store.taken
     record.memory_gb = _peak_memory()
-    file = record.write(folder)
-    _remove_parts(folder)
     if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)
+    file = record.write(folder)  # last, because a job with a record is not run again
+    _remove_parts(folder)
     log.info("record: %s", file)
     return record.objective
 

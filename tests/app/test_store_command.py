@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -210,6 +211,14 @@ def test_the_headers_version_is_the_stores(store):
     headers = [entry.header for entry in entries(store)[0] if entry.header]
     assert {header["version"] for header in headers} == {str(VERSIONS["store"])}
     assert all(json.dumps(header["description"]) for header in headers)
+
+
+def test_a_store_that_cannot_be_written_is_listed(store, monkeypatch):
+    def refuse(path, *rest, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert {entry.in_use for entry in entries(store)[0]} == {False}
 
 
 def test_what_an_interrupted_probe_left_is_listed_and_goes_as_incomplete(store):
