@@ -188,7 +188,7 @@ def _unresolved(node: DictConfig, key: str) -> Any:
     if OmegaConf.is_interpolation(node, key):
         written: Any = OmegaConf.to_container(node)
         return written[key]
-    found = node[key] if key in node else None
+    found = node.get(key)
     return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
