@@ -36,9 +36,8 @@ _ALLOWED = (
 # This launcher runs its settings as commands, on machines that it rents.
 _LEFT_OUT = "hydra_plugins.hydra_ray_launcher.ray_aws_launcher"
 _IN_WORDS = (
-    "classes of layerif, Lightning's trainer, loggers, strategies and plugins, Hydra's launchers and sweepers, "
-    "Optuna's samplers and pruners, logging's handlers and formatters, and what an installed package registers in "
-    f"{ENTRY_POINTS}"
+    "classes of layerif, of Lightning (trainer, loggers, strategies, plugins), Hydra (launchers, sweepers), Optuna "
+    f"(samplers, pruners) and logging, and what an installed package registers in {ENTRY_POINTS}"
 )
 
 

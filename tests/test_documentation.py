@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from dataclasses import replace
 from functools import cache
@@ -28,6 +29,7 @@ from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores
+from layerif.targets import ENTRY_POINTS, registered_modules
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -103,8 +105,20 @@ def together(commands: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def with_the_example_package(monkeypatch):
+def with_the_example_package(monkeypatch, tmp_path_factory):
+    """Makes the example package look installed, with the entry points that its pyproject.toml gives it."""
+    installed = tmp_path_factory.mktemp("installed")
+    project = tomllib.loads((EXAMPLE_PACKAGE / "pyproject.toml").read_text())["project"]
+    about = installed / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"{name} = {module}" for name, module in project["entry-points"][ENTRY_POINTS].items()]
+    (about / "entry_points.txt").write_text("\n".join([f"[{ENTRY_POINTS}]", *lines, ""]))
+    monkeypatch.syspath_prepend(str(installed))
     monkeypatch.syspath_prepend(str(EXAMPLE_PACKAGE))
+    registered_modules.cache_clear()
+    yield installed
+    registered_modules.cache_clear()
 
 
 @pytest.mark.parametrize("overrides", together(OVERRIDES), ids=" ".join)
@@ -330,9 +344,10 @@ def test_the_marked_commands_compose_as_tiny_runs():
 
 @pytest.mark.docs
 @pytest.mark.parametrize("page", list(dict.fromkeys(page for page, _ in MARKED)))
-def test_the_marked_commands_of_a_page_run(page, model_folder, task_folder, tmp_path):
+def test_the_marked_commands_of_a_page_run(page, model_folder, task_folder, tmp_path, with_the_example_package):
     programs = {"layerif": "layerif", "layerif-report": "layerif.report", "layerif-store": "layerif.app.store"}
-    path = os.pathsep.join(filter(None, (str(EXAMPLE_PACKAGE), str(ROOT), os.environ.get("PYTHONPATH"))))
+    places = (str(with_the_example_package), str(EXAMPLE_PACKAGE), str(ROOT), os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(filter(None, places))
     for command in [command for other, text in MARKED if other == page for command in commands(text, "layerif")]:
         name, *words = (
             word.replace("/models/mine", str(model_folder)).replace("/data/mine", str(task_folder))

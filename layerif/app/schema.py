@@ -104,9 +104,9 @@ def check(config: DictConfig) -> None:
         ValueError: names the key, its value, the values that are allowed and the nearest valid name.
     """
     check_root(config)
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     check_plain(plain)
+    _check_kinds(plain)
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     if plain.get("small") and choices.get("experiment") == choices.get("arm") == "none":
         raise ValueError(
@@ -127,9 +127,6 @@ def check(config: DictConfig) -> None:
             f"score_task={named!r} is a name where a whole task belongs; say +task@score_task={named}, which puts that "
             "task there, or score_task=null for scores on the task's own rows"
         )
-    for key in _OBJECTS:
-        if key in plain and not (isinstance(plain[key], dict) and "_target_" in plain[key]):
-            raise ValueError(f"{key}={plain[key]} is not allowed; allowed: settings of the {key}, with their _target_")
     for path, node in nodes_with_target(plain):
         _check_node(path, node, plain.get("trusted_targets") or ())
 
@@ -156,6 +153,22 @@ def check_plain(node: Any, path: str = "") -> None:
         raise ValueError(f"{path}={node} is not allowed; allowed: a finite number")
     elif not isinstance(node, str | int | float | None):
         raise ValueError(f"{path}={node!r} is not allowed; allowed: a text, a number, true, false or null")
+
+
+def _check_kinds(plain: Mapping[str, Any]) -> None:
+    """Refuses root keys of another kind, which a configuration without our schema can have: a text as estimator."""
+    for key, hint in typing.get_type_hints(Config).items():
+        if key in plain and hint is not Any:
+            _check_value(key, plain[key], hint)
+    for key in ("logger", "recipe"):
+        if not isinstance(plain.get(key, {}), dict):
+            raise ValueError(f"{key}={plain[key]} is not allowed; allowed: settings by name, or {{}} for none")
+    objects = {key: plain[key] for key in _OBJECTS if key in plain}
+    for key, node in (objects | {f"logger.{name}": node for name, node in plain.get("logger", {}).items()}).items():
+        if not (isinstance(node, dict) and "_target_" in node):
+            raise ValueError(
+                f"{key}={node} is not allowed; allowed: settings with a _target_, as every choice has them"
+            )
 
 
 def check_size(*, small: bool, size: str) -> None:
@@ -201,6 +214,11 @@ def _check_node(path: str, node: Mapping[str, Any], trusted: Sequence[str]) -> N
                 f"{path}.{key} is not known to {node['_target_']}{did_you_mean(key, parameters)}; "
                 f"allowed: {', '.join(name for name in parameters if name != 'self')}"
             )
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in parameters.items():
+        is_needed = parameter.default is parameter.empty and parameter.kind not in variable
+        if is_needed and name not in given and not node.get("_partial_"):
+            raise ValueError(f"{path} has no {name!r}, which {node['_target_']} needs; give it with +{path}.{name}=…")
     try:
         hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
     except (NameError, TypeError):  # another library has annotations that only a type checker can resolve, or none

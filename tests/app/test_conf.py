@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from itertools import zip_longest
@@ -197,6 +198,7 @@ def test_a_typo_is_answered_in_one_line_without_a_traceback(overrides, message, 
         (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["layerif", *overrides])
+    monkeypatch.setattr(logging.root, "handlers", [])  # another test's may write to a stream that is closed
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as left:
