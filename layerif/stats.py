@@ -293,7 +293,7 @@ def _bootstrapped(values_RQ: np.ndarray, num_draws: int, seeds: tuple[int, ...])
 
 @lru_cache(maxsize=8)
 def _times_drawn(num_questions: int, num_draws: int, seeds: tuple[int, ...]) -> np.ndarray:
-    """How often each question is drawn where as many are drawn as there are: (Q×B)."""
+    """Counts the times that each question is drawn where as many are drawn as there are: (Q×B)."""
     rng, own_B = np.random.default_rng(seeds), num_questions * np.arange(num_draws)
     drawn_BQ = rng.integers(num_questions, size=(num_draws, num_questions)) + own_B[:, None]
     return np.bincount(drawn_BQ.ravel(), minlength=drawn_BQ.size).reshape(drawn_BQ.shape).T.astype(np.float32)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerif.compat import map_tensors
@@ -268,7 +269,7 @@ class HiddenStates:
         else:
             file = self._file(index)  # for this process alone
             with full_disk_explained(str(file), _ADVICE), whole(file, durable=False) as unfinished:
-                save_file({"hidden": hidden_BTH.cpu().contiguous()}, unfinished)
+                safetensors.torch.save_file({"hidden": hidden_BTH.cpu().contiguous()}, unfinished)
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None

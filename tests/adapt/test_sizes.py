@@ -48,7 +48,7 @@ def test_the_count_is_that_of_the_adapter(skeleton, kind, targets):
         (
             LoraAdapter(),
             (8, 25, 8),
-            r"a rank of 25 is .* layers\.1\.self_attn\.k_proj .* 24 outputs, so 24 is full",
+            r"a rank of 25 is .*layers\.1\.self_attn\.k_proj .* 24 outputs, so 24 is full",
         ),
         (LoraAdapter(), (333_333,) * 3, r"a rank of 333,333 .*; lower allocator\.budget, or name fewer layers"),
         (LoraMoeAdapter(r=100_000), (1, 1, 1), r"a rank of 100,000 .*; lower method\.r or allocator\.budget"),

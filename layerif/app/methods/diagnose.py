@@ -24,6 +24,7 @@ from layerif.diagnose.retrainings import write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.files import claim_folder
+from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
@@ -124,8 +125,9 @@ class Diagnose:
         print(text.report_summary(found))
 
     def _check_rank(self, setup: Setup) -> None:
-        skeleton = setup.model.skeleton()
-        targets = [param.removesuffix(".weight") for param in setup.decider.measured_layers(skeleton).matrices]
+        skeleton, probe = setup.model.skeleton(), setup.decider.probe
+        adapted = layer_map(skeleton, scope=probe.scope, skip_unsupported=probe.skip_unsupported)
+        targets = [param.removesuffix(".weight") for param in adapted.matrices]
         shapes = adapted_shapes(skeleton, targets)
         if too_large := too_large_rank(shapes, dict.fromkeys(shapes, Capacity(1, self.r))):
             raise ValueError(f"{too_large}; lower method.r")

@@ -47,6 +47,7 @@ def setup(tiny_overrides):
                 "method=prune",
                 "pruner=magnitude",
                 "allocator=sparsity",
+                "allocator.smoothing=false",
                 "method.recover=lora",
                 "method.adapter.r=100000",
             ],

@@ -245,7 +245,7 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
         (["method.recover=lora", "method.save=false"], r"use method\.save=true"),
         (["method.recover=lora_moe", "method.experts.budget=2"], "budget=2 cannot give 3 layers 1 expert each"),
         (["method.recover=lora", "method.adapter.keep_zeros=false"], r"keep_zeros=false would fill the zeros"),
-        (["model.adapter=/nowhere"], r"cannot prune through model\.adapter"),
+        (["model.adapter=/nowhere"], "the adapter '/nowhere' holds no adapter_config.json"),
         (["allocator.smoothing=true"], "smoothing with window=7 needs at least 7 layers, got 3"),
         (["method.offload=gpu"], r"allowed: device, cpu, disk"),
         (["evaluation.num_windows=0"], r"evaluation\.num_windows=0"),
