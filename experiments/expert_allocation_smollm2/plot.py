@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from layerif.record.names import estimator_choice, leaves_a_model
+from layerif.record.names import estimator_choice, has_method
 from layerif.record.record import FILE, RunRecord
 from layerif.report.comparisons import verdict
 from layerif.stats import holm, paired_by_question, smallest_difference
@@ -40,7 +40,7 @@ def draw(sweep: Path, folder: Path) -> None:
 
 def arm(record: RunRecord) -> str:
     """Returns the name of the run's allocation, or of the baseline that the run is."""
-    if not leaves_a_model(record) or record.decision is None:
+    if not has_method(record) or record.decision is None:
         return BEFORE
     if record.choices["method"] == "lora_equal":
         return "plain LoRA, equal size"
@@ -63,7 +63,7 @@ def results(records: list[RunRecord]) -> pd.DataFrame:
         key = record.config["task"]["name"], arm(record)
         if record.seed in answers[key]:
             raise SystemExit(f"{arm(record)} was run twice with seed {record.seed}, with other settings; remove one")
-        answers[key][record.seed] = record.answers["options" if leaves_a_model(record) else "before/options"]
+        answers[key][record.seed] = record.answers["options" if has_method(record) else "before/options"]
         sizes[key] = record.parameters.get("trainable", 0)
     tables = []
     for task in dict.fromkeys(task for task, _ in answers):
@@ -155,7 +155,7 @@ def plot_allocations(records: list[RunRecord], file: Path) -> None:
     task = records[0].config["task"]["name"]
     chosen: dict[str, list[int]] = {}
     for record in sorted(records, key=lambda record: record.seed):
-        if leaves_a_model(record) and record.config["task"]["name"] == task and "LoRA," not in arm(record):
+        if has_method(record) and record.config["task"]["name"] == task and "LoRA," not in arm(record):
             assert record.decision is not None
             chosen.setdefault(arm(record), list(record.decision.allocation.values))
     figure, axis = plt.subplots(figsize=(9, 0.4 * len(chosen) + 1.2))

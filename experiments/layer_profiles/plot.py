@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from layerif.record.names import leaves_a_model
+from layerif.record.names import has_method
 from layerif.record.record import FILE, RunRecord, ScoresRecord
 from layerif.stats import spearman, spearman_matrix
 
@@ -37,7 +37,7 @@ def draw(sweep: Path, folder: Path) -> None:
 def read(sweep: Path) -> Profiles:
     found: Profiles = {}
     for record in records(sweep):
-        if not leaves_a_model(record):
+        if not has_method(record):
             estimator = record.choices["estimator"]
             runs = found.setdefault(record.config["task"]["name"], {})
             if estimator in runs:
@@ -50,7 +50,7 @@ def read(sweep: Path) -> Profiles:
 
 def trainings(sweep: Path) -> dict[str, float]:
     """Returns the seconds that each task's adapter took to train."""
-    return {record.config["task"]["name"]: record.seconds["fit"] for record in records(sweep) if leaves_a_model(record)}
+    return {record.config["task"]["name"]: record.seconds["fit"] for record in records(sweep) if has_method(record)}
 
 
 def records(sweep: Path) -> list[RunRecord]:

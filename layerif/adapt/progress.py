@@ -59,13 +59,17 @@ class TrainingCurves(L.Callback):
         self.seconds_before, self._num_rows = state_dict["seconds"], state_dict["num_rows"]
         self._expected, self._usage = state_dict.get("checksum"), state_dict["usage"]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Training never starts where the run was killed after its last step, and its past is shown all the same.
+        if trainer.loggers and trainer.is_global_zero:
+            log_again(trainer.loggers, self._kept())
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
         if not trainer.loggers:
             return
         self._meter = self._measuring.enter_context(measure_usage(pl_module.model, with_grad=True))
         if trainer.is_global_zero:
-            log_again(trainer.loggers, self._kept())
             self._meter.restore(self._usage)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -269,7 +269,7 @@ class HiddenStates:
         else:
             file = self._file(index)  # for this process alone
             with full_disk_explained(str(file), _ADVICE), whole(file, durable=False) as unfinished:
-                safetensors.torch.save_file({"hidden": hidden_BTH.cpu().contiguous()}, unfinished)
+                safetensors.torch.save_file({"hidden": hidden_BTH.cpu().contiguous()}, unfinished, None)
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None

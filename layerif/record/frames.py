@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from layerif.record.names import UNTOUCHED, arm_name, leaves_a_model
+from layerif.record.names import UNTOUCHED, arm_name, has_method
 from layerif.record.record import RunRecord
 
 # Metrics that are means over questions whose answers are kept, and the name that they are kept by.
@@ -95,7 +95,7 @@ def measured(record: RunRecord, prefix: str = "", *, every_metric: bool = False)
         low, high = (metrics.get(f"accuracy_{end}") for end in ("low", "high"))
         if low is not None and high is not None:
             shown = {"accuracy": shown.pop("accuracy"), "95 % interval": f"{low:.3f} to {high:.3f}"} | shown
-    is_trained, seconds = not prefix and leaves_a_model(record), record.seconds
+    is_trained, seconds = not prefix and has_method(record), record.seconds
     return shown | {
         "questions": len(record.answers.get(f"{prefix}{QUESTIONS['accuracy']}", {})) or None,
         "trainable": record.parameters.get("trainable") if is_trained else 0,
@@ -112,7 +112,7 @@ def runs_frame(record: RunRecord) -> pd.DataFrame:
     rows = []
     if any(name.startswith(BEFORE) for name in record.metrics):
         rows.append(_place(record, UNTOUCHED) | measured(record, BEFORE))
-    if leaves_a_model(record) or not rows:
+    if has_method(record) or not rows:
         rows.append(_place(record, arm_name(record)) | measured(record))
     return without_empty(pd.DataFrame(rows, dtype=object))  # so that whole numbers stay whole beside missing ones
 

@@ -34,12 +34,12 @@ def arm_name(job: Job) -> str:
         name = f"{estimator_name(job)} {kind}"
     if scored := job.config.get("score_task"):
         name = f"{name} by scores of {called(scored, job.choices.get('task@score_task', ''))}"
-    return name if leaves_a_model(job) else f"{name} (not trained)"
+    return name if has_method(job) else f"{name} (not trained)"
 
 
-def leaves_a_model(job: Job) -> bool:
-    """Tells methods that fine-tune or prune the model from those that only measure it."""
-    return job.choices["method"] not in ("none", "plan", "diagnose")
+def has_method(job: Job) -> bool:
+    """Tells if a job did more than score and allocate."""
+    return job.choices["method"] != "none"
 
 
 def estimator_name(job: Job) -> str:

@@ -19,7 +19,7 @@ from layerif.record.names import (
     arm_name,
     called,
     estimator_choice,
-    leaves_a_model,
+    has_method,
     origins,
 )
 from layerif.record.record import Failure, Job, RunRecord
@@ -70,7 +70,7 @@ class Run:
     @property
     def is_trained(self) -> bool:
         """Tells fine-tuned and pruned models from untouched ones."""
-        return not self.prefix and leaves_a_model(self.job)
+        return not self.prefix and has_method(self.job)
 
 
 def comparable(first: Run, second: Run) -> bool:
@@ -107,7 +107,7 @@ def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
     """
     models, columns = titles(jobs, "model"), _columns(jobs, expected)
     seeds = _seeds(jobs)
-    trained = [number for number, job in enumerate(jobs) if leaves_a_model(job) or not job_metrics(job)]
+    trained = [number for number, job in enumerate(jobs) if has_method(job) or not job_metrics(job)]
     arms = _arm_names([jobs[number] for number in trained], [columns[number] for number in trained], expected)
     names = dict(zip(trained, arms, strict=True))
     found = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerif.checks import did_you_mean
-from layerif.record.names import called, leaves_a_model
+from layerif.record.names import called, has_method
 from layerif.record.record import FAILURE, FILE, Failure, Job, RunRecord
 
 _GROUPS = ("model", "task", "estimator", "allocator", "method")
@@ -119,4 +119,4 @@ def _order(job: Job) -> tuple:
     """The place of a job: baselines stand before the jobs that are compared with them."""
     model = called(job.config["model"], job.choices["model"])
     place = model, job.config["task"]["name"], job.seed
-    return *place, leaves_a_model(job), job.choices["estimator"] != "uniform"
+    return *place, has_method(job), job.choices["estimator"] != "uniform"

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from layerif.record.frames import headline, is_logarithmic, measured, without_empty
-from layerif.record.names import called, estimator_name, leaves_a_model
+from layerif.record.names import called, estimator_name, has_method
 from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
 from layerif.report.arms import Run, content, labelled, settings, titles
@@ -174,7 +174,7 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     no holes. `expected` adds the cells that it has numbers for, once a run of its model and settings belongs to one of
     its columns; an arm that ran in several settings lacks them in each.
     """
-    trained = [run for run in runs if not run.prefix and leaves_a_model(run.job)]
+    trained = [run for run in runs if not run.prefix and has_method(run.job)]
     grids: dict[tuple[str, str], list[Run]] = {}
     for run in trained:
         grids.setdefault((run.model, run.factors[2]), []).append(run)

@@ -213,7 +213,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
             "and method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
         ),
         (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
-        (["model.adapter=/nowhere"], "cannot build on model.adapter='/nowhere'"),
+        (["model.adapter=/nowhere"], "the adapter '/nowhere' holds no adapter_config.json"),
         (["method.target_modules=[q_porj]"], "'q_porj', which is not a layer of this model (did you mean 'q_proj'?)"),
         (["method.warmup_steps=-5"], "method.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0"),
         (
