@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,6 @@ from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses, schedule
 from layerif.diagnose.retrainings import Retrainings
 from layerif.estimators.datainf import DataInf
-from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
 from layerif.estimators.uniform import Uniform
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_says_what_to_do():
 
 def retrainings(decider: Decider, work, **changes) -> Retrainings:
     work.mkdir(exist_ok=True)
-    settings = {"seeds": [0, 1], "sets": [(0, 1), (2, 3), (4, 5)], "recipe": RECIPE, **changes}
+    settings = {"seeds": [0, 1], "sets": [(0, 1), (2, 3)], "recipe": replace(RECIPE, steps=2), **changes}
     return Retrainings(decider=decider, model=decider.model.load, work=work, **settings)
 
 
@@ -122,11 +122,11 @@ def test_what_is_retrained_is_kept_and_a_stop_between_changes_nothing(decider, t
     with pytest.raises(KeyboardInterrupt):
         stopped.losses()
     resumed = stopped.losses()
-    assert len(calls) == 3 + 6  # two of eight trainings were finished before the stop
+    assert len(calls) == 3 + 4  # two of six trainings were finished before the stop
     for one, other in zip(whole, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
     untrained, full, left_out = whole
-    assert (untrained.shape, full.shape, left_out.shape) == ((6,), (2, 6), (2, 3, 6))
+    assert (untrained.shape, full.shape, left_out.shape) == ((6,), (2, 6), (2, 2, 6))
 
     def never():
         raise AssertionError("everything is there")
@@ -214,15 +214,25 @@ def test_a_dry_run_tells_the_cost_in_steps(decider):
     assert not list(decider.store.root.glob("*"))  # type: ignore[union-attr]
 
 
-def report_of(decider: Decider, folder, **settings) -> tuple[dict, RunRecord]:
+class NeverRead(tuple):
+    """Evaluated rows that nothing may look at."""
+
+    def _refuse(self, *_):
+        raise AssertionError("an evaluated row was read")
+
+    __iter__ = __getitem__ = __len__ = __eq__ = __hash__ = _refuse  # type: ignore[assignment]
+
+
+def report_of(decider: Decider, folder: Path, **settings: Any) -> tuple[dict, RunRecord]:
+    """Makes a report without its pictures, which take longer than the rest."""
     folder.mkdir(exist_ok=True)
     record = RunRecord(name="test", seed=0, config={}, overrides=[])
-    setup, method = (
-        setup_of(replace(decider, probe=replace(decider.probe, parameters="weights"))),
-        Diagnose(**SMALL, **settings),
-    )
+    probe, splits = replace(decider.probe, parameters="weights"), replace(decider.splits, test=NeverRead())
+    setup, method = setup_of(replace(decider, probe=probe, splits=splits)), Diagnose(**SMALL, **settings)
     method.check(setup)
-    method.run(setup, record, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layerif.diagnose.plots.plot", lambda report, folder: None)
+        method.run(setup, record, folder)
     return json.loads((folder / "diagnose.json").read_text()), record
 
 
@@ -239,40 +249,61 @@ def test_one_seed_and_no_damping_leave_their_sections_out(decider, tmp_path):
     assert "nan" not in (tmp_path / "diagnose.md").read_text().lower().split()
 
 
-def test_no_evaluated_row_reaches_the_report(decider, tmp_path):
-    seen = [
-        (example.instruction, example.options)
-        for part in ("train", "validation")
-        for example in getattr(decider.splits, part)
-    ]
-    assert all((example.instruction, example.options) not in seen for example in decider.splits.test)
-    blind = replace(decider, splits=replace(decider.splits, test=()), store=Store(tmp_path / "blind" / "store"))
-    sighted = report_of(decider, tmp_path / "sighted", seeds=1)[0]
-    assert sighted == report_of(blind, tmp_path / "blind", seeds=1)[0]
+def test_evaluated_rows_are_refused_and_no_report_of_these_tests_reads_one(decider):
     with pytest.raises(ValueError, match=r"never looks at evaluated rows; use evaluation\.before=false"):
         Diagnose(**SMALL).check(setup_of(decider, before=True))
+    with pytest.raises(AssertionError, match="an evaluated row was read"):  # and so would `report_of`
+        list(NeverRead(decider.splits.test))
 
 
-def test_half_precision_is_examined_like_any_other(decider, tmp_path):
-    half = replace(decider, model=replace(decider.model, dtype="bfloat16"), estimator=Exact(aggregation="top25"))
-    report, record = report_of(half, tmp_path, seeds=1)
+class Killed(BaseException):
+    """An end of a run that no code catches."""
+
+
+def test_half_precision_is_examined_like_any_other_and_a_killed_run_gives_the_same_report(
+    decider, tmp_path, monkeypatch
+):
+    half = replace(decider, model=replace(decider.model, dtype="bfloat16"), estimator=GradDot(aggregation="top25"))
+    report, record = report_of(half, tmp_path / "whole", seeds=1)
     assert report["solver"]["estimators"]["exact"]["residual_max"] < 1e-9
     assert all(math.isfinite(value) for value in record.metrics.values())
 
+    apart = replace(half, store=Store(tmp_path / "apart"))  # it does not have the adapters' Grams yet
+    train, calls = Retrainer.__call__, []
 
-def test_the_report_of_a_run(tiny_overrides, tmp_path):
-    settings = [f"method.{name}={value}" for name, value in {**SMALL, "subsets": 12, "seeds": 2}.items()]
-    overrides = [*tiny_overrides, "method=diagnose", "logger=none", *settings]
-    whole = run_layerif(overrides, tmp_path)
+    def dies(retrainer, left_out=()):
+        calls.append(left_out)
+        if len(calls) == 4:
+            raise Killed
+        return train(retrainer, left_out)
+
+    monkeypatch.setattr(Retrainer, "__call__", dies)
+    with pytest.raises(Killed):
+        report_of(apart, tmp_path / "killed", seeds=1)
+    resumed, again = report_of(apart, tmp_path / "killed", seeds=1)
+    assert len(calls) == 4 + 2  # of five trainings, three were done before
+    assert "carried on from a run that did not finish; seconds count the rest alone" in again.notes
+    assert resumed == report
+    assert again.metrics == record.metrics
+
+
+def command_of(overrides: list[str], seeds: int) -> list[str]:
+    settings = [f"method.{name}={value}" for name, value in {**SMALL, "seeds": seeds}.items()]
+    return [*overrides, "method=diagnose", "logger=none", *settings]
+
+
+def test_the_command_writes_the_report_its_pictures_and_its_record(tiny_overrides, tmp_path):
+    record = run_layerif(command_of(tiny_overrides, seeds=2), tmp_path)
     report = json.loads((tmp_path / "run" / "diagnose.json").read_text())
     for name in ("leave_out", "ranks", "agreement", "mislabel", "gradients"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 0
     text = (tmp_path / "run" / "diagnose.md").read_text()
     assert {each["verdict"] for each in report["conclusions"]} <= {"supported", "not supported", "not enough evidence"}
     assert all(each["claim"] in text for each in report["conclusions"])
-    assert whole.metrics["convex_lds"] > 0.95
-    assert whole.metrics["lds"] == report["leave_out"]["lds"]["datainf"]["value"]
-    assert whole.decision.allocation.budget == 15
-    assert len(whole.decision.scores.values) == len(report["stability"]["ranks"]) == 3
-    assert whole.answers == {}
+    assert all(math.isfinite(value) for value in record.metrics.values())
+    assert record.metrics["convex_lds"] > 0.95
+    assert record.metrics["lds"] == report["leave_out"]["lds"]["datainf"]["value"]
+    assert record.decision.allocation.budget == 15
+    assert len(record.decision.scores.values) == len(report["stability"]["ranks"]) == 3
+    assert record.answers == {}
     assert not (tmp_path / "run" / "checkpoints").exists()
