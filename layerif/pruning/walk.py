@@ -114,7 +114,7 @@ class Walk:
         try:
             load_tensors(file)
         except Damaged as error:
-            warnings.warn(f"{file} is damaged and its block is pruned again: {error}", stacklevel=4)
+            warnings.warn(f"{file} is damaged and its block is pruned again: {error}", stacklevel=3)
             return False
         return True
 

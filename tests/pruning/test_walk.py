@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from layerif import PACKAGE
 from layerif.models.blocks import blocks, linears
 from layerif.pruning import Pruner
 from layerif.pruning.magnitude import Magnitude
@@ -114,9 +115,10 @@ def test_from_a_damaged_block_on_it_is_pruned_again_to_the_same_bits(tmp_path, p
     walked(tiny_model(), SparseGPT(), tmp_path / "killed")
     damaged = tmp_path / "killed" / "block-001.safetensors"
     flip(damaged, position)
-    with pytest.warns(UserWarning, match=f"{damaged} is damaged and its block is pruned again"):
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged and its block is pruned again") as said:
         found = weights(walked(tiny_model(), SparseGPT(), tmp_path / "killed"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert Path(said[0].filename).is_relative_to(PACKAGE)  # which makes it a note of the record
     assert damaged.read_bytes()[:8] == (tmp_path / "whole" / damaged.name).read_bytes()[:8]
 
 
