@@ -34,7 +34,10 @@ def undisturbed(model_folder, task_folder, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", ["fit", "prune", "probe", "sweep"])
+@pytest.mark.parametrize(
+    "name",
+    ["prune", "probe", pytest.param("fit", marks=pytest.mark.slow), pytest.param("sweep", marks=pytest.mark.slow)],
+)
 def test_killed_anywhere_and_given_again_the_result_is_the_same(undisturbed, tmp_path, name, record_property):
     survives(undisturbed(name), tmp_path, name, record_property)
 

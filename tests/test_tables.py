@@ -154,8 +154,17 @@ def equal_scores(depth: int) -> tuple[LayerScores, LayerMap]:
     return scores, LayerMap(names, tuple((f"{name}.weight",) for name in names), (1,) * depth)
 
 
-@pytest.mark.parametrize("small", ["true", "false"])
-@pytest.mark.parametrize("experiment", TABLES)
+# The full ablations and the curve share the arms of the tables, and run in `make test-all`.
+SIZES = [
+    pytest.param(
+        name, small, marks=[pytest.mark.slow] * (small == "false" and name.startswith(("ablation", "sparsity")))
+    )
+    for name in TABLES
+    for small in ("true", "false")
+]
+
+
+@pytest.mark.parametrize(("experiment", "small"), SIZES)
 def test_every_job_binds_and_spends_its_budget_in_a_folder_of_its_own(experiment, small):
     found = jobs(experiment, f"small={small}")
     for job in found:
@@ -388,7 +397,7 @@ def deep_model(tmp_path_factory) -> Path:
     return folder
 
 
-QUICK = ("table1_experts_mistral", "task_specificity")  # the others run in `make test-all`
+QUICK = ("task_specificity",)  # the others run in `make test-all`
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def _process(rank: int, overrides: list[str], folder: Path, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_of_the_larger_batch_and_carry_on_in_the_middle_of_an_epoch(
     tiny_overrides, tmp_path
 ):

@@ -8,7 +8,10 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -23,7 +26,6 @@ from layerif.probe.grams.request import GRAMS
 from layerif.probe.spectra import SPECTRA
 from layerif.probe.store import Store, fingerprint
 
-ROOT = Path(__file__).parents[2]
 
 LAYERS = LayerMap(("block.0", "block.1"), (("block.0.q.weight", "block.0.k.weight"), ("block.1.q.weight",)), (18, 12))
 
@@ -220,44 +222,42 @@ def test_parts_whose_job_was_killed_as_it_removed_them_go_with_the_next(tmp_path
     assert not left.exists()
 
 
-# A job that wants one key; what it says it does comes out line by line.
-JOB = """
-import logging, sys, time
-logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO)
-from tests.probe.test_store import GRAMS, Store, some_grams
-
-def compute(key):
-    print("computing", flush=True)
-    time.sleep(float(sys.argv[2]))
-    return some_grams(key)
-
-grams, reused = Store(sys.argv[1]).kept(GRAMS, {"model": "a"}, compute)
-print("reused" if reused else "computed", float(grams.grams["block.1.q.weight"].train_train.sum()), flush=True)
-"""
-
-
-def start_job(root: Path, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", JOB, str(root), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-
 def test_several_jobs_wanting_one_key_compute_it_once(tmp_path):
-    jobs = [start_job(tmp_path, 2) for _ in range(3)]
-    said = [job.communicate(timeout=120)[0].splitlines() for job in jobs]
-    assert sorted(lines[-1].split()[0] for lines in said) == ["computed", "reused", "reused"]
-    assert sum("computing" in lines for lines in said) == 1
-    assert len({lines[-1].split()[1] for lines in said}) == 1
+    """Stores of their own in threads exclude each other by the same lock of the file as in processes."""
+    computed, together = [], Barrier(3)
+
+    def job(_: int) -> tuple[bool, float]:
+        together.wait()
+        grams, reused = Store(tmp_path).kept(GRAMS, {"model": "a"}, compute)
+        return reused, float(grams.grams["block.1.q.weight"].train_train.sum())
+
+    def compute(key: str) -> LayerGrams:
+        computed.append(key)
+        time.sleep(0.2)
+        return some_grams(key)
+
+    with ThreadPoolExecutor(3) as jobs:
+        found = list(jobs.map(job, range(3)))
+    assert sorted(reused for reused, _ in found) == [False, True, True]
+    assert len(computed) == len({total for _, total in found}) == 1
 
 
-def test_the_lock_of_a_killed_job_is_broken(tmp_path):
-    holder = start_job(tmp_path, 600)
+def test_the_lock_of_a_killed_job_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr("layerif.probe.store._MINUTE", 0.05)
+    lock = tmp_path / "grams" / f"{Store(tmp_path).key({'model': 'a'})}.lock"
+    lock.parent.mkdir()
+    code = "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print(1); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-u", "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    assert holder.stdout.readline() == "computing\n"
-    waiting = start_job(tmp_path, 0)
-    assert waiting.stdout is not None
-    assert "another job measures" in waiting.stdout.readline()
-    holder.kill()  # -9: nothing in it can clean up
-    assert waiting.communicate(timeout=600)[0].split()[:2] == ["computing", "computed"]
+    assert holder.stdout.readline() == "1\n"
+    waited = []
+
+    def wait() -> None:
+        waited.append(holder.poll())
+        holder.kill()  # -9: nothing in it can clean up
+
+    assert not Store(tmp_path, while_waiting=wait).kept(GRAMS, {"model": "a"}, some_grams)[1]
+    assert waited[0] is None
     holder.wait(timeout=60)
     assert Store(tmp_path).kept(GRAMS, {"model": "a"}, never)[1]
 

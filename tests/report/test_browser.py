@@ -89,6 +89,7 @@ def test_there_is_an_example():
     assert all(file.stat().st_size < 500_000 for file in EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.parent.name)
 def test_the_committed_example_opens(browser, file):
     check(browser, file)
