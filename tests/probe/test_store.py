@@ -26,7 +26,6 @@ from layerif.probe.grams.request import GRAMS
 from layerif.probe.spectra import SPECTRA
 from layerif.probe.store import Store, fingerprint
 
-
 LAYERS = LayerMap(("block.0", "block.1"), (("block.0.q.weight", "block.0.k.weight"), ("block.1.q.weight",)), (18, 12))
 
 
