@@ -245,7 +245,10 @@ def test_the_lock_of_a_killed_job_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr("layerif.probe.store._MINUTE", 0.05)
     lock = tmp_path / "grams" / f"{Store(tmp_path).key({'model': 'a'})}.lock"
     lock.parent.mkdir()
-    code = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(1); time.sleep(600)"
+    code = (
+        "import sys, time; from filelock import FileLock;"
+        "lock = FileLock(sys.argv[1]); lock.acquire(); print(1); time.sleep(600)"
+    )
     holder = subprocess.Popen([sys.executable, "-u", "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "1\n"
