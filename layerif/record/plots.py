@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from layerif.record.names import arm_name, estimator_name
 from layerif.record.record import AllocationRecord, RunRecord, ScoresRecord
@@ -36,7 +37,7 @@ class Plot:
 
     def save(self, file: Path) -> None:
         """Writes the figure to a file, in the format of its name."""
-        self.figure.savefig(file, dpi=120)
+        self.figure.savefig(file, dpi=120 if self.figure.get_figheight() < 20 else 80)  # hundreds of rows take memory
 
     def data_uri(self) -> str:
         """The figure as SVG for an `img`. Its text stays text: outlines would weigh ten times as much."""
@@ -100,14 +101,55 @@ def _lines(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -
 def heat_map(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -> Plot:
     """Draws one row for each name; rows of fewer layers end early."""
     depth = max(map(len, values.values()))
-    rows = [np.pad(given, (0, depth - len(given)), constant_values=np.nan) for given in values.values()]
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.22 * len(rows) + 1.3), layout="constrained")
-    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set_yticks(range(len(rows)), [shortened(name, 64) for name in values], fontsize=8)
+    rows = np.array([np.pad(given, (0, depth - len(given)), constant_values=np.nan) for given in values.values()])
+    names = [shortened(name, 64) for name in _told_once(list(values))]
+    figure, axes = image_of_rows(rows, names, label, cmap="viridis")
     axes.set_xlabel("layer (decoder block)")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.colorbar(image, ax=axes, label=label, pad=0.01)
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / figure.get_figheight(), ha="left", fontsize=11)
     return finished(figure, title, alt)
+
+
+def _told_once(names: Sequence[str]) -> Sequence[str]:
+    """The names; where there are many, each without the words that it begins with like the one before it."""
+    if len(names) <= 40:
+        return names
+    words = [name.split() for name in names]
+    found = [names[0]]
+    for before, each in itertools.pairwise(words):
+        same = [one == other for one, other in zip(before, each, strict=False)]
+        found.append(" ".join(each[[*same, False].index(False) :]))
+    return found
+
+
+def image_of_rows(
+    values: np.ndarray, names: Sequence[str], label: str, *, cmap: str, limits: tuple[float, float] | None = None
+) -> tuple[Figure, Axes]:
+    """Draws a matrix as an image, with a name beside each row and a bar of its colours.
+
+    There may be hundreds of rows. So the names are texts, since a tick costs as much as ten of them; the margins are
+    given in inches, see `finished`; and the numbers are in single precision, since they are scaled up to the page.
+
+    Args:
+        values: the matrix.
+        names: of its rows.
+        label: of the bar.
+        cmap: the colours.
+        limits: the least and the greatest value; None: those of the matrix.
+    """
+    low, high = limits or (None, None)
+    height = 0.22 * len(values) + 1.1
+    figure = plt.figure(figsize=(WIDTH, height))
+    measure = figure.canvas.get_renderer().get_text_width_height_descent  # type: ignore[attr-defined]
+    longest = sorted(names, key=len)[-5:]
+    left = 0.15 + max(measure(name, FontProperties(size=8), False)[0] for name in longest) / figure.dpi
+    bottom, heights = 0.55 / height, (height - 0.95) / height
+    axes = figure.add_axes((left / WIDTH, bottom, (WIDTH - left - 1.05) / WIDTH, heights))
+    image = axes.imshow(values.astype(np.float32), aspect="auto", cmap=cmap, vmin=low, vmax=high, interpolation="none")
+    axes.set_yticks([])
+    for row, name in enumerate(names):
+        axes.text(-0.01, row, name, size=8, ha="right", va="center", transform=axes.get_yaxis_transform())
+    figure.colorbar(image, cax=figure.add_axes((1 - 0.95 / WIDTH, bottom, 0.2 / WIDTH, heights)), label=label)
+    return figure, axes
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

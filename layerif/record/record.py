@@ -6,7 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,7 +115,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     git_sha: str | None = field(default_factory=lambda: _git_sha())
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The identity of its job, see `layerif.record.job.identity`."""
         return identity(self.choices, self.config, self.inputs)
@@ -172,7 +172,7 @@ class Failure:
     traceback: str
     choices: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The identity of its job without `inputs`, which a failed job may not have read."""
         return identity(self.choices, self.config)

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from layerif.record import plots
 from layerif.record.frames import is_logarithmic
-from layerif.record.plots import COLOURS, WIDTH, Plot, finished, profiles_plot, shortened
+from layerif.record.plots import COLOURS, WIDTH, Plot, finished, image_of_rows, profiles_plot, shortened
 from layerif.record.record import AllocationRecord, RunRecord
 from layerif.report.arms import Run
 from layerif.report.tables import Results, profiles
@@ -75,16 +75,15 @@ def plot_correlations(records: Sequence[RunRecord]) -> Plot | None:
         return None
     matrix = spearman_matrix(np.array([profile.scores.values for profile in found.values()]).T)
     size = len(found)
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.24 * size + 1.2), layout="constrained")
-    image = axes.imshow(matrix, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
-    axes.set_yticks(range(size), [f"{shortened(name, 52)}  {row}" for row, name in enumerate(found)], fontsize=8)
-    axes.set_xticks(range(size), [str(row) for row in range(size)], fontsize=8 if size < 30 else 5)
+    names = [f"{shortened(name, 52)}  {row}" for row, name in enumerate(found)]
+    figure, axes = image_of_rows(matrix, names, "Spearman", cmap="RdBu_r", limits=(-1, 1))
+    axes.set_xticks(range(0, size, 1 + size // 40))
+    axes.tick_params(labelsize=8 if size < 30 else 6)
     if size <= 20:
         for (row, column), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.6 else "black"
             shown = f"{value:.1f}".replace("-0.0", "0.0")
             axes.text(column, row, shown, ha="center", va="center", size=7, color=colour)
-    figure.colorbar(image, ax=axes, label="Spearman", pad=0.01)
     pairs = matrix[np.triu_indices(size, 1)]
     alt = f"{size} profiles: correlations from {pairs.min():.2f} to {pairs.max():.2f}, median {np.median(pairs):.2f}"
     return finished(figure, "Rank correlation of layer profiles", alt)
@@ -123,7 +122,7 @@ def plot_routing(runs: Sequence[Run]) -> Plot | None:
 
 
 def _in_full(run: Run) -> str:
-    return f"{run.model} {run.task} seed {run.seed} {run.arm}".strip()
+    return f"{run.model} {run.task} {run.arm} seed {run.seed}".strip()
 
 
 def _evenness(block: Mapping | None) -> float:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from layerif.files import explained
 from layerif.record import text
-from layerif.report import plots, tables
+from layerif.report import tables
 from layerif.report.arms import runs_of
 from layerif.report.expected import Expected
 from layerif.report.page import page
@@ -66,12 +66,9 @@ def write_report(folder: Path, console: Console | None = None, *, expected: Path
     files[0].write_text(page(jobs.name, said, found))
     files[1].write_text(_markdown(jobs.name, said, found))
     tables.in_full(runs, every_metric=True).to_csv(files[2], index=False)
-    for plot, file in (
-        (plots.plot_score_profiles(jobs.records), files[3]),
-        (plots.plot_allocation_profiles(runs), files[4]),
-    ):
-        if plot is not None:
-            plot.save(file)
+    for section in found:
+        if section.plot is not None and section.file:
+            section.plot.save(folder / section.file)
     for reason in jobs.left_out:
         console.print(f"[yellow]left out:[/] {text.escape(reason)}", highlight=False)
     for line in said:

@@ -19,7 +19,7 @@ from layerif.report import plots, tables
 from layerif.report.arms import Run
 from layerif.report.expected import Expected, columns_of
 from layerif.report.reading import FinishedJobs
-from layerif.stats import num_resamples
+from layerif.stats import RESAMPLES, num_resamples
 
 _LOADS = (
     "Shares of the evaluated tokens, as means over the routers of a block: 1 is an even share, 0 an expert that no "
@@ -37,6 +37,7 @@ class Section:
         findings: one sentence each.
         said: advice on reading it.
         plot: below the table.
+        file: the name of the file that the plot is also written to; empty: none.
         console: the columns of the table that fit on a console; None: all.
     """
 
@@ -46,6 +47,7 @@ class Section:
     findings: Sequence[str] = ()
     said: Sequence[str] = ()
     plot: Plot | None = None
+    file: str = ""
     console: Sequence[str] | None = None
 
 
@@ -174,9 +176,10 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
         shown["only one right"] = ["–" if np.isnan(won) else f"{won:.0f} : {lost:.0f}" for won, lost in counts]
         shown["odds ratio"], shown["effect h"] = table["odds ratio"], table["effect h"]
         how.append(
-            f"Paired by question: interval of {num_resamples(len(table)):,} bootstrap draws of seeds and questions, "
+            f"Paired by question: interval of {RESAMPLES:,} bootstrap draws of seeds and questions, "
             "with Student's t over the seeds' means where that is wider. p: the largest of the exact sign test's by "
-            "question (McNemar's for one seed), the bootstrap's and Student's. Only one right: answers that only the "
+            "question (McNemar's for one seed), the bootstrap's (a small one of up to "
+            f"{num_resamples(len(table)):,} draws) and Student's. Only one right: answers that only the "
             "second got right, and those that only the first did; odds ratio: their ratio. Effect h: Cohen's."
         )
     if not by_question.all():
@@ -252,8 +255,12 @@ def _intervals(table: pd.DataFrame) -> list[str]:
 
 
 def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
-    drawn = [plots.plot_score_profiles(jobs.records), plots.plot_allocation_profiles(runs), plots.plot_routing(runs)]
-    found = [Section(title=plot.title, plot=plot) for plot in drawn if plot is not None]
+    drawn = {
+        "scores.png": plots.plot_score_profiles(jobs.records),
+        "allocations.png": plots.plot_allocation_profiles(runs),
+        "": plots.plot_routing(runs),
+    }
+    found = [Section(title=plot.title, plot=plot, file=file) for file, plot in drawn.items() if plot is not None]
     if len(loads := tables.loads(runs)):
         caption = "Least and most used expert, as a multiple of an even share of the tokens, and where"
         found.append(Section(title="Expert load", table=loads, caption=caption, said=[_LOADS]))

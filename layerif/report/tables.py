@@ -293,14 +293,14 @@ def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
             values = [one.scores.values for one, other in zip(found.values(), kinds, strict=True) if other == kind]
             alike[np.ix_(of_kind, of_kind)] = spearman_matrix(np.array(values).T)
     rows = [
-        {"profile": first, "and": second, "Spearman": alike[row, column]}
+        (first, second, alike[row, column])
         for (row, first), (column, second) in itertools.combinations(enumerate(found), 2)
         if kinds[row] == kinds[column]
     ]
     for name, one in found.items():
         if one.record.decision and one.record.decision.reliability is not None:
-            rows.append({"profile": name, "and": ITSELF, "Spearman": one.record.decision.reliability})
-    return pd.DataFrame(rows)
+            rows.append((name, ITSELF, one.record.decision.reliability))
+    return pd.DataFrame(rows, columns=["profile", "and", "Spearman"])
 
 
 def notes(records: Sequence[RunRecord]) -> pd.DataFrame:
