@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import WandbLogger
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def hydra_options() -> list[str]:
@@ -111,6 +112,14 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+
+
+def has_own_adapter(model: PreTrainedModel) -> bool:
+    """Tells if transformers found an adapter in a model's folder and put it on the model.
+
+    Read from transformers 5.23.0.
+    """
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def changes_of(tensor: Tensor) -> int | None:

@@ -211,9 +211,11 @@ def check_fits(
             )
     shapes, capacities = adapted_shapes(skeleton, adapter.target_modules), adapter.capacities(skeleton, allocation)
     larger_by = [f"{where}.r", budget] if hasattr(adapter, "r") else [budget]
-    advice = f"lower {' or '.join(larger_by)}, or name fewer layers in {where}.target_modules"
+    fewer = f"or name fewer layers in {where}.target_modules"
     if too_large := too_large_rank(shapes, capacities):
-        raise ValueError(f"{too_large}; {advice}")
+        is_given = {each.rank for each in capacities.values()} == {getattr(adapter, "r", None)}
+        raise ValueError(f"{too_large}; lower {' or '.join(larger_by[:1] if is_given else larger_by)}, {fewer}")
+    advice = f"lower {' or '.join(larger_by)}, {fewer}"
     check_memory(num_parameters(shapes, capacities), free, advice=advice)
     with torch.device("meta"):
         get_peft_model(skeleton, adapter.peft_config(skeleton, allocation))  # type: ignore[arg-type]

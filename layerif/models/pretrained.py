@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from layerif.checks import check_choice, check_fields
-from layerif.compat import hub_commit
+from layerif.compat import has_own_adapter, hub_commit
 from layerif.files import hash_files, read_json
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
@@ -109,7 +109,7 @@ class Pretrained(ABC):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that `found` says which
             )
-        if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts it on the model without a word
+        if has_own_adapter(model):
             raise ValueError(
                 f"cannot load {where!r}: there is an adapter beside the model (adapter_config.json); move the adapter "
                 "into a folder of its own, and name that with model.adapter=/folder"

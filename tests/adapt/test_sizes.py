@@ -51,7 +51,7 @@ def test_the_count_is_that_of_the_adapter(skeleton, kind, targets):
             r"a rank of 25 is .*layers\.1\.self_attn\.k_proj .* 24 outputs, so 24 is full",
         ),
         (LoraAdapter(), (333_333,) * 3, r"a rank of 333,333 .*; lower allocator\.budget, or name fewer layers"),
-        (LoraMoeAdapter(r=100_000), (1, 1, 1), r"a rank of 100,000 .*; lower method\.r or allocator\.budget"),
+        (LoraMoeAdapter(r=100_000), (1, 1, 1), r"a rank of 100,000 .*; lower method\.r, or name fewer"),
         (EqualLoraAdapter(), (10**11,) * 3, r"a rank of 849,253,731,344 is more than model\.layers\.0\.self_attn"),
         (LoraMoeAdapter(), (10**11,) * 3, r"would have [\d,]+ parameters, whose training takes [\d,]+ GB .* 1e\+06 GB"),
         (LoraMoeAdapter(), (10**400,) * 3, r"would have about 10\^404 parameters"),

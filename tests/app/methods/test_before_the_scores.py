@@ -51,7 +51,7 @@ def setup(tiny_overrides):
                 "method.recover=lora",
                 "method.adapter.r=100000",
             ],
-            r"a rank of 100,000 .*; lower method\.adapter\.r or method\.experts\.budget",
+            r"a rank of 100,000 .*; lower method\.adapter\.r, or name fewer layers",
         ),
     ],
 )
