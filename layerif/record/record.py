@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import MinLen
 
 from layerif import PACKAGE
 from layerif.checks import is_finite, is_number
@@ -198,7 +200,7 @@ _Job = TypeVar("_Job", RunRecord, Failure)
 
 @dataclass
 class _Usage:
-    load: list[float]
+    load: Annotated[list[float], MinLen(1)]
     entropy: float
 
 
@@ -260,7 +262,7 @@ def _check_metrics(job: Job) -> None:
     """Refuses a metric that the report could not average or draw: an accuracy is a fraction, a perplexity positive."""
     for name, value in () if isinstance(job, Failure) else job.metrics.items():
         is_share, is_perplexity = (word in name.rpartition("/")[2] for word in ("accuracy", "perplexity"))
-        if (is_share or is_perplexity) and not is_number(value):
+        if (is_share or is_perplexity or name.startswith("lm_eval/")) and not is_number(value):
             raise ValueError(f"metrics.{name}={str(value)[:40]!r}: input should be a number")
         if is_share and not 0 <= value <= 1:
             raise ValueError(f"metrics.{name}={value}: input should be a fraction from 0 to 1")
