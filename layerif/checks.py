@@ -58,19 +58,54 @@ def check_file_name(setting: str, got: object, *, below: str) -> None:
 
 
 def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) -> None:
-    """Refuses values unless there is one for each layer, at least one, and no layer is named twice."""
+    """Refuses values unless there is one for each layer, at least one, and each layer is named once, by a text."""
     if not layers or len(layers) != len(values):
         raise ValueError(
             f"there must be one value per layer, at least one, in {what}; got {len(values)} for {len(layers)} layers"
         )
+    unnamed = [layer for layer in layers if not isinstance(layer, str)]
+    if unnamed:
+        raise ValueError(f"{what} must name each layer by a text; got {shown(unnamed[0])}")
     if len(set(layers)) != len(layers):
         twice = next(layer for index, layer in enumerate(layers) if layer in layers[:index])
         raise ValueError(f"{what} must not name the layer {twice!r} twice; give every layer one value")
 
 
+def shown(value: object, length: int = 80) -> str:
+    """Spells a value for a message, and cuts it where it is longer than `length` characters."""
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of too many digits
+        return "a number of thousands of digits"
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def is_number(value: object) -> bool:
     """Tells a number from anything else, `True` and `False` included."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_object(got: object, *, what: str) -> dict[str, Any]:
+    """Gives a JSON object as it is, and an empty one for null.
+
+    Args:
+        got: parsed JSON.
+        what: its name in the message.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if got is not None and not isinstance(got, dict):
+        raise ValueError(f"{what} must be an object; got {shown(got)}")
+    return got or {}
+
+
+def is_finite(number: float) -> bool:
+    """Tells if a number can be calculated with: not NaN, not infinite, and no whole number that no float can hold."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 # Ranges that settings have in common. A field annotated with one of them is refused outside it by `check_fields`.
@@ -123,12 +158,13 @@ def check_value(setting: str, value: Any, hint: Any) -> None:
     if kind not in (int, float):
         return
     number = Integral if kind is int else Real
-    fits = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, number) and not isinstance(value, bool) and is_finite(value)
     if not fits or any(not _BOUNDS[type(bound)][0](value, bound) for bound in bounds):
         words = " and ".join(_BOUNDS[type(bound)][1](bound) for bound in bounds)
         what = "a whole number" if kind is int else "a finite number"
         hint_of_next = f"; {advice}" if advice else ""
-        raise ValueError(f"{setting}={value} is not allowed; allowed: {what}{' ' * bool(words)}{words}{hint_of_next}")
+        allowed = f"{what}{' ' * bool(words)}{words}{hint_of_next}"
+        raise ValueError(f"{setting}={shown(value)} is not allowed; allowed: {allowed}")
 
 
 _BOUNDS: dict[type, tuple[Callable[[Any, Any], bool], Callable[[Any], str]]] = {

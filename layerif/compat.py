@@ -28,10 +28,12 @@ def hydra_options() -> list[str]:
 
 
 def hydra_arguments(arguments: Sequence[str]) -> Namespace:
-    """Reads a command line as Hydra does, with what Hydra does not know left out. Read from hydra-core 1.3.8."""
+    """Reads a command line as Hydra does, with what Hydra does not know in `unknown`. Read from hydra-core 1.3.8."""
     from hydra._internal.utils import get_args_parser
 
-    return get_args_parser().parse_known_args(arguments)[0]
+    known, unknown = get_args_parser().parse_known_args(arguments)
+    known.unknown = unknown
+    return known
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from layerif.checks import check_choice, check_unique, is_number
+from layerif.checks import check_choice, check_unique, is_finite, is_number
 
 Aggregation = Literal["all", "positive", "top25"]
 Direction = Literal["undertrained", "important"]
@@ -46,9 +46,9 @@ class LayerScores:
         check_choice("higher_means", self.higher_means, get_args(Direction))
         check_unique(self.layers, self.values, what=f"scores from {self.source}")
         for layer, value in zip(self.layers, self.values, strict=True):
-            if not is_number(value) or not math.isfinite(value) or value < 0:
+            if not is_number(value) or not is_finite(value) or value < 0:
                 raise ValueError(
-                    f"scores from {self.source} must be finite numbers >= 0; got {value!r} for layer {layer!r}"
+                    f"scores from {self.source} must be finite numbers >= 0; got {value!r:.40} for layer {layer!r}"
                 )
 
     def oriented(self, kind: Kind) -> tuple[float, ...]:

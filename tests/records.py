@@ -84,7 +84,11 @@ def record(
         "config": config_of(estimator, task=task, seed=seed, settings=settings),
         "overrides": [f"estimator={estimator}", f"task={task}", f"seed={seed}"],
         "decision": decision_of(**{"source": estimator} | dict(decision or {})),
-        "metrics": {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1},
+        "metrics": {
+            "accuracy": accuracy,
+            "accuracy_low": max(0.0, accuracy - 0.1),
+            "accuracy_high": min(1.0, accuracy + 0.1),
+        },
         "answers": {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}},
         "seconds": {"evidence": 2.0, "fit": 3.0},
         "memory_gb": 1.5,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from layerif.allocate.allocation import Allocation, spent_budget
-from layerif.checks import check_fields, check_unique, is_number
+from layerif.checks import check_fields, check_object, check_unique, is_finite, is_number, shown
 from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
 from layerif.record.older import in_todays_shape
@@ -49,8 +49,9 @@ class SavedAllocation:
             raise ValueError(f"{what} allocates {kind}, not {self.kind}; use allocator.kind={kind}")
         check_unique(names, values, what=what)
         ordered = in_layer_order(dict(zip(names, values, strict=True)), layers.names, source=what)
-        if not all(is_number(value) for value in values):
-            raise ValueError(f"{what} must hold numbers, got {next(v for v in values if not is_number(v))!r}")
+        for value in values:
+            if not is_number(value) or not is_finite(value):
+                raise ValueError(f"{what} must hold finite numbers, got {shown(value)}")
         sizes = layers.numel if self.kind == "sparsity" else None
         try:
             return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, sizes), sizes)
@@ -64,11 +65,11 @@ def _saved_allocation(content: Any, layers: LayerMap, what: str) -> tuple[list[s
         return list(layers.names), content, None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{what} must hold a value per layer, as an object by layer name or as a list")
-    content = in_todays_shape(content)
+    content = in_todays_shape(content, what)
     if not content.keys() & {"decision", "allocation", "values"}:
         return list(content), list(content.values()), None
-    around = content.get("decision", content) or {}
-    allocation = around.get("allocation", around) or {}
+    around = check_object(content.get("decision", content), what=f"decision in {what}")
+    allocation = check_object(around.get("allocation", around), what=f"allocation in {what}")
     names, values = allocation.get("units", allocation.get("layers")), allocation.get("values")
     if not isinstance(names, list) or not isinstance(values, list):
         raise ValueError(f"{what} holds no allocation: it needs lists for allocation.units and allocation.values")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from layerif.app import help
-from layerif.app.overrides import with_size
+from layerif.app.overrides import options_first, with_size
 from layerif.files import conf_folder
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def _check_options() -> None:
             setting = f"{name[2:].replace('-', '_')}={value if equals else 'true'}"
             print(f"layerif: {name} is not an option; settings are key=value: {setting}", file=sys.stderr)
             sys.exit(2)
-    if hydra_arguments(sys.argv[1:]).experimental_rerun is not None:
+    read = hydra_arguments(sys.argv[1:])
+    if read.overrides and any("=" in argument for argument in read.unknown):
+        print(f"layerif: {options_first(sys.argv[1:], [*read.overrides, *read.unknown])}", file=sys.stderr)
+        sys.exit(2)
+    if read.experimental_rerun is not None:
         print(
             "layerif: --experimental-rerun reads a pickle, which can run any code; use --config-path=/run/.hydra "
             "--config-name=config",

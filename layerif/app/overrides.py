@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 
 _SIZES = {"true": "small", "false": "full"}
 
@@ -13,6 +14,17 @@ def with_size(arguments: Iterable[str]) -> list[str]:
     A value that is neither stays as it is, and Hydra refuses it as a value of the root key `small`.
     """
     return [_with_size(argument) for argument in arguments]
+
+
+def options_first(arguments: Sequence[str], overrides: Sequence[str]) -> str:
+    """Returns the message for settings on both sides of an option, which Hydra does not read: the command to give.
+
+    Args:
+        arguments: the command line.
+        overrides: the settings among them.
+    """
+    options = [argument for argument in arguments if argument not in overrides]
+    return f"settings stand on both sides of {options[0]}; options come first: {shlex.join(['layerif', *options, *overrides])}"
 
 
 def _with_size(argument: str) -> str:

@@ -130,6 +130,8 @@ def preview(setup: Setup, folder: Path) -> None:
     # Making the trainer and the loggers checks their settings.
     setup.trainer(setup.fit.callbacks(folder / CHECKPOINTS), folder)
     lines |= setup.method.preview(setup)
+    if splits.unread:
+        lines["not read"] = _unread(setup)
     lines["first sample"] = repr(prompt_text(example, template) + output_text(example.output, template))
     width = max(map(len, lines))
     print("\n".join(f"{name:<{width}}  {line}" for name, line in lines.items()))
@@ -161,7 +163,14 @@ def _check_method(setup: Setup) -> None:
 def _execute(setup: Setup, record: RunRecord, folder: Path) -> None:
     if setup.splits.num_dropped:
         record.notes.append(f"{setup.splits.num_dropped} rows dropped from train and validation: repeated")
+    if setup.splits.unread:
+        record.notes.append(_unread(setup))
     setup.method.run(setup, record, folder)
+
+
+def _unread(setup: Setup) -> str:
+    parts = ", ".join(f"{part} from {split}.jsonl" for part, split in setup.task.splits.items() if split)
+    return f"{setup.task.path} also holds {', '.join(setup.splits.unread)}, which no part reads (task.splits: {parts})"
 
 
 def _remove_parts(folder: Path) -> None:

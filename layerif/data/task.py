@@ -31,17 +31,20 @@ class Splits:
         test: the examples to evaluate on.
         num_dropped: the number of train rows dropped because validation or test ask the same, and of validation rows
             dropped because test does.
+        unread: the files of rows in the task's folder that no part reads.
     """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     num_dropped: int = 0
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every example, without the fields that follow from the others."""
-        content = asdict(self, dict_factory=lambda items: {key: value for key, value in items if key != "question"})
+        left_out = ("question", "unread")
+        content = asdict(self, dict_factory=lambda items: {key: value for key, value in items if key not in left_out})
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -156,7 +159,12 @@ class Task:
             validation=self._choose("validation", validation),
             test=self._choose("test", test),
             num_dropped=num_dropped,
+            unread=self._unread(),
         )
+
+    def _unread(self) -> tuple[str, ...]:
+        files = self._source().files() or [] if self.path is not None else []
+        return tuple(file.name for file in files if file.stem not in self.splits.values())
 
     def _read(self, part: str) -> list[RenderedRow]:
         split = self.splits[part]

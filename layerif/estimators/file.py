@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from layerif.checks import check_choice, check_unique
+from layerif.checks import check_choice, check_object, check_unique
 from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
 from layerif.probe.nothing import Nothing
@@ -42,11 +42,11 @@ class SavedScores:
 
 def _saved_scores(content: Any, what: str) -> dict[str, Any]:
     """Finds `layers`, `values`, `higher_means` and, if they are there, `source` and `fingerprint`."""
-    saved = in_todays_shape(content) if isinstance(content, dict) else {}
+    saved = in_todays_shape(content, what) if isinstance(content, dict) else {}
     if "decision" in saved:  # a record
-        decision = saved["decision"] or {}
-        fingerprint = saved.get("fingerprint") or "none"
-        saved = {**(decision.get("scores") or {}), "source": decision.get("source"), "fingerprint": fingerprint}
+        decision = check_object(saved["decision"], what=f"decision in {what}")
+        scores = check_object(decision.get("scores"), what=f"decision.scores in {what}")
+        saved = {**scores, "source": decision.get("source"), "fingerprint": saved.get("fingerprint") or "none"}
     missing = [key for key in ("layers", "values", "higher_means") if saved.get(key) is None]
     if missing:
         raise ValueError(

@@ -68,7 +68,7 @@ def allocator_choice(job: Job) -> str:
 def called(node: Mapping[str, Any], choice: str) -> str:
     """The last part of the name or path of a model or task, or else its choice."""
     given = [node.get(key) for key in ("name", "path")]  # "???" where a failed job was given none
-    return Path(next((value for value in given if value not in (None, "", MISSING)), choice)).name
+    return Path(str(next((value for value in given if value not in (None, "", MISSING)), choice))).name
 
 
 @cache

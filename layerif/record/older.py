@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerif.checks import check_object
+
 # The choice of a class in 0.1.0, by group, where it differs from the class's file and from its name in small letters.
 _CHOICES = {
     "model": {"Embedded": "smollm2"},
@@ -21,8 +23,16 @@ _CHOICES = {
 }
 
 
-def in_todays_shape(content: Any) -> Any:
-    """Returns the content of a `record.json` or `failure.json` in today's shape, and a record of today unchanged."""
+def in_todays_shape(content: Any, what: str = "the record") -> Any:
+    """Returns the content of a `record.json` or `failure.json` in today's shape, and a record of today unchanged.
+
+    Args:
+        content: parsed JSON.
+        what: the name of the file in a message.
+
+    Raises:
+        ValueError: the record is of 0.1.0, and its allocation is not an object.
+    """
     if not isinstance(content, dict) or "version" in content or not isinstance(content.get("config"), Mapping):
         return content
     today = {**content, "choices": content.get("choices") or choices_of_targets(content["config"])}
@@ -30,12 +40,10 @@ def in_todays_shape(content: Any) -> Any:
         return today
     old = {key: today.pop(key) for key in _OF_DECISION if key in today}
     today["answers"] = today.pop("questions", {})
-    allocation = old.get("allocation") or {}
-    if not isinstance(allocation, Mapping):
-        raise ValueError(f"allocation={str(allocation)[:40]!r}: not an object")
+    allocation = check_object(old.get("allocation"), what=f"allocation in {what}")
     if allocation:
         layers = old.get("layers", [])
-        scores = {"layers": layers, "values": old["scores"], "higher_means": old.get("higher_means", "")}
+        scores = {"layers": layers, "values": old.get("scores"), "higher_means": old.get("higher_means", "")}
         today["decision"] = {
             "source": old.get("source", ""),
             "scores": scores if old.get("scores") else None,

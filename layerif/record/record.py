@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import MinLen
 
 from layerif import PACKAGE
-from layerif.files import whole
+from layerif.checks import is_finite, is_number
+from layerif.files import parse_json, whole
 from layerif.record.job import identity
 from layerif.record.older import in_todays_shape
 
@@ -197,7 +200,7 @@ _Job = TypeVar("_Job", RunRecord, Failure)
 
 @dataclass
 class _Usage:
-    load: list[float]
+    load: Annotated[list[float], MinLen(1)]
     entropy: float
 
 
@@ -218,14 +221,15 @@ class _Within:
 
 def _read(kind: type[_Job], file: Path, what: str) -> _Job:
     try:
-        text = file.read_text()
-        content = in_todays_shape(json.loads(text))
+        content = in_todays_shape(parse_json(file.read_text(encoding="utf-8")))
         _check_keys(kind, content)
+        _check_finite(content)
         job = _checker(kind).validate_json(json.dumps(content), strict=True)
         _checker(_Within).validate_json(
             json.dumps({key: value for key, value in content.items() if value}), strict=True
         )
         _check_lengths(job)
+        _check_metrics(job)
     except json.JSONDecodeError as error:
         why = f"{error}; if its job was killed while writing, run that again, or delete the file"
     except OSError as error:
@@ -242,6 +246,28 @@ def _check_keys(kind: type, content: object) -> None:
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     if unknown := sorted(content.keys() - {known.name for known in fields(kind)}):
         raise ValueError(f"unknown key {unknown[0]!r}")
+
+
+def _check_finite(node: Any, where: str = "") -> None:
+    """Refuses NaN, infinity, and whole numbers that are too large to calculate with."""
+    if isinstance(node, float | int) and not is_finite(node):
+        raise ValueError(f"{where}={str(node)[:40]}: input should be a finite number")
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inner:
+        if not isinstance(value, str | bool | None):
+            _check_finite(value, f"{where}.{key}".lstrip("."))
+
+
+def _check_metrics(job: Job) -> None:
+    """Refuses a metric that the report could not average or draw: an accuracy is a fraction, a perplexity positive."""
+    for name, value in () if isinstance(job, Failure) else job.metrics.items():
+        is_share, is_perplexity = (word in name.rpartition("/")[2] for word in ("accuracy", "perplexity"))
+        if (is_share or is_perplexity or name.startswith("lm_eval/")) and not is_number(value):
+            raise ValueError(f"metrics.{name}={str(value)[:40]!r}: input should be a number")
+        if is_share and not 0 <= value <= 1:
+            raise ValueError(f"metrics.{name}={value}: input should be a fraction from 0 to 1")
+        if is_perplexity and value <= 0:
+            raise ValueError(f"metrics.{name}={value}: input should be above 0")
 
 
 def _check_lengths(job: Job) -> None:

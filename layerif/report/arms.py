@@ -199,7 +199,7 @@ def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
     swept = set()
     for key in {key for values in every for key in values}:
         having = [(values[key], job.seed) for values, job in zip(every, jobs, strict=True) if key in values]
-        if any(value != root for value, root in having) and len({value for value, _ in having}) > 1:
+        if any(value != root for value, root in having) and len({str(value) for value, _ in having}) > 1:
             swept.add(key)
     shared = len({job.seed for job in jobs}) == 1 and bool(swept)
     found = []

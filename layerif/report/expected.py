@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from layerif.checks import did_you_mean
-from layerif.files import conf_folder
+from layerif.checks import did_you_mean, is_finite, is_number
+from layerif.files import conf_folder, parse_json
+from layerif.record.frames import is_logarithmic
 from layerif.record.names import name_in_conf, origins
 from layerif.record.record import Job
 
@@ -52,7 +53,7 @@ class Expected:
             ValueError: names the key that is wrong.
         """
         try:
-            content = json.loads(file.read_text())
+            content = parse_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}; give an experiment's expected.json") from error
         _check(content, file)
@@ -177,8 +178,10 @@ def _check_values(content: Mapping[str, Any], refuse: Any) -> None:
         for column, value in row.items():
             if column not in content["columns"]:
                 refuse(f"values.{arm}.{column}", value, f"of a column: {', '.join(content['columns'])}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                refuse(f"values.{arm}.{column}", value, "a number")
+            if not is_number(value) or not is_finite(value):
+                refuse(f"values.{arm}.{column}", value, "a finite number")
+            if is_logarithmic(content["metric"]) and value <= 0:
+                refuse(f"values.{arm}.{column}", value, "above 0")
             if "accuracy" in content["metric"] and not 0 <= value <= 1:
                 refuse(f"values.{arm}.{column}", value, "a fraction (published percentages divided by 100)")
 

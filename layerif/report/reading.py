@@ -109,7 +109,8 @@ def _check(job: Job, file: Path) -> None:
     """Refuses the JSON of another program, even one with the right keys."""
     for group in _GROUPS:
         lacks = "choices" if group not in job.choices else "config"
-        if lacks == "choices" or not isinstance(job.config.get(group) or {}, Mapping):
+        given = job.config.get(group, {} if group == "method" else None)  # 0.1.0 had no settings for no method
+        if lacks == "choices" or not isinstance(given, Mapping | None if group == "method" else Mapping):
             raise ValueError(f"{file} is not a readable record of layerif: it lacks {lacks}.{group}")
     if not isinstance((job.config.get("task") or {}).get("name"), str):
         raise ValueError(f"{file} is not a readable record of layerif: it lacks config.task.name")
