@@ -204,12 +204,12 @@ def _settle_key(node: DictConfig | ListConfig, key: Any, setting: str) -> None:
             if str(written[key]).startswith(_LATE):
                 return
             raise ValueError(f"{setting}={written[key]} cannot be read before the run starts: {error}") from error
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"{setting}={value!r} would be resolved a second time; allowed: a text without ${{…}}")
         node[key] = value
     if OmegaConf.is_missing(node, key):
         return
     value = node[key]
-    if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{setting}={value!r} would be resolved twice; allowed: a text without ${{…}}")
     if isinstance(value, DictConfig | ListConfig):
         for inner in list(value.keys()) if isinstance(value, DictConfig) else range(len(value)):
             _settle_key(value, inner, f"{setting}.{inner}")
