@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -71,6 +72,34 @@ def test_lightnings_steps_and_validations_are_foreseen(fitted):
 
 def test_hydras_options_are_those_of_its_help():
     assert {"--help", "--cfg", "--multirun", "--config-dir", "--config-name"} <= set(compat.hydra_options())
+
+
+def test_hydra_composes_by_the_loader_that_it_is_given(tmp_path):
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    seen = []
+
+    class Loader(ConfigLoaderImpl):
+        def load_configuration(self, config_name, overrides, *rest, **options):
+            seen.append(overrides)
+            return super().load_configuration(config_name, overrides, *rest, **options)
+
+    (tmp_path / "config.yaml").write_text("a: 1")
+    for context, number in ((compat.compose_by(Loader), 1), (contextlib.nullcontext(), 1)):
+        with context, initialize_config_dir(str(tmp_path), version_base="1.3"):
+            assert compose("config", ["a=2"]).a == 2
+        assert seen == [["a=2"]] * number
+
+
+def test_hydras_arguments_are_read_as_hydra_reads_them():
+    found = compat.hydra_arguments(["-m", "a=1", "b=2", "--config-n", "mine"])
+    assert (found.multirun, found.overrides, found.config_name, found.experimental_rerun) == (
+        True,
+        ["a=1", "b=2"],
+        "mine",
+        None,
+    )
 
 
 def test_wandb_starts_with_the_arguments_that_the_logger_keeps(tmp_path):

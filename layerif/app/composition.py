@@ -15,7 +15,6 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -148,7 +147,7 @@ class _Repository(ConfigRepository):
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         source = self._find_object_source(config_path, ObjectType.CONFIG)
-        if not isinstance(source, FileConfigSource) or Path(source.path) == conf_folder():
+        if source is None or source.scheme() != "file" or Path(source.path) == conf_folder():
             return super().load_config(config_path)
         file = Path(source.path) / source._normalize_file_name(config_path)
         try:
@@ -205,12 +204,12 @@ def _settle_key(node: DictConfig | ListConfig, key: Any, setting: str) -> None:
             if str(written[key]).startswith(_LATE):
                 return
             raise ValueError(f"{setting}={written[key]} cannot be read before the run starts: {error}") from error
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"{setting}={value!r} would be resolved a second time; allowed: a text without ${{…}}")
         node[key] = value
     if OmegaConf.is_missing(node, key):
         return
     value = node[key]
-    if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{setting}={value!r} would be resolved twice; allowed: a text without ${{…}}")
     if isinstance(value, DictConfig | ListConfig):
         for inner in list(value.keys()) if isinstance(value, DictConfig) else range(len(value)):
             _settle_key(value, inner, f"{setting}.{inner}")

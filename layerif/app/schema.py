@@ -90,7 +90,9 @@ def from_conf(choice: str, *overrides: str) -> Any:
         config = compose("config", [choice, *overrides])
     group, trusted = choice.partition("=")[0], list(config.trusted_targets)
     plain: Any = OmegaConf.to_container(config[group], resolve=True)
-    check(OmegaConf.create({group: plain, "trusted_targets": trusted}))
+    check_plain(plain, group)
+    _check_kinds({group: plain})
+    _check_nodes({group: plain}, trusted)
     return build(plain, group, trusted)
 
 
@@ -127,8 +129,7 @@ def check(config: DictConfig) -> None:
             f"score_task={named!r} is a name where a whole task belongs; say +task@score_task={named}, which puts that "
             "task there, or score_task=null for scores on the task's own rows"
         )
-    for path, node in nodes_with_target(plain):
-        _check_node(path, node, plain.get("trusted_targets") or ())
+    _check_nodes(plain, plain.get("trusted_targets") or ())
 
 
 def check_plain(node: Any, path: str = "") -> None:
@@ -197,6 +198,11 @@ def check_root(config: DictConfig) -> None:
     if not 0 <= config.get("seed", 0) < 2**32:
         raise ValueError(f"seed={config.seed} is not allowed; allowed: a whole number from 0 to {2**32 - 1}")
     check_file_name("name", config.get("name", "default"), below="outputs/sweeps")
+
+
+def _check_nodes(plain: Mapping[str, Any], trusted: Sequence[str]) -> None:
+    for path, node in nodes_with_target(plain):
+        _check_node(path, node, trusted)
 
 
 def _check_node(path: str, node: Mapping[str, Any], trusted: Sequence[str]) -> None:

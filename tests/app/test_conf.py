@@ -104,6 +104,8 @@ def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experi
         ("method.target_modules=q_proj", "method.target_modules='q_proj' is not allowed; allowed: a list, null"),
         ("seed=-1", "seed=-1 is not allowed; allowed: a whole number from 0 to 4294967295"),
         ("score_task=currency", r"score_task='currency' is a name .* say \+task@score_task=currency"),
+        ("evaluation=null", "evaluation=None is not allowed; allowed: settings with a _target_"),
+        ("~model.cache", r"model has no 'cache', which .*EmbeddedModel needs; give it with \+model.cache=…"),
         ("+foo=1", "'foo' is not a key of the configuration; allowed at the top: model, task"),
         ("++prob.num_train=1", r"'prob' is not a key of the configuration \(did you mean 'probe'"),
         ("evaluation.metrics=options", r"allowed: a list, as in 'evaluation.metrics=\[options\]'"),
@@ -154,6 +156,7 @@ def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
             "'method.rr' is not a key of the configuration (did you mean 'r'?); allowed in 'method': ",
         ),
         (["task=capitol"], "did you mean 'capital'"),
+        (["model=null"], "model=null is not a choice of the group 'model'; available: gemma_7b, hub"),
         (
             ["sed=1", "tsk=capital"],
             "'sed' is not a key of the configuration (did you mean 'seed'?); allowed at the top",

@@ -533,6 +533,17 @@ def test_the_page_is_self_contained(tmp_path):
     assert csv["accuracy"].tolist() == pytest.approx([5 / 10, 6 / 11] * 2)
 
 
+def test_texts_of_others_are_neither_html_nor_links_in_markdown(tmp_path):
+    runs = [record("uniform", [True] * 5), failure("datainf")]
+    evil = "<script>x</script> <img src=x onerror=y> ![a](http://others) 1<2"
+    runs[0].notes.append(evil)
+    runs[1].error = evil
+    write_report(written(tmp_path, runs), Console(quiet=True))
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("&lt;script>x&lt;/script> &lt;img src=x onerror=y> ![a]\\(http://others) 1<2") >= 2
+    assert "<script" not in text
+
+
 def test_the_same_folder_gives_the_same_page(tmp_path):
     written(tmp_path, [record(name, [True, False] * 5) for name in ("uniform", "datainf")])
     pages = []
