@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -165,6 +166,12 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, num: int) -> tuple
             return ids
         length, before = 2 * length, ids
     return _token_ids(tokenizer, [text])[0]
+
+
+@lru_cache(maxsize=2)
+def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Returns the ids of one long text, remembered: a run looks at its calibration and test text several times."""
+    return token_ids(tokenizer, [text])[0]
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:

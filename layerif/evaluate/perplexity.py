@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from layerif.data.batches import token_ids
+from layerif.data.batches import ids_of_text
 from layerif.data.text import text
 from layerif.evaluate.questions import Measured, QuestionSet
 from layerif.models.blocks import context_length, device_of
@@ -32,7 +32,7 @@ _LARGEST_LOSS = math.log(sys.float_info.max)
 
 def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
     """Refuses a window longer than the text or the model's context, and more windows than the text holds."""
-    num_tokens = len(text_ids(settings.text, questions.tokenizer))
+    num_tokens = len(ids_of_text(questions.tokenizer, text(settings.text, "test")))
     check_window(settings.window, num_tokens, max_positions)
     available = num_tokens // settings.window
     if settings.num_windows is not None and settings.num_windows > available:
@@ -44,7 +44,7 @@ def check(settings: Evaluation, questions: QuestionSet, max_positions: int | Non
 
 def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
     """Measures the perplexity of the text; its name holds the window, and the text where it is another one."""
-    ids = text_ids(settings.text, questions.tokenizer)
+    ids = ids_of_text(questions.tokenizer, text(settings.text, "test"))
     ids = ids if settings.num_windows is None else ids[: settings.num_windows * settings.window]
     of_text = "" if settings.text == "documentation" else f"{Path(settings.text).stem}/"
     value = perplexity(model, ids, window=settings.window, batch_size=settings.batch_size)
@@ -83,11 +83,6 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
             "or far too large; look at the weights, or use a wider dtype (model.dtype=float32)"
         )
     return math.exp(mean)
-
-
-def text_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the token ids of the test part of a text."""
-    return token_ids(tokenizer, [text(name, "test")])[0]
 
 
 def check_window(window: int, num_tokens: int, max_positions: int | None) -> None:

@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from layerif.checks import Count, check_fields
-from layerif.data.batches import token_ids
+from layerif.data.batches import ids_of_text
 from layerif.data.text import text
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Calibration:
             raise ValueError(
                 f"method.calibration.window={self.window} is too long: the model reads at most {max_positions} tokens"
             )
-        ids = token_ids(tokenizer, [text(self.text, "calibration")])[0]
+        ids = ids_of_text(tokenizer, text(self.text, "calibration"))
         available = len(ids) // self.window
         if available < self.num_windows:
             raise ValueError(
