@@ -23,8 +23,6 @@ from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from layerif.evaluate.evaluation import Evaluation
 
 _LARGEST_LOSS = math.log(sys.float_info.max)
