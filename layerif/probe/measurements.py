@@ -185,7 +185,9 @@ class Measurements:
 
 def hash_of_samples(encodings: Encodings) -> str:
     """Hashes the token ids, and which of them count in the loss."""
-    return hash_of([(sample.input_ids, sample.loss_from) for sample in encodings])
+    return hash_of(
+        [(sample.input_ids, sample.loss_from if sample.counted is None else sample.counted) for sample in encodings]
+    )
 
 
 def hash_of(plain: Any) -> str:
