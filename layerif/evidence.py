@@ -127,6 +127,7 @@ class LayerGates:
 
 
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
+GRAM_TENSORS = ("train_train", "val_train", "val_norms")  # the tensors of a `MatrixGram`, in the order of its fields
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ class LayerInfluences:
 
 def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:
     solved = MatrixGram(gram.train_train.double(), gram.val_train.double(), gram.val_norms.double(), gram.numel)
-    for what in ("train_train", "val_train", "val_norms"):
+    for what in GRAM_TENSORS:
         if not bool(getattr(solved, what).isfinite().all()):
             raise ValueError(
                 f"the Gram {what} of {name!r} is not finite, so its gradients overflowed or are NaN; "

@@ -25,11 +25,11 @@ from layerif.models.contexts import evaluating
 from layerif.models.hooks import hooked
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
-from layerif.probe.store import Kind
+from layerif.probe.store import MeasurementKind
 from layerif.versions import VERSIONS
 
 EPSILON = 0.01  # in the unit of the hidden state
-ACTIVATIONS: Kind[Mapping[str, Tensor]] = Kind("activations", "forward passes")
+ACTIVATIONS: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("activations", "forward passes")
 
 
 @dataclass(frozen=True)

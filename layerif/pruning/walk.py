@@ -32,7 +32,7 @@ from layerif.models.hooks import hooked
 from layerif.pruning import Pruner
 from layerif.pruning.targets import Target
 
-Offload = Literal["device", "cpu", "disk"]
+ActivationPlace = Literal["device", "cpu", "disk"]
 
 _ADVICE = (
     "free some space, use method.offload=cpu, or set outputs=/another/folder; "
@@ -60,7 +60,7 @@ class Walk:
     batches: Sequence[Tensor]
     folder: Path
     device: torch.device | str = "cpu"
-    offload: Offload = "cpu"
+    offload: ActivationPlace = "cpu"
 
     def __post_init__(self) -> None:
         self.blocks = blocks(self.model)

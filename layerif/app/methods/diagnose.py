@@ -28,7 +28,7 @@ from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
-FILE = "diagnose.json"
+DIAGNOSIS = "diagnose.json"
 LEAST_ROWS = 4  # fewer rows leave nothing to rank
 
 Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
@@ -118,7 +118,7 @@ class Diagnose:
         keep(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
-        write(folder / FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")
         write(folder / "diagnose.md", text.report_markdown(found))
         plots.plot(found, folder)
         record.metrics |= text.headline_metrics(found)

@@ -32,7 +32,7 @@ from layerif.pruning.calibration import Calibration
 from layerif.pruning.module import PruneModule, given_allocation
 from layerif.pruning.semi_structured import speed_of_two_four
 from layerif.pruning.targets import matrices, targets
-from layerif.pruning.walk import Offload
+from layerif.pruning.walk import ActivationPlace
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Prune:
 
     pruner: Pruner
     calibration: Calibration
-    offload: Offload = "cpu"
+    offload: ActivationPlace = "cpu"
     recover: Literal["none", "lora", "lora_moe"] = "none"
     adapter: LoraMoeAdapter | None = None
     experts: Allocator | None = None
