@@ -237,7 +237,7 @@ class CheckpointGrams:
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
-            raise ValueError("CheckpointGrams need the Grams of at least one checkpoint")
+            raise ValueError("CheckpointGrams must have the Grams of at least one checkpoint")
         for number, grams in enumerate(self.checkpoints, 1):
             if grams.layers != self.checkpoints[0].layers:
                 raise ValueError(

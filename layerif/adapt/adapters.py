@@ -212,9 +212,14 @@ def plain_lora(
     known = list(blocks(base))
     for block in ranks:
         if block not in known:
-            raise ValueError(f"{block!r} has a rank but is not a block of this model{did_you_mean(block, known)}")
+            raise ValueError(
+                f"{block!r} has a rank but is not a block of this model{did_you_mean(block, known)}; its blocks are "
+                f"{known[0]} to {known[-1]}"
+            )
     if missing := [block for block in known if block not in ranks]:
-        raise ValueError(f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}")
+        raise ValueError(
+            f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}; give each one"
+        )
     pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
     return LoraConfig(
         r=max(pattern.values()),

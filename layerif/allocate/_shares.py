@@ -68,7 +68,7 @@ def checked_scores(scores: Sequence[float]) -> list[float]:
     """Gives the scores as floats, and refuses negative and non-finite ones by their index."""
     values = [float(score) for score in scores]
     if not values:
-        raise ValueError("an allocation needs the score of at least one layer, got none")
+        raise ValueError("an allocation needs the score of at least one layer, got none; give one for each")
     for l, value in enumerate(values):
         if not math.isfinite(value) or value < 0:
             raise ValueError(

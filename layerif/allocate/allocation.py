@@ -48,7 +48,10 @@ class Allocation:
                 raise ValueError(f"{self.kind} of {unit!r} must be {allowed}, got {value!r}")
         spent = spent_budget(self.kind, self.values, self.sizes)
         if abs(spent - self.budget) > (BUDGET_TOLERANCE if self.kind == "sparsity" else 0):
-            raise ValueError(f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given")
+            raise ValueError(
+                f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given; "
+                f"give budget={spent}, or other values"
+            )
 
     def by_name(self) -> dict[str, Any]:
         """Gives the value of each unit, by the unit's name."""

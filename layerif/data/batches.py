@@ -96,7 +96,9 @@ def encode(
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} leaves no token to predict; use 2 or more")
     if eos and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token to append; give it one, or set eos=false")
+        raise ValueError(
+            "the tokenizer has no end-of-text token to append; give its tokenizer_config.json an eos_token"
+        )
     end: Any = (tokenizer.eos_token_id,) if eos else ()
     prompts = [prompt_text(example, template) for example in examples]
     texts = [p + output_text(e.output, template) for p, e in zip(prompts, examples, strict=True)]
@@ -182,7 +184,9 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     found: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
-        raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+        raise ValueError(
+            "the tokenizer has neither a padding nor an end-of-text token; give its tokenizer_config.json a pad_token"
+        )
     return found
 
 

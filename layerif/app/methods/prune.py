@@ -91,7 +91,10 @@ class Prune:
         if self.recover == "none":
             return
         if self.adapter is None or (self.recover == "lora_moe" and self.experts is None):
-            raise ValueError(f"method.recover={self.recover} needs method.adapter (and method.experts for lora_moe)")
+            raise ValueError(
+                f"method.recover={self.recover} needs method.adapter (and method.experts for lora_moe); give them as "
+                "conf/method/prune.yaml does"
+            )
         if not self.save:
             raise ValueError(f"method.recover={self.recover} starts from the saved model; use method.save=true")
         if not self.adapter.keep_zeros:
@@ -192,7 +195,10 @@ class Prune:
         assert self.experts is not None
         given = replace(decider, allocator=self.experts).preview()
         if given.kind != "experts":
-            raise ValueError(f"method.experts must allocate experts, got {given.kind}")
+            raise ValueError(
+                f"method.experts allocates {given.kind}, and recover=lora_moe spends experts; use "
+                "allocator@method.experts=experts"
+            )
         return given
 
     def _measure_two_four(self, model: nn.Module, record: RunRecord) -> None:
