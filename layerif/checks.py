@@ -72,9 +72,9 @@ def check_unique(layers: Sequence[str], values: Sequence[object], *, what: str) 
 
 
 def shown(value: object, length: int = 80) -> str:
-    """Spells a value for a message, and cuts it where it is longer than `length` characters."""
+    """Spells a value for a message, a text in quotes, and cuts it where it is longer than `length` characters."""
     try:
-        text = str(value)
+        text = repr(value)
     except ValueError:  # a whole number of too many digits
         return "a number of thousands of digits"
     return text if len(text) <= length else f"{text[:length]}…"

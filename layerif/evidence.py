@@ -127,6 +127,7 @@ class LayerGates:
 
 
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
+GRAM_TENSORS = ("train_train", "val_train", "val_norms")  # the tensors of a `MatrixGram`, in the order of its fields
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class CheckpointGrams:
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
-            raise ValueError("CheckpointGrams need the Grams of at least one checkpoint")
+            raise ValueError("CheckpointGrams must have the Grams of at least one checkpoint")
         for number, grams in enumerate(self.checkpoints, 1):
             if grams.layers != self.checkpoints[0].layers:
                 raise ValueError(
@@ -288,7 +289,7 @@ class LayerInfluences:
 
 def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:
     solved = MatrixGram(gram.train_train.double(), gram.val_train.double(), gram.val_norms.double(), gram.numel)
-    for what in ("train_train", "val_train", "val_norms"):
+    for what in GRAM_TENSORS:
         if not bool(getattr(solved, what).isfinite().all()):
             raise ValueError(
                 f"the Gram {what} of {name!r} is not finite, so its gradients overflowed or are NaN; "

@@ -313,7 +313,7 @@ def read_json(path: str | Path, *, what: str) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} {str(path)!r} is not valid JSON: {error}; is it complete?") from error
     except ValueError as error:
-        raise ValueError(f"{what} {str(path)!r} cannot be used: {error}") from error
+        raise ValueError(f"{what} {str(path)!r} cannot be used: {error}; mend the file") from error
 
 
 # The largest configuration of ours has 9 kB and some 300 nodes.
@@ -329,11 +329,13 @@ def check_yaml(file: Path) -> None:
         ValueError: says what is too much.
     """
     if file.stat().st_size > _YAML_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; allowed: a configuration of {_YAML_BYTES:,}")
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; allowed: {_YAML_BYTES:,} for a configuration")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise ValueError(
+            f"{file} is not a text in UTF-8: {error.reason} at byte {error.start}; save it as such"
+        ) from error
     if "&" in text and "*" in text:
         _check_aliases(file, text)
 

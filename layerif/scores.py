@@ -16,7 +16,7 @@ from layerif.checks import check_choice, check_unique, is_finite, is_number
 
 Aggregation = Literal["all", "positive", "top25"]
 Direction = Literal["undertrained", "important"]
-Kind = Literal["experts", "rank", "sparsity"]
+AllocationKind = Literal["experts", "rank", "sparsity"]
 
 SPREAD_NOISE = 1e-12  # times the largest value; a smaller spread is the rounding of equal scores
 
@@ -51,13 +51,13 @@ class LayerScores:
                     f"scores from {self.source} must be finite numbers >= 0; got {value!r:.40} for layer {layer!r}"
                 )
 
-    def oriented(self, kind: Kind) -> tuple[float, ...]:
+    def oriented(self, kind: AllocationKind) -> tuple[float, ...]:
         """Gives the values as `to_experts`, `to_rank` and `to_sparsity` take them: a higher one gets more of `kind`.
 
         Only important layers under sparsity are turned round, to max − s, or to 0 where the values differ by rounding
         alone. All other values stay as they are.
         """
-        check_choice("kind", kind, get_args(Kind))
+        check_choice("kind", kind, get_args(AllocationKind))
         if kind == "sparsity" and self.higher_means == "important":
             highest = max(self.values)
             if highest - min(self.values) <= SPREAD_NOISE * highest:

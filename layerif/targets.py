@@ -170,7 +170,7 @@ def _resolved(target: str, setting: str, packages: set[str]) -> Any:
                 inner = f"{found.__name__}.{name}"
                 found = getattr(found, name) if hasattr(found, name) else import_module(inner)
     except Exception as error:  # a module may raise anything when it is imported
-        raise ValueError(f"{setting}={target!r} cannot be imported: {error}") from error
+        raise ValueError(f"{setting}={target!r} cannot be imported: {error}; check the path and its package") from error
     return found
 
 

@@ -1,4 +1,4 @@
-"""Every public class and function of the package has a name of its own, and imports overwrite none of them."""
+"""Every exported name of the package stands for one thing, and imports overwrite none of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import layerif
 from layerif import PACKAGE
 
-# Every command has a `main`, and every metric has a `check` and a `run`, which the loop over metrics calls.
-SHARED = {"main", "check", "run"}
+# Every command has a `main`, and every metric has a `check` and a `run`, which the loop over metrics calls. `log` and
+# the type variable `T` are the same thing in each file.
+SHARED = {"main", "check", "run", "log", "T"}
 # "Names others rely on": a module of one of these names would take the function's place in its package.
 RELIED_ON = {
     "layerif": ["score", "curves", "prune", "rows"],
@@ -26,13 +27,19 @@ def modules() -> list[str]:
     return [name for name in found if not name.endswith("__main__")]
 
 
-def public_names(file: Path) -> list[str]:
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    defined = [node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    return [name for name in defined if not name.startswith("_")]
+def public_names(file: Path) -> set[str]:
+    """Returns the classes, functions, constants and type aliases that a file defines at its top level."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
 
 
-def test_every_public_class_and_function_has_a_name_of_its_own():
+def test_every_exported_name_stands_for_one_thing():
     where = defaultdict(list)
     for file in sorted(PACKAGE.rglob("*.py")):
         for name in public_names(file):

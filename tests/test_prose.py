@@ -1,4 +1,4 @@
-"""Laws of the prose in the code: how docstrings and comments open, how messages deny, and who has a docstring.
+"""Laws of the prose in the code: how docstrings and comments open, what messages say, and who has a docstring.
 
 An override says what its base says, and an implementation of a protocol what the protocol says: they need no docstring.
 """
@@ -24,6 +24,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OPENINGS = re.compile(r"(what|of|whether|how|whatever|that which)\b", re.IGNORECASE)
 # "there is no room" and "is no longer" are English; "x is no folder" is not.
 DENIALS = re.compile(r"(?<!there )\b(is|are) no (?!longer\b)")
+
+# What is allowed, or what to do next.
+ADVICE = re.compile(r"; |\b(allowed|must|needs|give|use|pass|run|set|say)\b")
+# Reasons that end another message, which says what to do.
+REASONS = {"record/record.py", "report/reading.py"}
 
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 
@@ -74,6 +79,26 @@ def test_docstrings_and_comments_open_with_a_verb_or_a_noun(file):
 def test_messages_say_is_not_a(file):
     said = messages(parsed(file))
     assert not [f"{line}: {text}" for line, text in said if DENIALS.search(text)]
+
+
+@every_file
+def test_errors_say_what_is_allowed_or_what_to_do(file):
+    if str(file.relative_to(PACKAGE)) in REASONS:
+        return
+    texts = [(line, text) for line, text in refusals(parsed(file)) if not text.startswith(("it ", "its "))]
+    # A text that ends with a field ends with another message, or with advice.
+    assert not [f"{line}: {text}" for line, text in texts if not text.endswith("…") and not ADVICE.search(text)]
+
+
+def refusals(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Gives the text of every ValueError that a module raises, as `messages` does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc and ast.unparse(node.exc).startswith("ValueError("):
+            assert isinstance(node.exc, ast.Call)
+            if isinstance(
+                node.exc.args[0], ast.Constant | ast.JoinedStr | ast.BinOp
+            ):  # and not another function's words
+                yield node.lineno, " ".join(text for _, text in messages(ast.Module([ast.Expr(node.exc)], [])))
 
 
 @every_file

@@ -24,7 +24,7 @@ from layerif.checks import Count, NonNegative, Positive, Whole, check_fields, di
 from layerif.models.blocks import blocks
 from layerif.moe import LoraMoeConfig, balance_loss
 from layerif.moe.model import linears_of_blocks
-from layerif.scores import Kind
+from layerif.scores import AllocationKind
 
 Scaling = Annotated[float, Gt(0), "it is α/r; the paper uses 16/8"]
 
@@ -45,7 +45,7 @@ class Adapter(ABC):
     """
 
     kind: ClassVar[str]  # its name in a checkpoint
-    allocates: ClassVar[Kind]  # the kind of allocation that it spends
+    allocates: ClassVar[AllocationKind]  # the kind of allocation that it spends
 
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     target_modules: list[str] | None = None
@@ -97,7 +97,7 @@ class LoraMoeAdapter(Adapter):
     """
 
     kind: ClassVar[str] = "lora_moe"
-    allocates: ClassVar[Kind] = "experts"
+    allocates: ClassVar[AllocationKind] = "experts"
 
     r: Count = 8
     lora_alpha: Positive = 16
@@ -127,7 +127,7 @@ class LoraAdapter(Adapter):
     """
 
     kind: ClassVar[str] = "lora"
-    allocates: ClassVar[Kind] = "rank"
+    allocates: ClassVar[AllocationKind] = "rank"
 
     scaling: Scaling = 2.0
 
@@ -160,7 +160,7 @@ class EqualLoraAdapter(LoraAdapter):
     """
 
     kind: ClassVar[str] = "lora_equal"
-    allocates: ClassVar[Kind] = "experts"
+    allocates: ClassVar[AllocationKind] = "experts"
 
     r: Count = 8
 
@@ -212,9 +212,14 @@ def plain_lora(
     known = list(blocks(base))
     for block in ranks:
         if block not in known:
-            raise ValueError(f"{block!r} has a rank but is not a block of this model{did_you_mean(block, known)}")
+            raise ValueError(
+                f"{block!r} has a rank but is not a block of this model{did_you_mean(block, known)}; its blocks are "
+                f"{known[0]} to {known[-1]}"
+            )
     if missing := [block for block in known if block not in ranks]:
-        raise ValueError(f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}")
+        raise ValueError(
+            f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}; give each one"
+        )
     pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
     return LoraConfig(
         r=max(pattern.values()),

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from layerif.files import whole
 
-BEST, LAST, BEFORE = "best.ckpt", "last.ckpt", "before.ckpt"
+BEST, LAST, LAST_BUT_ONE = "best.ckpt", "last.ckpt", "before.ckpt"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -32,7 +32,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         with whole(file) as unfinished:
             unfinished.write_bytes(content.getbuffer())
             if file.name == LAST and file.exists():
-                os.replace(file, file.with_name(BEFORE))
+                os.replace(file, file.with_name(LAST_BUT_ONE))
 
 
 def readable_checkpoint(folder: Path) -> Path | None:
@@ -48,14 +48,14 @@ def readable_checkpoint(folder: Path) -> Path | None:
         The file; None where the run starts afresh.
     """
     with FileLock(folder / "job.lock"):
-        files = [file for name in (BEST, LAST, BEFORE) if (file := folder / name).exists()]
+        files = [file for name in (BEST, LAST, LAST_BUT_ONE) if (file := folder / name).exists()]
         damaged = [file for file in files if not _is_whole(file)]
         if folder / BEST in damaged:
             damaged = files
         for file in damaged:
             os.replace(file, _aside(file))
-    found = next((file for name in (LAST, BEFORE) if (file := folder / name).exists()), None)
-    aside = [file.name for name in (BEST, LAST, BEFORE) if (file := _aside(folder / name)).exists()]
+    found = next((file for name in (LAST, LAST_BUT_ONE) if (file := folder / name).exists()), None)
+    aside = [file.name for name in (BEST, LAST, LAST_BUT_ONE) if (file := _aside(folder / name)).exists()]
     if aside:
         goes_on = f"carries on from {found.name}" if found else "begins anew"
         warnings.warn(

@@ -12,7 +12,7 @@ from annotated_types import Ge
 
 from layerif.checks import Count, check_value
 from layerif.layers import LayerMap, in_layer_order
-from layerif.scores import SPREAD_NOISE, Kind, LayerScores, smooth
+from layerif.scores import SPREAD_NOISE, AllocationKind, LayerScores, smooth
 
 Shift = Literal["min", "none"]
 Beta = Annotated[float, Ge(0), "0 gives every layer the same"]
@@ -52,7 +52,7 @@ def round_largest_remainder(values: list[float], shares: list[Fraction], budget:
     return counts
 
 
-def oriented_values(scores: LayerScores, layers: LayerMap, kind: Kind, *, smoothing: bool) -> list[float]:
+def oriented_values(scores: LayerScores, layers: LayerMap, kind: AllocationKind, *, smoothing: bool) -> list[float]:
     """Gives the scores in the model's order, turned so that higher gets more of `kind`, and smoothed if asked for."""
     by_name = dict(zip(scores.layers, scores.oriented(kind), strict=True))
     values = list(in_layer_order(by_name, layers.names, source=f"scores from {scores.source}"))
@@ -68,7 +68,7 @@ def checked_scores(scores: Sequence[float]) -> list[float]:
     """Gives the scores as floats, and refuses negative and non-finite ones by their index."""
     values = [float(score) for score in scores]
     if not values:
-        raise ValueError("an allocation needs the score of at least one layer, got none")
+        raise ValueError("an allocation needs the score of at least one layer, got none; give one for each")
     for l, value in enumerate(values):
         if not math.isfinite(value) or value < 0:
             raise ValueError(

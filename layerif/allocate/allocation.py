@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from layerif.checks import check_choice, check_unique, is_number
-from layerif.scores import Kind
+from layerif.scores import AllocationKind
 
 BUDGET_TOLERANCE = 1e-6  # as a fraction of all parameters, for a sparsity
 
@@ -30,13 +30,13 @@ class Allocation:
     """
 
     units: tuple[str, ...]
-    kind: Kind
+    kind: AllocationKind
     values: tuple[int, ...] | tuple[float, ...]
     budget: int | float
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, get_args(Kind))
+        check_choice("kind", self.kind, get_args(AllocationKind))
         check_unique(self.units, self.values, what=f"{self.kind} values")
         allowed = "a fraction in [0, 1]" if self.kind == "sparsity" else "a whole number >= 1"
         for unit, value in zip(self.units, self.values, strict=True):
@@ -48,7 +48,10 @@ class Allocation:
                 raise ValueError(f"{self.kind} of {unit!r} must be {allowed}, got {value!r}")
         spent = spent_budget(self.kind, self.values, self.sizes)
         if abs(spent - self.budget) > (BUDGET_TOLERANCE if self.kind == "sparsity" else 0):
-            raise ValueError(f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given")
+            raise ValueError(
+                f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given; "
+                f"give budget={spent}, or other values"
+            )
 
     def by_name(self) -> dict[str, Any]:
         """Gives the value of each unit, by the unit's name."""
@@ -76,7 +79,7 @@ class Allocation:
         )
 
 
-def spent_budget(kind: Kind, values: Sequence[float], sizes: Sequence[int] | None = None) -> int | float:
+def spent_budget(kind: AllocationKind, values: Sequence[float], sizes: Sequence[int] | None = None) -> int | float:
     """Gives the sum of counts, or the mean of sparsities weighted by `sizes`."""
     if kind != "sparsity":
         return sum(int(value) for value in values)

@@ -10,7 +10,7 @@ from layerif.checks import check_fields, check_object, check_unique, is_finite, 
 from layerif.files import read_json
 from layerif.layers import LayerMap, in_layer_order
 from layerif.record.older import in_todays_shape
-from layerif.scores import Kind, LayerScores
+from layerif.scores import AllocationKind, LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class SavedAllocation:
     needs_scores: ClassVar[Literal[False]] = False
 
     path: str
-    kind: Kind = "experts"
+    kind: AllocationKind = "experts"
 
     def __post_init__(self) -> None:
         check_fields(self, "allocator")

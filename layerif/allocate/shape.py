@@ -78,7 +78,10 @@ class Shape:
         else:
             groups = _symmetric_groups(depth, number)
         if sum(groups) != depth:
-            raise ValueError(f"allocator.groups={list(groups)} hold {sum(groups)} layers, the model has {depth}")
+            raise ValueError(
+                f"allocator.groups={list(groups)} hold {sum(groups)} layers, the model has {depth}; give sizes that "
+                "add up to these"
+            )
         return groups
 
 

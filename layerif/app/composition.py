@@ -168,7 +168,7 @@ class _Repository(ConfigRepository):
             check_yaml(file)
             return super().load_config(config_path)
         except RecursionError as error:
-            raise ValueError(f"{file} is nested too deeply for a configuration") from error
+            raise ValueError(f"{file} is nested too deeply for a configuration; make it flatter") from error
 
 
 def _plain(config: DictConfig, setting: str) -> Any:
@@ -217,7 +217,9 @@ def _settle_key(node: DictConfig | ListConfig, key: Any, setting: str) -> None:
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             if str(written[key]).startswith(_LATE):
                 return
-            raise ValueError(f"{setting}={written[key]} cannot be read before the run starts: {error}") from error
+            raise ValueError(
+                f"{setting}={written[key]} cannot be read before the run starts: {error}; write the value itself"
+            ) from error
         if isinstance(value, str) and "${" in value:
             raise ValueError(f"{setting}={value!r} would be resolved a second time; allowed: a text without ${{…}}")
         node[key] = value

@@ -134,7 +134,9 @@ def encode(
     if worded and tokenizer is None:
         raise ValueError(f"example {worded[0].id} is a text, and there is no tokenizer; give one, or rows of input_ids")
     if eos and worded and getattr(tokenizer, "eos_token_id", None) is None:
-        raise ValueError("the tokenizer has no end-of-text token to append; give it one, or set eos=false")
+        raise ValueError(
+            "the tokenizer has no end-of-text token to append; give its tokenizer_config.json an eos_token"
+        )
     texts = [each for each in worded if not isinstance(each, ChatExample)]
     of_texts = iter(_texts(texts, tokenizer, template, max_length))
     samples = []
@@ -329,7 +331,9 @@ def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
         return 0
     found: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
-        raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
+        raise ValueError(
+            "the tokenizer has neither a padding nor an end-of-text token; give its tokenizer_config.json a pad_token"
+        )
     return found
 
 

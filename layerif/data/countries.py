@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from layerif.checks import check_choice
 from layerif.data.source import Row
 
 NUM_OPTIONS = 4
@@ -49,13 +50,11 @@ class Countries:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is not a kind of country question; use one of {', '.join(KINDS)}")
+        check_choice("task.source.kind", self.kind, KINDS)
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows in the order of the hash, which is as good as shuffled and never changes."""
-        if split not in SPLIT_BOUNDS:
-            raise ValueError(f"the country tasks have no split {split!r}; use one of {', '.join(SPLIT_BOUNDS)}")
+        check_choice("a split of a country task in task.splits", split, SPLIT_BOUNDS)
         field, question = KINDS[self.kind]
         low, high = SPLIT_BOUNDS[split]
         facts = {

@@ -28,7 +28,7 @@ def answer_parser(pattern: str) -> re.Pattern[str]:
     try:
         parser = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"task.pattern={pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(f"task.pattern={pattern!r} is not a regular expression: {error}; mend it") from error
     if parser.groups < 1:
         raise ValueError(f"task.pattern={pattern!r} has no group; put the answer in parentheses, as in 'is ([A-Z])'")
     return parser

@@ -42,7 +42,7 @@ def above(bar: float, estimate: Mapping[str, float | None]) -> Verdict:
     return "not supported" if high <= bar else "not enough evidence"
 
 
-def shown(estimate: Mapping[str, float | None], digits: int = 2) -> str:
+def with_interval(estimate: Mapping[str, float | None], digits: int = 2) -> str:
     """Spells a figure with its interval, or `undetermined`."""
     if estimate["value"] is None or estimate["low"] is None or estimate["high"] is None:
         return "undetermined"
@@ -101,8 +101,8 @@ def _optimum(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         "The model stands at an optimum of the training loss, as influence theory assumes.",
         verdict,
-        f"the training gradients have {shown(common, 3)} of their squared length in common (bar {CONVERGED}; 0 at an "
-        f"optimum)" + (f": {meaning}" if meaning else ""),
+        f"the training gradients have {with_interval(common, 3)} of their squared length in common (bar {CONVERGED}; 0 "
+        f"at an optimum)" + (f": {meaning}" if meaning else ""),
     )
 
 
@@ -136,8 +136,8 @@ def _samples(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         "The same number of other samples of the task would rank the layers alike.",
         above(ALIKE, found),
-        f"Spearman {shown(found)} (bar {ALIKE}), stepped up by Spearman–Brown from disjoint halves, which agree by "
-        f"{shown(half)}",
+        f"Spearman {with_interval(found)} (bar {ALIKE}), stepped up by Spearman–Brown from disjoint halves, which "
+        f"agree by {with_interval(half)}",
     )
 
 
@@ -209,7 +209,7 @@ def _prediction(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         f"Averaged over these seeds, {own} predicts the loss change of single validation rows better than chance.",
         above(0, found["lds"][own]),
-        f"LDS {shown(found['lds'][own])} over {found['num_subsets']} left-out sets of {found['left_out']} of "
+        f"LDS {with_interval(found['lds'][own])} over {found['num_subsets']} left-out sets of {found['left_out']} of "
         f"{found['num_train']} rows, {_counted(found['num_seeds'], 'seed')}{between}",
     )
 
@@ -219,7 +219,7 @@ def _average(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         f"Averaged over these seeds, {own} predicts the change of the mean validation loss better than chance.",
         above(0, found["lds_of_mean"][own]),
-        f"Spearman over the left-out sets {shown(found['lds_of_mean'][own])}",
+        f"Spearman over the left-out sets {with_interval(found['lds_of_mean'][own])}",
     )
 
 
@@ -242,7 +242,7 @@ def _better(report: Mapping[str, Any]) -> Conclusion | None:
     return Conclusion(
         f"Averaged over these seeds, {own} predicts loss changes better than plain gradient products.",
         above(0, found["beyond_grad_dot"][own]),
-        f"its LDS exceeds that of grad_dot by {shown(found['beyond_grad_dot'][own])}",
+        f"its LDS exceeds that of grad_dot by {with_interval(found['beyond_grad_dot'][own])}",
     )
 
 
@@ -252,7 +252,7 @@ def _mislabel(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         f"{own} tells wrong answers from right ones better than chance.",
         above(0.5, mine["auc"]),
-        f"AUC {shown(mine['auc'])} over {found['num_trials']} trials with {found['num_flipped']} of "
+        f"AUC {with_interval(mine['auc'])} over {found['num_trials']} trials with {found['num_flipped']} of "
         f"{found['num_train']} answers flipped; {mine['found']:.0%} of them are among the {found['num_flipped']} most "
         f"harmful rows (a random order: {found['random']['found']:.0%})",
     )
@@ -265,7 +265,7 @@ def _mislabel_better(report: Mapping[str, Any]) -> Conclusion | None:
     return Conclusion(
         f"{own} finds wrong answers better than plain gradient products.",
         above(0, found[own]["beyond_grad_dot"]),
-        f"its AUC exceeds that of grad_dot by {shown(found[own]['beyond_grad_dot'])}",
+        f"its AUC exceeds that of grad_dot by {with_interval(found[own]['beyond_grad_dot'])}",
     )
 
 

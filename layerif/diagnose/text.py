@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from layerif.diagnose.conclusions import shown
+from layerif.diagnose.conclusions import with_interval
 from layerif.record.text import inert
 
 
@@ -87,8 +87,8 @@ def _gradients(report: Mapping[str, Any]) -> str:
         lines.append(
             f"The mean training gradient has {found['length']:.2f} of a single gradient's length; at an optimum, "
             f"sampling alone would leave about {found['chance']:.2f}. The share of the squared length that "
-            f"all samples have in common is {shown(found['common'], 3)}; it would be 0 at an optimum, and 1 if every "
-            "sample pulled the same way."
+            f"all samples have in common is {with_interval(found['common'], 3)}; it would be 0 at an optimum, and 1 if "
+            "every sample pulled the same way."
         )
     return "## Gradients\n\n" + "\n".join(lines)
 
@@ -124,10 +124,10 @@ def _stability(report: Mapping[str, Any]) -> str:
     lines = ["No two halves could be compared."]
     if halves:
         lines = [
-            f"The scores of disjoint random halves of the samples agree by Spearman {shown(found['half'])} on average "
-            f"({min(halves):.2f} to {max(halves):.2f} over {len(halves)} splits); the interval is from a jackknife "
-            f"over samples. Two samples as large as the whole would agree by {shown(found['samples'])}, stepped up by "
-            "Spearman–Brown, 2r/(1 + r)."
+            f"The scores of disjoint random halves of the samples agree by Spearman {with_interval(found['half'])} on "
+            f"average ({min(halves):.2f} to {max(halves):.2f} over {len(halves)} splits); the interval is from a "
+            f"jackknife over samples. Two samples as large as the whole would agree by "
+            f"{with_interval(found['samples'])}, stepped up by Spearman–Brown, 2r/(1 + r)."
         ]
     pairs = [
         (pair["first"], pair["second"], _number(pair["spearman"]), _number(pair["kendall"]))
@@ -164,10 +164,10 @@ def _leave_out(report: Mapping[str, Any]) -> str:
     rows = [
         (
             name,
-            shown(lds),
+            with_interval(lds),
             ", ".join(_number(value) for value in found["lds_by_seed"][name]),
-            shown(found["lds_of_mean"][name]),
-            shown(found["beyond_grad_dot"][name]) if name != "grad_dot" else "–",
+            with_interval(found["lds_of_mean"][name]),
+            with_interval(found["beyond_grad_dot"][name]) if name != "grad_dot" else "–",
         )
         for name, lds in sorted(found["lds"].items(), key=lambda item: -(item[1]["value"] or -1.0))
     ]
@@ -202,8 +202,8 @@ def _mislabel(report: Mapping[str, Any]) -> str:
         (
             name,
             f"{each['found']:.0%}",
-            shown(each["auc"]),
-            shown(each["beyond_grad_dot"]) if name != "grad_dot" else "–",
+            with_interval(each["auc"]),
+            with_interval(each["beyond_grad_dot"]) if name != "grad_dot" else "–",
         )
         for name, each in sorted(found["estimators"].items(), key=lambda item: -item[1]["auc"]["value"])
     ]

@@ -74,7 +74,7 @@ def alpha(eigenvalues: Tensor, fit: Tail = "mid") -> float:
     starts = [len(positive_N) // 2] if fit == "mid" else _near_mode(positive_N, upstream=fit == "peak_upstream")
     exponents = {start: found for start in starts if (found := hill(positive_N, start)) < float("inf")}
     if not exponents:
-        raise ValueError("the eigenvalues have no spread to fit an exponent to; all singular values are equal")
+        raise ValueError("the eigenvalues have no spread to fit an exponent to: all are equal; use another estimator")
     return exponents[min(exponents, key=lambda start: (distance(positive_N, start), start))]
 
 

@@ -168,7 +168,8 @@ def _package() -> tuple[Any, Any, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
-            f"metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]'"
+            f"evaluation.metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]', "
+            "or leave lm_eval out"
         ) from error
     return simple_evaluate, HFLM, TaskManager
 

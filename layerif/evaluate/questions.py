@@ -125,7 +125,10 @@ def _question(
     if num_common == 0:
         raise ValueError(f"question {example.id} has an empty prompt; give task.instruction some text")
     if not all(options) or len(set(options)) < len(options):
-        raise ValueError(f"question {example.id}: its options become the same tokens; got {example.options}")
+        raise ValueError(
+            f"question {example.id}: its options {example.options} become the same tokens; word them differently, or "
+            "leave such questions out with task.keep"
+        )
     return Question(alone[:num_common], options)
 
 

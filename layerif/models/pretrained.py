@@ -160,7 +160,7 @@ class Pretrained(ABC):
             config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
             is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # transformers would take it silently
             if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
-                raise ValueError(f"the architecture {config.model_type} has an encoder")
+                raise ValueError(f"its architecture {config.model_type} has an encoder")
             if (names := config.architectures or ()) and all(name.endswith(_OTHER_HEADS) for name in names):
                 raise ValueError(f"it is a {names[0]}, which has no head that predicts the next token")
             _check_heads(config.get_text_config())
@@ -301,7 +301,7 @@ def _check_heads(config: PreTrainedConfig) -> None:
     """Refuses query heads that cannot be dealt out to the key heads; transformers finds out in the forward pass."""
     queries, keys = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(queries, int) and isinstance(keys, int) and queries % keys:
-        raise ValueError(f"num_attention_heads={queries} is not a multiple of num_key_value_heads={keys}")
+        raise ValueError(f"its num_attention_heads={queries} is not a multiple of num_key_value_heads={keys}")
 
 
 # Ends of the names of classes whose files may hold everything but the head of a language model.

@@ -21,7 +21,8 @@ def hash_folder(folder: Path) -> str:
     files = model_files(folder)
     if not files:
         raise ValueError(
-            f"{str(folder)!r} holds no model files: expected {', '.join(sorted(_CONFIGS))} and *.safetensors"
+            f"{str(folder)!r} holds no model files ({', '.join(sorted(_CONFIGS))}, *.safetensors); give a folder "
+            "written by save_pretrained"
         )
     return hashlib.sha256("".join(f"{name}:{hash_file(folder / name)};" for name in files).encode()).hexdigest()
 

@@ -187,7 +187,10 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
                 weight = self._base_linear().weight
                 merged = weight.data + self.get_delta_weight(adapter).to(weight.dtype)
                 if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"merging adapter {adapter!r} into {self.name} gives non-finite weights")
+                    raise ValueError(
+                        f"merging adapter {adapter!r} into {self.name} gives non-finite weights; load the base model "
+                        "in float32, or look at the adapter"
+                    )
                 weight.data = merged
                 self.merged_adapters.append(adapter)
 

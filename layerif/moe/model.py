@@ -158,7 +158,9 @@ def _check_counts(counts: Mapping[str, int], targets: list[str], blocks: list[st
         if all(_specificity(key, name) == NO_MATCH for name in targets):
             known = f"; the blocks are {blocks[0]} to {blocks[-1]}" if blocks else ""
             hint = did_you_mean(key, blocks + targets)
-            raise ValueError(f"num_experts key {key!r} matches no targeted module{hint}{known}")
+            raise ValueError(
+                f"num_experts key {key!r} matches no targeted module{hint}; give a block, a module or a pattern{known}"
+            )
     missing = [name for name in targets if all(_specificity(key, name) == NO_MATCH for key in counts)]
     if missing:
         raise ValueError(

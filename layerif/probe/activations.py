@@ -25,11 +25,11 @@ from layerif.models.contexts import evaluating
 from layerif.models.hooks import hooked
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
-from layerif.probe.store import Kind
+from layerif.probe.store import MeasurementKind
 from layerif.versions import VERSIONS
 
 EPSILON = 0.01  # in the unit of the hidden state
-ACTIVATIONS: Kind[Mapping[str, Tensor]] = Kind("activations", "forward passes")
+ACTIVATIONS: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("activations", "forward passes")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,10 @@ class _Seen:
     def _linear(self, param: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if args[0].numel() != self.mask_BT.numel() * args[0].shape[-1]:
-                raise ValueError(f"{param} does not see every token once, so that its inputs cannot be summed up")
+                raise ValueError(
+                    f"{param} does not see every token once, so that its inputs cannot be summed up; use an estimator "
+                    "on gradients, such as datainf"
+                )
             self._add(f"input_square_norms/{param}", self._real(args[0]).double().square().sum(0))
 
         return look

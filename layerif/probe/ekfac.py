@@ -38,7 +38,7 @@ from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Part, Request
-from layerif.probe.store import Kind, layers_in
+from layerif.probe.store import MeasurementKind, layers_in
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) 
     return LayerInfluences(layers, {param: tensors[param] for param in layers.matrices}, key)
 
 
-INFLUENCES = Kind("influences", "EK-FAC influences", _pack, _unpack)
+INFLUENCES = MeasurementKind("influences", "EK-FAC influences", _pack, _unpack)
 
 
 def check_installed() -> None:

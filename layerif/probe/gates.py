@@ -22,10 +22,10 @@ from layerif.models.hooks import hooked
 from layerif.models.loss import per_sample_loss
 from layerif.probe.measurements import Load, Measurements, hash_of_samples
 from layerif.probe.request import Part, Request
-from layerif.probe.store import Kind
+from layerif.probe.store import MeasurementKind
 from layerif.versions import VERSIONS
 
-GATES: Kind[Mapping[str, Tensor]] = Kind("gates", "gates")
+GATES: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("gates", "gates")
 
 
 @dataclass(frozen=True)

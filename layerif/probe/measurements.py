@@ -27,7 +27,7 @@ from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Pretrained
 from layerif.probe.grams.processes import Shards
 from layerif.probe.settings import Probe
-from layerif.probe.store import Kind, Store
+from layerif.probe.store import MeasurementKind, Store
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,10 @@ class Measurements:
         }
 
     def by_the_first(
-        self, kind: Kind[Mapping[str, Tensor]], compute: Callable[[], Mapping[str, Tensor]], **determining: Any
+        self,
+        kind: MeasurementKind[Mapping[str, Tensor]],
+        compute: Callable[[], Mapping[str, Tensor]],
+        **determining: Any,
     ) -> tuple[Mapping[str, Tensor], str, bool]:
         """Lets the first process take named tensors and give them to all.
 

@@ -15,10 +15,10 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Request
-from layerif.probe.store import Kind
+from layerif.probe.store import MeasurementKind
 from layerif.versions import VERSIONS
 
-SPECTRA: Kind[Mapping[str, Tensor]] = Kind("spectra", "spectra of weights")
+SPECTRA: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("spectra", "spectra of weights")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _ADVICE = "free some space and give the command again, or set store=/another/folder"
 _MINUTE = 60.0  # seconds; far below what processes wait for one another (30 minutes by default)
 
-Measured = TypeVar("Measured")
+Measurement = TypeVar("Measurement")
 
 
 def _pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,7 +47,7 @@ def _unpack_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], ke
 
 
 @dataclass(frozen=True)
-class Kind(Generic[Measured]):
+class MeasurementKind(Generic[Measurement]):
     """A kind of measurement, and the form in which its files hold it.
 
     Attributes:
@@ -60,8 +60,8 @@ class Kind(Generic[Measured]):
 
     folder: str
     called: str
-    pack: Callable[[Measured], tuple[dict[str, Tensor], dict[str, str]]] = _pack_tensors  # type: ignore[assignment]
-    unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured] = _unpack_tensors  # type: ignore[assignment]
+    pack: Callable[[Measurement], tuple[dict[str, Tensor], dict[str, str]]] = _pack_tensors  # type: ignore[assignment]
+    unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measurement] = _unpack_tensors  # type: ignore[assignment]
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
@@ -90,12 +90,12 @@ class Store:
 
     def kept(
         self,
-        kind: Kind[Measured],
+        kind: MeasurementKind[Measurement],
         description: Mapping[str, Any],
-        compute: Callable[[str], Measured],
+        compute: Callable[[str], Measurement],
         *,
         about: Mapping[str, str] | None = None,
-    ) -> tuple[Measured, bool]:
+    ) -> tuple[Measurement, bool]:
         """Reads the measurement of this description, or makes and keeps it.
 
         Args:
@@ -130,7 +130,7 @@ class Store:
             self._note(kind, key, reused=False, seconds=seconds)
         return measured, False
 
-    def _found(self, kind: Kind[Measured], file: Path) -> Measured | None:
+    def _found(self, kind: MeasurementKind[Measurement], file: Path) -> Measurement | None:
         try:
             measured, seconds = _read(file, kind.unpack)
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class Store:
         self._note(kind, file.stem, reused=True, seconds=seconds)
         return measured
 
-    def _note(self, kind: Kind[Any], key: str, *, reused: bool, seconds: float | None) -> None:
+    def _note(self, kind: MeasurementKind[Any], key: str, *, reused: bool, seconds: float | None) -> None:
         self.taken.append(
             {"kind": kind.folder, "called": kind.called, "key": key, "reused": reused, "seconds": seconds}
         )
@@ -184,8 +184,8 @@ def _acquired(lock: FileLock, seconds: float) -> bool:
 
 
 def _read(
-    file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measured]
-) -> tuple[Measured, float | None]:
+    file: Path, unpack: Callable[[Mapping[str, Tensor], Mapping[str, str], str], Measurement]
+) -> tuple[Measurement, float | None]:
     """Reads a measurement, and the seconds that it took to compute."""
     stat = file.stat()
     return _read_once(file, unpack, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
@@ -193,8 +193,8 @@ def _read(
 
 @lru_cache(maxsize=4)
 def _read_once(
-    file: Path, unpack: Callable[..., Measured], state: tuple[int, int, int]
-) -> tuple[Measured, float | None]:
+    file: Path, unpack: Callable[..., Measurement], state: tuple[int, int, int]
+) -> tuple[Measurement, float | None]:
     """Reads and checks a file once in a process as long as it stays the same, so that derived values are kept, too."""
     with safe_open(file, framework="pt") as opened:
         written_by = (opened.metadata() or {}).get("version", "1")

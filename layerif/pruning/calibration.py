@@ -51,7 +51,8 @@ class Calibration:
         """
         if max_positions is not None and self.window > max_positions:
             raise ValueError(
-                f"method.calibration.window={self.window} is too long: the model reads at most {max_positions} tokens"
+                f"method.calibration.window={self.window} is too long: the model reads at most {max_positions} "
+                f"tokens; use method.calibration.window<={max_positions}"
             )
         ids = ids_of_text(tokenizer, text(self.text, "calibration"))
         available = len(ids) // self.window

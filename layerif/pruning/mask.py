@@ -63,7 +63,7 @@ def check_target(sparsity: float | None, n: int | None, m: int | None) -> None:
         if sparsity is not None and not math.isclose(sparsity, 1 - n / m, abs_tol=1e-9):
             raise ValueError(f"sparsity={sparsity} is not the {1 - n / m} of {n}:{m}; leave the sparsity out")
     elif sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity} must be in [0, 1]")
+        raise ValueError(f"sparsity={sparsity} is not allowed; allowed: a number from 0 to 1, the share to remove")
 
 
 def check_width(width: int, m: int, name: str = "a matrix") -> None:

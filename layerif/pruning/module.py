@@ -20,7 +20,7 @@ from layerif.models.pretrained import Pretrained
 from layerif.pruning import Pruner
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.targets import matrices, most_specific, sparsities, targets
-from layerif.pruning.walk import Offload, Walk
+from layerif.pruning.walk import ActivationPlace, Walk
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ class PruneModule(L.LightningModule):
         pruner: Pruner,
         calibration: Calibration,
         *,
-        offload: Offload = "cpu",
+        offload: ActivationPlace = "cpu",
         allocation: Allocation | None = None,
         job: Any = None,
     ) -> None:
         super().__init__()
-        check_choice("method.offload", offload, get_args(Offload))
+        check_choice("method.offload", offload, get_args(ActivationPlace))
         self.source, self.pruner, self.calibration = model, pruner, calibration
-        self.offload: Offload = offload
+        self.offload: ActivationPlace = offload
         self.allocation = allocation
         self.job = job
         self.walk: Walk | None = None

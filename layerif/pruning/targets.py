@@ -86,11 +86,15 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear]:
                     )
         found |= {f"{block_name}.{name}": module for name, module in inside.items()}
     if not found:
-        raise ValueError(f"{type(bare(model)).__name__} has no blocks with linear layers: nothing can be pruned")
+        raise ValueError(
+            f"{type(bare(model)).__name__} has no blocks with linear layers; prune a decoder-only transformer"
+        )
     owners: dict[int, str] = {}
     for name, module in found.items():
         if (other := owners.setdefault(id(module.weight), name)) != name:
-            raise ValueError(f"{name} shares its weight with {other}: shared weights cannot be pruned block by block")
+            raise ValueError(
+                f"{name} shares its weight with {other}, and shared weights cannot be pruned block by block; untie them"
+            )
     return found
 
 
@@ -100,9 +104,12 @@ def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, 
     known = [*found, *{name.rpartition(".")[0] for name in found}]
     for key, sparsity in allocation.items():
         if not any(_covers(key, name) for name in found):
-            raise ValueError(f"the allocation names {key!r}, which holds no linear layer{did_you_mean(key, known)}")
+            raise ValueError(
+                f"the allocation names {key!r}, which holds no linear layer{did_you_mean(key, known)}; name blocks or "
+                f"matrices, such as {known[0]}"
+            )
         if not is_number(sparsity) or not 0 <= sparsity < 1:
-            raise ValueError(f"the sparsity of {key} must be in [0, 1), got {sparsity}")
+            raise ValueError(f"the sparsity of {key} is {sparsity}; allowed: a number of at least 0 and below 1")
     if missing := [name for name, key in used.items() if key is None]:
         raise ValueError(
             f"the allocation has no sparsity for {missing[0]} ({len(missing)} of {len(found)} matrices have none); "

@@ -32,12 +32,13 @@ from layerif.models.hooks import hooked
 from layerif.pruning import Pruner
 from layerif.pruning.targets import Target
 
-Offload = Literal["device", "cpu", "disk"]
+ActivationPlace = Literal["device", "cpu", "disk"]
 
 _ADVICE = (
     "free some space, use method.offload=cpu, or set outputs=/another/folder; "
     "the same command carries on from the last finished block"
 )
+_WITHOUT_INPUTS = "use pruner=magnitude, which reads no inputs"
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Walk:
     batches: Sequence[Tensor]
     folder: Path
     device: torch.device | str = "cpu"
-    offload: Offload = "cpu"
+    offload: ActivationPlace = "cpu"
 
     def __post_init__(self) -> None:
         self.blocks = blocks(self.model)
@@ -160,7 +161,9 @@ class Walk:
                     input_TI = inputs[0].flatten(0, -2)
                     statistics[name] = self.pruner.observe(statistics.get(name), input_TI)
                 elif latest.get(leader) is not inputs[0]:
-                    raise ValueError(f"{block_name}.{name} and {leader} share their inputs in some batches only")
+                    raise ValueError(
+                        f"{block_name}.{name} and {leader} share their inputs in some batches only; {_WITHOUT_INPUTS}"
+                    )
 
             return keep
 
@@ -298,7 +301,7 @@ def _not_finite(what: str) -> str:
 
 
 def _cannot_capture(name: str, why: str) -> str:
-    return f"the inputs of block {name} cannot be captured: {why}; this architecture cannot be pruned block by block"
+    return f"the inputs of block {name} cannot be captured: {why}; {_WITHOUT_INPUTS}"
 
 
 @contextmanager

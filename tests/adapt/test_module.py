@@ -188,9 +188,9 @@ def test_the_baseline_of_equal_size_is_as_near_as_ranks_come(model_config, targe
     [
         (
             {**ALLOCATION, "model.layer.2": 1},
-            r"'model\.layer\.2' has a rank but is not a block.*did you mean 'model\.layers\.2'",
+            r"'model\.layer\.2' has a rank but is not a block.*did you mean 'model\.layers\.2'.*its blocks are model",
         ),
-        ({"model.layers.0": 1}, r"2 of 3 blocks have no rank, the first is 'model\.layers\.1'"),
+        ({"model.layers.0": 1}, r"2 of 3 blocks have no rank, the first is 'model\.layers\.1'; give each one"),
     ],
 )
 def test_ranks_of_another_model_are_refused(model_config, ranks, message):

@@ -271,7 +271,7 @@ def test_the_whole_feasible_range_is_reached():
 
 
 def test_an_infeasible_target_names_the_feasible_range():
-    with pytest.raises(ValueError, match=r"target=0\.995 is outside the feasible range 0 to 0\.99"):
+    with pytest.raises(ValueError, match=r"target=0\.995 is outside the feasible range 0 to 0\.99; lower it, or raise"):
         to_sparsity([0.0, 1.0], [1, 1], 0.995, epsilon=0.1)
     with pytest.raises(ValueError, match=r"target=0\.6 .*epsilon=1\.0.*0 to 0\.495"):
         to_sparsity([0.0, 1.0], [1, 1], 0.6, epsilon=1.0)
@@ -317,7 +317,7 @@ def test_scores_must_be_finite_and_not_negative(bad):
         (lambda: to_sparsity([1.0], [1], 0.5, epsilon=0.1, max_sparsity=1), "max_sparsity=1 is not allowed"),
         (lambda: to_experts([1.0], 4, beta=1, floor=0), "floor=0 is not allowed"),
         (lambda: to_rank([1.0], 4, floor=0), "floor=0 is not allowed"),
-        (lambda: Sparsity(target=1.2), "0 to 0.99"),
+        (lambda: Sparsity(target=1.2), "target=1.2 is not allowed; allowed: a finite number of at least 0 and below 1"),
     ],
 )
 def test_bad_settings_are_refused_by_name(refused, message):
@@ -335,7 +335,7 @@ SCORES = LayerScores(NAMES, (0.5, 1.0, 2.0, 8.0, 4.0, 3.0, 1.0, 0.0), "undertrai
 
 def test_an_allocation_checks_its_budget_on_construction():
     Allocation(("a", "b"), "experts", (1, 2), 3)
-    with pytest.raises(ValueError, match="spend a budget of 3, not the 4"):
+    with pytest.raises(ValueError, match="spend a budget of 3, not the 4 they were given; give budget=3"):
         Allocation(("a", "b"), "experts", (1, 2), 4)
     Allocation(("a", "b"), "sparsity", (0.2, 0.6), 0.3, (3, 1))
     with pytest.raises(ValueError, match=r"budget of 0\.4.* not the 0\.3"):
@@ -502,7 +502,7 @@ def test_groups_may_be_given_and_ranks_have_shapes_too():
         ({"shape": 2468, "budget": 150}, 32, r"8, 8, 8, 8 layers adds up to 160, not to allocator\.budget=150"),
         ({"shape": 2468}, 27, r"27 layers make no 4 symmetric groups.*allocator\.groups=\[7, 7, 7, 6\]"),
         ({"shape": 2468}, 3, "4 counts for 3 layers"),
-        ({"shape": [1, 2], "groups": [1, 2]}, 4, "hold 3 layers, the model has 4"),
+        ({"shape": [1, 2], "groups": [1, 2]}, 4, "hold 3 layers, the model has 4; give sizes"),
         ({"shape": [1, 2], "groups": [4]}, 4, "each of the 2 counts"),
         ({"shape": [1, 2], "groups": [4, 0]}, 4, "groups=0 is not allowed"),
         ({"shape": "2x"}, 4, "digits such as 2468"),

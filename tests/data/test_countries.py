@@ -81,9 +81,9 @@ def test_france():
 
 
 def test_wrong_kinds_and_splits_name_the_right_ones():
-    with pytest.raises(ValueError, match="use one of capital, region, currency, demonym"):
+    with pytest.raises(ValueError, match="allowed: capital, region, currency, demonym"):
         Countries(kind="language")
-    with pytest.raises(ValueError, match="use one of train, validation, test"):
+    with pytest.raises(ValueError, match="allowed: train, validation, test"):
         list(Countries(kind="capital").rows("dev"))
 
 

@@ -57,7 +57,10 @@ def test_what_cannot_be_read_or_is_too_short_is_refused(words):
         Calibration(text=words, num_windows=1, window=5000).batches(TOKENIZER)
     with pytest.raises(ValueError, match=r"num_windows=999 asks for more: use num_windows<=\d+"):
         Calibration(text=words, num_windows=999, window=30).batches(TOKENIZER)
-    with pytest.raises(ValueError, match=r"window=256 is too long: the model reads at most 128 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"window=256 is too long: the model reads at most 128 tokens; use method\.calibration\.window<=128",
+    ):
         Calibration(text=words).batches(TOKENIZER, 128)
 
 

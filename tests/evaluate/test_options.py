@@ -97,7 +97,7 @@ def test_questions_that_cannot_be_scored_say_why():
         option_accuracy(model, TOKENIZER, [EXAMPLES[6]], template="alpaca")
     with pytest.raises(ValueError, match=r"question q0 takes \d+ tokens .* at most 32"):
         generation_accuracy(model, TOKENIZER, [EXAMPLES[0]], template="plain", pattern=PATTERN)
-    with pytest.raises(ValueError, match="become the same tokens"):
+    with pytest.raises(ValueError, match="become the same tokens; word them differently"):
         option_accuracy(model, TOKENIZER, [Example("q", "What?", ("a", "a"), ("a", "b"), 0)], template="plain")
     with pytest.raises(ValueError, match="at least one example"):
         option_accuracy(model, TOKENIZER, [], template="plain")

@@ -112,9 +112,9 @@ def test_a_broken_model_folder_says_how_to_name_one(tmp_path, model_folder):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2}, "the architecture bert has an encoder"),
-        ({"model_type": "bart", "d_model": 32, "encoder_layers": 1}, "the architecture bart has an encoder"),
-        ({"model_type": "t5", "d_model": 32, "num_layers": 1}, "the architecture t5 has an encoder"),
+        ({"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2}, "its architecture bert has an encoder"),
+        ({"model_type": "bart", "d_model": 32, "encoder_layers": 1}, "its architecture bart has an encoder"),
+        ({"model_type": "t5", "d_model": 32, "num_layers": 1}, "its architecture t5 has an encoder"),
         ({"model_type": "vit"}, "Unrecognized configuration class"),
         ({"model_type": "of_tomorrow"}, "does not recognize this architecture"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "contains custom code"),

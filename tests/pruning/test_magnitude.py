@@ -41,7 +41,7 @@ def test_n_of_every_m_stay(n, m):
     [
         ({}, "give a sparsity, or n and m"),
         ({"n": 2}, "give a sparsity, or n and m"),
-        ({"sparsity": 1.2}, r"must be in \[0, 1\]"),
+        ({"sparsity": 1.2}, "allowed: a number from 0 to 1"),
         ({"sparsity": 0.6, "n": 2, "m": 4}, "is not the 0.5 of 2:4"),
         ({"n": 5, "m": 4}, "cannot be kept"),
     ],

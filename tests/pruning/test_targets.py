@@ -57,9 +57,12 @@ def test_mixed_groups_follow_the_blocks_and_fixed_groups_must_agree():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.layers.7": 0.5}, r"'model\.layers\.7', which holds no linear layer \(did you mean 'model\.layers\.\d"),
+        (
+            {"model.layers.7": 0.5},
+            r"'model\.layers\.7', which holds no linear layer \(did you mean 'model\.layers\.\d.* name blocks or",
+        ),
         ({"model.layers.1": None}, r"no sparsity for model\.layers\.1\.self_attn\.q_proj \(7 of 21"),
-        ({"model.layers.1": 1.0}, r"model\.layers\.1 must be in \[0, 1\), got 1\.0"),
+        ({"model.layers.1": 1.0}, r"model\.layers\.1 is 1\.0; allowed: a number of at least 0 and below 1"),
     ],
 )
 def test_names_and_values_are_checked(change, message):

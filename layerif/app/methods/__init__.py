@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     from layerif.app.setup import Setup
     from layerif.record.record import RunRecord
-    from layerif.scores import Kind
+    from layerif.scores import AllocationKind
 
 
 class Method(Protocol):
@@ -26,7 +26,7 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    allocates: ClassVar[Kind | None]
+    allocates: ClassVar[AllocationKind | None]
     evaluates: ClassVar[bool]
 
     @property

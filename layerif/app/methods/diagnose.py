@@ -13,7 +13,7 @@ from layerif.adapt.sizes import Capacity, adapted_shapes, too_large_rank
 from layerif.adapt.train import CHECKPOINTS
 from layerif.app.methods._steps import keep, loader
 from layerif.app.setup import Setup
-from layerif.checks import Count, Positive, Share, check_fields
+from layerif.checks import Count, Positive, Share, check_fields, check_value
 from layerif.decide import Decider
 from layerif.diagnose import plots, text
 from layerif.diagnose.leave_out import left_out_sets
@@ -28,7 +28,7 @@ from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
 
-FILE = "diagnose.json"
+DIAGNOSIS = "diagnose.json"
 LEAST_ROWS = 4  # fewer rows leave nothing to rank
 
 Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
@@ -92,10 +92,7 @@ class Diagnose:
                     f"method.num_{part}={asked} is more than the {have} {part} rows of the task; "
                     f"use method.num_{part}<={have}"
                 )
-            if getattr(decider.probe, f"num_{part}") < LEAST_ROWS:
-                raise ValueError(
-                    f"probe.num_{part} must be at least {LEAST_ROWS} for method=diagnose: fewer rows rank nothing"
-                )
+            check_value(f"probe.num_{part}", getattr(decider.probe, f"num_{part}"), Rows)
         self._check_rank(setup)
         left_out_sets(self.num_train, self._num_left_out, self.subsets, seed=decider.seed)
         flip(decider.chosen("train"), self.flipped, seed=decider.seed)
@@ -118,7 +115,7 @@ class Diagnose:
         keep(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
-        write(folder / FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")
         write(folder / "diagnose.md", text.report_markdown(found))
         plots.plot(found, folder)
         record.metrics |= text.headline_metrics(found)

@@ -32,7 +32,7 @@ from layerif.pruning.calibration import Calibration
 from layerif.pruning.module import PruneModule, given_allocation
 from layerif.pruning.semi_structured import speed_of_two_four
 from layerif.pruning.targets import matrices, targets
-from layerif.pruning.walk import Offload
+from layerif.pruning.walk import ActivationPlace
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Prune:
 
     pruner: Pruner
     calibration: Calibration
-    offload: Offload = "cpu"
+    offload: ActivationPlace = "cpu"
     recover: Literal["none", "lora", "lora_moe"] = "none"
     adapter: LoraMoeAdapter | None = None
     experts: Allocator | None = None
@@ -91,7 +91,10 @@ class Prune:
         if self.recover == "none":
             return
         if self.adapter is None or (self.recover == "lora_moe" and self.experts is None):
-            raise ValueError(f"method.recover={self.recover} needs method.adapter (and method.experts for lora_moe)")
+            raise ValueError(
+                f"method.recover={self.recover} needs method.adapter (and method.experts for lora_moe); give them as "
+                "conf/method/prune.yaml does"
+            )
         if not self.save:
             raise ValueError(f"method.recover={self.recover} starts from the saved model; use method.save=true")
         if not self.adapter.keep_zeros:
@@ -192,7 +195,10 @@ class Prune:
         assert self.experts is not None
         given = replace(decider, allocator=self.experts).preview()
         if given.kind != "experts":
-            raise ValueError(f"method.experts must allocate experts, got {given.kind}")
+            raise ValueError(
+                f"method.experts allocates {given.kind}, and recover=lora_moe spends experts; use "
+                "allocator@method.experts=experts"
+            )
         return given
 
     def _measure_two_four(self, model: nn.Module, record: RunRecord) -> None:

@@ -124,7 +124,10 @@ def _hooks(
 
             def keep_both(delta_BTO: Tensor) -> None:
                 if param in found:
-                    raise ValueError(f"{param} ran several times in one forward: shared layers cannot be measured")
+                    raise ValueError(
+                        f"{param} ran several times in one forward, and shared layers cannot be measured; choose "
+                        "another probe.scope"
+                    )
                 found[param] = input_BTI, masked(delta_BTO, "out")
 
             output_BTO.register_hook(keep_both)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerif.evidence import LayerGrams, MatrixGram
+from layerif.evidence import GRAM_TENSORS, LayerGrams, MatrixGram
 from layerif.files import Damaged, load_tensors, save_tensors
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
@@ -34,8 +34,6 @@ from layerif.probe.grams.waiting import InMemory, OnDisk, Waiting
 log = logging.getLogger(__name__)
 
 IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
-
-PARTS = ("train_train", "val_train", "val_norms")  # the parts of a Gram, as a file names them
 
 
 def measure(
@@ -292,12 +290,22 @@ class _Measurement:
                     continue
                 for param in {name.rpartition("/")[0] for name in tensors}:
                     numel = bare(self.model).get_parameter(param).numel()
-                    found[param] = MatrixGram(*(tensors[f"{param}/{field}"] for field in PARTS), numel=numel)
+                    found[param] = gram_in(tensors, param, numel)
         return self.shards.share(found)[0]
 
 
+def tensors_of(grams: Mapping[str, MatrixGram]) -> dict[str, Tensor]:
+    """Names the tensors of Grams as a file holds them: `<parameter>/train_train`."""
+    return {f"{param}/{name}": getattr(gram, name) for param, gram in grams.items() for name in GRAM_TENSORS}
+
+
+def gram_in(tensors: Mapping[str, Tensor], param: str, numel: int) -> MatrixGram:
+    """Gives the Gram of one matrix out of what `tensors_of` returned."""
+    return MatrixGram(*(tensors[f"{param}/{name}"] for name in GRAM_TENSORS), numel=numel)
+
+
 def _save(grams: Mapping[str, MatrixGram], folder: Path) -> None:
-    tensors = {f"{param}/{field}": getattr(gram, field) for param, gram in grams.items() for field in PARTS}
+    tensors = tensors_of(grams)
     name = hashlib.sha256(json.dumps(sorted(tensors)).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     advice = "free some space and give the command again, or set store=/another/folder"

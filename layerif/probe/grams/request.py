@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from layerif.data.batches import batches
-from layerif.evidence import LayerGrams, MatrixGram
-from layerif.probe.grams.measure import PARTS, measure
+from layerif.evidence import LayerGrams
+from layerif.probe.grams.measure import gram_in, measure, tensors_of
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import NotCompared, Part, Request
-from layerif.probe.store import Kind, layers_in
+from layerif.probe.store import MeasurementKind, layers_in
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
@@ -109,19 +109,13 @@ def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
 
 
 def _pack(grams: LayerGrams) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {
-        f"{param}/{part}": getattr(gram, part).contiguous() for param, gram in grams.grams.items() for part in PARTS
-    }
     numel = {param: gram.numel for param, gram in grams.grams.items()}
-    return tensors, {"layers": json.dumps(asdict(grams.layers)), "numel": json.dumps(numel)}
+    return tensors_of(grams.grams), {"layers": json.dumps(asdict(grams.layers)), "numel": json.dumps(numel)}
 
 
 def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> LayerGrams:
-    grams = {
-        param: MatrixGram(*(tensors[f"{param}/{part}"] for part in PARTS), numel=numel)
-        for param, numel in json.loads(header["numel"]).items()
-    }
+    grams = {param: gram_in(tensors, param, numel) for param, numel in json.loads(header["numel"]).items()}
     return LayerGrams(layers_in(header), grams, key)
 
 
-GRAMS = Kind("grams", "gradient passes", _pack, _unpack)
+GRAMS = MeasurementKind("grams", "gradient passes", _pack, _unpack)

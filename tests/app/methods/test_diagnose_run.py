@@ -194,7 +194,7 @@ SMALL = {"num_train": 12, "num_validation": 6, "subsets": 4, "steps": 2, "batch_
         ),
         ({"estimator": Lissa(step_size=1e-9)}, {}, "estimator.step_size=1e-09 may not converge on all of them"),
         ({"num_processes": 2}, {}, "method=diagnose works in one process, got 2; use trainer.devices=1"),
-        ({"probe": Probe(num_train=3)}, {}, "probe.num_train must be at least 4"),
+        ({"probe": Probe(num_train=3)}, {}, "probe.num_train=3 is not allowed; allowed: a whole number of at least 4"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(decider, changes, settings, message):

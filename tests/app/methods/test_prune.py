@@ -232,8 +232,11 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["allocator.target=1.0"], r"allocator\.target=1\.0 is outside the feasible range 0 to 0\.99"),
-        (["allocator.target=-0.1"], r"outside the feasible range"),
+        (
+            ["allocator.target=1.0"],
+            r"allocator\.target=1\.0 is not allowed; allowed: a finite number of at least 0 and",
+        ),
+        (["allocator.target=-0.1"], r"allocator\.target=-0\.1 is not allowed"),
         (["allocator.target=0.9", "allocator.epsilon=1", "allocator.max_sparsity=0.8"], "outside the feasible range"),
         (["pruner.n=2", "pruner.m=4"], "use estimator=uniform, or pruner.n=null"),
         (["pruner.n=2", "pruner.m=4", "estimator=uniform", "allocator.target=0.6"], r"allocator\.target=0\.5"),
