@@ -20,15 +20,9 @@ from layerif.diagnose.leave_out import lds, lds_estimates, membership, noise, pr
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
 from layerif.diagnose.retrainings import Retrainings
 from layerif.diagnose.solver import Solved, solver_residuals
-from layerif.diagnose.stability import (
-    bootstrap_scores,
-    damping_profiles,
-    halves,
-    profile_correlations,
-    rank_intervals,
-    stepped_up,
-)
+from layerif.diagnose.stability import damping_profiles, halves, profile_correlations, stepped_up
 from layerif.estimators._base import DampedEstimator, GramEstimator
+from layerif.estimators._reliability import bootstrap_scores, rank_intervals
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.stats import known_mean, percentile

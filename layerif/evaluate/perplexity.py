@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from layerif.data.batches import ids_of_text
 from layerif.data.text import text
 from layerif.evaluate.questions import Measured, QuestionSet
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
+from layerif.progress import progress
 
 if TYPE_CHECKING:
     from layerif.evaluate.evaluation import Evaluation
@@ -69,7 +69,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
     total = 0.0
     with evaluating(model), torch.inference_mode():
-        for input_BT in tqdm(windows.split(batch_size), desc="windows", disable=None, leave=False):
+        for input_BT in progress(windows.split(batch_size), "windows"):
             input_BT = input_BT.to(device_of(model))
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")

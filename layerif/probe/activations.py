@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.evidence import LayerActivations
@@ -26,6 +25,7 @@ from layerif.models.hooks import hooked
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
+from layerif.progress import progress
 from layerif.versions import VERSIONS
 
 EPSILON = 0.01  # in the unit of the hidden state
@@ -122,7 +122,7 @@ def observe(
         for what, given in (("right", right), ("wrong", wrong)):
             indices = [index for index, sample in enumerate(given) if sample is not None]
             samples = Encodings(sample for sample in given if sample is not None)
-            for rows, batch in tqdm(list(batches(samples, batch_size, pad_id)), desc=what, disable=None, leave=False):
+            for rows, batch in progress(list(batches(samples, batch_size, pad_id)), what):
                 mask_BT = batch["attention_mask"].bool().to(device)
                 seen.start([indices[row] for row in rows], [samples[row] for row in rows], mask_BT, what)
                 with hooked(seen.hooks(model), with_kwargs=True):
