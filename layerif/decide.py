@@ -120,7 +120,7 @@ class Scorer(Measurements):
         """Adds the samples behind the scores, and the figures and notes on how far to trust them."""
         parts = self.estimator.needs.samples
         train, validation = self.samples()
-        num_samples = len(train), len(validation) if "validation" in parts else 0
+        num_samples = len(train), (len(validation) if "validation" in parts else 0)
         fidelity, why_not = self._fidelity(evidence)
         return replace(
             decision,

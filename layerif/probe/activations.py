@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerif.data.batches import Encoded, Encodings, batches
+from layerif.data.render import Example
+from layerif.data.rows import AnyExample
 from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare
@@ -68,17 +70,25 @@ class Activations(Request):
             weight=lambda param: model().get_parameter(param),
             num_entries=int(tensors["num_entries"]),
             epsilon=self.epsilon,
-            answers=tuple(example.labels[example.answer] for example in measurements.chosen("train")),
+            answers=tuple(_label(example) for example in measurements.chosen("train")),
             fingerprint=key,
             **{name: tensors[name] for name in ("cosines", "variances", "sparsities", "prompts", "right", "wrong")},
         )
         return seen, reused
 
 
+def _label(example: AnyExample) -> str:
+    """Gives the label of the right option, and nothing for a row without options."""
+    return example.labels[example.answer] if isinstance(example, Example) else ""
+
+
 def wrong_answers(measurements: Measurements) -> list[Encoded | None]:
     """Gives each train sample with a wrong option in place of the right one, None where it has no other option."""
     examples = measurements.chosen("train")
-    wrong = [[index for index in range(len(e.options)) if index != e.answer] for e in examples]
+    wrong = [
+        [index for index in range(len(e.options)) if index != e.answer] if isinstance(e, Example) else []
+        for e in examples
+    ]
     changed = [
         replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(others))
         for example, others in zip(examples, wrong, strict=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from layerif.data.batches import Encodings, encode, padding_id
-from layerif.data.render import Example
+from layerif.data.rows import AnyExample
 from layerif.data.task import Splits
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
@@ -78,7 +78,7 @@ class Measurements:
     def _samples(self) -> tuple[Encodings, Encodings]:
         return self.encoded(self.chosen("train")), self.encoded(self.chosen("validation"))
 
-    def chosen(self, part: str) -> list[Example]:
+    def chosen(self, part: str) -> list[AnyExample]:
         """Gives the rows of `train` or `validation` behind the samples, in their order."""
         examples = getattr(self.splits, part)
         return [examples[row] for row in self.rows(part)]
@@ -89,13 +89,13 @@ class Measurements:
         Random(f"{self.seed} {part}").shuffle(order)
         return sorted(order[: getattr(self.probe, f"num_{part}")])
 
-    def encoded(self, examples: Sequence[Example]) -> Encodings:
+    def encoded(self, examples: Sequence[AnyExample]) -> Encodings:
         """Turns rows into token ids as the probe reads them."""
         probe = self.probe
         return encode(
             examples,
             self.tokenizer,
-            template=probe.template,
+            template=probe.template or "plain",
             max_length=probe.max_length,
             loss_on=probe.loss_on,
             eos=False,

@@ -50,7 +50,7 @@ class Walk:
         pruner: chooses the weights.
         targets: the target by block and by linear layer.
         batches: the calibration windows as token ids (B×T); empty where the pruner needs no inputs.
-        folder: the folder for finished blocks, and for activations that wait on disk.
+        folder: the folder for finished blocks, and for activations that wait on disk; None writes nothing.
         device: the device on which a block works.
         offload: the place where activations wait between blocks: on the device, in main memory or on disk.
     """
@@ -59,13 +59,14 @@ class Walk:
     pruner: Pruner
     targets: Mapping[str, Mapping[str, Target]]
     batches: Sequence[Tensor]
-    folder: Path
+    folder: Path | None
     device: torch.device | str = "cpu"
     offload: ActivationPlace = "cpu"
 
     def __post_init__(self) -> None:
         self.blocks = blocks(self.model)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.num_finished = next((i for i in range(len(self.blocks)) if not self._is_finished(i)), len(self.blocks))
         self.num_replayed = self.num_finished
         self._hidden: HiddenStates | None = None
@@ -92,9 +93,10 @@ class Walk:
                 _set_weights(block, load_file(self._file(index)))
             else:
                 self._prune(name, block)
-                pruned = {name: module.weight for name, module in linears(block)}
-                seconds = {"seconds": str(time.perf_counter() - begun)}
-                save_tensors(pruned, self._file(index), seconds, advice=_ADVICE)
+                if self.folder is not None:
+                    pruned = {name: module.weight for name, module in linears(block)}
+                    seconds = {"seconds": str(time.perf_counter() - begun)}
+                    save_tensors(pruned, self._file(index), seconds, advice=_ADVICE)
                 self.num_finished = index + 1
             if is_needed and index + 1 < len(self.blocks):
                 self._forward(name, block)
@@ -106,9 +108,12 @@ class Walk:
         return sum(float(_header(self._file(index)).get("seconds", 0)) for index in range(self.num_replayed))
 
     def _file(self, index: int) -> Path:
+        assert self.folder is not None
         return self.folder / f"block-{index:03d}.safetensors"
 
     def _is_finished(self, index: int) -> bool:
+        if self.folder is None:
+            return False
         file = self._file(index)
         if not file.exists():
             return False
