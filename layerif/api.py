@@ -98,7 +98,7 @@ def score(
     chosen = estimator_called(estimator) if isinstance(estimator, str) else estimator
     if loss is not None and not chosen.needs.takes_loss:
         raise ValueError(
-            f"the estimator {type(chosen).__name__} measures no loss of one's own; use one on Grams, such as datainf, or "
+            f"the estimator {type(chosen).__name__} measures no loss of yours; use one on Grams, such as datainf, or "
             "leave loss out"
         )
     examples = {"train": examples_of(train, "train"), "validation": examples_of(validation, "validation")}

@@ -229,7 +229,7 @@ class Profile:
         found = []
         if self.reliability is not None and self.reliability < _RELIABLE:
             found.append(
-                f"the reliability is {self.reliability:.2f}: the two halves of the samples order the layers differently, "
+                f"the reliability is {self.reliability:.2f}: two halves of the samples order the layers differently, "
                 "so an allocation by these scores is mostly noise; give more rows"
             )
         if any(0 < num < few for num, few in zip(self.num_samples, _FEW, strict=True)):
