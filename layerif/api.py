@@ -66,7 +66,7 @@ def score(
 ) -> Profile:
     """Scores every decoder block of a loaded model for some rows, in one gradient pass.
 
-    GivenRows are texts, or mappings with the columns of `layerif.data.rows` (`text`, `prompt` and `completion`, `messages`,
+    Rows are texts, or mappings with the columns of `layerif.data.rows` (`text`, `prompt` and `completion`, `messages`,
     `input_ids` and `labels`), or ready batches of `input_ids`, `attention_mask` and `labels`, as a DataLoader gives.
 
     Args:
