@@ -23,8 +23,8 @@ def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
         found["layers"] = _layers(record)
     if metrics := numbers(record.metrics):
         found["metrics"] = pd.DataFrame({"metric": list(metrics), "value": list(metrics.values())})
-    if record.answers:
-        found["questions"] = pd.DataFrame(record.answers).rename_axis("question").reset_index()
+    if by_row := {**record.answers, **record.losses}:
+        found["questions"] = pd.DataFrame(by_row).rename_axis("question").reset_index()
     if record.routing:
         found["routing"] = pd.DataFrame(routing_rows(record.routing))
     if record.sparsity:
@@ -76,11 +76,16 @@ def is_logarithmic(metric: str) -> bool:
     return "perplexity" in metric.rpartition("/")[2]
 
 
+def is_row_loss(metric: str) -> bool:
+    """Tells the loss of evaluated rows from other figures, such as the loss on validation rows while training."""
+    return metric.rpartition("/")[2] == "loss" and metric != "validation/loss"
+
+
 def headline(names: Iterable[str]) -> list[str]:
     """The metrics that get a table of their own; variants, such as the accuracy per token, do not."""
     found = list(dict.fromkeys(names))
     last = {name: name.rpartition("/")[2] for name in found}
-    shown = [name for name in found if last[name] in QUESTIONS or is_logarithmic(name)]
+    shown = [name for name in found if last[name] in QUESTIONS or is_logarithmic(name) or is_row_loss(name)]
     harness = [name for name in found if name.startswith("lm_eval/")]
     return shown + ([name for name in harness if "zero_shot_mean" in name] or harness)
 
