@@ -81,6 +81,17 @@ def is_row_loss(metric: str) -> bool:
     return metric.rpartition("/")[2] == "loss" and metric != "validation/loss"
 
 
+def is_fraction(metric: str) -> bool:
+    """Tells accuracies, which no interval may leave 0 to 1 for, from other figures."""
+    last = metric.rpartition("/")[2]
+    return "accuracy" in last or (metric.startswith("lm_eval/") and last.startswith(("acc", "exact_match")))
+
+
+def is_better(metric: str, difference: float) -> bool:
+    """Tells if a difference is for the better: losses and perplexities should be low, all else high."""
+    return (difference < 0) == (is_logarithmic(metric) or is_row_loss(metric))
+
+
 def headline(names: Iterable[str]) -> list[str]:
     """The metrics that get a table of their own; variants, such as the accuracy per token, do not."""
     found = list(dict.fromkeys(names))
