@@ -38,7 +38,8 @@ def verdicts(runs: Sequence[Run], compared: Mapping[str, pd.DataFrame]) -> list[
                 if (row.get("model", ""), row["task"]) == (model, task):
                     pairs.setdefault((row["from"], row["to"]), {})[metric] = row  # type: ignore[assignment]
         where = f"{model} {task}: ".lstrip() if len(places) > 1 else ""
-        found += [where + sentence for sentence in _of_place(list(pairs.values()))]
+        untouched = {run.arm for run in runs if run.prefix}
+        found += [where + sentence for sentence in _of_place(list(pairs.values()), untouched)]
     measured = [run for run in runs if any(metric in run.metrics for metric in compared)]
     if measured and not found:
         is_alone = len({run.arm for run in measured}) == 1
@@ -55,7 +56,7 @@ def power(metric: str, table: pd.DataFrame) -> str:
             "Nothing here tells chance from effect, so no difference of any size could be seen." if len(least) else ""
         )
     low, high = (_spelt_size(metric, size) for size in (known.min(), known.max()))
-    sizes = low if low == high else f"{low} to {high}, by the pair of arms"
+    sizes = low + _unit(metric) if low == high else f"{low} to {high}{_unit(metric)}, by the pair of arms"
     return f"Smallest difference that these runs would have found with {100 * POWER:.0f} % power: {sizes}."
 
 
@@ -91,23 +92,51 @@ def _bound(runs: Sequence[Run], metric: str, model: str, task: str) -> float | N
     return bounds[0]
 
 
-def _of_place(pairs: Sequence[Pair]) -> Iterator[str]:
+def _of_place(pairs: Sequence[Pair], untouched: set[str]) -> Iterator[str]:
     real = [pair for pair in pairs if any(map(_is_real, pair.values()))]
-    yield from map(_sentence, real[:_AT_MOST])
-    if len(real) > _AT_MOST:
-        yield f"{len(real) - _AT_MOST} more pairs of arms differ; the comparisons below name them."
+    alike, apart = _better_than_untouched(real, untouched)
+    if alike:
+        yield _sentence_of_many(alike)
+    yield from map(_sentence, apart[:_AT_MOST])
+    if len(apart) > _AT_MOST:
+        yield f"{len(apart) - _AT_MOST} more pairs of arms differ; the comparisons below name them."
     rest = [pair for pair in pairs if not any(map(_is_real, pair.values()))]
     if not rest:
         return
-    if len(pairs) == 1:
+    if len(rest) == 1:
         row = next(iter(rest[0].values()))
         subject = f"{row['to']} and {row['from']}"
     else:
-        subject = f"The {len(rest)} {'other ' * bool(real)}pairs of arms" if len(rest) > 1 else "The other pair of arms"
-    seen = ", ".join(
-        filter(None, (_missed(metric, rest) for metric in dict.fromkeys(m for pair in rest for m in pair)))
-    )
-    yield f"{subject} cannot be told apart" + (f": a difference would mostly have been missed {seen}." if seen else ".")
+        subject = f"{len(rest)} {'other ' * bool(real)}pairs of arms"
+    metrics = dict.fromkeys(metric for pair in rest for metric in pair)
+    missed = " and ".join(_missed(metric, rest) for metric in metrics)
+    yield f"{subject} cannot be told apart: a difference {missed} would mostly have been missed."
+
+
+def _better_than_untouched(real: Sequence[Pair], untouched: set[str]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs in which an arm is better than one untouched model by the same metrics, if several; and the others."""
+    groups: dict[tuple, list[Pair]] = {}
+    for pair in real:
+        by = {metric: row["difference"] for metric, row in pair.items() if _is_real(row)}
+        first = next(iter(pair.values()))
+        if first["from"] in untouched and all(is_better(metric, difference) for metric, difference in by.items()):
+            groups.setdefault((first["from"], *by), []).append(pair)
+    alike = max(groups.values(), key=len, default=[])
+    alike = alike if len(alike) > 1 else []
+    return alike, [pair for pair in real if not any(pair is one for one in alike)]
+
+
+def _sentence_of_many(pairs: Sequence[Pair]) -> str:
+    rows = {metric: [pair[metric] for pair in pairs] for metric, row in pairs[0].items() if _is_real(row)}
+    arms = [row["to"] for row in next(iter(rows.values()))]
+    amounts = []
+    for metric, of_pairs in rows.items():
+        sizes = sorted({abs(row["difference"]) for row in of_pairs})
+        way = np.sign(of_pairs[0]["difference"])
+        bounds = dict.fromkeys(_spelt_size(metric, size, sign=way) for size in (sizes[0], sizes[-1]))
+        amounts.append(f"{_named(metric)} {'higher' if way > 0 else 'lower'} by {' to '.join(bounds)}{_unit(metric)}")
+    names = f"{', '.join(arms[:-1])} and {arms[-1]}"
+    return f"{names} are better than the {next(iter(pairs[0].values()))['from']}: {', '.join(amounts)}."
 
 
 def _is_real(row: Mapping[str, Any]) -> bool:
@@ -133,7 +162,8 @@ def _amount(metric: str, row: Mapping[str, Any]) -> str:
     bounds = sorted((abs(row["low"]), abs(row["high"])))
     low, high = (_spelt_size(metric, bound, sign=np.sign(row["difference"])) for bound in bounds)
     size = _spelt_size(metric, abs(row["difference"]), sign=np.sign(row["difference"]))
-    return f"{_named(metric)} {'higher' if row['difference'] > 0 else 'lower'} by {size} ({low} to {high})"
+    way = "higher" if row["difference"] > 0 else "lower"
+    return f"{_named(metric)} {way} by {size}{_unit(metric)} ({low} to {high})"
 
 
 def _missed(metric: str, pairs: Sequence[Pair]) -> str:
@@ -143,7 +173,9 @@ def _missed(metric: str, pairs: Sequence[Pair]) -> str:
     if not len(known):
         return f"in {_named(metric)} of any size"
     size = known.max()
-    return f"in {_named(metric)} " + ("of any size" if np.isinf(size) else f"below {_spelt_size(metric, size)}")
+    if np.isinf(size):
+        return f"in {_named(metric)} of any size"
+    return f"in {_named(metric)} below {_spelt_size(metric, size)}{_unit(metric)}"
 
 
 def _named(metric: str) -> str:
@@ -156,4 +188,8 @@ def _spelt_size(metric: str, size: float, *, sign: float = 1.0) -> str:
         return "none of any size"
     if is_logarithmic(metric):
         return f"{100 * abs(np.expm1(sign * size)):.1f} %"
-    return spelt(float(size)) + " nats" * is_row_loss(metric)
+    return spelt(float(size))
+
+
+def _unit(metric: str) -> str:
+    return " nats" if is_row_loss(metric) else ""
