@@ -391,7 +391,7 @@ def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
     from scipy import stats
 
     alpha, needed = ALPHA / num_comparisons, [np.nan]
-    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)
+    z = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
     needed.append(z * found.error)
     if found.num_answers:
         needed.append(z**2 / found.num_answers)

@@ -116,7 +116,7 @@ def with_before(one: RunRecord, right: Sequence[bool]) -> RunRecord:
     return one
 
 
-def with_losses(one: RunRecord, losses: Sequence[float], *, before: Sequence[float] | None = None) -> RunRecord:
+def with_losses(one: RunRecord, losses: Any, *, before: Any = None) -> RunRecord:
     """The run with a loss of each row, and its untouched model with another."""
     for prefix, values in {"": losses, **({} if before is None else {"before/": before})}.items():
         one.metrics[f"{prefix}loss"] = float(np.mean(values))

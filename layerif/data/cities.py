@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -126,7 +126,7 @@ def num_fours(cities: Sequence[City]) -> int:
     return max(num for num in range(len(cities) // SHARED_BY + 1) if _filled(sizes, num))
 
 
-def _filled(sizes: Sequence[int], num: int) -> bool:
+def _filled(sizes: Collection[int], num: int) -> bool:
     """Tells if `num` fours can be filled where each takes at most one city of a country."""
     return sum(min(size, num) for size in sizes) >= SHARED_BY * num
 

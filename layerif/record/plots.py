@@ -101,7 +101,9 @@ def profiles_plot(
         groups: of each profile, the name without the seed. Those of one group have one colour. None: each has its own.
     """
     if len(set(groups or values)) > len(COLOURS):
-        return heat_map(values, title, label, alt)
+        place = {group: number for number, group in enumerate(dict.fromkeys(groups or values))}
+        together = sorted(zip(groups or values, values, strict=True), key=lambda named: place[named[0]])
+        return heat_map({name: values[name] for _, name in together}, title, label, alt)
     return _lines(values, title, label, alt, groups)
 
 

@@ -105,6 +105,8 @@ def _count(items: Sequence, what: str) -> str:
 
 def _seeds(runs: Sequence[Run]) -> str:
     seeds = list(dict.fromkeys(run.seed for run in runs if run.seeds))
+    if not seeds:
+        return "of any seed"
     keys = {key for run in runs for key in run.seeds}
     what = next(iter(keys)) if len(keys) == 1 else "seed"
     return f"{what} {', '.join(seeds)}"

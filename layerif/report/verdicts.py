@@ -43,7 +43,14 @@ def verdicts(runs: Sequence[Run], compared: Mapping[str, pd.DataFrame]) -> list[
     measured = [run for run in runs if any(metric in run.metrics for metric in compared)]
     if measured and not found:
         is_alone = len({run.arm for run in measured}) == 1
-        found.append("There is one arm, so nothing is compared." if is_alone else _APART)
+        figures = (
+            f"{_named(metric)} {spelt(run.metrics[metric])} on {f'{run.model} {run.task}'.strip()}"
+            for run in measured[:1]
+            for metric in compared
+            if metric in run.metrics
+        )
+        alone = f"There is one arm, so nothing is compared. {measured[0].arm}: {', '.join(figures)}."
+        found.append(alone if is_alone else _APART)
     return found + collapsed(runs, list(compared))
 
 
