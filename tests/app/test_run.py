@@ -44,6 +44,10 @@ def test_the_whole_road(tiny_overrides, tmp_path):
         right = record.answers[f"{prefix}options"]
         assert record.metrics[f"{prefix}accuracy"] == sum(right.values()) / len(right)
         assert len(right) == 10
+        for metric in ("loss", "loss_sum", "margin"):
+            by_row = record.losses[f"{prefix}{metric}"]
+            assert by_row.keys() == right.keys()
+            assert record.metrics[f"{prefix}{metric}"] == pytest.approx(sum(by_row.values()) / 10)
     assert {"evidence", "score", "allocate", "fit", "evaluate", "before/evaluate"} <= record.seconds.keys()
     assert record.parameters["total"] > record.parameters["trainable"] > 0
     assert len(record.fingerprint) == 64
