@@ -24,7 +24,8 @@ def options_first(arguments: Sequence[str], overrides: Sequence[str]) -> str:
         overrides: the settings among them.
     """
     options = [argument for argument in arguments if argument not in overrides]
-    return f"settings stand on both sides of {options[0]}; options come first: {shlex.join(['layerif', *options, *overrides])}"
+    command = shlex.join(["layerif", *options, *overrides])
+    return f"settings stand on both sides of {options[0]}; options come first: {command}"
 
 
 def _with_size(argument: str) -> str:

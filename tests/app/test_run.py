@@ -17,11 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from layerif.app.main import main
 from layerif.app.methods.none import ScoresOnly
 from layerif.app.run import _quieten_hub
 from layerif.app.setup import Setup
@@ -191,55 +188,6 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
     assert "Traceback" not in errors
     assert f"interrupted; the same command with hydra.run.dir='{tmp_path / 'run'}' carries on" in errors
     assert not (tmp_path / "run" / "record.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["allocator.budget=2"], "budget=2 cannot give 3 layers 1 expert each; use allocator.budget>=3"),
-        (["task.path=/nowhere"], "is not a folder"),
-        (["task.columns.question=nothing"], "no column 'nothing'"),
-        (["probe.parameters=lora"], "probe.parameters=lora needs a LoRA adapter"),
-        (["task.splits.validation=test"], "the same rows would be learned or scored from and evaluated on"),
-        (["allocator=sparsity", "method=none"], "window"),
-        (["task.pattern=("], "pattern"),
-        (["evaluation.window=1"], "window"),
-        (["probe.num_train=0"], "probe.num_train=0 is not allowed; allowed: a whole number of at least 1"),
-        (["trainer.max_steps=abc"], "trainer.max_steps='abc' is not allowed"),
-        (["trainer.precision=float"], "trainer.precision='float' is not allowed"),
-        (["trainer.accelerator=tpu"], "trainer: "),
-        (
-            ["method=prune"],
-            "and method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
-        ),
-        (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
-        (["model.adapter=/nowhere"], "the adapter '/nowhere' holds no adapter_config.json"),
-        (["method.target_modules=[q_porj]"], "'q_porj', which is not a layer of this model (did you mean 'q_proj'?)"),
-        (["method.warmup_steps=-5"], "method.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0"),
-        (
-            ["allocator=rank"],
-            "the allocator gives rank, and method=lora_moe spends experts; use allocator=experts, or method=lora, or",
-        ),
-    ],
-)
-def test_bad_input_is_one_message_and_nothing_half_written(
-    tiny_overrides, tmp_path, overrides, message, monkeypatch, capsys
-):
-    """A dry run already refuses it, so nothing is measured before."""
-    GlobalHydra.instance().clear()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["layerif", *tiny_overrides, *overrides, "dry_run=true"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == 1
-    told = capsys.readouterr().err
-    (said,) = [line for line in told.splitlines() if line.startswith("layerif: ")]
-    assert message in said
-    assert "Traceback" not in told
-    assert not list(tmp_path.rglob("record.json"))
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_best_without_a_validation_says_what_to_do(tiny_overrides, tmp_path):
