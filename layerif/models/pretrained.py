@@ -333,7 +333,8 @@ class _readable:
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise ValueError(
                 f"cannot load {self.what}: {_reason(error, self.made)}; supported are decoder-only language models "
-                "whose architecture this version of transformers holds itself (no trust_remote_code), in files that are whole"
+                "whose architecture this version of transformers holds itself (no trust_remote_code), in files that "
+                "are whole"
             ) from error
 
 

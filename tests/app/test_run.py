@@ -135,8 +135,11 @@ def test_settings_of_a_sweep_share_one_gradient_pass(tiny_overrides, tmp_path):
 
 
 def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
-    done = layerif_here([*tiny_overrides, "dry_run=true"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    rows = shutil.copytree(tiny_overrides[3].partition("=")[2], tmp_path / "rows")
+    shutil.copy(rows / "test.jsonl", rows / "dev.jsonl")
+    done = layerif_here([*tiny_overrides, f"task.path={rows}", "dry_run=true"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{rows} also holds dev.jsonl, which no part reads (task.splits: train from train.jsonl," in done.stdout
     for part in ("3 layers", "20 train, 8 validation, 10 test", "nothing was measured or trained", "budget 15"):
         assert part in done.stdout
     assert not list(tmp_path.rglob("record.json"))
@@ -197,9 +200,12 @@ def test_best_without_a_validation_says_what_to_do(tiny_overrides, tmp_path):
 
 
 def test_what_was_measured_is_in_the_record(tiny_overrides, tmp_path):
-    record = run_layerif([*tiny_overrides, "method=none"], tmp_path)
+    rows = shutil.copytree(tiny_overrides[3].partition("=")[2], tmp_path / "rows")
+    shutil.copy(rows / "test.jsonl", rows / "dev.jsonl")
+    record = run_layerif([*tiny_overrides, f"task.path={rows}", "method=none"], tmp_path)
     assert record.decision.samples == {"train": 20, "validation": 8}
     assert "probe.num_train=300 asked for, the task has 20" in record.notes
+    assert any("also holds dev.jsonl, which no part reads" in note for note in record.notes)
     assert record.inputs.keys() >= {"rows", "weights", "dtype", "adapter"}
 
 
