@@ -115,6 +115,7 @@ Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
 
 
 def check_fields(settings: Any, where: str) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -241,6 +242,8 @@ def explained(error: OSError, folders: Mapping[str, str]) -> str:
         folders: the folders of settings, by the names of the settings; one of them may be the cause.
     """
     where = f" for {error.filename}" if error.filename else ""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"the path {str(error.filename)[:80]}… is too long; a name may have 255 bytes and a path 4,095"
     if error.errno in _FULL:
         return f"no space is left on the disk{where}; free some and give the same command again"
     if error.errno not in _REFUSED or not isinstance(error.filename, str):
@@ -318,6 +321,7 @@ def read_json(path: str | Path, *, what: str) -> Any:
 
 # The largest configuration of ours has 9 kB and some 300 nodes.
 _YAML_BYTES, _YAML_NODES = 250_000, 20_000
+_YAML_DIGITS = 4300  # of a whole number; Python reads no longer one
 
 
 def check_yaml(file: Path) -> None:
@@ -336,6 +340,8 @@ def check_yaml(file: Path) -> None:
         raise ValueError(
             f"{file} is not a text in UTF-8: {error.reason} at byte {error.start}; save it as such"
         ) from error
+    if re.search(rf"\d{{{_YAML_DIGITS + 1}}}", text):
+        raise ValueError(f"{file} holds a whole number of too many digits")
     if "&" in text and "*" in text:
         _check_aliases(file, text)
 

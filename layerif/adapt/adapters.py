@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layerif.adapt.sizes import Capacity, adapted_shapes, num_parameters
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.rank import to_rank
-from layerif.checks import Count, NonNegative, Positive, Whole, check_fields, did_you_mean
+from layerif.checks import Count, NonNegative, Positive, Seed, Whole, check_fields, did_you_mean
 from layerif.models.blocks import blocks
 from layerif.moe import LoraMoeConfig, balance_loss
 from layerif.moe.model import linears_of_blocks
@@ -54,7 +54,7 @@ class Adapter(ABC):
     warmup_ratio: Annotated[float, Ge(0), Lt(1), "for steps use method.warmup_steps"] = 0.03
     warmup_steps: Whole | None = None
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "method")

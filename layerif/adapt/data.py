@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from layerif.checks import Count, check_value
+from layerif.checks import Count, Seed, check_value
 from layerif.data.batches import Encodings, collate, encode, padding_id
 from layerif.data.render import Example, Template
 from layerif.data.task import Splits
@@ -43,10 +43,11 @@ class TaskDataModule(L.LightningDataModule):
         max_length: int = 256,
         loss_on: Literal["all", "output"] = "all",
         drop_partial: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         check_value("data.batch_size", batch_size, Count)
+        check_value("data.seed", seed, Seed)
         self.splits, self.tokenizer = splits, tokenizer
         self.batch_size, self.drop_partial, self.seed = batch_size, drop_partial, seed
         self._start = 0

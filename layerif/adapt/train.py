@@ -144,6 +144,10 @@ def check_training(trainer: L.Trainer, data: TaskDataModule, fit: Fit, *, measur
     for setting in ("max_epochs", "max_steps"):
         if getattr(trainer, setting) == 0:
             raise ValueError(f"trainer.{setting}=0 trains nothing; {_UNTRAINED}")
+    for setting, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        value = getattr(trainer, setting)
+        if value is not None and value < least:  # less than a batch would turn the gradient round
+            raise ValueError(f"trainer.{setting}={value} is not allowed; allowed: at least {least}")
     num_batches = _num_batches(trainer, "train", len(data.train_dataloader()))
     if num_batches == 0:
         raise ValueError(f"trainer.limit_train_batches={trainer.limit_train_batches} trains nothing; {_UNTRAINED}")

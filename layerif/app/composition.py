@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerif.app.schema import check_plain
 from layerif.checks import check_file_name
 from layerif.files import check_yaml, conf_folder
 from layerif.targets import allowed_target, check_targets, is_known_package
@@ -126,6 +127,13 @@ def check_composed(config: DictConfig, given: Mapping[str, Any], num_overrides: 
                 f"{setting}={value} comes from a YAML, which must not say what code runs; allowed: the same on the "
                 "command line, if you trust it"
             )
+    for part in ("launcher", "sweeper"):
+        if not OmegaConf.is_dict(hydra[part]):
+            raise ValueError(f"hydra.{part}={hydra[part]} is not allowed; allowed: {part}=NAME, see layerif --help")
+    if not isinstance(hydra.verbose, bool | str | ListConfig):
+        raise ValueError(f"hydra.verbose={hydra.verbose} is not allowed; allowed: true, false, or names of loggers")
+    for setting in ("outputs", "hydra.run.dir", "hydra.sweep.dir"):  # Hydra makes a folder before the job is checked
+        check_plain(_plain(config, setting), setting)
     for setting, parent in (("name", config), ("hydra.job.name", hydra.job)):
         if _unresolved(parent, "name") is not None:
             _settle_key(parent, "name", setting)
@@ -166,9 +174,12 @@ class _Repository(ConfigRepository):
         file = Path(source.path) / source._normalize_file_name(config_path)
         try:
             check_yaml(file)
-            return super().load_config(config_path)
+            found = super().load_config(config_path)
         except RecursionError as error:
             raise ValueError(f"{file} is nested too deeply for a configuration; make it flatter") from error
+        if found is not None and isinstance(found.config, DictConfig) and found.config.get("hydra", {}) is None:
+            raise ValueError(f"{file} sets hydra to null; allowed: settings of Hydra's, or no key of this name")
+        return found
 
 
 def _plain(config: DictConfig, setting: str) -> Any:

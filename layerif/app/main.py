@@ -59,7 +59,9 @@ def _start() -> None:
         balance = sweep.Sweep.running and sweep.Sweep.running.balance()
         if balance:
             print(balance)
-    if balance and not balance.is_clean:
+    if balance is not None and not balance:
+        print("layerif: the sweep has no job, because a value such as glob(…) stands for nothing", file=sys.stderr)
+    if balance is not None and not (balance and balance.is_clean):
         sys.exit(1)
 
 

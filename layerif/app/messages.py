@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,15 @@ def explain(error: BaseException, overrides: list[str]) -> str:
             key, value = several.groups()
             return f"{key} has several values: -m sweeps over them, {key}=[{value}] is a list; {_quoted(key, value)}"
         if found := re.search(r"Could not override '([^']+)'", said) or re.search(r"[Kk]ey '([^']+)'", said):
-            return where + _explain_key(found[1], said, overrides)
+            whole = re.search(rf"full_key: ({re.escape(found[1])}\.\S+)", said)  # of settings that are given as {{…}}
+            return where + _explain_key(whole[1] if whole else found[1], said, overrides)
+        if merged := re.match("Error merging override (.*)", said):
+            return f"{merged[1]} is not allowed: {_plain(str(error.__cause__))}"
     if isinstance(error, HydraException | yaml.YAMLError):
-        return _plain(str(error))
+        return _plain(str(error) or str(error.__cause__))
+    if "for integer string conversion" in said:
+        long = next((one for one in overrides if re.search(r"\d{1000}", one)), "a setting")
+        return f"{long.partition('=')[0]} is given a whole number of too many digits"
     if isinstance(error, OSError):
         given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
         folders = {"outputs": "outputs"} | {key: given[key].strip("'\"") for key in _FOLDERS if key in given}
@@ -127,11 +134,12 @@ def _named_by(group: str, choice: str, overrides: list[str]) -> str:
 
 
 def _explain_no_choice(overrides: list[str]) -> str:
-    """Explains a group that is set to null: which one, and its choices."""
+    """Explains a group that is set to null or to a number: which one, and its choices."""
     for group, value in _given(overrides).items():
-        if value.lower() == "null" and (conf_folder() / group).is_dir():
+        is_name = isinstance(yaml.safe_load(value), str | list)
+        if not is_name and (conf_folder() / group).is_dir():
             choices = sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
-            return f"{group}=null is not a choice of the group {group!r}; available: {', '.join(choices)}"
+            return f"{group}={value} is not a choice of the group {group!r}; available: {', '.join(choices)}"
     return "a group is set to a value that is not the name of a choice; give a name, or a list of names"
 
 
@@ -178,7 +186,8 @@ def _composed(name: str, overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with warnings.catch_warnings(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            warnings.simplefilter("ignore")  # a choice that starts from another is no configuration by itself
             composed = OmegaConf.to_container(compose(name, overrides, return_hydra_config=True))
     except (HydraException, OmegaConfBaseException):
         return {}

@@ -139,7 +139,9 @@ def preview(setup: Setup, folder: Path) -> None:
 
 
 def _prepare_process(config: DictConfig) -> None:
-    """Seeds the process, and quietens libraries that print too much."""
+    """Seeds the process, and quietens libraries that print or warn too much."""
+    warnings.filterwarnings("ignore", module=r"lightning\.")  # workers, logging steps
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     L.seed_everything(config.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     _quieten_hub()
@@ -224,8 +226,6 @@ def _noting_warnings(notes: list[str]) -> Iterator[None]:
         show(message, category, filename, *rest)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.")  # workers, logging steps
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         warnings.showwarning = note_and_show
         yield
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from layerif.app.resolvers import register_resolvers
-from layerif.checks import check_file_name, did_you_mean, unknown_key
+from layerif.checks import Seed, check_file_name, check_value, did_you_mean, is_finite, shown, unknown_key
 from layerif.files import conf_folder
 from layerif.targets import allowed_target, build, nodes_with_target, refuse_keywords
 
@@ -124,16 +123,20 @@ def check(config: DictConfig) -> None:
             f"the recipe {recipe} is a way to fine-tune, and method={choices.get('method')} does not fine-tune; leave "
             "it out (experiment=NAME in place of [NAME,upstream]), or use method=lora_moe"
         )
-    if isinstance(named := plain.get("score_task"), str):
+    scored = plain.get("score_task")
+    if scored is not None and not _has_target(scored):
+        name = scored if isinstance(scored, str) else "NAME"
         raise ValueError(
-            f"score_task={named!r} is a name where a whole task belongs; say +task@score_task={named}, which puts that "
-            "task there, or score_task=null for scores on the task's own rows"
+            f"score_task={shown(scored)} stands where a whole task belongs; say +task@score_task={name}, which puts "
+            "that task there, or score_task=null for scores on the task's own rows"
         )
     _check_nodes(plain, plain.get("trusted_targets") or ())
 
 
 def check_plain(node: Any, path: str = "") -> None:
-    """Refuses a value that JSON cannot hold, because the record of the run could not be written.
+    """Refuses a value that JSON or a number of 64 bits cannot hold, and the character that no path can have.
+
+    The record of the run could not be written, or a library would fail where the work is half done.
 
     Args:
         node: a value, or dictionaries and lists of values.
@@ -150,8 +153,12 @@ def check_plain(node: Any, path: str = "") -> None:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             check_plain(value, f"{path}[{index}]")
-    elif isinstance(node, float) and not math.isfinite(node):
+    elif isinstance(node, float) and not is_finite(node):
         raise ValueError(f"{path}={node} is not allowed; allowed: a finite number")
+    elif isinstance(node, int) and abs(node) >= 2**63:
+        raise ValueError(f"{path}={shown(node)} is not allowed; allowed: a whole number that 64 bits can hold")
+    elif isinstance(node, str) and "\0" in node:
+        raise ValueError(f"{path}={node!r:.80} is not allowed; allowed: a text without the character NUL")
     elif not isinstance(node, str | int | float | None):
         raise ValueError(f"{path}={node!r} is not allowed; allowed: a text, a number, true, false or null")
 
@@ -166,10 +173,14 @@ def _check_kinds(plain: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={plain[key]} is not allowed; allowed: settings by name, or {{}} for none")
     objects = {key: plain[key] for key in _OBJECTS if key in plain}
     for key, node in (objects | {f"logger.{name}": node for name, node in plain.get("logger", {}).items()}).items():
-        if not (isinstance(node, dict) and "_target_" in node):
+        if not _has_target(node):
             raise ValueError(
                 f"{key}={node} is not allowed; allowed: settings with a _target_, as every choice has them"
             )
+
+
+def _has_target(node: Any) -> bool:
+    return isinstance(node, dict) and "_target_" in node
 
 
 def check_size(*, small: bool, size: str) -> None:
@@ -195,8 +206,7 @@ def check_root(config: DictConfig) -> None:
     for key, hint in _CHOICES.items():
         if key in config:
             _check_value(key, config[key], hint)
-    if not 0 <= config.get("seed", 0) < 2**32:
-        raise ValueError(f"seed={config.seed} is not allowed; allowed: a whole number from 0 to {2**32 - 1}")
+    check_value("seed", config.get("seed", 0), Seed)
     check_file_name("name", config.get("name", "default"), below="outputs/sweeps")
 
 
@@ -212,7 +222,9 @@ def _check_node(path: str, node: Mapping[str, Any], trusted: Sequence[str]) -> N
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a trusted class that is written in C may have none
         return
-    given = {key: value for key, value in node.items() if not re.fullmatch(r"_\w+_", str(key))}
+    if node.get("_partial_") and dataclasses.is_dataclass(target):
+        raise ValueError(f"{path}._partial_={node['_partial_']} is not allowed; allowed: false, for a whole object")
+    given = {str(key): value for key, value in node.items() if not re.fullmatch(r"_\w+_", str(key))}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in given:
         if key not in parameters and not open_ended:

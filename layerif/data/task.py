@@ -13,7 +13,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from layerif.checks import check_fields
+from layerif.checks import Seed, check_fields
 from layerif.data.render import Example, RenderedRow, Renderer, Template, answer_parser
 from layerif.data.rows import AnyExample
 from layerif.data.source import JsonlFolder, Source
@@ -99,7 +99,7 @@ class Task:
     num_validation: Limit | None = None
     num_test: Limit | None = None
     drop_overlap: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "task")

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerif.checks import Seed, check_fields
 from layerif.layers import LayerMap
 from layerif.probe.nothing import Nothing
 from layerif.probe.request import Request
@@ -18,7 +19,10 @@ class Random:
 
     needs: ClassVar[Request] = Nothing()
 
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "estimator")
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
         values = tuple(random.Random(f"{self.seed} {layer}").random() for layer in evidence.names)

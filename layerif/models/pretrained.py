@@ -48,6 +48,8 @@ class Pretrained(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        if self.adapter == "":
+            raise ValueError("model.adapter='' is not allowed; allowed: the folder of an adapter, or null for none")
 
     @abstractmethod
     def location(self) -> tuple[str, str | None]:
@@ -263,7 +265,7 @@ def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     where, revision = model.location()
-    with _readable(where):
+    with _readable(where, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
@@ -322,8 +324,9 @@ _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 class _readable:
     """Turns every error of the loaders into one that says what to do; files are the user's, whatever they raise."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, made: Literal["model", "tokenizer"] = "model") -> None:
+        self.what = repr(where) if made == "model" else f"the tokenizer in {where!r}"
+        self.made = made
 
     def __enter__(self) -> None:
         return None
@@ -331,14 +334,15 @@ class _readable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             raise ValueError(
-                f"cannot load {self.where!r}: {_first_line(error)} "
+                f"cannot load {self.what}: {_first_line(error)} "
                 "(a folder: model=local model.path=/folder; a hub model: model=hub model.name=org/name, online, or "
                 "downloaded before and with HF_HUB_OFFLINE=1, which waits for no network)"
             ) from error
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise ValueError(
-                f"cannot load {self.where!r}: {_reason(error)}; supported are decoder-only language models whose "
-                "architecture this version of transformers holds itself (no trust_remote_code), in files that are whole"
+                f"cannot load {self.what}: {_reason(error, self.made)}; supported are decoder-only language models "
+                "whose architecture this version of transformers holds itself (no trust_remote_code), in files that "
+                "are whole"
             ) from error
 
 
@@ -346,11 +350,11 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, made: str) -> str:
     """Words an error of a loader; the kind of error is left out where the text says enough."""
     if isinstance(error, StrictDataclassError):  # transformers' own check of a configuration; the cause stands last
         return str(error).strip().splitlines()[-1].partition(": ")[2].rstrip(".")
     said = _first_line(error)
     if isinstance(error, ValueError | ImportError | RuntimeError | SafetensorError):
         return said
-    return f"config.json and files make no model ({type(error).__name__}: {said})"
+    return f"config.json and files make no {made} ({type(error).__name__}: {said})"

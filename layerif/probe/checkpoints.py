@@ -29,6 +29,10 @@ class CheckpointPasses(Request):
     def paths(self) -> tuple[str, ...]:
         return self.folders
 
+    def check(self, measurements: Measurements) -> None:
+        for folder in self.folders:
+            measurements.model.at(folder)
+
     def take(self, measurements: Measurements, load: Load) -> tuple[CheckpointGrams, bool]:
         models = [measurements.model.at(folder) for folder in self.folders]
         taken = [

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
-from layerif.checks import Count, Whole, check_fields
+from layerif.checks import Count, Seed, Whole, check_fields
 from layerif.data.batches import LossOn
 from layerif.data.render import Template
 from layerif.models.blocks import Parameters, Scope
@@ -52,7 +52,7 @@ class Probe:
     loss_on: LossOn | None = None
     skip_unsupported: bool = False
     projection: Count | None = None
-    projection_seed: int = 0
+    projection_seed: Seed = 0
     fidelity_samples: Whole = 32
     batch_size: Count = 8
     form: Choice = "auto"

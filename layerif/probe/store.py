@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -133,10 +134,9 @@ class Store:
     def _found(self, kind: MeasurementKind[Measurement], file: Path) -> Measurement | None:
         try:
             measured, seconds = _read(file, kind.unpack)
-        except FileNotFoundError:
-            return None
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=4)
+            if os.path.exists(file):  # false, too, for a path that cannot be
+                warnings.warn(f"{file} is corrupted and is computed anew: {error}", stacklevel=4)
             return None
         shutil.rmtree(
             self.partial(file.stem), ignore_errors=True

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from layerif.checks import Count, check_fields
+from layerif.checks import Count, Seed, check_fields
 from layerif.data.batches import ids_of_text
 from layerif.data.text import text
 
@@ -35,7 +35,7 @@ class Calibration:
     num_windows: Count = 16
     window: Annotated[int, Ge(2)] = 256
     batch_size: Count = 4
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "method.calibration")

@@ -90,8 +90,8 @@ def name_in_conf(group: str, choice: str) -> str | None:
 
 @cache
 def _yaml(group: str, choice: str) -> dict[str, Any]:
-    file = conf_folder() / group / f"{choice}.yaml"
-    if not file.is_file():  # the YAML lies in a folder of the user's
+    ours = {file.stem: file for file in (conf_folder() / group).glob("*.yaml")}
+    if choice not in ours:  # the YAML lies in a folder of the user's
         return {}
-    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    content: Any = OmegaConf.to_container(OmegaConf.load(ours[choice]))
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -277,6 +278,9 @@ def _check_metrics(job: Job) -> None:
             raise ValueError(f"metrics.{name}={value}: input should be a fraction from 0 to 1")
         if is_perplexity and value <= 0:
             raise ValueError(f"metrics.{name}={value}: input should be above 0")
+        of_interval = re.fullmatch(r"(.*accuracy)_(?:low|high)", name)
+        if of_interval and of_interval[1] not in job.metrics:
+            raise ValueError(f"it lacks metrics.{of_interval[1]}")
 
 
 def _check_lengths(job: Job) -> None:

@@ -96,7 +96,7 @@ def _no_folder(given: Path) -> str:
 def _unfinished(folder: Path, ended: set[Path]) -> list[str]:
     """The folders that Hydra made for a job which never ended; dry runs do not count."""
     began = {file: file.parents[1] for file in sorted(folder.rglob(".hydra/overrides.yaml"))}
-    lasting = [job for file, job in began.items() if "dry_run=true" not in file.read_text().lower()]
+    lasting = [job for file, job in began.items() if b"dry_run=true" not in file.read_bytes().lower()]
     return [_job(job, folder) for job in lasting if job not in ended]
 
 

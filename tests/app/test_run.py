@@ -17,11 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from layerif.app.main import main
 from layerif.app.methods.none import ScoresOnly
 from layerif.app.run import _quieten_hub
 from layerif.app.setup import Setup
@@ -144,8 +141,11 @@ def test_settings_of_a_sweep_share_one_gradient_pass(tiny_overrides, tmp_path):
 
 
 def test_dry_run_prints_sizes_and_writes_no_result(tiny_overrides, tmp_path):
-    done = layerif_here([*tiny_overrides, "dry_run=true"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    rows = shutil.copytree(tiny_overrides[3].partition("=")[2], tmp_path / "rows")
+    shutil.copy(rows / "test.jsonl", rows / "dev.jsonl")
+    done = layerif_here([*tiny_overrides, f"task.path={rows}", "dry_run=true"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{rows} also holds dev.jsonl, which no part reads (task.splits: train from train.jsonl," in done.stdout
     for part in ("3 layers", "20 train, 8 validation, 10 test", "nothing was measured or trained", "budget 15"):
         assert part in done.stdout
     assert not list(tmp_path.rglob("record.json"))
@@ -199,55 +199,6 @@ def test_ctrl_c_leaves_no_half_written_file(tiny_overrides, tmp_path):
     assert not (tmp_path / "run" / "record.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["allocator.budget=2"], "budget=2 cannot give 3 layers 1 expert each; use allocator.budget>=3"),
-        (["task.path=/nowhere"], "is not a folder"),
-        (["task.columns.question=nothing"], "no column 'nothing'"),
-        (["probe.parameters=lora"], "probe.parameters=lora needs a LoRA adapter"),
-        (["task.splits.validation=test"], "the same rows would be learned or scored from and evaluated on"),
-        (["allocator=sparsity", "method=none"], "window"),
-        (["task.pattern=("], "pattern"),
-        (["evaluation.window=1"], "window"),
-        (["probe.num_train=0"], "probe.num_train=0 is not allowed; allowed: a whole number of at least 1"),
-        (["trainer.max_steps=abc"], "trainer.max_steps='abc' is not allowed"),
-        (["trainer.precision=float"], "trainer.precision='float' is not allowed"),
-        (["trainer.accelerator=tpu"], "trainer: "),
-        (
-            ["method=prune"],
-            "and method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
-        ),
-        (["estimator=file", "estimator.path=/nowhere.json"], "/nowhere.json"),
-        (["model.adapter=/nowhere"], "the adapter '/nowhere' holds no adapter_config.json"),
-        (["method.target_modules=[q_porj]"], "'q_porj', which is not a layer of this model (did you mean 'q_proj'?)"),
-        (["method.warmup_steps=-5"], "method.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0"),
-        (
-            ["allocator=rank"],
-            "the allocator gives rank, and method=lora_moe spends experts; use allocator=experts, or method=lora, or",
-        ),
-    ],
-)
-def test_bad_input_is_one_message_and_nothing_half_written(
-    tiny_overrides, tmp_path, overrides, message, monkeypatch, capsys
-):
-    """A dry run already refuses it, so nothing is measured before."""
-    GlobalHydra.instance().clear()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["layerif", *tiny_overrides, *overrides, "dry_run=true"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == 1
-    told = capsys.readouterr().err
-    (said,) = [line for line in told.splitlines() if line.startswith("layerif: ")]
-    assert message in said
-    assert "Traceback" not in told
-    assert not list(tmp_path.rglob("record.json"))
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
 def test_best_without_a_validation_says_what_to_do(tiny_overrides, tmp_path):
     done = layerif_here([*tiny_overrides, "fit.keep=best"], tmp_path)
     assert done.returncode == 1
@@ -255,9 +206,12 @@ def test_best_without_a_validation_says_what_to_do(tiny_overrides, tmp_path):
 
 
 def test_what_was_measured_is_in_the_record(tiny_overrides, tmp_path):
-    record = run_layerif([*tiny_overrides, "method=none"], tmp_path)
+    rows = shutil.copytree(tiny_overrides[3].partition("=")[2], tmp_path / "rows")
+    shutil.copy(rows / "test.jsonl", rows / "dev.jsonl")
+    record = run_layerif([*tiny_overrides, f"task.path={rows}", "method=none"], tmp_path)
     assert record.decision.samples == {"train": 20, "validation": 8}
     assert "probe.num_train=300 asked for, the task has 20" in record.notes
+    assert any("also holds dev.jsonl, which no part reads" in note for note in record.notes)
     assert record.inputs.keys() >= {"rows", "weights", "dtype", "adapter"}
 
 

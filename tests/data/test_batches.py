@@ -96,6 +96,22 @@ def test_truncation_that_leaves_nothing_to_learn_is_refused():
         encode(EXAMPLES, TOKENIZER, template="plain", max_length=1, eos=True)
 
 
+def test_a_text_of_many_megabytes_is_tokenised_as_far_as_it_is_used(monkeypatch):
+    text, tokenised = "Which of these? " * 700_000, []
+    expected = token_ids(TOKENIZER, [text[:10_000]])[0][:65]
+    whole = TOKENIZER.__class__.__call__
+
+    def counted(self, texts, **options):
+        tokenised.extend(map(len, texts))
+        return whole(self, texts, **options)
+
+    monkeypatch.setattr(TOKENIZER.__class__, "__call__", counted)
+    short, long = token_ids(TOKENIZER, ["Which?", text], at_most=64)
+    assert long == expected
+    assert short == token_ids(TOKENIZER, ["Which?"])[0]
+    assert sum(tokenised) < 10_000
+
+
 def test_a_tokenizer_that_appends_its_end_token_gives_one_end_only():
     class Appending:
         eos_token_id = 1

@@ -294,6 +294,23 @@ def test_copies_of_a_question_are_held_out_together(tmp_path):
         task(path, splits=splits, num_validation=2).load()
 
 
+def test_files_that_no_part_reads_are_known_and_make_no_other_rows(folder):
+    assert task(folder).load().unread == ()
+    before = task(folder).load().fingerprint
+    write(Path(folder), dev=rows_of(99), extra=rows_of(98))
+    (Path(folder) / "notes.txt").touch()
+    splits = task(folder).load()
+    assert splits.unread == ("dev.jsonl", "extra.jsonl")
+    assert splits.fingerprint == before
+
+
+def test_a_test_file_with_hidden_labels_is_not_read_and_known(tmp_path):
+    """As GLUE has it: `task=cola` evaluates on validation."""
+    cola = [{"sentence": f"Sentence {n}.", "label": n % 2, "idx": n} for n in range(40)]
+    path = write(tmp_path, train=cola[:30], validation=cola[30:35], test=cola[35:])
+    assert replace(shipped_task("cola"), path=path).load().unread == ("test.jsonl",)
+
+
 def test_limits_are_seeded_nested_and_keep_the_order(folder):
     whole = task(folder).load().train
     few, more, other = (task(folder, num_train=n, seed=s).load().train for n, s in ((5, 0), (20, 0), (5, 1)))

@@ -49,6 +49,7 @@ def test_an_unknown_metric_is_refused_with_the_nearest():
         ({"metrics": ["lm_eval"]}, [EXAMPLES[6]], 32, r"question q6 takes \d+ tokens .* at most 32"),
         ({"metrics": ["generation"]}, [EXAMPLES[0]], 100, r"question q0 takes \d+ tokens .* at most 100"),
         ({"metrics": ["options"]}, [Example("q", "What?", ("a", "a"), ("a", "b"), 0)], None, "become the same tokens"),
+        ({"metrics": ["options"]}, [Example("q", "What?", ("a",), ("a",), 0)], None, "question q has one option, 'a'"),
         ({"metrics": ["options"]}, [], None, "at least one example"),
         ({"metrics": ["perplexity"], "window": 10**6}, EXAMPLES, None, "the text has .* use evaluation.window<="),
         ({"metrics": ["perplexity"], "window": 64}, EXAMPLES, 32, "evaluation.window=64 .* at most 32"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -248,38 +247,6 @@ def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
     said = console.export_text()
     assert said.count("left out:") == 2
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
-
-
-def changed_within(content: Any, changes: Any) -> Any:
-    """Returns the content with the values of `changes` put in their places."""
-    if not isinstance(changes, dict) or not isinstance(content, dict):
-        return changes
-    return content | {key: changed_within(content.get(key), change) for key, change in changes.items()}
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"hello": 1}, "unknown key 'hello'; is it another program's file?"),
-        ({"decision": {"scores": {"values": "none"}}}, "decision.scores.values='none': input should be a valid array"),
-        ({"decision": {"scores": {"values": [1.0]}}}, "decision.scores.values has 1 numbers for 4 names"),
-        ({"decision": {"allocation": {"values": [1]}}}, "decision.allocation.values has 1 numbers for 4 names"),
-        ({"decision": {"allocation": None}}, "decision.allocation='None'"),
-        ({"seed": "zero"}, "seed='zero': input should be a valid integer"),
-        ({"answers": {"accuracy": [1, 2]}}, "answers.accuracy='[1, 2]'"),
-        ({"routing": {"block.0": {"entropy": 1.0}}}, "it lacks routing.block.0.load"),
-        ({"measurements": [{"kind": "grams"}]}, "it lacks measurements.0.reused"),
-        ({"notes": None}, "notes='None'"),
-    ],
-)
-def test_a_record_with_another_type_within_is_named_and_left_out(tmp_path, changed, said):
-    written(tmp_path, [record("datainf", [True] * 3), record("uniform", [True] * 3)])
-    file = tmp_path / "1" / "record.json"
-    file.write_text(json.dumps(changed_within(json.loads(file.read_text()), changed)))
-    found = read_jobs(tmp_path)
-    assert [job.choices["estimator"] for job in found.records] == ["datainf"]
-    (reason,) = found.left_out
-    assert reason.startswith(f"{file} is not a readable record of layerif: {said}")
 
 
 def test_what_is_wrong_with_a_file_says_what_to_do(tmp_path):
