@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.sparsity import TargetSparsity
 from layerif.checks import check_choice, check_value
-from layerif.data.batches import Encodings, LossOn, encode, token_ids
+from layerif.data.batches import LossOn, encode, token_ids
 from layerif.data.render import Template
 from layerif.data.rows import AnyExample, TextExample, TokenExample, example_of
 from layerif.data.task import Splits
@@ -125,8 +125,8 @@ def score(
         estimator=chosen,
     )
     scorer.check()
-    for part, encodings in zip(examples, scorer.samples(), strict=True):
-        _check_ids(encodings, [row.id for row in scorer.chosen(part)], model)
+    for part in examples:
+        _check_ids(scorer, part)
     with displayed("bar" if progress else "none"):
         scored, evidence = scorer.scored()
     return Profile.of(
@@ -289,9 +289,10 @@ def _check_apart(train: Sequence[AnyExample], validation: Sequence[AnyExample]) 
         )
 
 
-def _check_ids(encodings: Encodings, names: Sequence[str], model: nn.Module) -> None:
-    for sample, name in zip(encodings, names, strict=True):
-        _check_ids_below(max(sample.input_ids), name, model)
+def _check_ids(scorer: Scorer, part: str) -> None:
+    samples = scorer.samples()[0 if part == "train" else 1]
+    for sample, example in zip(samples, scorer.chosen(part), strict=True):
+        _check_ids_below(max(sample.input_ids), example.id, scorer.model.load())
 
 
 def _check_ids_below(largest: int, what: str, model: Any) -> None:

@@ -278,7 +278,7 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except ValueError as error:  # the limit of Python's integers
-        raise ValueError("it holds a whole number of too many digits") from error
+        raise ValueError("it holds a whole number of too many digits; write it as a text") from error
     if text.count("[") + text.count("{") > DEEPEST and _is_deeper(content, DEEPEST):
         raise ValueError(_TOO_DEEP)
     if "\\u" in text:
@@ -321,7 +321,7 @@ def read_json(path: str | Path, *, what: str) -> Any:
 
 # The largest configuration of ours has 9 kB and some 300 nodes.
 _YAML_BYTES, _YAML_NODES = 250_000, 20_000
-_YAML_DIGITS = 4300  # of a whole number; Python reads no longer one
+_YAML_DIGITS = 4300  # digits of a whole number; Python reads no longer one
 
 
 def check_yaml(file: Path) -> None:
@@ -341,7 +341,7 @@ def check_yaml(file: Path) -> None:
             f"{file} is not a text in UTF-8: {error.reason} at byte {error.start}; save it as such"
         ) from error
     if re.search(rf"\d{{{_YAML_DIGITS + 1}}}", text):
-        raise ValueError(f"{file} holds a whole number of too many digits")
+        raise ValueError(f"{file} holds a whole number of too many digits; write it as a text")
     if "&" in text and "*" in text:
         _check_aliases(file, text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from layerif.checks import Count, Seed, check_value
-from layerif.data.batches import Encodings, collate, encode, padding_id
-from layerif.data.render import Example, Template
+from layerif.data.batches import Encodings, LossOn, collate, encode, padding_id
+from layerif.data.render import Template
+from layerif.data.rows import AnyExample
 from layerif.data.task import Splits
 
 
@@ -28,7 +29,7 @@ class TaskDataModule(L.LightningDataModule):
         batch_size: samples that a device sees at once. Times the devices and `trainer.accumulate_grad_batches` it is
             the batch of an optimiser step.
         max_length: of a sample, in tokens.
-        loss_on: `all` tokens, or only those of the `output`.
+        loss_on: `all` tokens, or only those of the `output`; None: what the kind of rows says, all of a question.
         drop_partial: leave out the samples that would make the last batch of an epoch smaller (upstream does).
         seed: decides the order.
     """
@@ -41,7 +42,7 @@ class TaskDataModule(L.LightningDataModule):
         template: Template = "alpaca",
         batch_size: Count = 16,
         max_length: int = 256,
-        loss_on: Literal["all", "output"] = "all",
+        loss_on: LossOn | None = None,
         drop_partial: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -53,7 +54,7 @@ class TaskDataModule(L.LightningDataModule):
         self._start = 0
         self._sampler: EpochShuffle | None = None
 
-        def encoded(examples: Sequence[Example]) -> Encodings:
+        def encoded(examples: Sequence[AnyExample]) -> Encodings:
             return encode(examples, tokenizer, template=template, max_length=max_length, loss_on=loss_on, eos=True)
 
         self.train, self.validation = encoded(splits.train), encoded(splits.validation)

@@ -83,7 +83,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
             key, value = several.groups()
             return f"{key} has several values: -m sweeps over them, {key}=[{value}] is a list; {_quoted(key, value)}"
         if found := re.search(r"Could not override '([^']+)'", said) or re.search(r"[Kk]ey '([^']+)'", said):
-            whole = re.search(rf"full_key: ({re.escape(found[1])}\.\S+)", said)  # of settings that are given as {{…}}
+            whole = re.search(rf"full_key: ({re.escape(found[1])}\.\S+)", said)  # the settings that are given as {{…}}
             return where + _explain_key(whole[1] if whole else found[1], said, overrides)
         if merged := re.match("Error merging override (.*)", said):
             return f"{merged[1]} is not allowed: {_plain(str(error.__cause__))}"

@@ -23,7 +23,7 @@ from layerif.adapt.train import CHECKPOINTS
 from layerif.app.schema import check
 from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
-from layerif.data.batches import output_text, prompt_text
+from layerif.data.batches import shown_text
 from layerif.files import held
 from layerif.models.blocks import layer_map
 from layerif.pruning.module import BLOCKS
@@ -115,7 +115,6 @@ def preview(setup: Setup, folder: Path) -> None:
     )
     train, validation = setup.decider.samples()
     allocation = setup.decider.preview()
-    example = splits.train[0]
     lines = {
         "model": f"{choices_of_run().get('model')}, {len(layers.names)} layers of {sum(everything.numel):,} parameters "
         "together",
@@ -132,7 +131,7 @@ def preview(setup: Setup, folder: Path) -> None:
     lines |= setup.method.preview(setup)
     if splits.unread:
         lines["not read"] = _unread(setup)
-    lines["first sample"] = repr(prompt_text(example, template) + output_text(example.output, template))
+    lines["first sample"] = repr(shown_text(splits.train[0], template, setup.tokenizer))
     width = max(map(len, lines))
     print("\n".join(f"{name:<{width}}  {line}" for name, line in lines.items()))
     print("dry run: everything above is valid, nothing was measured or trained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from layerif.adapt.data import TaskDataModule
 from layerif.adapt.train import Fit
 from layerif.app.methods import Method
-from layerif.data.task import Splits, Task
+from layerif.data.batches import check_vocabulary
+from layerif.data.task import AnyTask, Splits
 from layerif.decide import Decider
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
 from layerif.models.memory import free_bytes
 from layerif.models.pretrained import Pretrained
+from layerif.probe.settings import Probe
 from layerif.probe.store import Store
 from layerif.targets import allowed_target, build
 
@@ -45,22 +48,29 @@ class Setup:
     def __init__(self, config: DictConfig) -> None:
         self.config = config
         self.model: Pretrained = self._build("model")
-        self.task: Task = self._build("task")
+        self.task: AnyTask = self._build("task")
         self.method: Method = self._build("method")
         self.evaluation: Evaluation = self._build("evaluation")
         self.fit: Fit = self._build("fit")
         self.model.check()
         self.tokenizer = self.model.tokenizer()
         self.splits: Splits = self.task.load()
-        score_task: Task | None = self._build("score_task")
+        score_task: AnyTask | None = self._build("score_task")
         self.scored = score_task.load() if score_task else self.splits
         check_unseen(self.scored, self.splits)
+        num_embeddings = self.model.num_embeddings()
+        for splits in {id(each): each for each in (self.splits, self.scored)}.values():
+            for part in (splits.train, splits.validation, splits.test):
+                check_vocabulary(part, num_embeddings)
+        probe: Probe = self._build("probe")
+        if probe.template is None and (score_task or self.task).template == "chat":
+            probe = replace(probe, template="chat")
         trainer = self.trainer([], Path())
         self.decider = Decider(
             model=self.model,
             tokenizer=self.tokenizer,
             splits=self.scored,
-            probe=self._build("probe"),
+            probe=probe,
             estimator=self._build("estimator"),
             allocator=self._build("allocator"),
             store=Store(Path(config.store)),

@@ -94,6 +94,30 @@ def output_text(output: str, template: Template) -> str:
     return _TEMPLATES.get(template, ("", ""))[1] + output
 
 
+def shown_text(example: AnyExample, template: Template, tokenizer: Any) -> str:
+    """Returns an example as a model reads it, for people to look at."""
+    if isinstance(example, Example | CompletionExample):
+        output = output_text(example.output, template) if isinstance(example, Example) else example.output
+        return prompt_text(example, template, tokenizer) + output
+    if isinstance(example, TextExample):
+        return example.text
+    return tokenizer.decode(encode([example], tokenizer, template=template, max_length=None, eos=False)[0].input_ids)
+
+
+def check_vocabulary(examples: Sequence[AnyExample], num_embeddings: int) -> None:
+    """Refuses token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: names the example.
+    """
+    for example in examples:
+        if isinstance(example, TokenExample) and max(example.input_ids) >= num_embeddings:
+            raise ValueError(
+                f"{example.id}: the token id {max(example.input_ids)} is beyond the vocabulary; the model has "
+                f"embeddings for the ids below {num_embeddings}, so give ids of the tokenizer that it was trained with"
+            )
+
+
 def chat_text(tokenizer: Any, messages: Sequence[Any], id: str) -> str:
     """Returns messages in the tokenizer's chat template, up to where the assistant begins to answer."""
     with _naming_the_template(tokenizer, id):

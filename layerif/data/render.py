@@ -70,7 +70,7 @@ class Example:
 class RenderedRow:
     """An example, and the place of its row, for messages."""
 
-    example: Example
+    example: Any
     where: str
 
 

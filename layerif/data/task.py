@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from random import Random
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from annotated_types import Ge
 
 from layerif.checks import Seed, check_fields
-from layerif.data.render import Example, RenderedRow, Renderer, Template, answer_parser
-from layerif.data.rows import AnyExample
-from layerif.data.source import JsonlFolder, Source
+from layerif.data.render import RenderedRow, Renderer, Template, answer_parser
+from layerif.data.rows import AnyExample, RowKind, example_of
+from layerif.data.source import Folder, Row, Source, column_of
 
 PARTS = ("train", "validation", "test")
 Limit = Annotated[int, Ge(1), "null takes all rows"]
@@ -49,25 +50,25 @@ class Splits:
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class Reader(Protocol):
+    """Turns rows into examples."""
+
+    def read(self, row: Row, default_id: str) -> RenderedRow | None:
+        """Reads a row; None where it is left out."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """The settings that turn rows into examples.
+class AnyTask(ABC):
+    """The settings that every task has: where its rows come from, and how they are split.
 
     Args:
         name: the name of the task in results.
-        path: a folder of `<split>.jsonl` files with the dataset's columns; null reads `source`.
+        path: a folder with a file per split (`train.jsonl`, `.parquet` or `.csv`) with the dataset's columns, or one
+            that `save_to_disk` wrote; null reads `source`.
         source: the source of the rows, for example a dataset of the hub.
-        columns: by name in the templates, the column of the dataset, with dots where it is nested; null leaves a name
-            out. Other columns keep their own name. Two names have a meaning: `id` names the example, and `options` (a
-            list of texts, or of {label, text}, or the hub's {label: [...], text: [...]}) becomes the list of texts,
-            with the dataset's labels, or A, B, C and so on, in `letters`.
-        instruction: the Jinja template of the instruction.
-        output: the Jinja template of the output, which uses `label`.
-        labels: a Jinja expression for the list of labels.
-        answer: a Jinja expression for the right option. A whole number is its index from 0, as in the hub's datasets,
-            and is refused where it is also the label of another option. A text is the option's label, or, where no
-            label is equal, the option's text.
-        keep: a Jinja expression that is true for the rows to keep; null keeps all.
+        columns: by name, the column of the dataset, with dots where it is nested; null leaves a name out. Other columns
+            keep their own name. The name `id` names the example.
         pattern: a regular expression whose first group is the answer in a generated text.
         splits: by part (train, validation, test), the split of the dataset. Null for validation holds a part of train
             out: a tenth of it, or `num_validation` rows; all copies of a question stay together. Two parts cannot
@@ -77,9 +78,7 @@ class Task:
         num_validation: the most validation rows.
         num_test: the most test rows.
         drop_overlap: drop train rows that ask what validation or test ask, and validation rows that ask what test
-            asks, instead of refusing them. Two rows ask the same if their instructions are equal but for case, blanks
-            and the order of `options`. Other wording, other wrong options in the instruction, and options outside the
-            name `options` are not found.
+            asks, instead of refusing them.
         seed: chooses the rows.
     """
 
@@ -87,14 +86,9 @@ class Task:
     path: str | None = None
     source: Source | None = None
     columns: Mapping[str, str | None]
-    instruction: str
-    output: str
-    labels: str
-    answer: str
-    keep: str | None = None
-    pattern: str
+    pattern: str | None
     splits: Mapping[str, str | None]
-    template: Template = "alpaca"
+    template: Template
     num_train: Limit | None = None
     num_validation: Limit | None = None
     num_test: Limit | None = None
@@ -104,8 +98,9 @@ class Task:
     def __post_init__(self) -> None:
         check_fields(self, "task")
         # A template or pattern that does not parse fails here, before any row is read.
-        Renderer(self)
-        answer_parser(self.pattern)
+        self.reader()
+        if self.pattern is not None:
+            answer_parser(self.pattern)
         if set(self.splits) != set(PARTS):
             raise ValueError(f"task.splits names {sorted(self.splits)}; it needs exactly train, validation and test")
         for part in ("train", "test"):
@@ -118,6 +113,10 @@ class Task:
                     "the same rows would be learned or scored from and evaluated on; name another split, "
                     "or set task.splits.validation=null to hold part of train out"
                 )
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """Makes what turns a row into an example."""
 
     def load(self) -> Splits:
         """Reads, renders and checks all three parts.
@@ -134,11 +133,8 @@ class Task:
         stats = [(str(file), file.stat()) for file in files]
         return _load_once(self, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
-    def __hash__(self) -> int:
-        return hash(repr(self))  # some fields are mappings, which have no hash
-
     def _source(self) -> Source:
-        source = JsonlFolder(path=self.path) if self.path is not None else self.source
+        source = Folder(path=self.path) if self.path is not None else self.source
         if source is None:
             raise ValueError(
                 f"task {self.name} has no rows to read; set task.path=/folder with the files "
@@ -164,13 +160,21 @@ class Task:
         )
 
     def _unread(self) -> tuple[str, ...]:
-        files = self._source().files() or [] if self.path is not None else []
-        return tuple(file.name for file in files if file.stem not in self.splits.values())
+        if self.path is None:
+            return ()
+        found = Folder(path=self.path).splits()
+        return tuple(
+            dict.fromkeys(
+                split if file.suffix == ".arrow" else file.name
+                for file, split in found.items()
+                if split not in self.splits.values()
+            )
+        )
 
     def _read(self, part: str) -> list[RenderedRow]:
         split = self.splits[part]
         assert split is not None
-        source, renderer, num_rows = self._source(), Renderer(self), 0
+        source, renderer, num_rows = self._source(), self.reader(), 0
         by_id: dict[str, RenderedRow] = {}
         for num_rows, row in enumerate(source.rows(split), start=1):
             read = renderer.read(row, default_id=f"{split}-{num_rows}")
@@ -183,10 +187,8 @@ class Task:
                     "give each row its own, or name another column in task.columns.id (null numbers the rows)"
                 )
         if not by_id:
-            raise ValueError(
-                f"task {self.name}: nothing is left of the {num_rows} rows of split {split!r} "
-                f"after task.keep={self.keep!r}; change the condition, or set task.keep=null"
-            )
+            nothing = f"task {self.name}: nothing is left of the {num_rows} rows of split {split!r}"
+            raise ValueError(f"{nothing}{self.left_out()}")
         return list(by_id.values())
 
     def _apart(
@@ -233,7 +235,11 @@ class Task:
             [row for row in train if row.example.question in chosen],
         )
 
-    def _choose(self, part: str, rows: list[RenderedRow]) -> tuple[Example, ...]:
+    def left_out(self) -> str:
+        """Words the setting that leaves rows out, for a message."""
+        return "; name another split in task.splits"
+
+    def _choose(self, part: str, rows: list[RenderedRow]) -> tuple[AnyExample, ...]:
         limit = getattr(self, f"num_{part}")
         if limit is None or limit >= len(rows):
             return tuple(row.example for row in rows)
@@ -243,6 +249,78 @@ class Task:
         return Random(f"{self.seed} {what}").sample(range(num), num)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task(AnyTask):
+    """The settings that turn rows into questions with options.
+
+    Two rows ask the same if their instructions are equal but for case, blanks and the order of `options`. Other
+    wording, other wrong options in the instruction, and options outside the name `options` are not found.
+
+    Args:
+        columns: by name in the templates, the column of the dataset. Two names have a meaning: `id` names the example,
+            and `options` (a list of texts, or of {label, text}, or the hub's {label: [...], text: [...]}) becomes the
+            list of texts, with the dataset's labels, or A, B, C and so on, in `letters`.
+        instruction: the Jinja template of the instruction.
+        output: the Jinja template of the output, which uses `label`.
+        labels: a Jinja expression for the list of labels.
+        answer: a Jinja expression for the right option. A whole number is its index from 0, as in the hub's datasets,
+            and is refused where it is also the label of another option. A text is the option's label, or, where no
+            label is equal, the option's text.
+        keep: a Jinja expression that is true for the rows to keep; null keeps all.
+    """
+
+    template: Template = "alpaca"
+    pattern: str
+    instruction: str
+    output: str
+    labels: str
+    answer: str
+    keep: str | None = None
+
+    def reader(self) -> Reader:
+        return Renderer(self)
+
+    def left_out(self) -> str:
+        return f" after task.keep={self.keep!r}; change the condition, or set task.keep=null"
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # some fields are mappings, which have no hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTask(AnyTask):
+    """The settings of a task whose rows have no options, see `layerif.data.rows`.
+
+    Args:
+        kind: the kind of its rows.
+        template: the text around a prompt; texts, conversations and token ids are not changed by it.
+        columns: by the column that the kind of row needs, the column of the dataset.
+    """
+
+    kind: RowKind
+    template: Template = "plain"
+    pattern: str | None = None
+
+    def reader(self) -> Reader:
+        return self
+
+    def read(self, row: Row, default_id: str) -> RenderedRow:
+        """Turns a row into an example.
+
+        Raises:
+            ValueError: a column is missing, or holds something else than it should; names the row.
+        """
+        fields = dict(row.fields)
+        for name, column in self.columns.items():
+            if column is not None:
+                fields[name] = column_of(row, column, f"task.columns.{name}")
+        id = str(fields["id"]) if self.columns.get("id") else default_id
+        return RenderedRow(example_of(fields, id=id, where=row.where, kind=self.kind), row.where)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
 @lru_cache(maxsize=4)
-def _load_once(task: Task, files: tuple[tuple[str, int, int], ...]) -> Splits:
+def _load_once(task: AnyTask, files: tuple[tuple[str, int, int], ...]) -> Splits:
     return task._load()

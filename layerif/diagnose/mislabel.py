@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from layerif.data.render import Example
+from layerif.data.rows import AnyExample, CompletionExample
 from layerif.stats import INTERVAL_RESAMPLES, known_mean
 
 
@@ -31,8 +32,10 @@ class Detection:
     auc: float
 
 
-def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[Example], np.ndarray]:
-    """Gives round(share·N) of the examples, but at least one, the answer of another of their options.
+def flip(examples: Sequence[AnyExample], share: float, *, seed: int) -> tuple[list[AnyExample], np.ndarray]:
+    """Gives round(share·N) of the examples, but at least one, a wrong answer.
+
+    It is another of their options, or the completion of another row.
 
     Returns:
         The examples, and an array (N) that is True for those with a wrong answer.
@@ -51,14 +54,24 @@ def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[
     is_flipped_N[chosen.sample(range(len(examples)), count)] = True
     flipped = []
     for example, is_flipped in zip(examples, is_flipped_N, strict=True):
-        others = [index for index in range(len(example.options)) if index != example.answer]
-        if not others:
+        wrong = _wrong(example, examples)
+        if not wrong:
             raise ValueError(
-                f"example {example.id} has no other option to flip its answer to; method=diagnose needs a task with "
-                "at least two options a row"
+                f"example {example.id} has no other answer that could be made its own; method=diagnose needs a task "
+                "with at least two options a row, or with prompts and completions that differ"
             )
-        flipped.append(replace(example, answer=chosen.choice(others)) if is_flipped else example)
+        flipped.append(chosen.choice(wrong) if is_flipped else example)
     return flipped, is_flipped_N
+
+
+def _wrong(example: AnyExample, examples: Sequence[AnyExample]) -> list[AnyExample]:
+    """Gives the example with each of its wrong answers; nothing where the kind of row has no answer."""
+    if isinstance(example, Example):
+        return [replace(example, answer=index) for index in range(len(example.options)) if index != example.answer]
+    if isinstance(example, CompletionExample):
+        others = dict.fromkeys(each.completion for each in examples if isinstance(each, CompletionExample))
+        return [replace(example, completion=each) for each in others if each != example.completion]
+    return []
 
 
 def harm(influence_MN: np.ndarray) -> np.ndarray:

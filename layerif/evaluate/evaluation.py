@@ -10,14 +10,14 @@ from annotated_types import Ge
 from torch import nn
 
 from layerif.checks import Count, check_choice, check_fields
-from layerif.data.render import Example
+from layerif.data.rows import AnyExample
 from layerif.evaluate import generation, harness, loss, options, perplexity
 from layerif.evaluate.questions import Answer, Measured, QuestionSet, has_options, require_some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from layerif.data.task import Task
+    from layerif.data.task import AnyTask
 
 
 class Metric(Protocol):
@@ -74,7 +74,7 @@ class Evaluation:
         for metric in self.metrics or ():
             check_choice("evaluation.metrics", metric, METRICS)
 
-    def metrics_on(self, examples: Sequence[Example]) -> tuple[str, ...]:
+    def metrics_on(self, examples: Sequence[AnyExample]) -> tuple[str, ...]:
         """The metrics that are measured on these examples, in the order of METRICS."""
         by_default = ("options", "loss") if has_options(examples) else ("loss",)
         wanted = by_default if self.metrics is None else self.metrics
@@ -83,11 +83,11 @@ class Evaluation:
     def check(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        examples: Sequence[Example],
-        task: Task,
+        examples: Sequence[AnyExample],
+        task: AnyTask,
         max_positions: int | None,
         *,
-        score_task: Task | None = None,
+        score_task: AnyTask | None = None,
     ) -> None:
         """Refuses what `run` would refuse on any model of this tokenizer; no model is needed for that.
 
@@ -108,7 +108,7 @@ class Evaluation:
             METRICS[metric].check(self, questions, max_positions)
 
     def run(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[AnyExample], task: AnyTask
     ) -> EvaluationResult:
         """Measures every metric of `model` on `examples` of `task`."""
         questions = QuestionSet(examples, task, tokenizer)

@@ -12,6 +12,7 @@ from torch import nn
 
 from layerif.data.batches import collate, padding_id
 from layerif.data.render import Example, Template, answer_parser
+from layerif.data.rows import AnyExample, CompletionExample
 from layerif.evaluate.questions import Measured, QuestionSet, prompts_of
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
 def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
     """Refuses prompts that leave no room for an answer, and a tokenizer without padding."""
     template, max_new_tokens = questions.task.template, settings.max_new_tokens
+    if questions.task.pattern is None:
+        raise ValueError(
+            "task.pattern=null finds no answer in a generated text; give a regular expression whose first group is the "
+            "answer, or use evaluation.metrics=[loss]"
+        )
     prompts_of(questions.examples, questions.tokenizer, template, max_new_tokens, max_positions)
     padding_id(questions.tokenizer)
+    parser = answer_parser(questions.task.pattern)
+    for example in questions.examples:
+        right_answer(example, parser)
 
 
 def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
@@ -93,6 +102,23 @@ class GenerationAccuracy:
         }
 
 
+def right_answer(example: AnyExample, parser: re.Pattern[str]) -> str:
+    """Gives the label of the right option, or the answer that the pattern finds in a completion.
+
+    Raises:
+        ValueError: the pattern finds none.
+    """
+    if isinstance(example, Example):
+        return example.labels[example.answer]
+    found = parse_answer(example.completion, parser) if isinstance(example, CompletionExample) else None
+    if found is None:
+        raise ValueError(
+            f"row {example.id}: task.pattern={parser.pattern!r} finds no answer in what should be said; change the "
+            "pattern, or use evaluation.metrics=[loss]"
+        )
+    return found
+
+
 def parse_answer(text: str, parser: re.Pattern[str]) -> str | None:
     """Returns the first group of the first match without outer blanks, or None without a match."""
     found = parser.search(text)
@@ -102,7 +128,7 @@ def parse_answer(text: str, parser: re.Pattern[str]) -> str | None:
 def generation_accuracy(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     template: Template,
     pattern: str,
@@ -149,7 +175,7 @@ def generation_accuracy(
                 texts[index] = text
     return GenerationAccuracy(
         tuple(
-            GeneratedAnswer(example.id, example.labels[example.answer], text, parse_answer(text, parser))
+            GeneratedAnswer(example.id, right_answer(example, parser), text, parse_answer(text, parser))
             for example, text in zip(examples, texts, strict=True)
         )
     )

@@ -89,7 +89,7 @@ def lm_eval(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     )
     with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
-        _write_task(Path(folder), local, examples, template)
+        _write_task(Path(folder), local, examples, template, tokenizer)
         manager = task_manager(include_path=folder, include_defaults=bool(others))
         _refuse_unknown(others, manager.all_tasks)
         try:
@@ -224,13 +224,13 @@ def _whole(splits: str) -> set[str]:
     return {split.partition("[")[0].strip() for split in splits.split("+")}
 
 
-def _write_task(folder: Path, name: str, examples: Sequence[Example], template: Template) -> None:
+def _write_task(folder: Path, name: str, examples: Sequence[Example], template: Template, tokenizer: Any) -> None:
     """Writes a YAML task and its JSONL rows, as lm-eval reads them."""
     rows = folder / f"{name}.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
         for example in examples:
             row = {
-                "prompt": prompt_text(example, template),
+                "prompt": prompt_text(example, template, tokenizer),
                 "choices": [output_text(option, template) for option in example.options],
                 "answer": example.answer,
             }

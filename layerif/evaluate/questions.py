@@ -10,12 +10,12 @@ from torch import nn
 
 from layerif.data.batches import Encoded, num_shared, output_text, prompt_text, token_ids
 from layerif.data.render import Example, Template
-from layerif.data.rows import AnyExample
+from layerif.data.rows import AnyExample, CompletionExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from layerif.data.task import Task
+    from layerif.data.task import AnyTask
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class QuestionSet:
         shared: by model, a measurement that several metrics take their values from.
     """
 
-    examples: Sequence[Example]
-    task: Task
+    examples: Sequence[AnyExample]
+    task: AnyTask
     tokenizer: PreTrainedTokenizerBase
-    score_task: Task | None = None
+    score_task: AnyTask | None = None
     shared: dict[nn.Module, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -77,7 +77,7 @@ class Question:
 
 
 def questions_of(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
+    examples: Sequence[AnyExample], tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
 ) -> list[Question]:
     """Turns each example into token ids.
 
@@ -96,7 +96,7 @@ def questions_of(
 
 
 def prompts_of(
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     max_new_tokens: int,
@@ -109,7 +109,14 @@ def prompts_of(
     """
     require_some(examples)
     at_most = None if max_positions is None else max(0, max_positions - max_new_tokens)
-    prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples], at_most)
+    for example in examples:
+        if not isinstance(example, Example | CompletionExample):
+            raise ValueError(
+                f"row {example.id} holds no prompt to answer; generation needs options, or prompt and completion; use "
+                "evaluation.metrics=[loss]"
+            )
+    texts = [prompt_text(example, template, tokenizer) for example in examples]
+    prompts = token_ids(tokenizer, texts, at_most, special=template != "chat")
     for example, prompt in zip(examples, prompts, strict=True):
         check_length(len(prompt) + max_new_tokens, max_positions, example)
     return [Encoded(ids, len(ids)) for ids in prompts]
@@ -120,23 +127,25 @@ def has_options(examples: Sequence[AnyExample]) -> bool:
     return any(isinstance(example, Example) and len(example.options) > 1 for example in examples)
 
 
-def require_some(examples: Sequence[Example]) -> None:
+def require_some(examples: Sequence[AnyExample]) -> None:
     """Refuses an empty list of examples with a ValueError."""
     if not examples:
         raise ValueError("there is no question to evaluate; give at least one example")
 
 
 def _question(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
+    example: AnyExample, tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
 ) -> Question:
+    if not isinstance(example, Example):
+        raise ValueError(f"row {example.id} has no options to choose from; use evaluation.metrics=[loss]")
     if len(example.options) < 2:
         raise ValueError(
             f"question {example.id} has one option, {example.output!r:.80}, so any model would be right; give each row "
             "two or more in task.labels, or use evaluation.metrics=[loss], [generation] or [perplexity]"
         )
-    prompt = prompt_text(example, template)
+    prompt = prompt_text(example, template, tokenizer)
     texts = [prompt, *(prompt + output_text(option, template) for option in example.options)]
-    alone, *whole = token_ids(tokenizer, texts, max_positions)
+    alone, *whole = token_ids(tokenizer, texts, max_positions, special=template != "chat")
     check_length(max(map(len, whole)), max_positions, example)
     # A token may reach over the end of the prompt; it then belongs to the options, for all of them alike.
     num_common = min(num_shared(alone, ids) for ids in whole)
@@ -151,7 +160,7 @@ def _question(
     return Question(alone[:num_common], options)
 
 
-def check_length(num_tokens: int, max_positions: int | None, example: Example) -> None:
+def check_length(num_tokens: int, max_positions: int | None, example: AnyExample) -> None:
     """Refuses a question that is longer, with its answer, than the model reads."""
     if max_positions is not None and num_tokens > max_positions:
         many = num_tokens if num_tokens > max_positions + 1 else f"more than {max_positions}"  # a long text is cut

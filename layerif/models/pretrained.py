@@ -76,6 +76,10 @@ class Pretrained(ABC):
         """Returns all blocks with all their linear layers, without loading weights."""
         return _remembered(_layers_and_vocabulary, self)[0]
 
+    def num_embeddings(self) -> int:
+        """Returns the number of token ids that the model has an embedding for."""
+        return _remembered(_layers_and_vocabulary, self)[1]
+
     def check(self) -> None:
         """Checks configuration, tokenizer and adapter against one another, without loading weights.
 
@@ -83,8 +87,7 @@ class Pretrained(ABC):
             ValueError: the model cannot be built or is quantised, its vocabulary lacks ids of the tokenizer, or the
                 adapter is of another model.
         """
-        _, num_embeddings = _remembered(_layers_and_vocabulary, self)
-        _check_vocabulary(self.location()[0], self.tokenizer(), num_embeddings)
+        _check_vocabulary(self.location()[0], self.tokenizer(), self.num_embeddings())
         if self.adapter:
             refuse_other_adapter(self, Path(self.adapter))
 

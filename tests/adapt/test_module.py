@@ -26,7 +26,7 @@ from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.data.batches import collate
-from layerif.data.source import JsonlFolder
+from layerif.data.source import Folder
 from layerif.data.task import Splits, Task
 from layerif.decide import Decider
 from layerif.estimators.datainf import DataInf
@@ -64,7 +64,7 @@ def model_config(model_folder):
 def splits(task_folder) -> Splits:
     task = Task(
         name="tiny",
-        source=JsonlFolder(path=str(task_folder)),
+        source=Folder(path=str(task_folder)),
         columns={},
         instruction="{{ question }}",
         output="Answer: {{ label }}.",

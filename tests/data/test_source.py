@@ -3,13 +3,13 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 
-from layerif.data.source import HubDataset, JsonlFolder
+from layerif.data.source import Folder, HubDataset
 from layerif.data.text import documentation_text
 
 
 def write(folder, text, name="train.jsonl"):
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return JsonlFolder(path=str(folder))
+    return Folder(path=str(folder))
 
 
 def test_jsonl_gives_every_row_with_its_line(tmp_path):
@@ -38,13 +38,13 @@ def test_a_missing_split_file_names_the_files_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"validation.jsonl does not exist; the folder holds dev.jsonl.*task.splits"):
         list(source.rows("validation"))
     with pytest.raises(ValueError, match="is not a folder"):
-        list(JsonlFolder(path=str(tmp_path / "none")).rows("train"))
+        list(Folder(path=str(tmp_path / "none")).rows("train"))
     with pytest.raises(ValueError, match=r"task\.path is empty; give the folder"):
-        list(JsonlFolder(path="").rows("train"))
+        list(Folder(path="").rows("train"))
 
 
 def test_hub_rows_are_the_datasets_rows_in_order(monkeypatch):
-    def load_dataset(name, config, *, split):
+    def load_dataset(name, config, *, split, streaming):
         assert (name, config, split) == ("org/data", "main", "test")
         return datasets.Dataset.from_dict(
             {"id": list(range(2500)), "choices": [{"text": ["x"], "label": ["A"]}] * 2500}
