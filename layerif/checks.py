@@ -80,6 +80,16 @@ def shown(value: object, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Lists the first `most` names, and counts the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def how_many(number: int, what: str) -> str:
+    """Counts things in words: `1 run`, `2 runs`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def is_number(value: object) -> bool:
     """Tells a number from anything else, `True` and `False` included."""
     return isinstance(value, int | float) and not isinstance(value, bool)

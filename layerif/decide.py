@@ -54,16 +54,10 @@ class Decision:
 
     def record(self) -> DecisionRecord:
         """Turns the decision into the form that `record.json` holds."""
-        allocation, scores = self.allocation, self.scores
+        scores = self.scores
         return DecisionRecord(
             source=self.source,
-            allocation=AllocationRecord(
-                kind=allocation.kind,
-                units=list(allocation.units),
-                values=list(allocation.values),
-                budget=allocation.budget,
-                sizes=None if allocation.sizes is None else list(allocation.sizes),
-            ),
+            allocation=AllocationRecord(**self.allocation.to_dict()),
             scores=scores
             and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
             reliability=self.reliability,

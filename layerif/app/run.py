@@ -25,7 +25,6 @@ from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
 from layerif.data.batches import output_text, prompt_text
 from layerif.files import held
-from layerif.models.blocks import layer_map
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
 from layerif.record.record import FAILURE, FILE, RunRecord
@@ -110,9 +109,7 @@ def preview(setup: Setup, folder: Path) -> None:
     config, splits, template = setup.config, setup.splits, setup.task.template
     probe, everything = setup.decider.probe, setup.decider.layers()
     skeleton = setup.model.skeleton(with_adapter=probe.parameters == "lora")
-    layers = layer_map(
-        skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
-    )
+    layers = setup.decider.measured_layers(skeleton)
     train, validation = setup.decider.samples()
     allocation = setup.decider.preview()
     example = splits.train[0]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -28,7 +26,7 @@ from layerif.diagnose.stability import (
     rank_intervals,
     stepped_up,
 )
-from layerif.estimators._base import DampedEstimator, GramEstimator
+from layerif.estimators._base import DampedEstimator, GramEstimator, quiet
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.stats import known_mean, percentile
@@ -202,11 +200,3 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
 
 def _array(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the warnings of estimators, which were given with the scores and which the report gives as figures."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield

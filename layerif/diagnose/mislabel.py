@@ -51,13 +51,12 @@ def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[
     is_flipped_N[chosen.sample(range(len(examples)), count)] = True
     flipped = []
     for example, is_flipped in zip(examples, is_flipped_N, strict=True):
-        others = [index for index in range(len(example.options)) if index != example.answer]
-        if not others:
+        if not example.wrong:
             raise ValueError(
                 f"example {example.id} has no other option to flip its answer to; method=diagnose needs a task with "
                 "at least two options a row"
             )
-        flipped.append(replace(example, answer=chosen.choice(others)) if is_flipped else example)
+        flipped.append(replace(example, answer=chosen.choice(example.wrong)) if is_flipped else example)
     return flipped, is_flipped_N
 
 

@@ -16,13 +16,13 @@ from torch import nn
 
 from layerif.decide import Decider
 from layerif.diagnose import evidence
-from layerif.diagnose.agreement import name_of, panel
+from layerif.diagnose.agreement import panel
 from layerif.diagnose.conclusions import conclusions
 from layerif.diagnose.gradients import gradient_health
 from layerif.diagnose.leave_out import left_out_sets
 from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import Retrainings
-from layerif.estimators._base import GramEstimator
+from layerif.estimators._base import GramEstimator, name_of
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
 from layerif.evidence import LayerGrams
-from layerif.files import hash_files, whole
+from layerif.files import hash_files, whole, write_text
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 
@@ -121,15 +121,9 @@ class Retrainings:
         return sorted(self._adapter(seed).glob("*.*")) if number is None else []
 
 
-def write(file: Path, text: str) -> None:
-    """Writes the file as a whole or not at all."""
-    with whole(file) as unfinished:
-        unfinished.write_text(text)
-
-
 def _keep(losses: Sequence[float], file: Path, of: Sequence[Path] = ()) -> None:
     """Writes losses with a checksum of them and of the adapter's files that they belong to."""
-    write(file, json.dumps({"losses": losses, "checksum": _checksum(losses, of)}))
+    write_text(file, json.dumps({"losses": losses, "checksum": _checksum(losses, of)}))
 
 
 def _read(file: Path, of: Sequence[Path] = ()) -> list[float] | None:

@@ -5,9 +5,7 @@ Letters in shape suffixes: B bootstrap draws, L layers.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -16,7 +14,7 @@ import torch
 from scipy.stats import kendalltau, rankdata, t
 from tqdm import tqdm
 
-from layerif.estimators._base import DampedEstimator, GramEstimator
+from layerif.estimators._base import DampedEstimator, GramEstimator, quiet
 from layerif.evidence import LayerGrams
 from layerif.stats import LEVEL, UNDETERMINED, Estimate, known_mean, percentile, spearman
 
@@ -46,7 +44,7 @@ def bootstrap_scores(estimator: GramEstimator, grams: LayerGrams, *, resamples: 
     generator = torch.Generator().manual_seed(seed)
     num_val, num_train = next(iter(grams.grams.values())).val_train.shape
     scores = []
-    with _quiet():
+    with quiet():
         for _ in tqdm(range(resamples), desc="bootstrap of the layers' ranks", disable=None, leave=False):
             train = torch.randint(num_train, (num_train,), generator=generator)
             validation = torch.randint(num_val, (num_val,), generator=generator)
@@ -78,7 +76,7 @@ def halves(estimator: GramEstimator, grams: LayerGrams, *, draws: int, seed: int
     splits = [[torch.randperm(num, generator=generator) for num in (num_train, num_val)] for _ in range(draws)]
     num_groups = min(_GROUPS, max(num_train, num_val))  # with few samples, each is a group of its own
     groups = [torch.randperm(num, generator=generator) % num_groups for num in (num_train, num_val)]
-    with _quiet():
+    with quiet():
         found = np.array([_half_agreement(estimator, grams, split) for split in splits])
         without = []
         for group in tqdm(range(num_groups), desc="jackknife of the halves", disable=None, leave=False):
@@ -130,7 +128,7 @@ def damping_profiles(
     if not isinstance(estimator, DampedEstimator):
         return {}
     dampings = [estimator.damping * factor for factor in factors]
-    with _quiet():
+    with quiet():
         return {f"damping {damping:g}": replace(estimator, damping=damping).score(grams).values for damping in dampings}
 
 
@@ -146,11 +144,3 @@ def profile_correlations(profiles: Mapping[str, Sequence[float]]) -> list[Correl
 
 def _kendall(one: Sequence[float], other: Sequence[float]) -> float:
     return float(kendalltau(one, other)[0])  # type: ignore[arg-type]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the estimators' warnings, which were given for the whole sample, in the draws."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from layerif.estimators import Estimator
-from layerif.estimators._base import GramEstimator
+from layerif.estimators._base import GramEstimator, quiet
 from layerif.estimators.lissa import Diverges
 from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
 from layerif.stats import spearman
@@ -23,8 +23,7 @@ def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | Layer
         a fixed step diverges on a half.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # zero gradients were named when the whole was scored
+        with quiet():
             first, second = (estimator.score(half).values for half in grams.halves)
     except Diverges as error:
         warnings.warn(f"no reliability: on a half of the samples {error}", RuntimeWarning, stacklevel=2)
@@ -41,8 +40,7 @@ def fidelity_of(estimator: Estimator, grams: LayerGrams, reference: LayerGrams) 
         fixed step diverges on these Grams.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # they would concern fewer samples than the scores do
+        with quiet():
             found = {"scores": known_spearman(estimator.score(grams).values, estimator.score(reference).values)}
             if isinstance(estimator, GramEstimator):
                 solvable = [estimator.solvable(each) for each in (grams, reference)]

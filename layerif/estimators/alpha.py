@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerif.checks import check_choice, check_fields
+from layerif.estimators._base import scored
 from layerif.evidence import LayerSpectra
 from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
@@ -102,8 +103,7 @@ class Alpha:
         for params in evidence.layers.params:
             exponents = [self._exponent(param, evidence.eigenvalues[param]) for param in params]
             values.append(sum(exponents) / len(exponents))
-        source = f"alpha(fit={self.fit})"
-        return LayerScores(evidence.layers.names, tuple(values), "undertrained", source, evidence.fingerprint)
+        return scored(self, evidence, values, "undertrained")
 
     def _exponent(self, param: str, eigenvalues: Tensor) -> float:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerif.estimators._base import scored
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -21,5 +22,5 @@ class BlockInfluence:
     needs: ClassVar[Request] = Activations()
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
-        values = tuple(max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist())  # rounding may exceed 1
-        return LayerScores(evidence.layers.names, values, "important", "block_influence", evidence.fingerprint)
+        values = (max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist())  # rounding may exceed 1
+        return scored(self, evidence, values, "important")

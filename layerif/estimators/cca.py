@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerif.checks import Count, check_fields, did_you_mean
+from layerif.estimators._base import scored
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -85,9 +86,8 @@ class Cca:
                 "probe.num_train, or use estimator.classes=truth, which has two classes of equal size"
             )
         reference = _one_hot(labels) if self.reference == "labels" else features_LRH[layers.index(self.reference)]
-        values = tuple(pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
-        source = f"cca(reference={self.reference}, classes={self.classes}, components={components})"
-        return LayerScores(layers, values, "important", source, evidence.fingerprint)
+        values = (pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
+        return scored(self, evidence, values, "important", components=components)
 
 
 def _principal(view: Tensor, components: int) -> Tensor:

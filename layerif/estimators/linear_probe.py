@@ -11,6 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from layerif.checks import check_fields
+from layerif.estimators._base import scored
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -74,6 +75,5 @@ class LinearProbe:
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         features_LRH, labels, samples = evidence.labelled(self.classes)
-        values = tuple(probe_accuracy(rows_RH, labels, samples, folds=self.folds) for rows_RH in features_LRH)
-        source = f"linear_probe(classes={self.classes}, folds={self.folds})"
-        return LayerScores(evidence.layers.names, values, "important", source, evidence.fingerprint)
+        values = (probe_accuracy(rows_RH, labels, samples, folds=self.folds) for rows_RH in features_LRH)
+        return scored(self, evidence, values, "important")

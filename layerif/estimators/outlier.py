@@ -12,6 +12,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from layerif.checks import check_fields
+from layerif.estimators._base import scored
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -50,9 +51,8 @@ class Outlier:
         check_fields(self, "estimator")
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
-        values = tuple(
+        values = (
             outlier_ratio([partial(evidence.metric, param) for param in params], multiple=self.multiple)
             for params in evidence.layers.params
         )
-        source = f"outlier(multiple={self.multiple:g})"
-        return LayerScores(evidence.layers.names, values, "important", source, evidence.fingerprint)
+        return scored(self, evidence, values, "important", multiple=f"{self.multiple:g}")

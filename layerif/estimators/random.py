@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerif.estimators._base import described
 from layerif.layers import LayerMap
 from layerif.probe.nothing import Nothing
 from layerif.probe.request import Request
@@ -22,4 +23,4 @@ class Random:
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
         values = tuple(random.Random(f"{self.seed} {layer}").random() for layer in evidence.names)
-        return LayerScores(evidence.names, values, "undertrained", f"random(seed={self.seed})", "none")
+        return LayerScores(evidence.names, values, "undertrained", described(self), "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerif.estimators._base import described
 from layerif.layers import LayerMap
 from layerif.probe.nothing import Nothing
 from layerif.probe.request import Request
@@ -18,4 +19,4 @@ class Uniform:
     needs: ClassVar[Request] = Nothing()
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
-        return LayerScores(evidence.names, (1.0,) * len(evidence.names), "undertrained", "uniform", "none")
+        return LayerScores(evidence.names, (1.0,) * len(evidence.names), "undertrained", described(self), "none")

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from layerif.data.batches import IGNORED
 
 
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Counts the positions of real tokens alone, so that the side of the padding moves no position (batch × tokens).
+
+    From left-padded ids alone some models would count the padding.
+    """
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Computes each sample's mean next-token cross-entropy over its own labelled tokens.
 
@@ -38,8 +46,7 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             f"sample {int((num_counted == 0).nonzero()[0])} of the batch has no token to predict: "
             "every sample needs at least two tokens, one of them labelled; raise max_length or drop the row"
         )
-    # Positions count real tokens only, so that the side of the padding moves neither rotary nor learned positions.
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
     if logits.dtype != torch.float64:  # half precision is too coarse for a loss; double stays for exact references
         logits = logits.float()

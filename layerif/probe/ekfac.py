@@ -25,10 +25,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from layerif.checks import listed
 from layerif.compat import reset_kronfluence
 from layerif.data.batches import Encodings, collate
 from layerif.evidence import LayerInfluences
@@ -36,6 +36,7 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
+from layerif.models.memory import free_bytes
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind, layers_in
@@ -156,7 +157,7 @@ def measure_ekfac(
         lambda_dtype=precise,
         **of_samples,
     )
-    memory = _free_memory(weight.device) / 2 if memory_gb is None else memory_gb * 1e9
+    memory = free_bytes(weight.device) / 2 if memory_gb is None else memory_gb * 1e9
     scores = ScoreArguments(
         damping_factor=None if relative else damping,
         compute_per_module_scores=True,
@@ -259,9 +260,8 @@ def _quiet() -> Iterator[None]:
 
 def _warn_of_zero_gradients(zero: Sequence[str], num_matrices: int) -> None:
     if zero:
-        listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
-            f"all train gradients are zero, so the influence counts as zero, in {listed} ({len(zero)} of "
+            f"all train gradients are zero, so the influence counts as zero, in {listed(zero, 4)} ({len(zero)} of "
             f"{num_matrices} matrices); for LoRA's A this is so while B is zero",
             RuntimeWarning,
             stacklevel=3,
@@ -275,7 +275,3 @@ def _check_finite(influences: Mapping[str, Tensor]) -> None:
                 f"the EK-FAC influence of {name} is not finite, so its gradients overflowed or are NaN; "
                 "load the model in float32 (model.dtype=float32)"
             )
-
-
-def _free_memory(device: torch.device) -> float:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

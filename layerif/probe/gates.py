@@ -16,7 +16,7 @@ from tqdm import tqdm
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.evidence import LayerGates
 from layerif.layers import LayerMap
-from layerif.models.blocks import blocks
+from layerif.models.blocks import blocks, device_of
 from layerif.models.contexts import frozen
 from layerif.models.hooks import hooked
 from layerif.models.loss import per_sample_loss
@@ -107,7 +107,7 @@ def learn_gates(
         ValueError: for an adapter that changes no layer of the blocks or changes nothing, and for a loss that is not
             finite.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     scores_L = torch.full((len(layers.names),), start, device=device, requires_grad=True)
     # Plain descent: where every block's change helps, Adam would open all gates at one pace and tell none apart.
     optimizer = torch.optim.SGD([scores_L], lr=learning_rate)

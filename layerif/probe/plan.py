@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from layerif.data.batches import batches, padding_id
+from layerif.data.batches import batches
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.measure import budget, wanted_tile_bytes, workload
@@ -59,12 +59,8 @@ def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
     """Gives the workload, and every strategy with its expected cost; one is chosen, as a probe would."""
     probe, device = measurements.probe, torch.device(measurements.device)
     skeleton = measurements.model.skeleton(with_adapter=probe.parameters == "lora")
-    layers = layer_map(
-        skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
-    )
-    train, validation = (
-        list(batches(part, probe.batch_size, padding_id(measurements.tokenizer))) for part in measurements.samples()
-    )
+    layers = measurements.measured_layers(skeleton)
+    train, validation = (list(batches(part, probe.batch_size, measurements.pad_id)) for part in measurements.samples())
     trial = Trial(measurements, train[0][1])
     projection = Projection(probe.projection, probe.projection_seed) if probe.projection else None
     reads_with, num_processes = trial.reads_with(layers), measurements.num_processes

@@ -11,10 +11,10 @@ Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inpu
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerif.compat import map_tensors
-from layerif.files import Damaged, full_disk_explained, load_tensors, save_tensors, whole
-from layerif.models.blocks import bare, blocks, linears
+from layerif.files import full_disk_explained, is_intact, save_tensors, whole
+from layerif.models.blocks import bare, blocks, device_of, linears
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
 from layerif.pruning import Pruner
@@ -66,7 +66,8 @@ class Walk:
     def __post_init__(self) -> None:
         self.blocks = blocks(self.model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.num_finished = next((i for i in range(len(self.blocks)) if not self._is_finished(i)), len(self.blocks))
+        finished = (is_intact(self._file(index), "its block is pruned again") for index in range(len(self.blocks)))
+        self.num_finished = sum(takewhile(bool, finished))
         self.num_replayed = self.num_finished
         self._hidden: HiddenStates | None = None
         self._calls: dict[str, list[Call]] = {}
@@ -82,7 +83,7 @@ class Walk:
         begun = time.perf_counter()
         name = list(self.blocks)[index]
         block = self.blocks[name]
-        home = next(block.parameters()).device
+        home = device_of(block)
         is_needed = self.pruner.needs_inputs and self.num_replayed < len(self.blocks)
         with torch.no_grad(), evaluating(self.model), full_precision():
             if is_needed and self._hidden is None:
@@ -107,17 +108,6 @@ class Walk:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
-
-    def _is_finished(self, index: int) -> bool:
-        file = self._file(index)
-        if not file.exists():
-            return False
-        try:
-            load_tensors(file)
-        except Damaged as error:
-            warnings.warn(f"{file} is damaged and its block is pruned again: {error}", stacklevel=3)
-            return False
-        return True
 
     def _capture(self) -> None:
         hidden, self._calls = capture_inputs(self.model, self.batches)
@@ -215,7 +205,7 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
     hidden: list[Tensor] = []
     calls: dict[str, list[Call]] = {name: [] for name in found}
     kept: list[Tensor] = []
-    device = next(model.parameters()).device
+    device = device_of(model)
     current: list[Tensor] = []
 
     def stand_in(name: str):

@@ -68,9 +68,19 @@ class Run:
         return ", ".join(f"{key}={value}" for key, value in self.seeds.items())
 
     @property
+    def column(self) -> str:
+        """The model and the task: the column of a table."""
+        return column_of_model(self.model, self.task)
+
+    @property
     def is_trained(self) -> bool:
         """Tells fine-tuned and pruned models from untouched ones."""
         return not self.prefix and has_method(self.job)
+
+
+def column_of_model(model: str, task: str) -> str:
+    """The column of a task, with its model where there are several."""
+    return f"{model} {task}".strip()
 
 
 def comparable(first: Run, second: Run) -> bool:

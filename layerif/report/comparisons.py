@@ -48,7 +48,7 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
             pairs = [pair for pair in pairs if _asked(*_rows([pair], answers)).any()]
         if not pairs:
             shared = "question" if by_question else "seed"
-            remarks.append(f"{_place(first[0])}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
+            remarks.append(f"{first[0].column}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
             continue
         paired.append((by_question, pairs))
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
@@ -129,10 +129,6 @@ def _row(pairs: Sequence[tuple[Run, Run]], found: Difference) -> dict[str, objec
     place = ({"model": first.model} if first.model else {}) | {"task": first.task}
     row = {"from": first.arm, "to": second.arm, "seeds": len(pairs), "difference": found.value, "low": found.low}
     return {**place, **row, "high": found.high, "p": found.p, "found": found}
-
-
-def _place(run: Run) -> str:
-    return f"{run.model} {run.task}".strip()
 
 
 def verdict(low: float, high: float, p: float) -> str:

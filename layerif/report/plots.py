@@ -112,7 +112,7 @@ def plot_routing(runs: Sequence[Run]) -> Plot | None:
             decision = run.job.decision
             blocks = decision.allocation.units if decision else list(run.job.routing)
             shares = [_evenness(run.job.routing.get(block)) for block in blocks]
-            values[f"{run.model} {run.task} {run.arm} seed {run.seed}".strip()] = np.array(shares)
+            values[_in_full(run)] = np.array(shares)
     if not any(np.isfinite(shares).any() for shares in values.values()):
         return None
     alt = "; ".join(
@@ -122,7 +122,7 @@ def plot_routing(runs: Sequence[Run]) -> Plot | None:
 
 
 def _in_full(run: Run) -> str:
-    return f"{run.model} {run.task} {run.arm} seed {run.seed}".strip()
+    return f"{run.column} {run.arm} seed {run.seed}"
 
 
 def _evenness(block: Mapping | None) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from layerif.checks import how_many
 from layerif.record.frames import headline, is_logarithmic
 from layerif.record.names import called
 from layerif.record.plots import Plot
@@ -63,16 +64,16 @@ def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) 
     models = sorted({_model(job) for job in jobs.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     of = f"{', '.join(models)} on {', '.join(tasks)}"
-    lines = [f"{_count(jobs.records, 'finished run')} of {of}, {_seeds(runs)}{_small(jobs.jobs)}."]
+    lines = [f"{how_many(len(jobs.records), 'finished run')} of {of}, {_seeds(runs)}{_small(jobs.jobs)}."]
     if jobs.failures:
-        lines.append(f"{_count(jobs.failures, 'run')} failed; the errors are below.")
+        lines.append(f"{how_many(len(jobs.failures), 'run')} failed; the errors are below.")
     if jobs.failed_again:
-        again = _count(jobs.failed_again, "run")
+        again = how_many(len(jobs.failed_again), "run")
         lines.append(f"{again} failed when run again; the numbers are from the run before, and the errors are below.")
     if jobs.unfinished:
-        lines.append(f"{_count(jobs.unfinished, 'run')} started and did not end: killed, or still at work.")
+        lines.append(f"{how_many(len(jobs.unfinished), 'run')} started and did not end: killed, or still at work.")
     if holes := tables.grid(runs, expected):
-        lines.append(f"{_count(holes, 'run')} of the grid of arms, tasks and seeds never ran.")
+        lines.append(f"{how_many(len(holes), 'run')} of the grid of arms, tasks and seeds never ran.")
     if jobs.left_out:
         lines.append(f"Files left out because they cannot be read: {len(jobs.left_out)}.")
     return lines + ([] if expected is None else _about_paper(expected, jobs.jobs, runs))
@@ -89,10 +90,6 @@ def _small(jobs: Sequence[Job]) -> str:
 def _model(job: Job) -> str:
     name = job.choices["model"]
     return name if name not in ("hub", "local") else called(job.config["model"], name)
-
-
-def _count(items: Sequence, what: str) -> str:
-    return f"{len(items)} {what}{'s' * (len(items) != 1)}"
 
 
 def _seeds(runs: Sequence[Run]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from layerif.record.frames import headline, is_logarithmic, measured, without_empty
-from layerif.record.names import called, estimator_name, has_method
+from layerif.record.names import called, estimator_name
 from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
-from layerif.report.arms import Run, content, labelled, settings, titles
+from layerif.report.arms import Run, column_of_model, content, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
 from layerif.stats import spearman_matrix, t_interval, wilson
 
@@ -91,9 +91,9 @@ def results(runs: Sequence[Run], metric: str, expected: Expected | None = None) 
     """The mean over seeds of every arm on every task, and the cells of the grid that failed or were never run."""
     of_metric = expected if expected is not None and expected.metric == metric else None
     shown = [run for run in runs if metric in run.metrics or isinstance(run.job, Failure)]
-    places = {(run.arm, _column(run)): [] for run in shown}
+    places = {(run.arm, run.column): [] for run in shown}
     for run in shown:
-        places[run.arm, _column(run)].append(run)
+        places[run.arm, run.column].append(run)
     missing = grid(runs, expected)
     named = [*(arm for arm, _ in places), *(arm for arm, *_ in missing)]
     arms, columns = list(dict.fromkeys(named)), list(dict.fromkeys([c for _, c in places] + [c for _, c, _ in missing]))
@@ -120,10 +120,12 @@ def _published_names(runs: Sequence[Run], expected: Expected | None) -> tuple[di
         return {}, {}
     models = dict.fromkeys(run.model for run in runs)
     arms: dict[str, str | None] = {arm: arm for arm in expected.arms}
-    columns: dict[str, str | None] = {_named(model, column): column for model in models for column in expected.columns}
+    columns: dict[str, str | None] = {
+        column_of_model(model, column): column for model in models for column in expected.columns
+    }
     for run in runs:
         arms[run.arm] = None if run.prefix else expected.arm(run.job)
-        columns[_column(run)] = expected.column(run.job)
+        columns[run.column] = expected.column(run.job)
     return arms, columns
 
 
@@ -135,14 +137,6 @@ def _paper(runs: Sequence[Run], expected: Expected | None, arm: str | None, colu
         return expected.values.get(arm or "", {}).get(column or "")
     found = {None if run.prefix else expected.value(run.job) for run in runs}
     return found.pop() if len(found) == 1 else None
-
-
-def _column(run: Run) -> str:
-    return _named(run.model, run.task)
-
-
-def _named(model: str, task: str) -> str:
-    return f"{model} {task}".strip()
 
 
 def _cell(
@@ -174,34 +168,44 @@ def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[st
     no holes. `expected` adds the cells that it has numbers for, once a run of its model and settings belongs to one of
     its columns; an arm that ran in several settings lacks them in each.
     """
-    trained = [run for run in runs if not run.prefix and has_method(run.job)]
-    grids: dict[tuple[str, str], list[Run]] = {}
-    for run in trained:
-        grids.setdefault((run.model, run.factors[2]), []).append(run)
-    there = {(run.arm, _column(run), run.seed) for run in trained}
-    found: dict[tuple[str, str, str], None] = {}
-    for of_grid in grids.values():
-        arms, columns, seeds = (list(dict.fromkeys(map(key, of_grid))) for key in (_arm, _column, _seed))
-        found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
-    published = [] if expected is None else [run for run in trained if expected.is_of(run.job)]
-    if expected is not None and columns_of(expected, [run.job for run in published]):
-        seeds = list(dict.fromkeys(map(_seed, published)))
-        ran = {(expected.arm(run.job), expected.column(run.job)) for run in published}
-        rows = {(run.model, expected.arm(run.job), run.arm): None for run in published}
-        cells = [(arm, task) for arm, row in expected.values.items() for task in row if expected.columns[task]]
-        models = dict.fromkeys(run.model for run in published)
-        for (arm, task), model in itertools.product([cell for cell in cells if cell not in ran], models):
-            names = [name for of, which, name in rows if (of, which) == (model, arm)] or [arm]
-            found |= dict.fromkeys(itertools.product(names, [_named(model, task)], seeds))
+    trained = [run for run in runs if run.is_trained]
+    found = _holes(trained)
+    if expected is not None:
+        found |= _unrun([run for run in trained if expected.is_of(run.job)], expected)
     return list(found)
 
 
-def _arm(run: Run) -> str:
-    return run.arm
+def _holes(trained: Sequence[Run]) -> dict[tuple[str, str, str], None]:
+    grids: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in trained:
+        grids[run.model, run.factors[2]].append(run)
+    there = {(run.arm, run.column, run.seed) for run in trained}
+    found: dict[tuple[str, str, str], None] = {}
+    for of_grid in grids.values():
+        arms = dict.fromkeys(run.arm for run in of_grid)
+        columns = dict.fromkeys(run.column for run in of_grid)
+        seeds = dict.fromkeys(run.seed for run in of_grid)
+        found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
+    return found
 
 
-def _seed(run: Run) -> str:
-    return run.seed
+def _unrun(published: Sequence[Run], expected: Expected) -> dict[tuple[str, str, str], None]:
+    """The cells with a published number that have no run; these runs meet the conditions of all numbers."""
+    if not columns_of(expected, [run.job for run in published]):
+        return {}
+    models, seeds = dict.fromkeys(run.model for run in published), dict.fromkeys(run.seed for run in published)
+    ran = {(expected.arm(run.job), expected.column(run.job)) for run in published}
+    rows: dict[tuple[str, str | None], dict[str, None]] = defaultdict(dict)  # the names that an arm runs under
+    for run in published:
+        rows[run.model, expected.arm(run.job)][run.arm] = None
+    found: dict[tuple[str, str, str], None] = {}
+    for arm, task in ((arm, task) for arm, row in expected.values.items() for task in row):
+        if (arm, task) in ran or not expected.columns[task]:
+            continue
+        for model in models:
+            names = rows.get((model, arm), [arm])
+            found |= dict.fromkeys(itertools.product(names, [column_of_model(model, task)], seeds))
+    return found
 
 
 def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:

@@ -186,7 +186,7 @@ def test_a_metric_that_was_not_measured_is_named(tmp_path):
         (("arms", "layerif"), "datainf", 'arms.layerif is "datainf"; it must be an object'),
         (("arms", "layerif", "estimator"), "datainv", "arms.layerif: estimator=datainv is not a choice.*datainf"),
         (("values", "layerif", "countries"), 90.1, "values.layerif.countries is 90.1; it must be a fraction"),
-        (("values", "layerif", "countries"), "high", "values.layerif.countries is .high.; it must be a number"),
+        (("values", "layerif", "countries"), "high", "values.layerif.countries is .high.; it must be a finite number"),
         (("values", "layerif", "mrpc"), 0.5, "values.layerif.mrpc is 0.5; it must be of a column: countries, others"),
         (("values", "owl"), {}, "values.owl is {}; it must be of an arm: uniform, layerif"),
         (("metrics",), "accuracy", "metrics is not known.*metric"),

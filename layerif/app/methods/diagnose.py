@@ -11,6 +11,7 @@ from annotated_types import Ge
 
 from layerif.adapt.sizes import Capacity, adapted_shapes, too_large_rank
 from layerif.adapt.train import CHECKPOINTS
+from layerif.app.methods import SpendsNothing
 from layerif.app.methods._steps import keep, loader
 from layerif.app.setup import Setup
 from layerif.checks import Count, Positive, Share, check_fields, check_value
@@ -20,10 +21,9 @@ from layerif.diagnose.leave_out import left_out_sets
 from layerif.diagnose.mislabel import flip
 from layerif.diagnose.report import Trials, report
 from layerif.diagnose.retrain import Recipe
-from layerif.diagnose.retrainings import write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.files import claim_folder
+from layerif.files import claim_folder, write_text
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
@@ -35,7 +35,7 @@ Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose:
+class Diagnose(SpendsNothing):
     """Examines whether the scores can be trusted, without looking at evaluated rows.
 
     Attributes:
@@ -50,9 +50,6 @@ class Diagnose:
     """
 
     name: ClassVar[str] = "diagnose"
-    allocates: ClassVar[None] = None
-    evaluates: ClassVar[bool] = False
-    fine_tunes: ClassVar[bool] = False
 
     seeds: Count = 3
     subsets: Annotated[int, Ge(3)] = 40
@@ -115,8 +112,8 @@ class Diagnose:
         keep(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
-        write(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write(folder / "diagnose.md", text.report_markdown(found))
+        write_text(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_text(folder / "diagnose.md", text.report_markdown(found))
         plots.plot(found, folder)
         record.metrics |= text.headline_metrics(found)
         print(text.report_summary(found))

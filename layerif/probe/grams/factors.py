@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, device_of
 from layerif.models.hooks import first_non_finite_block, hooked
 from layerif.models.loss import per_sample_loss
 
@@ -53,7 +53,7 @@ def capture_factors(
         ValueError: names block and sample for a loss that is not finite, and a layer that did not run exactly once.
     """
     found: Factors = {}
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     hooks = _hooks(model, params, batch["attention_mask"].bool(), keep, found)
     with hooked(hooks), torch.enable_grad():
@@ -92,7 +92,7 @@ def inputs_read_together(model: nn.Module, params: Sequence[str]) -> dict[str, s
         return note
 
     with hooked([(_module(model, param), hook(param)) for param in params], before=True), torch.no_grad():
-        device = next(model.parameters()).device
+        device = device_of(model)
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     return {param: found.get(param, param) for param in params}
 

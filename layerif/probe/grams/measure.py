@@ -21,7 +21,7 @@ from tqdm import tqdm
 from layerif.evidence import GRAM_TENSORS, LayerGrams, MatrixGram
 from layerif.files import Damaged, load_tensors, save_tensors
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import frozen
 from layerif.models.memory import free_bytes
 from layerif.probe.grams import products
@@ -91,7 +91,7 @@ def measure(
         log.info("%d of %d matrices were measured before the interruption", len(grams), len(grams) + len(todo))
     if todo:
         load = workload(model, todo, train, validation, inputs_read_together(model, todo), projection, shards.size)
-        device = next(model.parameters()).device
+        device = device_of(model)
         memory, host = map(min, zip(*shards.share(budget(device, memory_gb, shards.size)), strict=True))
         chosen = passes(
             load, memory, form=form, offload=offload, tile_bytes=wanted_tile_bytes(device), host_memory=host
