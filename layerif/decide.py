@@ -98,7 +98,7 @@ class Decider(Measurements):
             reused=reused,
             notes=self.estimator.needs.notes(evidence),
         )
-        return self._with_trust(decision, evidence) if self.estimator.needs.samples else decision
+        return self._with_trust(decision, evidence) if self.estimator.needs.parts else decision
 
     def preview(self) -> Allocation:
         """Allocates equal scores, so that an impossible request is refused before any pass over the data."""
@@ -118,7 +118,7 @@ class Decider(Measurements):
 
     def _with_trust(self, decision: Decision, evidence: Any) -> Decision:
         """Adds the samples behind the scores, and the figures and notes on how far to trust them."""
-        parts = self.estimator.needs.samples
+        parts = self.estimator.needs.parts
         train, validation = self.samples()
         num_samples = len(train), len(validation) if "validation" in parts else 0
         fidelity, why_not = self._fidelity(evidence)

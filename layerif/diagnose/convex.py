@@ -109,7 +109,7 @@ def gradients(theta_P: Tensor, x_NP: Tensor, y_N: Tensor) -> Tensor:
 
 
 def hessian(theta_P: Tensor, x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Returns the Hessian (P×P) of the regularised weighted loss that `fit` minimises."""
+    """Returns the Hessian (P×P) of the regularised weighted loss that `fit_convex` minimises."""
     chance_N = torch.sigmoid(x_NP @ theta_P)
     curved_PP = x_NP.T @ ((weights_N * chance_N * (1 - chance_N))[:, None] * x_NP) / len(x_NP)
     return curved_PP + RIDGE * torch.eye(x_NP.shape[1], dtype=x_NP.dtype)

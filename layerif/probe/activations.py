@@ -41,7 +41,7 @@ class Activations(Request):
         epsilon: an entry of a block's output counts as zero below it. All requests with the same bound share a pass.
     """
 
-    samples: ClassVar[tuple[Part, ...]] = ("train",)
+    parts: ClassVar[tuple[Part, ...]] = ("train",)
 
     epsilon: float = EPSILON
 

@@ -51,7 +51,7 @@ _SUPPORTED = "1.0.1"  # the one release whose factors were compared with the den
 class Curvature(Request):
     """A request for the influences of the samples under EK-FAC with this damping, measured by one process alone."""
 
-    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
 
     damping: float
     damping_rule: str

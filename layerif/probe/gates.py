@@ -36,7 +36,7 @@ class Gates(Request):
         num_steps, samples_per_step, learning_rate, start: see `learn_gates`.
     """
 
-    samples: ClassVar[tuple[Part, ...]] = ("train",)
+    parts: ClassVar[tuple[Part, ...]] = ("train",)
 
     num_steps: int
     samples_per_step: int

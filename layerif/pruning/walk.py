@@ -123,9 +123,9 @@ class Walk:
             leaders, statistics = self._observe(block_name, block, modules)
         for leader in dict.fromkeys(leaders.values()):
             if self.pruner.needs_inputs:
-                num_samples = sum(map(len, self.batches))
+                num_windows = sum(map(len, self.batches))
                 statistic = statistics.pop(leader)
-                shared[leader] = self.pruner.prepare(statistic, num_samples, name=f"{block_name}.{leader}")
+                shared[leader] = self.pruner.prepare(statistic, num_windows, name=f"{block_name}.{leader}")
             for name, module in modules.items():
                 if leaders[name] == leader:
                     target = self.targets[block_name][name]
@@ -141,7 +141,7 @@ class Walk:
         latest: dict[str, Tensor] = {}  # this batch's inputs, by leader
 
         def hook(name: str):
-            def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 leader = leaders.get(name)
                 if leader is None:
                     leader = next((other for other, seen in latest.items() if seen is inputs[0]), name)
@@ -155,7 +155,7 @@ class Walk:
                         f"{block_name}.{name} and {leader} share their inputs in some batches only; {_WITHOUT_INPUTS}"
                     )
 
-            return keep
+            return note
 
         with hooked([(module, hook(name)) for name, module in modules.items()], before=True):
             for index in range(len(self.batches)):

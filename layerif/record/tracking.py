@@ -145,7 +145,7 @@ def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, An
 
 
 def log_again(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Logs the rows that `layerif.adapt.progress.Curves` kept from an earlier process."""
+    """Logs the rows that `layerif.adapt.progress.TrainingCurves` kept from an earlier process."""
     for row in rows:
         if "routing" in row:
             log_routing(loggers, row["routing"], row["step"])

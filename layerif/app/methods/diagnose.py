@@ -12,7 +12,7 @@ from annotated_types import Ge
 from layerif.adapt.sizes import Capacity, adapted_shapes, too_large_rank
 from layerif.adapt.train import CHECKPOINTS
 from layerif.app.methods import SpendsNothing
-from layerif.app.methods._steps import keep, loader
+from layerif.app.methods._steps import loader, record_decision
 from layerif.app.setup import Setup
 from layerif.checks import Count, Positive, Share, check_fields, check_value
 from layerif.decide import Decider
@@ -109,7 +109,7 @@ class Diagnose(SpendsNothing):
         model, work = loader(setup), folder / CHECKPOINTS
         if claim_folder(work, record.identity):
             record.notes.append("carried on from a run that did not finish; seconds count the rest alone")
-        keep(setup.decider(model), record)
+        record_decision(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
         write_text(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerif.app.methods import SpendsNothing
-from layerif.app.methods._steps import evaluate, join_processes, keep, loader
+from layerif.app.methods._steps import evaluate, join_processes, loader, record_decision
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
 
@@ -21,6 +21,6 @@ class ScoresOnly(SpendsNothing):
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         join_processes(setup)
         load = loader(setup)
-        keep(setup.decider(load), record)
+        record_decision(setup.decider(load), record)
         if setup.evaluation.before:
             evaluate(load(), setup, record, "before/")

@@ -19,7 +19,7 @@ from layerif.adapt.train import run_trainer
 from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
 from layerif.app.methods._finetune import check_fit, fit
-from layerif.app.methods._steps import evaluate, keeping
+from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
@@ -151,7 +151,7 @@ class Prune:
         if setup.evaluation.before:
             evaluate(module.base_model().to(device), setup, record, "before/")
         start = time.perf_counter()
-        with keeping(influence, record):
+        with recording(influence, record):
             run_trainer(setup.trainer([influence], folder, **_TRAINER), module)
         assert module.walk is not None
         assert module.allocation is not None
@@ -161,7 +161,7 @@ class Prune:
         if module.walk.num_replayed:
             record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
         model = module.base_model()
-        _keep_sparsity(model, module, record, folder)
+        _record_sparsity(model, module, record, folder)
         if self.save:
             _save(model, setup, folder / "model")
         model.to(device)
@@ -261,7 +261,7 @@ def _read_sparsities(file: str) -> Mapping[str, float]:
     return found
 
 
-def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:
+def _record_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:
     """Writes the share of zeros in every pruned matrix to `sparsity.csv` and to the record."""
     assert module.walk is not None
     assert record.decision is not None

@@ -33,7 +33,7 @@ def capture_factors(
     params: Sequence[str],
     batch: Mapping[str, Tensor],
     names: Sequence[str],
-    keep: Callable[[Tensor, Side], Tensor] = lambda values, side: values,
+    project: Callable[[Tensor, Side], Tensor] = lambda values, side: values,
     *,
     in_step: bool = False,
 ) -> Factors:
@@ -44,7 +44,7 @@ def capture_factors(
         params: the names of the matrices.
         batch: token ids, mask and labels.
         names: of the samples, for messages.
-        keep: turns masked values of a side (`in` or `out`) into the values that are kept. It is applied once to an
+        project: turns masked values of a side (`in` or `out`) into the values of the factor. It is applied once to an
             input that several matrices read.
         in_step: True where other processes run a batch at the same time and need this one to the end of its backward.
             An error then waits till the end, and no block is looked for.
@@ -55,7 +55,7 @@ def capture_factors(
     found: Factors = {}
     device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    hooks = _hooks(model, params, batch["attention_mask"].bool(), keep, found)
+    hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found)
     with hooked(hooks), torch.enable_grad():
         loss_B = per_sample_loss(model, batch)
         is_finite = bool(loss_B.isfinite().all())
@@ -101,7 +101,7 @@ def _hooks(
     model: nn.Module,
     params: Sequence[str],
     mask_BT: Tensor,
-    keep: Callable[[Tensor, Side], Tensor],
+    project: Callable[[Tensor, Side], Tensor],
     found: Factors,
 ) -> list[tuple[nn.Module, Callable[..., None]]]:
     # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
@@ -111,7 +111,7 @@ def _hooks(
     def masked(values: Tensor, side: Side) -> Tensor:
         # Some families (OPT) flatten samples and tokens. Where, not a product: padded positions may hold NaN.
         values_BTF = values.detach().reshape(*mask_BT.shape, -1)
-        return keep(values_BTF.where(mask_BT[..., None], 0), side)
+        return project(values_BTF.where(mask_BT[..., None], 0), side)
 
     def forward_hook(param: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
@@ -122,7 +122,7 @@ def _hooks(
             if not output_BTO.requires_grad:  # the first matrix of the pass: the backward ends here
                 output_BTO.requires_grad_()
 
-            def keep_both(delta_BTO: Tensor) -> None:
+            def take_both(delta_BTO: Tensor) -> None:
                 if param in found:
                     raise ValueError(
                         f"{param} ran several times in one forward, and shared layers cannot be measured; choose "
@@ -130,7 +130,7 @@ def _hooks(
                     )
                 found[param] = input_BTI, masked(delta_BTO, "out")
 
-            output_BTO.register_hook(keep_both)
+            output_BTO.register_hook(take_both)
 
         return note
 

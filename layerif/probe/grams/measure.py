@@ -221,9 +221,9 @@ class _Measurement:
                 is_mine = position < len(missing)
                 number, indices, batch = missing[position] if is_mine else (-1, *self.batches[0])
                 try:
-                    keep = self.projection or _as_it_is
+                    project = self.projection or _as_it_is
                     names = [self.names[index] for index in indices]
-                    factors = capture_factors(self.model, params, batch, names, keep, in_step=in_step)
+                    factors = capture_factors(self.model, params, batch, names, project, in_step=in_step)
                 except ValueError as error:
                     if not in_step:
                         raise

@@ -30,7 +30,7 @@ _WAIT = "another job has the lock"  # the first process tells the others so mean
 class Grams(Request):
     """A request for the Grams of the samples' gradients. All processes measure them together."""
 
-    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
 
     def check(self, measurements: Measurements) -> None:
         measurements.check_adapter_of_lora()
@@ -83,7 +83,7 @@ class Grams(Request):
             raise NotCompared(
                 "a second model, in float32, does not fit the device; probe.fidelity_samples=0 does not try"
             ) from error
-        rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.samples]
+        rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.parts]
         return evidence.select(*rows), reference
 
 
@@ -104,7 +104,7 @@ def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
         projection=Projection(probe.projection, probe.projection_seed) if probe.projection else None,
         partial=measurements.store.partial(key),
         fingerprint=key,
-        names=[f"{part} row {row.id}" for part in Grams.samples for row in measurements.chosen(part)],
+        names=[f"{part} row {row.id}" for part in Grams.parts for row in measurements.chosen(part)],
     )
 
 
