@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 import layerif.allocate
 import layerif.estimators
-from layerif.checks import check_choice, did_you_mean
+from layerif.checks import Count, check_arguments, check_choice, did_you_mean
 from layerif.probe.settings import Probe
 
 # Fields without a default, and settings that belong together.
@@ -132,3 +132,11 @@ def test_the_law_covers_the_ranges_of_every_kind_of_setting():
         ("SavedAllocation", "kind"),
         ("Shape", "kind"),
     } <= covered
+
+
+def test_arguments_of_a_function_are_refused_like_the_fields_of_a_dataclass():
+    def make(size: Count, text: str = "") -> None: ...
+
+    check_arguments(make, "data", size=1, text="")
+    with pytest.raises(ValueError, match=r"data\.size=0 is not allowed; allowed: a whole number of at least 1"):
+        check_arguments(make, "data", size=0)

@@ -96,7 +96,7 @@ class OptionAccuracy:
         return sum(answer.choice_per_token == answer.answer for answer in self.answers) / len(self.answers)
 
     def metrics(self) -> dict[str, float]:
-        """The accuracy with its Wilson interval, and the accuracy per token."""
+        """Returns the accuracy with its Wilson interval, and the accuracy per token."""
         low, high = wilson(sum(answer.correct for answer in self.answers), len(self.answers))
         return {
             "accuracy": self.accuracy,

@@ -132,11 +132,22 @@ def measure_ekfac(
     memory_gb: float | None = None,
     fingerprint: str = "",
 ) -> LayerInfluences:
-    """I (M×N) of every matrix in `layers`; the model is left as it was.
+    """Measures I (M×N) of every matrix in `layers`; the model is left as it was.
 
-    relative: λ = damping · mean Λ, else λ = damping. memory_gb: for the preconditioned validation gradients; beyond it
-    the train samples are passed over once for each part of them. None: half of what is free.
     A matrix whose train gradients are all zero has no influence; a RuntimeWarning names it.
+
+    Args:
+        model: a causal language model.
+        layers: the blocks and matrices to measure.
+        train: the train samples.
+        validation: the validation samples.
+        pad_id: the token that fills shorter samples.
+        batch_size: the samples that the model sees at once.
+        damping: see `relative`.
+        relative: λ = damping · mean Λ; otherwise λ = damping.
+        memory_gb: for the preconditioned validation gradients; beyond it the train samples are passed over once for
+            each part of them. None: half of what is free.
+        fingerprint: of the measurement.
     """
     check_installed()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -229,7 +240,7 @@ def _task(names: Sequence[str]) -> Any:
 
 @contextmanager
 def _lent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """The model to wrap linear layers in, put back afterwards; their biases are added outside the matrices.
+    """Lends the model to wrap linear layers in, and puts it back; their biases are added outside the matrices.
 
     kronfluence counts a bias as one more column of its matrix, and so would measure another thing than the probe.
     """

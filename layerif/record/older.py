@@ -62,7 +62,7 @@ def in_todays_shape(content: Any, what: str = "the record") -> Any:
 
 
 def choices_of_targets(config: Mapping[str, Any]) -> dict[str, str]:
-    """The choices behind a configuration of 0.1.0, by group."""
+    """Returns the choices behind a configuration of 0.1.0, by group."""
     found = {}
     for group in ("model", "task", "estimator", "allocator", "method", "pruner"):
         node = config.get(group)

@@ -34,6 +34,10 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
     Arms are paired by question where the answers were kept, and by seed otherwise. p Holm is corrected for all rows
     that were tested.
 
+    Args:
+        runs: of all arms.
+        metric: the name of a metric.
+
     Returns:
         One row for every two arms, and a remark on every two that could not be paired.
     """
@@ -69,12 +73,12 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
 
 
 def num_tested(table: pd.DataFrame) -> int:
-    """The number of rows of `comparisons` whose seeds tell chance from effect; p is corrected for them."""
+    """Returns the number of rows of `comparisons` whose seeds tell chance from effect; p is corrected for them."""
     return int(np.count_nonzero(~np.isnan(table["p"].to_numpy(dtype=float))))
 
 
 def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
-    """The repetitions of each arm, model and task that measured the metric."""
+    """Returns the repetitions of each arm, model and task that measured the metric."""
     found: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         if metric in run.metrics:
@@ -83,7 +87,7 @@ def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
 
 
 def _answers(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
-    """The answers of each run that kept them, by its `id`: 1, 0, or NaN (not asked) for each question of its task."""
+    """Returns the answers of each run that kept them, by its `id`: 1, 0, or NaN where it was not asked."""
     kept: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.answers(metric):
@@ -98,7 +102,7 @@ def _answers(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
 
 
 def _rows(pairs: Sequence[tuple[Run, Run]], answers: Mapping[int, np.ndarray]) -> np.ndarray:
-    """The answers of the first and of the second run of each pair: (2×S×Q)."""
+    """Returns the answers of the first and of the second run of each pair: (2×S×Q)."""
     return np.array([[answers[id(run)] for run in side] for side in zip(*pairs, strict=True)])
 
 
@@ -135,6 +139,11 @@ def verdict(low: float, high: float, p: float) -> str:
     """Puts a difference into words: it counts where its interval excludes zero and its corrected p is below 0.05.
 
     NaN, which comes from seeds without spread, supports nothing.
+
+    Args:
+        low: of the interval.
+        high: of the interval.
+        p: corrected for the number of comparisons.
     """
     if p < ALPHA and low > 0:
         return "higher than"
@@ -144,7 +153,13 @@ def verdict(low: float, high: float, p: float) -> str:
 
 
 def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
-    """Puts one row of `comparisons` into a sentence, with its grounds and its limits."""
+    """Puts one row of `comparisons` into a sentence, with its grounds and its limits.
+
+    Args:
+        row: of `comparisons`.
+        metric: the name of the metric.
+        num_comparisons: those that p was corrected for.
+    """
     where = " ".join(str(row[key]) for key in ("model", "task") if key in row)
     what = f"ln {metric}" if is_logarithmic(metric) else metric
     if np.isnan(row["p"]):
@@ -165,7 +180,12 @@ def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """Spells the bounds of an interval of differences."""
+    """Spells the bounds of an interval of differences.
+
+    Args:
+        low: a difference.
+        high: a difference.
+    """
     return f"{low:+.3f} to {high:+.3f}"
 
 
@@ -180,6 +200,10 @@ def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, str, Variance
     Each group of arms that are alike in all else has an analysis of its own. It holds the fine-tuned or pruned runs of
     those arms that ran on all tasks of the group, since others would be compared across tasks. Repetitions that no seed
     touched are one run. A group with a single arm, or without repetitions, is left out.
+
+    Args:
+        runs: of all arms.
+        metric: the name of a metric.
 
     Returns:
         For each group its place, a text that says which runs are in it, the analysis and the comparisons.

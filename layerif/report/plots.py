@@ -58,7 +58,8 @@ def plot_results(results: Results) -> Plot | None:
         best = max(arms, key=lambda arm: results.cells[arm, column].mean or 0)
         told.append(f"{column}: {len(arms)} arms, highest {best} at {results.cells[best, column].mean:.3f}")
     has_paper = any(cell.paper is not None for cell in results.cells.values())
-    panels[-1, 0].set_xlabel(f"{results.metric}: mean and 95 % interval" + "; diamonds: the paper" * has_paper)
+    diamonds = "; diamonds: the paper" if has_paper else ""
+    panels[-1, 0].set_xlabel(f"{results.metric}: mean and 95 % interval{diamonds}")
     return finished(figure, f"{results.metric} of every arm", ". ".join(told))
 
 

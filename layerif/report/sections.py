@@ -53,14 +53,25 @@ class Section:
 
 
 def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
-    """The published numbers, which also name arms and columns; None where no job belongs to one of their columns."""
+    """Returns the published numbers, which also name arms and columns, if a job belongs to one of their columns.
+
+    Args:
+        expected: the published numbers; None: there are none.
+        jobs: finished and failed ones.
+    """
     if expected is None or not expected.values or not any(expected.columns.values()):
         return expected
     return expected if columns_of(expected, jobs) else None
 
 
 def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) -> list[str]:
-    """A few lines on the runs, everything wrong with them, and the numbers that they are held against."""
+    """Writes a few lines on the runs, everything wrong with them, and the numbers that they are held against.
+
+    Args:
+        jobs: the jobs below the folder.
+        runs: of these jobs.
+        expected: the published numbers; None: there are none.
+    """
     models = sorted({_model(job) for job in jobs.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     of = f"{', '.join(models)} on {', '.join(tasks)}"
@@ -100,7 +111,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -> list[str]:
-    """The source of the published numbers, and a remark where they do not belong to these runs."""
+    """Returns the source of the published numbers, and a remark where they do not belong to these runs."""
     if not expected.values:
         return [f"No published numbers: {expected.source}."]
     lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.said_of}."]
@@ -124,7 +135,13 @@ def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -
 
 
 def sections(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None = None) -> list[Section]:
-    """The sections that have something to show."""
+    """Returns the sections that have something to show.
+
+    Args:
+        jobs: the jobs below the folder.
+        runs: of these jobs.
+        expected: the published numbers; None: there are none.
+    """
     found, after = [], []
     metrics = tables.table_metrics(runs, expected)
     for metric in metrics:
@@ -146,7 +163,7 @@ def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Sec
         said.append("The paper's numbers come from single runs, and no interval includes their noise.")
     if results.count("failed") or results.count("missing"):
         said.append("A failed or missing seed is named in its cell and left out of the mean.")
-    caption = f"{metric}: {'geometric ' * is_logarithmic(metric)}mean over seeds"
+    caption = f"{metric}: {'geometric mean' if is_logarithmic(metric) else 'mean'} over seeds"
     frame = results.frame()
     return Section(
         title=f"Results: {metric}", table=frame, caption=caption, said=said, plot=plots.plot_results(results)
@@ -165,7 +182,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
     )
     shown["95 % interval"] = _intervals(table)
     shown = shown.assign(**{name: table[name] for name in ("p", "p Holm", "smallest found", "seeds")})
-    log = "differences of logarithms, " * is_logarithmic(metric)
+    log = "differences of logarithms, " if is_logarithmic(metric) else ""
     how = []
     if by_question.any():
         shown["questions"] = table["questions"]
@@ -205,7 +222,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
 
 
 def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs with the settings that both arms share in a column of their own, so that the differences stand out."""
+    """Returns the pairs with the settings that both arms share in a column of their own, so that others stand out."""
     rows = []
     for row in pairs.to_dict("records"):
         first, second = str(row.pop("from")).split(), str(row.pop("to")).split()
@@ -225,11 +242,12 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     of = f"ln {metric}" if is_logarithmic(metric) else metric
     has_questions = any(run.answers(metric) for run in runs)
     how = "The analysis takes one value per run, so seeds are the only chance that it sees."
-    how += " It holds for these questions; the comparisons above allow for other questions, too." * has_questions
+    if has_questions:
+        how += " It holds for these questions; the comparisons above allow for other questions, too."
     found = []
     analyses = compare.variances(runs, metric)
     for where, text, variance, pairs in analyses:
-        title, caption = f"{metric}{f', {where}' * (len(analyses) > 1)}", f"{of}: {text}"
+        title, caption = f"{metric}, {where}" if len(analyses) > 1 else metric, f"{of}: {text}"
         found.append(Section(title=f"Analysis of variance: {title}", table=variance.table, caption=caption, said=[how]))
         shown = pairs[["from", "to"]].assign(
             **{

@@ -44,7 +44,7 @@ class Cell:
     to_paper: float | None = None
 
     def lines(self) -> list[str]:
-        """The mean first, then the remarks on it."""
+        """Returns the mean first, then the remarks on it."""
         found = [spelt(self.mean)]
         if self.mean is not None:
             found.append(self.basis if np.isnan(self.low) else f"{spelt(self.low)} to {spelt(self.high)}, {self.basis}")
@@ -54,8 +54,10 @@ class Cell:
             is_inside = self.low <= self.paper <= self.high  # type: ignore[operator]
             place = "" if np.isnan(self.low) else f", {'inside' if is_inside else 'outside'} our interval"
             found.append(f"{self.to_paper:+.3f} to the paper{place}")
-        found += [f"failed: {', '.join(self.failed)}"] * bool(self.failed)
-        found += [f"missing: {', '.join(self.missing)}"] * bool(self.missing)
+        if self.failed:
+            found.append(f"failed: {', '.join(self.failed)}")
+        if self.missing:
+            found.append(f"missing: {', '.join(self.missing)}")
         return found
 
 
@@ -69,17 +71,22 @@ class Results:
     cells: dict[tuple[str, str], Cell]
 
     def frame(self) -> pd.DataFrame:
-        """One row an arm, one column a task."""
+        """Returns one row an arm, one column a task."""
         rows = [[arm, *("\n".join(self.cells[arm, column].lines()) for column in self.columns)] for arm in self.arms]
         return pd.DataFrame(rows, columns=["arm", *self.columns])
 
     def count(self, state: str) -> int:
-        """The number of seeds that `failed` or are `missing`."""
+        """Returns the number of seeds that `failed` or are `missing`."""
         return sum(len(getattr(cell, state)) for cell in self.cells.values())
 
 
 def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
-    """The metrics that get a table of their own, the published one first."""
+    """Returns the metrics that get a table of their own, the published one first.
+
+    Args:
+        runs: of all arms.
+        expected: the published numbers; None: there are none.
+    """
     found = [name for run in runs for name in run.metrics]
     shown = headline(found)
     if expected is not None and expected.metric in found:
@@ -88,7 +95,13 @@ def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list
 
 
 def results(runs: Sequence[Run], metric: str, expected: Expected | None = None) -> Results:
-    """The mean over seeds of every arm on every task, and the cells of the grid that failed or were never run."""
+    """Returns the mean over seeds of every arm on every task, and the cells that failed or were never run.
+
+    Args:
+        runs: of all arms.
+        metric: the name of a metric.
+        expected: the published numbers; None: there are none.
+    """
     of_metric = expected if expected is not None and expected.metric == metric else None
     shown = [run for run in runs if metric in run.metrics or isinstance(run.job, Failure)]
     places = {(run.arm, run.column): [] for run in shown}
@@ -115,7 +128,7 @@ def _place(name: str | None, order: list[str]) -> int:
 
 
 def _published_names(runs: Sequence[Run], expected: Expected | None) -> tuple[dict[str, str | None], ...]:
-    """The name in `expected` of each arm and column; a row's own name also says what sets it apart."""
+    """Returns the name in `expected` of each arm and column; a row's own name also says what sets it apart."""
     if expected is None:
         return {}, {}
     models = dict.fromkeys(run.model for run in runs)
@@ -130,7 +143,7 @@ def _published_names(runs: Sequence[Run], expected: Expected | None) -> tuple[di
 
 
 def _paper(runs: Sequence[Run], expected: Expected | None, arm: str | None, column: str | None) -> float | None:
-    """The published number of a cell, by its runs; without runs, by those of its row and column."""
+    """Returns the published number of a cell, by its runs; without runs, by those of its row and column."""
     if expected is None:
         return None
     if not runs:
@@ -162,11 +175,15 @@ def _cell(
 
 
 def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[str, str, str]]:
-    """The arm, column and seed of everything that was never run: the holes in arms × tasks × seeds.
+    """Returns the arm, column and seed of everything that was never run: the holes in arms × tasks × seeds.
 
     The arms of one grid share all settings but how their allocation was made; a pruner without seeds of its own leaves
     no holes. `expected` adds the cells that it has numbers for, once a run of its model and settings belongs to one of
     its columns; an arm that ran in several settings lacks them in each.
+
+    Args:
+        runs: of all arms.
+        expected: the published numbers; None: there are none.
     """
     trained = [run for run in runs if run.is_trained]
     found = _holes(trained)
@@ -190,7 +207,7 @@ def _holes(trained: Sequence[Run]) -> dict[tuple[str, str, str], None]:
 
 
 def _unrun(published: Sequence[Run], expected: Expected) -> dict[tuple[str, str, str], None]:
-    """The cells with a published number that have no run; these runs meet the conditions of all numbers."""
+    """Returns the cells with a published number that have no run; these runs meet the conditions of all numbers."""
     if not columns_of(expected, [run.job for run in published]):
         return {}
     models, seeds = dict.fromkeys(run.model for run in published), dict.fromkeys(run.seed for run in published)
@@ -209,7 +226,12 @@ def _unrun(published: Sequence[Run], expected: Expected) -> dict[tuple[str, str,
 
 
 def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
-    """One row a run, with its measurements and its cost; a failed one with its error."""
+    """Returns one row a run, with its measurements and its cost; a failed one with its error.
+
+    Args:
+        runs: of all arms.
+        every_metric: show metrics that get no table of their own as well.
+    """
     rows = []
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
     for run in sorted(runs, key=lambda run: places.index((run.model, run.task))):
@@ -229,7 +251,7 @@ def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
 
 
 def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """The seconds of every phase over all runs, and those that stored evidence saved."""
+    """Returns the seconds of every phase over all runs, and those that stored evidence saved."""
     seconds: Counter[str] = Counter()
     for record in records:
         seconds.update(record.seconds)
@@ -244,13 +266,13 @@ def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def _saved(records: Sequence[RunRecord]) -> tuple[int, float]:
-    """The number of measurements from the store, and the seconds that they once took, as far as these are known."""
+    """Returns the number of measurements from the store, and the seconds that they once took, as far as known."""
     taken = [one for record in records for one in record.measurements if one["reused"]]
     return len(taken), sum(one["seconds"] or 0.0 for one in taken)
 
 
 def loads(runs: Sequence[Run]) -> pd.DataFrame:
-    """The least and the most used expert of every run of a LoRA-MoE, as multiples of an even share, 1/E."""
+    """Returns the least and the most used expert of every run of a LoRA-MoE, as multiples of an even share, 1/E."""
     rows = []
     for run in runs:
         if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
@@ -270,7 +292,7 @@ class MeasuredProfile(NamedTuple):
 
 
 def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
-    """The distinct layer profiles by model, task and estimator; constant ones say nothing and are left out."""
+    """Returns the distinct layer profiles by model, task and estimator; constant ones say nothing and are left out."""
     found: dict[tuple, MeasuredProfile] = {}
     for record, model, task in zip(records, titles(records, "model"), titles(records, "task"), strict=True):
         scores = record.decision.scores if record.decision else None
@@ -287,7 +309,10 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
 
 
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """The rank correlation of every two layer profiles of one model, and of each with itself on other samples."""
+    """Returns the rank correlation of every two layer profiles of one model, and of each with itself.
+
+    A profile is correlated with itself on disjoint halves of its samples.
+    """
     found = profiles(records)
     kinds = [(content(one.record, "model"), one.scores.layers) for one in found.values()]
     alike = np.full((len(found), len(found)), np.nan)
@@ -308,13 +333,13 @@ def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def notes(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Each note and warning, and the number of runs that have it."""
+    """Returns each note and warning, and the number of runs that have it."""
     counted = Counter(note for record in records for note in dict.fromkeys(record.notes))
     return pd.DataFrame([{"note": note, "runs": number} for note, number in counted.items()])
 
 
 def versions(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """The version or versions of each package; the commit of layerif where it is known."""
+    """Returns the version or versions of each package; the commit of layerif where it is known."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for package, version in {**record.versions, "commit of layerif": record.git_sha or "unknown"}.items():

@@ -23,7 +23,8 @@ from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
-_WAIT = "another job has the lock"  # the first process tells the others so meanwhile
+# The first process asks the store, and tells the others meanwhile; at last it sends them the Grams, or None.
+_WAIT, _NOT_STORED = "another job has the lock", None
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,22 @@ class Grams(Request):
         measurements.check_adapter_of_lora()
 
     def take(self, measurements: Measurements, load: Load) -> tuple[LayerGrams, bool]:
-        probe, store = measurements.probe, measurements.store
+        probe, store, shards = measurements.probe, measurements.store, Shards.current()
         projection = [probe.projection, probe.projection_seed] if probe.projection else None
         description = measurements.description(probe=VERSIONS["probe"], projection=projection)
-        shards = Shards.current()
         if shards.rank > 0:
-            while (found := shards.share(None)[0]) == _WAIT:
-                pass
-            return found or (_measured(measurements, load, store.key(description)), False)
+            stored = _from_the_first(shards)
+            return (stored, True) if stored else (_measured(measurements, load, store.key(description)), False)
 
         def compute(key: str) -> LayerGrams:
-            shards.share(None)  # nothing is stored: all begin to measure
+            shards.share(_NOT_STORED)  # all begin to measure
             return _measured(measurements, load, key)
 
         # Another job may hold the lock for longer than the other processes would wait without a message.
         store = replace(store, while_waiting=lambda: shards.share(_WAIT))
         grams, reused = store.kept(GRAMS, description, compute, about=measurements.about())
         if reused:
-            shards.share((grams, reused))
+            shards.share(grams)
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
 
@@ -85,6 +84,13 @@ class Grams(Request):
             ) from error
         rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.parts]
         return evidence.select(*rows), reference
+
+
+def _from_the_first(shards: Shards) -> LayerGrams | None:
+    """Waits for the Grams that the first process finds in the store; None where all processes are to measure them."""
+    while (told := shards.share(None)[0]) == _WAIT:
+        pass
+    return told
 
 
 def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
