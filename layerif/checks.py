@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -211,3 +212,16 @@ def _parts(hint: Any) -> tuple[Any, list[Any], str]:
     inner, bounds, advice = _parts(kind)
     bounds = [*bounds, *(extra for extra in extras if type(extra) in _BOUNDS)]
     return inner, bounds, next((extra for extra in extras if isinstance(extra, str)), advice)
+
+
+def require(module: str, extra: str = "lab") -> Any:
+    """Imports a module of an extra.
+
+    Raises:
+        ImportError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"this needs {package}, which is not installed: pip install 'layerif[{extra}]'") from error

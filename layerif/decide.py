@@ -23,14 +23,13 @@ from layerif.scores import LayerScores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """Scores and an allocation, with the figures that tell how far to trust them.
+class Scored:
+    """Scores, with the figures that tell how far to trust them.
 
     Attributes:
-        scores: None where the allocator looks at no scores.
-        allocation: the value of every unit.
+        scores: one for each layer; None in a decision whose allocator looks at no scores.
         source: the origin of the scores or, where there are none, of the allocation.
-        seconds: for the evidence, the scores and the allocation.
+        seconds: for the evidence and the scores, and in a decision for the allocation.
         num_samples: the (train, validation) samples behind the scores.
         num_truncated: the samples that were cut at `probe.max_length`.
         reused: True where all evidence was in the store.
@@ -42,7 +41,6 @@ class Decision:
     """
 
     scores: LayerScores | None
-    allocation: Allocation
     source: str
     seconds: dict[str, float]
     num_samples: tuple[int, int] = (0, 0)
@@ -51,6 +49,17 @@ class Decision:
     reliability: float | None = None
     fidelity: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision(Scored):
+    """Scores, and the allocation that they are spent on.
+
+    Attributes:
+        allocation: the value of every unit.
+    """
+
+    allocation: Allocation
 
     def record(self) -> DecisionRecord:
         """Turns the decision into the form that `record.json` holds."""
@@ -67,60 +76,45 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decider(Measurements):
-    """Measurements with an estimator and an allocator. Calling it decides."""
+class Scorer(Measurements):
+    """Measurements with an estimator."""
 
     estimator: Estimator
-    allocator: Allocator | FixedAllocator
 
-    def __call__(self, load: Load | None = None) -> Decision:
-        """Takes the evidence, scores every layer and spends the scores.
+    def check(self) -> None:
+        """Refuses what cannot be scored, before any pass over the data."""
+        needs = self.estimator.needs
+        needs.check(self)
+        if not needs.is_measured:
+            self.estimator.score(self.layers())
+
+    def scored(self, load: Load | None = None) -> tuple[Scored, Any]:
+        """Takes the evidence and scores every layer.
 
         Args:
             load: gives the model, and is called only if something is measured. None loads the model here.
+
+        Returns:
+            The scores, and the evidence.
         """
         start = time.perf_counter()
-        allocation = self.preview()
-        if self.allocator.needs_scores is False:
-            seconds = {"allocate": time.perf_counter() - start}
-            return Decision(scores=None, allocation=allocation, source=self.allocator.source, seconds=seconds)
         evidence, reused = self.estimator.needs.take(self, load or self.model.load)
         measured = time.perf_counter()
         scores = self.estimator.score(evidence)
-        scored = time.perf_counter()
-        allocation = self.allocator(scores, self.layers())
-        allocated = time.perf_counter()
-        decision = Decision(
+        found = Scored(
             scores=scores,
-            allocation=allocation,
             source=scores.source,
-            seconds={"evidence": measured - start, "score": scored - measured, "allocate": allocated - scored},
+            seconds={"evidence": measured - start, "score": time.perf_counter() - measured},
             reused=reused,
             notes=self.estimator.needs.notes(evidence),
         )
-        return self._with_trust(decision, evidence) if self.estimator.needs.parts else decision
+        return (self._with_trust(found, evidence) if self.estimator.needs.parts else found), evidence
 
-    def preview(self) -> Allocation:
-        """Allocates equal scores, so that an impossible request is refused before any pass over the data."""
-        needs, layers = self.estimator.needs, self.layers()
-        needs.check(self)
-        if not needs.is_measured:
-            self.estimator.score(layers)
-        equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
-        return self.allocator(equal, layers)
-
-    def inputs(self) -> dict[str, str]:
-        """Hashes every file and folder that the estimator's request and the allocator name."""
-        paths = [*self.estimator.needs.paths]
-        if self.allocator.needs_scores is False:
-            paths += self.allocator.paths
-        return {path: hash_folder(Path(path)) if Path(path).is_dir() else hash_file(Path(path)) for path in paths}
-
-    def _with_trust(self, decision: Decision, evidence: Any) -> Decision:
+    def _with_trust(self, decision: Scored, evidence: Any) -> Scored:
         """Adds the samples behind the scores, and the figures and notes on how far to trust them."""
         parts = self.estimator.needs.parts
         train, validation = self.samples()
-        num_samples = len(train), len(validation) if "validation" in parts else 0
+        num_samples = len(train), (len(validation) if "validation" in parts else 0)
         fidelity, why_not = self._fidelity(evidence)
         return replace(
             decision,
@@ -156,3 +150,45 @@ class Decider(Measurements):
             if num == 1:
                 notes.append(f"one {part} sample ranks nothing reliably: give the task more {part} rows")
         return tuple(notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decider(Scorer):
+    """Measurements with an estimator and an allocator. Calling it decides."""
+
+    allocator: Allocator | FixedAllocator
+
+    def __call__(self, load: Load | None = None) -> Decision:
+        """Takes the evidence, scores every layer and spends the scores.
+
+        Args:
+            load: gives the model, and is called only if something is measured. None loads the model here.
+        """
+        start = time.perf_counter()
+        allocation = self.preview()
+        previewed = time.perf_counter() - start
+        if self.allocator.needs_scores is False:
+            return Decision(
+                scores=None, allocation=allocation, source=self.allocator.source, seconds={"allocate": previewed}
+            )
+        found, _ = self.scored(load)
+        assert found.scores is not None
+        start = time.perf_counter()
+        allocation = self.allocator(found.scores, self.layers())
+        seconds = {**found.seconds, "allocate": time.perf_counter() - start}
+        seconds["evidence"] += previewed
+        return Decision(**{**vars(found), "seconds": seconds, "allocation": allocation})
+
+    def preview(self) -> Allocation:
+        """Allocates equal scores, so that an impossible request is refused before any pass over the data."""
+        self.check()
+        layers = self.layers()
+        equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
+        return self.allocator(equal, layers)
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes every file and folder that the estimator's request and the allocator name."""
+        paths = [*self.estimator.needs.paths]
+        if self.allocator.needs_scores is False:
+            paths += self.allocator.paths
+        return {path: hash_folder(Path(path)) if Path(path).is_dir() else hash_file(Path(path)) for path in paths}

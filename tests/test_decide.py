@@ -278,7 +278,7 @@ def test_a_comparison_that_does_not_fit_says_so_and_no_other_reason(decider, mon
     assert found.fidelity is None
     assert found.notes == (
         "probed in a projection to 4 dimensions; not compared with exact float32 (a second model, in float32, does not "
-        "fit the device; probe.fidelity_samples=0 does not try)",
+        "fit the memory; probe.fidelity_samples=0 does not try)",
     )
 
 

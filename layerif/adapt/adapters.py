@@ -220,6 +220,23 @@ def plain_lora(
         raise ValueError(
             f"{len(missing)} of {len(known)} blocks have no rank, the first is {missing[0]!r}; give each one"
         )
+    targets = list(target_modules) if target_modules else linears_of_blocks(base)
+    return lora_of_ranks(ranks, targets, scaling=scaling, lora_dropout=lora_dropout)
+
+
+def lora_of_ranks(
+    ranks: Mapping[str, int], target_modules: Sequence[str], *, scaling: float, lora_dropout: float
+) -> LoraConfig:
+    """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
+
+    The keys of the patterns are regular expressions of module names: PEFT finds no module by the name of a block.
+
+    Args:
+        ranks: by block name.
+        target_modules: names of linear layers.
+        scaling: α/r of every block.
+        lora_dropout: dropout on the adapter's input.
+    """
     pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
     return LoraConfig(
         r=max(pattern.values()),
@@ -227,7 +244,7 @@ def plain_lora(
         rank_pattern=pattern,
         alpha_pattern={block: scaling * rank for block, rank in pattern.items()},
         lora_dropout=lora_dropout,
-        target_modules=list(target_modules) if target_modules else linears_of_blocks(base),
+        target_modules=list(target_modules),
         task_type="CAUSAL_LM",
     )
 

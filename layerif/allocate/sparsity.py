@@ -17,7 +17,7 @@ from layerif.scores import SPREAD_NOISE, LayerScores
 
 Rule = Literal["scaled", "shifted"]
 Epsilon = Annotated[float, Ge(0), Le(1), "the paper used 0.1 to 0.5"]
-MeanSparsity = Annotated[float, Ge(0), Lt(1)]
+TargetSparsity = Annotated[float, Ge(0), Lt(1)]
 # A layer without weights would leave nothing to prune or to recover.
 MaxSparsity = Annotated[float, Gt(0), Lt(1), "the default is 0.99"]
 
@@ -99,7 +99,7 @@ class Sparsity:
 
     needs_scores: ClassVar[Literal[True]] = True
 
-    target: MeanSparsity = 0.5
+    target: TargetSparsity = 0.5
     epsilon: Epsilon = 0.1
     max_sparsity: MaxSparsity = 0.99
     smoothing: bool = True
@@ -144,7 +144,7 @@ def _min_max(values: list[float]) -> list[float]:
 
 
 def _check_target(target: float, max_sparsity: float) -> None:
-    check_value("allocator.target", target, MeanSparsity)
+    check_value("allocator.target", target, TargetSparsity)
     if target > max_sparsity:
         raise ValueError(
             f"allocator.target={target} is outside the feasible range 0 to {max_sparsity}; lower it, or raise "

@@ -7,6 +7,7 @@ The same loader composes the jobs of a sweep, in whatever process the launcher r
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ FROM_COMMAND_LINE = (
 )
 _BUILT = ("callbacks", "launcher", "sweeper")
 _LOGGING = ("hydra_logging", "job_logging")
+_REMEMBERED = 100  # configurations, of about half a megabyte
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 # The folder of a run is known only when the run starts, as an absolute path.
 _LATE = ("${hydra.runtime.output_dir}", "${hydra:runtime.output_dir}")
@@ -56,6 +58,7 @@ class Composer(ConfigLoaderImpl):
         super().__init__(config_search_path)
         self.given = given
         self.repository = _Repository(config_search_path, given.get("trusted_targets", ()))
+        self._composed: dict[tuple[Any, ...], DictConfig] = {}
 
     def load_configuration(
         self,
@@ -65,9 +68,20 @@ class Composer(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        config = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
-        check_composed(config, self.given, len(overrides))
+        if validate_sweep_overrides:
+            parsed = OverridesParser.create(config_loader=self).parse_overrides(overrides)
+            self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
+        # Hydra composes everything twice: a command to find its mode, and a job of a sweep to see if it is legal.
+        asked = (config_name, *overrides, run_mode)
+        if (config := self._composed.pop(asked, None)) is None:
+            config = super().load_configuration(config_name, overrides, run_mode, from_shell, False)
+            check_composed(config, self.given, len(overrides))
+            if len(self._composed) < _REMEMBERED:
+                self._composed[asked] = copy.deepcopy(config)
         return config
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_composed": {}}  # a launcher sends the loader to other processes
 
 
 def from_command_line(overrides: Sequence[str]) -> dict[str, Any]:

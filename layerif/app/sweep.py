@@ -159,6 +159,8 @@ def note(error: Exception, config: DictConfig, folder: Path) -> str:
 def free_memory() -> None:
     """Frees the memory of a job's model: Lightning's objects refer to one another, and torch keeps what it had."""
     gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()  # the survivors of the first job are the program itself, which later collections need not search
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from layerif.data.render import Example, Template
+from layerif.data.rows import IGNORED, AnyExample, ChatExample, CompletionExample, TextExample, TokenExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PaddingSide = Literal["left", "right"]
+LossOn = Literal["all", "output"]
 
-IGNORED = -100  # the label of a token that does not count
-
-# By template: the text around the instruction, and the text before the output.
+# By template: the text around the instruction, and the text before the output. `chat` is the tokenizer's own.
 _TEMPLATES: dict[str, tuple[str, str]] = {
     "plain": ("{instruction}", " "),
     "alpaca": (
@@ -38,15 +41,24 @@ class Encoded:
         prompt_length: the number of tokens of the prompt, which come first.
         loss_from: the first token that the loss counts.
         is_truncated: the sample was longer than the limit and lost its end.
+        counted: for each token, whether the loss counts it; None: all from `loss_from` on.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     loss_from: int = 0
     is_truncated: bool = False
+    counted: tuple[bool, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The token ids, with -100 in place of those that the loss does not count."""
+        if self.counted is None:
+            return (IGNORED,) * min(self.loss_from, len(self)) + self.input_ids[self.loss_from :]
+        return tuple(id if is_in else IGNORED for id, is_in in zip(self.input_ids, self.counted, strict=True))
 
 
 class Encodings(tuple[Encoded, ...]):
@@ -58,76 +70,197 @@ class Encodings(tuple[Encoded, ...]):
         return sum(sample.is_truncated for sample in self)
 
 
-def prompt_text(example: Example, template: Template) -> str:
-    """Returns the text that a model reads before it answers."""
-    return _TEMPLATES[template][0].replace("{instruction}", example.instruction)
+def prompt_text(
+    example: Example | CompletionExample, template: Template, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str:
+    """Returns the text that a model reads before it answers.
+
+    Args:
+        example: a question, or a prompt with its completion.
+        template: the text around it; `plain` leaves a prompt as it is.
+        tokenizer: whose chat template is meant; only for `template=chat`.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    instruction = example.instruction if isinstance(example, Example) else example.prompt
+    if template == "chat":
+        return chat_text(tokenizer, [{"role": "user", "content": instruction}], example.id)
+    return _TEMPLATES[template][0].replace("{instruction}", instruction)
 
 
 def output_text(output: str, template: Template) -> str:
-    """Returns an output as it follows the prompt."""
-    return _TEMPLATES[template][1] + output
+    """Returns the output of a question as it follows the prompt."""
+    return _TEMPLATES.get(template, ("", ""))[1] + output
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Any], id: str) -> str:
+    """Returns messages in the tokenizer's chat template, up to where the assistant begins to answer."""
+    with _naming_the_template(tokenizer, id):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 
 def encode(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[AnyExample],
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     template: Template,
     max_length: int | None,
-    loss_on: Literal["all", "output"] = "all",
+    loss_on: LossOn | None = None,
     eos: bool,
 ) -> Encodings:
-    """Turns prompt and right output of every example into token ids, in the order of the examples.
+    """Turns every example into token ids, in the order of the examples.
 
-    The text is tokenised as a whole. BOS is there if the tokenizer adds it by itself, and the loss never counts it. The
-    prompt ends where the ids of the whole text begin to differ from those of the prompt alone.
+    A text is tokenised as a whole, prompt and right output together. BOS is there if the tokenizer adds it by itself,
+    or if the chat template holds it, and the loss never counts it as a first token. The prompt ends where the ids of
+    the whole text begin to differ from those of the prompt alone.
 
     Args:
         examples: the examples.
-        tokenizer: the tokenizer of the model.
-        template: the text around each instruction.
+        tokenizer: the tokenizer of the model; None where all examples are token ids.
+        template: the text around each instruction and prompt; texts and conversations are not changed by it.
         max_length: the most tokens of a sample; a longer one loses its end and is marked. None sets no limit.
-        loss_on: the tokens that the loss counts, all or those of the output.
-        eos: append the end-of-text token, before samples are cut.
+        loss_on: the tokens that the loss counts, all or those of the output. None: what the kind of example says, see
+            `layerif.data.rows`; all of a question's.
+        eos: append the end-of-text token, before samples are cut; not to conversations, which their template ends, nor
+            to token ids.
 
     Raises:
-        ValueError: a cut sample has no token left to learn, or the tokenizer has no end-of-text token.
+        ValueError: a sample has no token left to learn, or the tokenizer has no end-of-text token or chat template.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} leaves no token to predict; use 2 or more")
-    if eos and tokenizer.eos_token_id is None:
+    worded = [each for each in examples if not isinstance(each, TokenExample)]
+    if worded and tokenizer is None:
+        raise ValueError(f"example {worded[0].id} is a text, and there is no tokenizer; give one, or rows of input_ids")
+    if eos and worded and getattr(tokenizer, "eos_token_id", None) is None:
         raise ValueError(
             "the tokenizer has no end-of-text token to append; give its tokenizer_config.json an eos_token"
         )
-    end: Any = (tokenizer.eos_token_id,) if eos else ()
-    prompts = [prompt_text(example, template) for example in examples]
-    texts = [p + output_text(e.output, template) for p, e in zip(prompts, examples, strict=True)]
+    texts = [each for each in worded if not isinstance(each, ChatExample)]
+    of_texts = iter(_texts(texts, tokenizer, template, max_length))
     samples = []
-    prompt_ids, text_ids = (token_ids(tokenizer, each, max_length) for each in (prompts, texts))
-    for example, prompt, ids in zip(examples, prompt_ids, text_ids, strict=True):
-        prompt_length = num_shared(prompt, ids)
-        whole = ids + end
-        kept = whole[:max_length]
-        if loss_on == "output" and len(kept) <= prompt_length:
-            is_cut = max_length is not None and prompt_length == max_length + 1  # see `token_ids`
-            many = f"more than {max_length}" if is_cut else prompt_length
-            raise ValueError(
-                f"example {example.id}: its prompt of {many} tokens fills max_length={max_length}, "
-                f"so no token of the output is left to learn; use max_length>={prompt_length + 1} or loss_on=all"
-            )
-        samples.append(
-            Encoded(
-                input_ids=kept,
-                prompt_length=min(prompt_length, len(kept)),
-                loss_from=prompt_length if loss_on == "output" else 0,
-                is_truncated=len(kept) < len(whole),
-            )
-        )
+    for example in examples:
+        if isinstance(example, TokenExample):
+            given = tuple(label != IGNORED for label in example.labels)
+            marked = None if all(given) or loss_on == "all" else given
+            spelt = _Spelt(example.input_ids, 0 if marked is None else given.index(True) if any(given) else 0, marked)
+        elif isinstance(example, ChatExample):
+            spelt = _conversation(example, tokenizer, loss_on)
+        else:
+            prompt_length, ids = next(of_texts)
+            end: Any = (tokenizer.eos_token_id,) if eos and tokenizer is not None else ()
+            spelt = _Spelt(ids + end, prompt_length, None)
+        samples.append(_cut(example, spelt, max_length, loss_on))
     return Encodings(samples)
 
 
+@dataclass(frozen=True)
+class _Spelt:
+    """All token ids of an example, how many of them are its prompt, and which of them are marked as counting."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    counted: tuple[bool, ...] | None
+
+
+def _texts(
+    examples: Sequence[Example | TextExample | CompletionExample],
+    tokenizer: Any,
+    template: Template,
+    max_length: int | None,
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Gives the length of the prompt, and the ids of prompt and output, of each example."""
+    pairs, special = [], []
+    for example in examples:
+        is_text = isinstance(example, TextExample)
+        prompt = "" if is_text else prompt_text(example, template, tokenizer)
+        output = example.text if is_text else example.output
+        pairs.append((prompt, prompt + (output_text(output, template) if isinstance(example, Example) else output)))
+        special.append(is_text or template != "chat")  # a chat template spells BOS itself
+
+    def ids_of(texts: Sequence[str]) -> list[tuple[int, ...]]:
+        chosen = {flag: [text for text, each in zip(texts, special, strict=True) if each == flag] for flag in special}
+        spelt = {flag: iter(token_ids(tokenizer, of, max_length, special=flag)) for flag, of in chosen.items()}
+        return [next(spelt[flag]) for flag in special]
+
+    prompts, wholes = (ids_of([pair[which] for pair in pairs]) for which in (0, 1))
+    return [(num_shared(prompt, whole), whole) for prompt, whole in zip(prompts, wholes, strict=True)]
+
+
+def _conversation(example: ChatExample, tokenizer: Any, loss_on: LossOn | None) -> _Spelt:
+    """Spells a conversation by the tokenizer's chat template.
+
+    Where the template marks what the assistant says, that counts. Where it does not, everything does, unless the prompt
+    is known or `loss_on=output` asks for the last message.
+    """
+    messages = list(example.messages)
+    marks = re.search(r"{%-?\s*generation", tokenizer.chat_template or "") is not None
+    with _naming_the_template(tokenizer, example.id):
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
+        )
+    ids = tuple(found["input_ids"])
+    if example.num_prompt is None and marks and loss_on != "all":
+        counted = tuple(bool(each) for each in found["assistant_masks"])
+        return _Spelt(ids, counted.index(True) if any(counted) else len(ids), counted)
+    if example.num_prompt is None and loss_on != "output":
+        return _Spelt(ids, 0, None)
+    asked = messages[: example.num_prompt if example.num_prompt is not None else -1]
+    prompt = token_ids(tokenizer, [chat_text(tokenizer, asked, example.id)], special=False)[0] if asked else ()
+    return _Spelt(ids, num_shared(prompt, ids), None)
+
+
+def _cut(example: AnyExample, spelt: _Spelt, max_length: int | None, loss_on: LossOn | None) -> Encoded:
+    """Cuts a sample at `max_length`, and refuses one without a token to learn."""
+    kept = spelt.ids[:max_length]
+    is_output = loss_on == "output" or (
+        loss_on is None
+        and (isinstance(example, CompletionExample) or (isinstance(example, ChatExample) and bool(example.num_prompt)))
+    )
+    if isinstance(example, TextExample):
+        is_output = False
+    counted = None if spelt.counted is None else spelt.counted[:max_length]
+    loss_from = spelt.prompt_length if is_output and counted is None else 0
+    if counted is None and is_output and len(kept) <= spelt.prompt_length:
+        is_cut = max_length is not None and spelt.prompt_length == max_length + 1  # see `token_ids`
+        many = f"more than {max_length}" if is_cut else spelt.prompt_length
+        raise ValueError(
+            f"example {example.id}: its prompt of {many} tokens fills max_length={max_length}, "
+            f"so no token of the output is left to learn; use max_length>={spelt.prompt_length + 1} or loss_on=all"
+        )
+    sample = Encoded(
+        input_ids=kept,
+        prompt_length=min(spelt.prompt_length, len(kept)),
+        loss_from=loss_from,
+        is_truncated=len(kept) < len(spelt.ids),
+        counted=counted,
+    )
+    if all(label == IGNORED for label in sample.labels[1:]):
+        why = "it has one token" if len(kept) < 2 else f"none of its {len(kept)} tokens counts in the loss"
+        raise ValueError(
+            f"example {example.id} has no token to predict: {why}; give it a longer text or other labels, raise "
+            "max_length, or leave the row out"
+        )
+    return sample
+
+
+@contextmanager
+def _naming_the_template(tokenizer: Any, id: str) -> Iterator[None]:
+    """Refuses a tokenizer without a chat template, and names the row that a template refuses."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"example {id} needs a chat template, and the tokenizer has none; set tokenizer.chat_template, or give "
+            "rows of text or of prompt and completion"
+        )
+    try:
+        yield
+    except Exception as error:  # a template is a small program, so it may fail in any way that Python can
+        raise ValueError(f"the chat template cannot spell example {id}: {type(error).__name__}: {error}") from error
+
+
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_most: int | None = None
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_most: int | None = None, *, special: bool = True
 ) -> list[tuple[int, ...]]:
     """Returns the ids of each text, with BOS if the tokenizer adds it, and without an EOS that it adds by itself.
 
@@ -136,37 +269,49 @@ def token_ids(
         texts: the texts.
         at_most: the number of ids that the caller can use. A text with many more loses those after the first
             `at_most + 1`, so that a row of many megabytes takes no longer than a page. None keeps all.
+        special: False leaves out the tokens that the tokenizer would add by itself.
     """
     if at_most is None:
-        return _token_ids(tokenizer, texts)
+        return _token_ids(tokenizer, texts, special)
     long = _LONG * (at_most + 1)
-    short_ones = iter(_token_ids(tokenizer, [text for text in texts if len(text) <= long]))
-    return [next(short_ones) if len(text) <= long else _first_ids(tokenizer, text, at_most + 1) for text in texts]
+    short_ones = iter(_token_ids(tokenizer, [text for text in texts if len(text) <= long], special))
+    return [
+        next(short_ones) if len(text) <= long else _first_ids(tokenizer, text, at_most + 1, special) for text in texts
+    ]
 
 
 _LONG = 64  # characters for each id that is wanted; an id stands for about four
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = True) -> list[tuple[int, ...]]:
     if not texts:
         return []
-    rows: Any = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+    options: dict[str, Any] = {"padding": False, "truncation": False, "return_attention_mask": False}
+    rows: Any = tokenizer(list(texts), add_special_tokens=special, **options)["input_ids"]
+    if not special:
+        return [tuple(ids) for ids in rows]
     eos = tokenizer.eos_token_id
     return [tuple(ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids) for ids in rows]
 
 
-def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, num: int) -> tuple[int, ...]:
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, num: int, special: bool) -> tuple[int, ...]:
     """Returns the first ids of a text, from starts of it that double in length until two of them agree.
 
     The end of a start may be cut within a word, which is why one of them says too little.
     """
     length, before = _LONG // 4 * num, ()
     while length < len(text):
-        ids = _token_ids(tokenizer, [text[:length]])[0][:num]
+        ids = _token_ids(tokenizer, [text[:length]], special)[0][:num]
         if len(ids) == num and ids == before:
             return ids
         length, before = 2 * length, ids
-    return _token_ids(tokenizer, [text])[0]
+    return _token_ids(tokenizer, [text], special)[0]
+
+
+@lru_cache(maxsize=2)
+def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Returns the ids of one long text, remembered: a run looks at its calibration and test text several times."""
+    return token_ids(tokenizer, [text])[0]
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -176,12 +321,14 @@ def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
     )
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the padding token, or the end-of-text token: masks come from lengths, so both may be the same.
+def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Returns the padding token, or the end-of-text token: masks come from lengths, so any would do.
 
     Raises:
         ValueError: the tokenizer has neither.
     """
+    if tokenizer is None:
+        return 0
     found: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
         raise ValueError(
@@ -204,7 +351,7 @@ def collate(encodings: Sequence[Encoded], pad_id: int, side: PaddingSide = "righ
         ids = torch.tensor(sample.input_ids)
         input_ids[row, start : start + len(sample)] = ids
         attention_mask[row, start : start + len(sample)] = 1
-        labels[row, start + sample.loss_from : start + len(sample)] = ids[sample.loss_from :]
+        labels[row, start : start + len(sample)] = torch.tensor(sample.labels)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

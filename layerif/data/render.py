@@ -34,7 +34,7 @@ def answer_parser(pattern: str) -> re.Pattern[str]:
     return parser
 
 
-Template = Literal["plain", "alpaca"]
+Template = Literal["plain", "alpaca", "chat"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from annotated_types import Ge
 
 from layerif.checks import check_fields
 from layerif.data.render import Example, RenderedRow, Renderer, Template, answer_parser
+from layerif.data.rows import AnyExample
 from layerif.data.source import JsonlFolder, Source
 
 PARTS = ("train", "validation", "test")
@@ -34,9 +35,9 @@ class Splits:
         unread: the files of rows in the task's folder that no part reads.
     """
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: tuple[AnyExample, ...]
+    validation: tuple[AnyExample, ...]
+    test: tuple[AnyExample, ...]
     num_dropped: int = 0
     unread: tuple[str, ...] = ()
 

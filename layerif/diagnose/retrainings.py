@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from layerif.data.batches import padding_id
 from layerif.decide import Decider
@@ -25,6 +24,7 @@ from layerif.evidence import LayerGrams
 from layerif.files import hash_files, whole, write_text
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
+from layerif.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Retrainings:
         log.info("seed %d: %d of %d trainings to do", seed, len(missing), len(sets))
         retrainer = Retrainer(base, targets, train, padding_id(self.decider.tokenizer), self.recipe, seed)
         try:
-            for number, left_out in tqdm(missing.items(), desc=f"retraining, seed {seed}", disable=None, leave=False):
+            for number, left_out in progress(missing.items(), f"retraining, seed {seed}"):
                 model = retrainer(left_out)
                 if number is None:
                     self._save(retrainer, seed)

@@ -11,12 +11,13 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau, rankdata, t
-from tqdm import tqdm
+from scipy.stats import kendalltau, t
 
-from layerif.estimators._base import DampedEstimator, GramEstimator, quiet
+from layerif.estimators._base import DampedEstimator, GramEstimator
+from layerif.estimators._reliability import unwarned
 from layerif.evidence import LayerGrams
-from layerif.stats import LEVEL, UNDETERMINED, Estimate, known_mean, percentile, spearman
+from layerif.progress import progress
+from layerif.stats import LEVEL, UNDETERMINED, Estimate, known_mean, spearman
 
 _GROUPS = 10  # the jackknife leaves out one group of samples at a time
 
@@ -29,36 +30,6 @@ class Correlation:
     second: str
     spearman: float
     kendall: float
-
-
-def ranks(scores: Sequence[float]) -> np.ndarray:
-    """Returns the rank of each layer (L), 1 for the highest score; equal scores share their mean rank."""
-    return rankdata(-np.asarray(scores, dtype=float))
-
-
-def bootstrap_scores(estimator: GramEstimator, grams: LayerGrams, *, resamples: int, seed: int) -> np.ndarray:
-    """Returns the layer scores (B×L) under `resamples` bootstrap draws of train and of validation samples.
-
-    A draw selects rows and columns of the Grams, so that no gradient is computed again.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    num_val, num_train = next(iter(grams.grams.values())).val_train.shape
-    scores = []
-    with quiet():
-        for _ in tqdm(range(resamples), desc="bootstrap of the layers' ranks", disable=None, leave=False):
-            train = torch.randint(num_train, (num_train,), generator=generator)
-            validation = torch.randint(num_val, (num_val,), generator=generator)
-            scores.append(estimator.score(grams.select(train, validation)).values)
-    return np.array(scores)
-
-
-def rank_intervals(scores: Sequence[float], scores_BL: np.ndarray) -> list[Estimate]:
-    """Returns each layer's rank with the interval that holds it in 95 % of the draws.
-
-    Each interval is for a single layer. That all layers stay within theirs at once is less likely.
-    """
-    ranks_BL = np.stack([ranks(draw_L) for draw_L in scores_BL])
-    return [percentile(float(rank), ranks_BL[:, l]) for l, rank in enumerate(ranks(scores))]
 
 
 def halves(estimator: GramEstimator, grams: LayerGrams, *, draws: int, seed: int) -> tuple[np.ndarray, Estimate]:
@@ -76,10 +47,10 @@ def halves(estimator: GramEstimator, grams: LayerGrams, *, draws: int, seed: int
     splits = [[torch.randperm(num, generator=generator) for num in (num_train, num_val)] for _ in range(draws)]
     num_groups = min(_GROUPS, max(num_train, num_val))  # with few samples, each is a group of its own
     groups = [torch.randperm(num, generator=generator) % num_groups for num in (num_train, num_val)]
-    with quiet():
+    with unwarned():
         found = np.array([_half_agreement(estimator, grams, split) for split in splits])
         without = []
-        for group in tqdm(range(num_groups), desc="jackknife of the halves", disable=None, leave=False):
+        for group in progress(range(num_groups), "jackknife of the halves"):
             kept = [of_sample != group for of_sample in groups]
             without.append(known_mean(np.array([_half_agreement(estimator, grams, split, kept) for split in splits])))
     error = np.sqrt((num_groups - 1) * np.var(without)) * t.ppf((1 + LEVEL) / 2, num_groups - 1)
@@ -128,7 +99,7 @@ def damping_profiles(
     if not isinstance(estimator, DampedEstimator):
         return {}
     dampings = [estimator.damping * factor for factor in factors]
-    with quiet():
+    with unwarned():
         return {f"damping {damping:g}": replace(estimator, damping=damping).score(grams).values for damping in dampings}
 
 

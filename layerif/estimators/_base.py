@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
@@ -165,7 +164,7 @@ class NormEstimator(ABC):
             self.size(blocks[block].train_train, numel=numel if self.normalisation == "numel" else 1)
             for block, numel in zip(evidence.layers.names, evidence.layers.numel, strict=True)
         )
-        return scored(self, evidence, values, "undertrained")
+        return layer_scores(self, evidence, values, "undertrained")
 
 
 def by_block(influences: Mapping[str, Tensor], layers: LayerMap) -> dict[str, Tensor]:
@@ -190,7 +189,7 @@ def described(estimator: Any, **shown: object) -> str:
     return f"{name_of(estimator)}({settings})" if settings else name_of(estimator)
 
 
-def scored(
+def layer_scores(
     estimator: Any, evidence: Evidence, values: Iterable[float], higher_means: Direction, **shown: object
 ) -> LayerScores:
     """Gives the scores that an estimator found, one value for each layer of the evidence.
@@ -261,11 +260,3 @@ def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the estimators' warnings, where they were given before on all samples."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield

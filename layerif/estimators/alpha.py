@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerif.checks import check_choice, check_fields
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerSpectra
 from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
@@ -103,7 +103,7 @@ class Alpha:
         for params in evidence.layers.params:
             exponents = [self._exponent(param, evidence.eigenvalues[param]) for param in params]
             values.append(sum(exponents) / len(exponents))
-        return scored(self, evidence, values, "undertrained")
+        return layer_scores(self, evidence, values, "undertrained")
 
     def _exponent(self, param: str, eigenvalues: Tensor) -> float:
         try:

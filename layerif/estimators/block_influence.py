@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -23,4 +23,4 @@ class BlockInfluence:
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         values = (max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist())  # rounding may exceed 1
-        return scored(self, evidence, values, "important")
+        return layer_scores(self, evidence, values, "important")

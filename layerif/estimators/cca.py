@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerif.checks import Count, check_fields, did_you_mean
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -87,7 +87,7 @@ class Cca:
             )
         reference = _one_hot(labels) if self.reference == "labels" else features_LRH[layers.index(self.reference)]
         values = (pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
-        return scored(self, evidence, values, "important", components=components)
+        return layer_scores(self, evidence, values, "important", components=components)
 
 
 def _principal(view: Tensor, components: int) -> Tensor:

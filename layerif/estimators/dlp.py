@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from layerif.checks import check_fields
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -50,7 +50,7 @@ class Dlp:
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         values = relative_importance([self._centre(evidence, params) for params in evidence.layers.params])
-        return scored(self, evidence, values, "important")
+        return layer_scores(self, evidence, values, "important")
 
     def _centre(self, evidence: LayerActivations, params: Sequence[str]) -> float:
         if self.centre == "median":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerif.checks import Count, Positive, check_fields
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerGates
 from layerif.probe.gates import Gates
 from layerif.scores import LayerScores
@@ -40,4 +40,4 @@ class Ila:
     def score(self, evidence: LayerGates, /) -> LayerScores:
         values = evidence.scores.double().sigmoid().tolist()
         rounded = {"learning_rate": f"{self.learning_rate:g}", "start": f"{self.start:g}"}
-        return scored(self, evidence, values, "important", **rounded)
+        return layer_scores(self, evidence, values, "important", **rounded)

@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from layerif.checks import check_fields
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -76,4 +76,4 @@ class LinearProbe:
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         features_LRH, labels, samples = evidence.labelled(self.classes)
         values = (probe_accuracy(rows_RH, labels, samples, folds=self.folds) for rows_RH in features_LRH)
-        return scored(self, evidence, values, "important")
+        return layer_scores(self, evidence, values, "important")

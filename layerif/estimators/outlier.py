@@ -12,7 +12,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from layerif.checks import check_fields
-from layerif.estimators._base import scored
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
 from layerif.probe.request import Request
@@ -55,4 +55,4 @@ class Outlier:
             outlier_ratio([partial(evidence.metric, param) for param in params], multiple=self.multiple)
             for params in evidence.layers.params
         )
-        return scored(self, evidence, values, "important", multiple=f"{self.multiple:g}")
+        return layer_scores(self, evidence, values, "important", multiple=f"{self.multiple:g}")

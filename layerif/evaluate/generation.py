@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from layerif.data.batches import collate, padding_id
 from layerif.data.render import Example, Template, answer_parser
 from layerif.evaluate.questions import Measured, QuestionSet, prompts_of
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
+from layerif.progress import progress
 from layerif.stats import wilson
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def generation_accuracy(
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     texts = [""] * len(prompts)
     with evaluating(model), torch.inference_mode():
-        for start in tqdm(range(0, len(order), batch_size), desc="questions", disable=None, leave=False):
+        for start in progress(range(0, len(order), batch_size), "questions"):
             indices = order[start : start + batch_size]
             batch = collate([prompts[index] for index in indices], padding_id(tokenizer), side="left")
             inputs = {key: batch[key].to(device_of(model)) for key in ("input_ids", "attention_mask")}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from layerif.data.batches import Encoded, collate, padding_id
 from layerif.data.render import Example, Template
@@ -21,6 +20,7 @@ from layerif.evaluate.questions import Measured, Question, QuestionSet, question
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
 from layerif.models.loss import positions_of
+from layerif.progress import progress
 from layerif.stats import wilson
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def option_accuracy(
     order = sorted(range(len(questions)), key=lambda index: (-len(questions[index].prompt), index))
     answers: list[OptionAnswer | None] = [None] * len(questions)
     with evaluating(model), torch.inference_mode():
-        for start in tqdm(range(0, len(order), batch_size), desc="questions", disable=None, leave=False):
+        for start in progress(range(0, len(order), batch_size), "questions"):
             indices = order[start : start + batch_size]
             batch = [questions[index] for index in indices]
             for index, values in zip(indices, _log_likelihoods(model, batch, padding_id(tokenizer)), strict=True):

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from layerif.data.batches import token_ids
+from layerif.data.batches import ids_of_text
 from layerif.data.text import text
 from layerif.evaluate.questions import Measured, QuestionSet
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
+from layerif.progress import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from layerif.evaluate.evaluation import Evaluation
 
 _LARGEST_LOSS = math.log(sys.float_info.max)
@@ -32,7 +30,7 @@ _LARGEST_LOSS = math.log(sys.float_info.max)
 
 def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
     """Refuses a window longer than the text or the model's context, and more windows than the text holds."""
-    num_tokens = len(text_ids(settings.text, questions.tokenizer))
+    num_tokens = len(ids_of_text(questions.tokenizer, text(settings.text, "test")))
     check_window(settings.window, num_tokens, max_positions)
     available = num_tokens // settings.window
     if settings.num_windows is not None and settings.num_windows > available:
@@ -44,7 +42,7 @@ def check(settings: Evaluation, questions: QuestionSet, max_positions: int | Non
 
 def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
     """Measures the perplexity of the text; its name holds the window, and the text where it is another one."""
-    ids = text_ids(settings.text, questions.tokenizer)
+    ids = ids_of_text(questions.tokenizer, text(settings.text, "test"))
     ids = ids if settings.num_windows is None else ids[: settings.num_windows * settings.window]
     of_text = "" if settings.text == "documentation" else f"{Path(settings.text).stem}/"
     value = perplexity(model, ids, window=settings.window, batch_size=settings.batch_size)
@@ -71,7 +69,7 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
     total = 0.0
     with evaluating(model), torch.inference_mode():
-        for input_BT in tqdm(windows.split(batch_size), desc="windows", disable=None, leave=False):
+        for input_BT in progress(windows.split(batch_size), "windows"):
             input_BT = input_BT.to(device_of(model))
             logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")
@@ -83,11 +81,6 @@ def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size:
             "or far too large; look at the weights, or use a wider dtype (model.dtype=float32)"
         )
     return math.exp(mean)
-
-
-def text_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the token ids of the test part of a text."""
-    return token_ids(tokenizer, [text(name, "test")])[0]
 
 
 def check_window(window: int, num_tokens: int, max_positions: int | None) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerif.data.batches import IGNORED
+from layerif.data.rows import IGNORED
+
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
@@ -52,3 +55,44 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(targets).sum(dim=1) / num_counted
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss of one's own, with the name and version under which the store keeps what is measured with it.
+
+    Args:
+        name: tells it from other losses.
+        version: to raise whenever the function gives other values.
+        function: takes the model and a batch (`input_ids`, `attention_mask` and `labels`, each B×T), and returns the
+            loss of each sample (B).
+    """
+
+    name: str
+    version: int
+    function: Loss
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.function(model, batch)
+
+
+def checked_loss(loss: Loss, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Calls a loss, and refuses a result that is not one number a sample that depends on the model.
+
+    Raises:
+        ValueError: says what the loss gave.
+    """
+    num_samples = len(batch["input_ids"])
+    found = loss(model, batch)
+    if not isinstance(found, Tensor) or found.shape != (num_samples,):
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"the loss gave {got} for {num_samples} samples; it must return a tensor of ({num_samples},): the loss "
+            "of each sample, with no mean or sum over them"
+        )
+    if not found.is_floating_point() or not found.requires_grad:
+        raise ValueError(
+            "the loss gave numbers without a gradient; it must compute them from the model's outputs, without detach, "
+            "no_grad or inference_mode"
+        )
+    return found

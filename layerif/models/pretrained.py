@@ -122,6 +122,14 @@ class Pretrained(ABC):
             return PeftModel.from_pretrained(model, self.adapter).eval()  # type: ignore[return-value]
         return model.eval()
 
+    def copy(self) -> PreTrainedModel:
+        """Returns a model that nobody else holds."""
+        return self.load()
+
+    def in_dtype(self, dtype: Dtype) -> Pretrained:
+        """Returns this model with weights of another type."""
+        return replace(self, dtype=dtype)
+
     def skeleton(self, *, with_adapter: bool = False) -> PreTrainedModel:
         """Builds the model without weights, on the meta device, which takes a fraction of a second.
 

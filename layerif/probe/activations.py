@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerif.data.batches import Encoded, Encodings, batches
+from layerif.data.render import Example
+from layerif.data.rows import AnyExample
 from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare, device_of
@@ -27,6 +28,7 @@ from layerif.models.loss import positions_of
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
+from layerif.progress import progress
 from layerif.versions import VERSIONS
 
 EPSILON = 0.01  # in the unit of the hidden state
@@ -69,11 +71,16 @@ class Activations(Request):
             weight=lambda param: model().get_parameter(param),
             num_entries=int(tensors["num_entries"]),
             epsilon=self.epsilon,
-            answers=tuple(example.labels[example.answer] for example in measurements.chosen("train")),
+            answers=tuple(_label(example) for example in measurements.chosen("train")),
             fingerprint=key,
             **{name: tensors[name] for name in ("cosines", "variances", "sparsities", "prompts", "right", "wrong")},
         )
         return seen, reused
+
+
+def _label(example: AnyExample) -> str:
+    """Gives the label of the right option, and nothing for a row without options."""
+    return example.labels[example.answer] if isinstance(example, Example) else ""
 
 
 def wrong_answers(measurements: Measurements) -> list[Encoded | None]:
@@ -82,10 +89,10 @@ def wrong_answers(measurements: Measurements) -> list[Encoded | None]:
     changed = [
         replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(example.wrong))
         for example in examples
-        if example.wrong
+        if isinstance(example, Example) and example.wrong
     ]
     encoded = iter(measurements.encoded(changed))
-    return [next(encoded) if example.wrong else None for example in examples]
+    return [next(encoded) if isinstance(example, Example) and example.wrong else None for example in examples]
 
 
 def observe(
@@ -122,7 +129,7 @@ def observe(
         for what, given in (("right", right), ("wrong", wrong)):
             indices = [index for index, sample in enumerate(given) if sample is not None]
             samples = Encodings(sample for sample in given if sample is not None)
-            for rows, batch in tqdm(list(batches(samples, batch_size, pad_id)), desc=what, disable=None, leave=False):
+            for rows, batch in progress(list(batches(samples, batch_size, pad_id)), what):
                 mask_BT = batch["attention_mask"].bool().to(device)
                 seen.start([indices[row] for row in rows], [samples[row] for row in rows], mask_BT, what)
                 with hooked(seen.hooks(model), with_kwargs=True):

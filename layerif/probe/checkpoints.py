@@ -21,6 +21,7 @@ class CheckpointPasses(Request):
     """
 
     parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    takes_loss: ClassVar[bool] = True
 
     folders: tuple[str, ...]
 

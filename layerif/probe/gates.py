@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.evidence import LayerGates
@@ -23,6 +22,7 @@ from layerif.models.loss import per_sample_loss
 from layerif.probe.measurements import Load, Measurements, hash_of_samples
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
+from layerif.progress import progress
 from layerif.versions import VERSIONS
 
 GATES: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("gates", "gates")
@@ -114,7 +114,7 @@ def learn_gates(
     per_step = min(samples_per_step, len(samples))
     drawn = _rounds(len(samples), seed)
     with frozen(model), hooked(_gates(model, layers, scores_L), with_kwargs=True), torch.enable_grad():
-        for step in tqdm(range(num_steps), desc="gates", disable=None, leave=False):
+        for step in progress(range(num_steps), "gates"):
             chosen = Encodings(samples[index] for index in islice(drawn, per_step))
             optimizer.zero_grad()
             for _, batch in batches(chosen, batch_size, pad_id):

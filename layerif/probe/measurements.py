@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from layerif.data.batches import Encodings, encode, padding_id
-from layerif.data.render import Example
+from layerif.data.rows import AnyExample
 from layerif.data.task import Splits
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
+from layerif.models.loaded import Loaded
+from layerif.models.loss import Loss, NamedLoss
 from layerif.models.pretrained import Pretrained
 from layerif.probe.grams.processes import Shards
 from layerif.probe.settings import Probe
-from layerif.probe.store import MeasurementKind, Store
+from layerif.probe.store import MeasurementKind, Store, Unstored
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
@@ -44,23 +46,25 @@ class Measurements:
         tokenizer: its tokenizer.
         splits: the rows that samples are chosen from.
         probe: the settings of the probe.
-        store: keeps every measurement, so that it is made once.
+        store: keeps every measurement, so that it is made once; None keeps nothing.
         seed: of the choice of samples.
         device: the device on which models are measured.
         spread: True where the model does not fit one device. Its weights are then divided among all processes for the
             gradients (FSDP), and the first process takes its own measurements in main memory.
         num_processes: the processes that will measure together, for estimates.
+        loss: gives the loss of each sample, in place of its mean loss over tokens.
     """
 
-    model: Pretrained
+    model: Pretrained | Loaded
     tokenizer: Any
     splits: Splits
     probe: Probe
-    store: Store
+    store: Store | Unstored
     seed: int = 0
     device: torch.device | str = "cpu"
     spread: bool = False
     num_processes: int = 1
+    loss: Loss | None = None
 
     def layers(self) -> LayerMap:
         """Gives all blocks with all their linear layers: an allocation is spread over these."""
@@ -74,7 +78,7 @@ class Measurements:
     def _samples(self) -> tuple[Encodings, Encodings]:
         return self.encoded(self.chosen("train")), self.encoded(self.chosen("validation"))
 
-    def chosen(self, part: str) -> list[Example]:
+    def chosen(self, part: str) -> list[AnyExample]:
         """Gives the rows of `train` or `validation` behind the samples, in their order."""
         examples = getattr(self.splits, part)
         return [examples[row] for row in self.rows(part)]
@@ -85,13 +89,13 @@ class Measurements:
         Random(f"{self.seed} {part}").shuffle(order)
         return sorted(order[: getattr(self.probe, f"num_{part}")])
 
-    def encoded(self, examples: Sequence[Example]) -> Encodings:
+    def encoded(self, examples: Sequence[AnyExample]) -> Encodings:
         """Turns rows into token ids as the probe reads them."""
         probe = self.probe
         return encode(
             examples,
             self.tokenizer,
-            template=probe.template,
+            template=probe.template or "plain",
             max_length=probe.max_length,
             loss_on=probe.loss_on,
             eos=False,
@@ -110,7 +114,7 @@ class Measurements:
         """Describes a measurement of the samples' gradients by all that determines it; the store finds it by this."""
         train, validation = self.samples()
         return {
-            "loss": VERSIONS["loss"],
+            "loss": [self.loss.name, self.loss.version] if isinstance(self.loss, NamedLoss) else VERSIONS["loss"],
             "model": self.model.fingerprint(),
             "scope": self.probe.scope,
             "parameters": self.probe.parameters,
@@ -176,19 +180,21 @@ class Measurements:
 
     def whole(self, load: Load) -> nn.Module:
         """Gives the model in one place: main memory where no device can hold it."""
-        return self.model.load() if self.is_spread else load()
+        return self.model.copy() if self.is_spread else load()
 
     def merged(self, load: Load) -> nn.Module:
         """Gives the whole model with its adapter in the weights, as a copy if there is an adapter."""
         if self.model.adapter is None:
             return self.whole(load)
-        model: Any = self.whole(lambda: self.model.load().to(self.device))  # type: ignore[arg-type]
+        model: Any = self.whole(lambda: self.model.copy().to(self.device))  # type: ignore[arg-type]
         return model.merge_and_unload()
 
 
 def hash_of_samples(encodings: Encodings) -> str:
     """Hashes the token ids, and which of them count in the loss."""
-    return hash_of([(sample.input_ids, sample.loss_from) for sample in encodings])
+    return hash_of(
+        [(sample.input_ids, sample.loss_from if sample.counted is None else sample.counted) for sample in encodings]
+    )
 
 
 def hash_of(plain: Any) -> str:

@@ -25,10 +25,12 @@ class Request(ABC):
         parts: the parts of the task that the evidence is measured on. Evidence of both parts keeps the samples apart
             and has `halves`; evidence of `train` alone cannot be taken apart again.
         is_measured: False where the evidence costs nothing.
+        takes_loss: True where the evidence is measured with `Measurements.loss`.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ()
     is_measured: ClassVar[bool] = True
+    takes_loss: ClassVar[bool] = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Gt
 
 from layerif.checks import Count, Whole, check_fields
+from layerif.data.batches import LossOn
+from layerif.data.render import Template
 from layerif.models.blocks import Parameters, Scope
 from layerif.probe.grams.passes import Choice, Offload
 
@@ -23,8 +25,10 @@ class Probe:
         parameters: the weights themselves, or the matrices of a LoRA adapter.
         num_train, num_validation: the number of samples (the paper: 300 and 50).
         max_length: in tokens; longer samples are cut and counted.
-        template: `plain` is instruction + " " + output, as for the released scores.
-        loss_on: `all` tokens, as in the paper, or only the `output`.
+        template: `plain` is instruction + " " + output, as for the released scores. None takes `chat` where the task
+            does, and `plain` elsewhere.
+        loss_on: `all` tokens, as in the paper, or only the `output`. None takes what the kind of rows says: all of a
+            question, a text or an unmarked conversation; otherwise the completion, or what is marked.
         skip_unsupported: leave out matrices in scope that are not linear layers, instead of refusing them.
         projection: project gradients to so many dimensions a side; None measures them exactly.
         projection_seed: the seed of the projection.
@@ -44,8 +48,8 @@ class Probe:
     num_train: Count = 300
     num_validation: Count = 50
     max_length: Annotated[int, Ge(2)] = 128
-    template: Literal["plain", "alpaca"] = "plain"
-    loss_on: Literal["all", "output"] = "all"
+    template: Template | None = None
+    loss_on: LossOn | None = None
     skip_unsupported: bool = False
     projection: Count | None = None
     projection_seed: int = 0

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerif.evidence import LayerSpectra
 from layerif.layers import LayerMap
@@ -16,6 +15,7 @@ from layerif.models.blocks import bare
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Request
 from layerif.probe.store import MeasurementKind
+from layerif.progress import progress
 from layerif.versions import VERSIONS
 
 SPECTRA: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("spectra", "spectra of weights")
@@ -49,7 +49,7 @@ def spectra(model: nn.Module, layers: LayerMap) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     seconds: list[float] = []
-    for params in tqdm(layers.params, desc="singular values", disable=None, leave=False):
+    for params in progress(layers.params, "singular values"):
         start = time.perf_counter()
         found |= {param: _eigenvalues(param, bare(model).get_parameter(param)) for param in params}
         seconds.append(time.perf_counter() - start)

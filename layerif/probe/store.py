@@ -162,6 +162,35 @@ class Store:
         return Path(self.root) / "grams" / f".{key}.partial"
 
 
+@dataclass(frozen=True)
+class Unstored:
+    """Stands in place of a store where nothing is to be written.
+
+    Attributes:
+        while_waiting: as of a `Store`; nobody waits here.
+    """
+
+    while_waiting: Callable[[], object] = lambda: None
+
+    def kept(
+        self,
+        kind: MeasurementKind[Measurement],
+        description: Mapping[str, Any],
+        compute: Callable[[str], Measurement],
+        *,
+        about: Mapping[str, str] | None = None,
+    ) -> tuple[Measurement, bool]:
+        """Makes the measurement."""
+        return compute(self.key(description)), False
+
+    def key(self, description: Mapping[str, Any]) -> str:
+        """Returns the key that a store would give."""
+        return fingerprint({**description, "store": VERSIONS["store"]})
+
+    def partial(self, key: str) -> None:
+        """Names no folder: an interrupted measurement begins anew."""
+
+
 @contextmanager
 def _locked(file: Path, key: str, while_waiting: Callable[[], object]) -> Iterator[None]:
     lock = FileLock(file)  # the operating system frees the lock of a job that died

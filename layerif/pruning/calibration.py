@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from layerif.checks import Count, check_fields
-from layerif.data.batches import token_ids
+from layerif.data.batches import ids_of_text
 from layerif.data.text import text
 
 if TYPE_CHECKING:
@@ -54,15 +55,35 @@ class Calibration:
                 f"method.calibration.window={self.window} is too long: the model reads at most {max_positions} "
                 f"tokens; use method.calibration.window<={max_positions}"
             )
-        ids = token_ids(tokenizer, [text(self.text, "calibration")])[0]
-        available = len(ids) // self.window
-        if available < self.num_windows:
-            raise ValueError(
-                f"the calibration text {self.text!r} has {len(ids)} tokens, {available} windows of {self.window}; "
-                f"method.calibration.num_windows={self.num_windows} asks for more: use "
-                + (f"num_windows<={available}, " if available else "")
-                + "a shorter method.calibration.window or a longer text"
-            )
-        chosen = sorted(Random(f"{self.seed} calibration").sample(range(available), self.num_windows))
-        windows = [ids[index * self.window : (index + 1) * self.window] for index in chosen]
+        ids = ids_of_text(tokenizer, text(self.text, "calibration"))
+        what = f"the calibration text {self.text!r}"
+        windows = windows_of(ids, self.num_windows, self.window, seed=self.seed, what=what)
         return list(torch.tensor(windows).split(self.batch_size))
+
+
+def windows_of(
+    ids: Sequence[int], num_windows: int | None, window: int, *, seed: int, what: str
+) -> list[Sequence[int]]:
+    """Cuts token ids into windows that do not overlap, and chooses some of them.
+
+    Args:
+        ids: the token ids of the whole text.
+        num_windows: the number of windows; None takes all.
+        window: the number of tokens in a window.
+        seed: chooses the windows.
+        what: a name of the text, for the message.
+
+    Raises:
+        ValueError: the text holds too few windows.
+    """
+    available = len(ids) // window
+    wanted = available if num_windows is None else num_windows
+    if available < max(wanted, 1):
+        raise ValueError(
+            f"{what} {'have' if what.endswith('s') else 'has'} {len(ids)} tokens, {available} windows of {window}; "
+            f"{'one is needed' if num_windows is None else f'num_windows={num_windows} asks for more'}: use "
+            + (f"num_windows<={available}, " if available else "")
+            + "a shorter window or a longer text"
+        )
+    chosen = sorted(Random(f"{seed} calibration").sample(range(available), wanted))
+    return [ids[index * window : (index + 1) * window] for index in chosen]

@@ -50,7 +50,7 @@ class Walk:
         pruner: chooses the weights.
         targets: the target by block and by linear layer.
         batches: the calibration windows as token ids (B×T); empty where the pruner needs no inputs.
-        folder: the folder for finished blocks, and for activations that wait on disk.
+        folder: the folder for finished blocks, and for activations that wait on disk; None writes nothing.
         device: the device on which a block works.
         offload: the place where activations wait between blocks: on the device, in main memory or on disk.
     """
@@ -59,15 +59,15 @@ class Walk:
     pruner: Pruner
     targets: Mapping[str, Mapping[str, Target]]
     batches: Sequence[Tensor]
-    folder: Path
+    folder: Path | None
     device: torch.device | str = "cpu"
     offload: ActivationPlace = "cpu"
 
     def __post_init__(self) -> None:
         self.blocks = blocks(self.model)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        finished = (is_intact(self._file(index), "its block is pruned again") for index in range(len(self.blocks)))
-        self.num_finished = sum(takewhile(bool, finished))
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_finished = sum(takewhile(bool, map(self._is_finished, range(len(self.blocks)))))
         self.num_replayed = self.num_finished
         self._hidden: HiddenStates | None = None
         self._calls: dict[str, list[Call]] = {}
@@ -93,9 +93,10 @@ class Walk:
                 _set_weights(block, load_file(self._file(index)))
             else:
                 self._prune(name, block)
-                pruned = {name: module.weight for name, module in linears(block)}
-                seconds = {"seconds": str(time.perf_counter() - begun)}
-                save_tensors(pruned, self._file(index), seconds, advice=_ADVICE)
+                if self.folder is not None:
+                    pruned = {name: module.weight for name, module in linears(block)}
+                    seconds = {"seconds": str(time.perf_counter() - begun)}
+                    save_tensors(pruned, self._file(index), seconds, advice=_ADVICE)
                 self.num_finished = index + 1
             if is_needed and index + 1 < len(self.blocks):
                 self._forward(name, block)
@@ -107,7 +108,11 @@ class Walk:
         return sum(float(_header(self._file(index)).get("seconds", 0)) for index in range(self.num_replayed))
 
     def _file(self, index: int) -> Path:
+        assert self.folder is not None
         return self.folder / f"block-{index:03d}.safetensors"
+
+    def _is_finished(self, index: int) -> bool:
+        return self.folder is not None and is_intact(self._file(index), "its block is pruned again")
 
     def _capture(self) -> None:
         hidden, self._calls = capture_inputs(self.model, self.batches)

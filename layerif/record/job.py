@@ -2,7 +2,7 @@
 
 A choice is the name of a YAML in `conf/` (`estimator=datainf`), and a setting is a key of the resolved configuration.
 Paths of classes (`_target_`) are not part of the identity, so a finished job stays the same when a file moves. This
-module imports nothing heavy, because `layerif --help` must answer at once.
+module imports nothing heavy, because `layerif --help` must answer at once, and Hydra only where there is a run of it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from layerif.files import check_yaml
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Root keys and groups that may differ between two runs of the same job. `small` is not among them, because a record
 # says that it belongs to a small variant.
@@ -36,6 +36,9 @@ def choices_of_run() -> dict[str, str]:
     A configuration that an earlier run left (`--config-path RUN/.hydra`) was composed by that run, so its choices are
     read from the file beside it.
     """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
     if not HydraConfig.initialized():
         return {}
     hydra = HydraConfig.get()
@@ -55,6 +58,8 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     Paths that are derived from `outputs` and `store` (the folder of the converted model, say) are resolved as if these
     two had their defaults, because the place of the results is incidental, too.
     """
+    from omegaconf import OmegaConf
+
     given = OmegaConf.to_container(config)
     assert isinstance(given, dict)
     plain = OmegaConf.to_container(OmegaConf.create(given | _KEPT_IN), resolve=True)

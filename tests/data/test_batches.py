@@ -160,5 +160,5 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a padding nor an end-of-text token"):
         padding_id(tokenizer)
-    with pytest.raises(ValueError, match="no end-of-text token to append; give its tokenizer_config"):
+    with pytest.raises(ValueError, match=r"no end-of-text token to append; give its tokenizer_config\.json"):
         encode(EXAMPLES, tokenizer, template="plain", max_length=None, eos=True)

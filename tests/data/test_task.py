@@ -147,7 +147,7 @@ def test_keep_filters_rows_and_must_leave_some(folder):
     [
         ({"instruction": "{{ question"}, "task.instruction=.* is not Jinja"),
         ({"labels": "letters +"}, "task.labels=.* is not Jinja"),
-        ({"template": "chat"}, "task.template='chat' is not allowed; allowed: plain, alpaca"),
+        ({"template": "chatml"}, "task.template='chatml' is not allowed; allowed: plain, alpaca, chat"),
         ({"splits": {"train": "train", "test": "test"}}, "exactly train, validation and test"),
         ({"splits": {"train": "train", "validation": None, "test": None}}, "task.splits.test is empty"),
         ({"pattern": "("}, "task.pattern='\\(' is not a regular expression"),

@@ -31,15 +31,8 @@ from layerif.diagnose.leave_out import (
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
 from layerif.diagnose.report import plain
 from layerif.diagnose.solver import residual, solver_residuals
-from layerif.diagnose.stability import (
-    bootstrap_scores,
-    damping_profiles,
-    halves,
-    profile_correlations,
-    rank_intervals,
-    ranks,
-    stepped_up,
-)
+from layerif.diagnose.stability import damping_profiles, halves, profile_correlations, stepped_up
+from layerif.estimators._reliability import bootstrap_scores, rank_intervals, ranks
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.exact import Exact
 from layerif.estimators.grad_dot import GradDot

@@ -31,7 +31,7 @@ from layerif.record.record import RunRecord
 DIAGNOSIS = "diagnose.json"
 LEAST_ROWS = 4  # fewer rows leave nothing to rank
 
-Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
+NumRows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class Diagnose(SpendsNothing):
     seeds: Count = 3
     subsets: Annotated[int, Ge(3)] = 40
     removed: Share = 0.5
-    num_train: Rows = 48
-    num_validation: Rows = 32
+    num_train: NumRows = 48
+    num_validation: NumRows = 32
     steps: Count = 18
     batch_size: Count = 8
     learning_rate: Positive = 1e-3
@@ -89,7 +89,7 @@ class Diagnose(SpendsNothing):
                     f"method.num_{part}={asked} is more than the {have} {part} rows of the task; "
                     f"use method.num_{part}<={have}"
                 )
-            check_value(f"probe.num_{part}", getattr(decider.probe, f"num_{part}"), Rows)
+            check_value(f"probe.num_{part}", getattr(decider.probe, f"num_{part}"), NumRows)
         self._check_rank(setup)
         left_out_sets(self.num_train, self._num_left_out, self.subsets, seed=decider.seed)
         flip(decider.chosen("train"), self.flipped, seed=decider.seed)

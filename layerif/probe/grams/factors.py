@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layerif.models.blocks import bare, device_of
 from layerif.models.hooks import first_non_finite_block, hooked
-from layerif.models.loss import per_sample_loss
+from layerif.models.loss import Loss, checked_loss, per_sample_loss
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix: (input_BTI, delta_BTO)
 
@@ -36,6 +36,7 @@ def capture_factors(
     project: Callable[[Tensor, Side], Tensor] = lambda values, side: values,
     *,
     in_step: bool = False,
+    loss: Loss = per_sample_loss,
 ) -> Factors:
     """Runs a batch forward and backward and gives the factors of every matrix, zero where there is padding.
 
@@ -48,6 +49,7 @@ def capture_factors(
             input that several matrices read.
         in_step: True where other processes run a batch at the same time and need this one to the end of its backward.
             An error then waits till the end, and no block is looked for.
+        loss: gives the loss of each sample (B).
 
     Raises:
         ValueError: names block and sample for a loss that is not finite, and a layer that did not run exactly once.
@@ -57,7 +59,7 @@ def capture_factors(
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found)
     with hooked(hooks), torch.enable_grad():
-        loss_B = per_sample_loss(model, batch)
+        loss_B = checked_loss(loss, model, batch)
         is_finite = bool(loss_B.isfinite().all())
         if is_finite or in_step:
             loss_B.sum().backward()

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerif.evidence import GRAM_TENSORS, LayerGrams, MatrixGram
 from layerif.files import Damaged, load_tensors, save_tensors
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import frozen
+from layerif.models.loss import Loss, per_sample_loss
 from layerif.models.memory import free_bytes
 from layerif.probe.grams import products
 from layerif.probe.grams.factors import Side, capture_factors, inputs_read_together
@@ -30,6 +30,7 @@ from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload
 from layerif.probe.grams.processes import Shards, is_spread
 from layerif.probe.grams.projection import Projection
 from layerif.probe.grams.waiting import InMemory, OnDisk, Waiting
+from layerif.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def measure(
     partial: Path | None = None,
     fingerprint: str = "",
     names: Sequence[str] | None = None,
+    loss: Loss = per_sample_loss,
 ) -> LayerGrams:
     """Measures the Grams of the per-sample gradients of every matrix in `layers`.
 
@@ -70,6 +72,7 @@ def measure(
             alone.
         fingerprint: of the measurement.
         names: of the samples, train then validation, for messages.
+        loss: gives the loss of each sample (B), whose gradients are measured.
 
     Raises:
         ValueError: names block and sample for a loss or gradient that is not finite, and the least that would do for a
@@ -84,7 +87,7 @@ def measure(
         raise ValueError("probe.offload=disk needs a folder for the factors: measure(…, partial=folder)")
 
     shards = Shards.current()
-    measurement = _Measurement(model, batches, num_train, num_samples, names, projection, partial, shards)
+    measurement = _Measurement(model, batches, num_train, num_samples, names, projection, partial, shards, loss)
     grams = measurement.finished()
     todo = [param for param in layers.matrices if param not in grams]
     if grams:
@@ -185,6 +188,7 @@ class _Measurement:
     projection: Projection | None
     partial: Path | None
     shards: Shards
+    loss: Loss
 
     def run(self, passes: Passes, group: Sequence[Matrix], description: str) -> dict[str, MatrixGram]:
         """Takes one pass and gives its Grams."""
@@ -198,7 +202,7 @@ class _Measurement:
         mine: dict[str, MatrixGram] = {}
         # As many matrices at a time as there are processes, so that all of them multiply at once.
         rounds = [group[start : start + self.shards.size] for start in range(0, len(group), self.shards.size)]
-        for together in tqdm(rounds, desc="Gram matrices", disable=None, leave=False):
+        for together in progress(rounds, "Gram matrices"):
             mine |= self._multiply(passes, together, waiting)
         with self.shards.failing_together():
             for param, gram in mine.items():
@@ -217,13 +221,15 @@ class _Measurement:
         num_rounds = max(self.shards.share(len(missing))) if in_step else len(missing)
         failure: ValueError | None = None
         with frozen(self.model):
-            for position in tqdm(range(num_rounds), desc=description, disable=None, leave=False):
+            for position in progress(range(num_rounds), description):
                 is_mine = position < len(missing)
                 number, indices, batch = missing[position] if is_mine else (-1, *self.batches[0])
                 try:
                     project = self.projection or _as_it_is
                     names = [self.names[index] for index in indices]
-                    factors = capture_factors(self.model, params, batch, names, project, in_step=in_step)
+                    factors = capture_factors(
+                        self.model, params, batch, names, project, in_step=in_step, loss=self.loss
+                    )
                 except ValueError as error:
                     if not in_step:
                         raise

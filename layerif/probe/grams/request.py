@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerif.data.batches import batches
 from layerif.evidence import LayerGrams
+from layerif.models.loss import per_sample_loss
 from layerif.probe.grams.measure import gram_in, measure, tensors_of
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
@@ -32,6 +33,7 @@ class Grams(Request):
     """A request for the Grams of the samples' gradients. All processes measure them together."""
 
     parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    takes_loss: ClassVar[bool] = True
 
     def check(self, measurements: Measurements) -> None:
         measurements.check_adapter_of_lora()
@@ -68,7 +70,7 @@ class Grams(Request):
         model, probe = measurements.model, measurements.probe
         exact = replace(
             measurements,
-            model=replace(model, dtype="float64" if model.dtype == "float64" else "float32"),
+            model=model.in_dtype("float64" if model.dtype == "float64" else "float32"),
             probe=replace(
                 probe,
                 projection=None,
@@ -78,9 +80,9 @@ class Grams(Request):
         )
         try:
             reference, _ = self.take(exact, lambda: exact.model.load().to(exact.device))  # type: ignore[arg-type]
-        except torch.cuda.OutOfMemoryError as error:
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             raise NotCompared(
-                "a second model, in float32, does not fit the device; probe.fidelity_samples=0 does not try"
+                "a second model, in float32, does not fit the memory; probe.fidelity_samples=0 does not try"
             ) from error
         rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.parts]
         return evidence.select(*rows), reference
@@ -110,6 +112,7 @@ def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
         projection=Projection(probe.projection, probe.projection_seed) if probe.projection else None,
         partial=measurements.store.partial(key),
         fingerprint=key,
+        loss=measurements.loss or per_sample_loss,
         names=[f"{part} row {row.id}" for part in Grams.parts for row in measurements.chosen(part)],
     )
 

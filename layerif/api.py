@@ -1,0 +1,326 @@
+"""The front door: scores and pruning for a model in memory, without a configuration.
+
+Nothing is written unless a store is given, and the model comes back as it was, except from `prune`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerif.allocate.allocation import Allocation
+from layerif.allocate.sparsity import TargetSparsity
+from layerif.checks import check_choice, check_value
+from layerif.data.batches import Encodings, LossOn, encode, token_ids
+from layerif.data.render import Template
+from layerif.data.rows import AnyExample, TextExample, TokenExample, example_of
+from layerif.data.task import Splits
+from layerif.decide import Scorer
+from layerif.estimators import Estimator
+from layerif.files import conf_folder
+from layerif.models.blocks import Scope, bare, blocks, context_length, device_of
+from layerif.models.loaded import Loaded
+from layerif.models.loss import Loss, NamedLoss
+from layerif.moe.model import linears_of_blocks
+from layerif.probe.settings import Probe
+from layerif.probe.store import Store, Unstored
+from layerif.profile import Profile
+from layerif.progress import displayed
+from layerif.progress import progress as shown_as_done
+from layerif.pruning import Pruner
+from layerif.pruning.calibration import windows_of
+from layerif.pruning.targets import targets
+from layerif.pruning.walk import Walk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rows = Iterable[str | Mapping[str, Any]]
+
+
+def score(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: Rows,
+    validation: Rows,
+    *,
+    estimator: str | Estimator = "datainf",
+    scope: Scope = "attention",
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    max_length: int = 128,
+    batch_size: int = 8,
+    template: Template = "plain",
+    loss: Loss | None = None,
+    loss_on: LossOn | None = None,
+    memory_gb: float | None = None,
+    seed: int = 0,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Scores every decoder block of a loaded model for some rows, in one gradient pass.
+
+    Rows are texts, or mappings with the columns of `layerif.data.rows` (`text`, `prompt` and `completion`, `messages`,
+    `input_ids` and `labels`), or ready batches of `input_ids`, `attention_mask` and `labels`, as a DataLoader gives.
+
+    Args:
+        model: a causal language model of transformers, on any device, bare or wrapped by PEFT. It comes back as it was.
+        tokenizer: the tokenizer of the model; None where all rows are token ids.
+        train: the rows that the model learns from, or would.
+        validation: the rows that it should do well on; none of them may be among `train`.
+        estimator: the name of a file in `layerif/estimators`, or an estimator with settings of its own, as
+            `DataInf(damping=0.01)`.
+        scope: the matrices of a block that are measured: attention, mlp or all.
+        num_train: use so many train rows, chosen by `seed`; None takes all.
+        num_validation: use so many validation rows; None takes all.
+        max_length: in tokens; longer rows are cut and counted.
+        batch_size: the rows that the model sees at once; no result depends on it.
+        template: the text around a `prompt`: plain, alpaca or chat.
+        loss: `(model, batch) -> losses` of each sample (B), in place of the mean loss over tokens. A store keeps what
+            is measured with it only if it is named, see `layerif.loss`.
+        loss_on: the tokens that the loss counts, all or output; None: what the kind of row says.
+        memory_gb: the memory to use beside the model and one batch; None: half of what is free (85 % on a GPU).
+        seed: chooses the rows.
+        store: a folder that keeps the measurement for the next call; None writes nothing.
+        progress: show a bar.
+
+    Raises:
+        ValueError: names the row, setting or part of the model that cannot be used, and says what can.
+    """
+    loaded = Loaded(model, is_hashed=store is not None)
+    loaded.check()
+    chosen = estimator_called(estimator) if isinstance(estimator, str) else estimator
+    if loss is not None and not chosen.needs.takes_loss:
+        raise ValueError(
+            f"the estimator {type(chosen).__name__} measures no loss of yours; use one on Grams, such as datainf, or "
+            "leave loss out"
+        )
+    examples = {"train": examples_of(train, "train"), "validation": examples_of(validation, "validation")}
+    _check_apart(examples["train"], examples["validation"])
+    keeps = store is not None and (loss is None or isinstance(loss, NamedLoss))
+    scorer = Scorer(
+        model=loaded,
+        tokenizer=tokenizer,
+        splits=Splits(train=examples["train"], validation=examples["validation"], test=()),
+        probe=Probe(
+            scope=scope,
+            num_train=len(examples["train"]) if num_train is None else num_train,
+            num_validation=len(examples["validation"]) if num_validation is None else num_validation,
+            max_length=max_length,
+            template=template,
+            loss_on=loss_on,
+            batch_size=batch_size,
+            memory_gb=memory_gb,
+        ),
+        store=Store(Path(store)) if store is not None and keeps else Unstored(),
+        seed=seed,
+        device=device_of(model),
+        loss=loss,
+        estimator=chosen,
+    )
+    scorer.check()
+    for part, encodings in zip(examples, scorer.samples(), strict=True):
+        _check_ids(encodings, [row.id for row in scorer.chosen(part)], model)
+    with displayed("bar" if progress else "none"):
+        scored, evidence = scorer.scored()
+    return Profile.of(
+        scored,
+        evidence,
+        chosen,
+        loaded.layers(),
+        linears_of_blocks(bare(model)),
+        max_length=max_length,
+        seed=seed,
+    )
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    allocation_or_target: Allocation | Mapping[str, float] | float,
+    *,
+    calibration: Rows = (),
+    pruner: str | Pruner = "wanda",
+    num_windows: int | None = None,
+    window: int = 256,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Removes weights from the blocks of a loaded model, in place, and returns it.
+
+    Args:
+        model: a causal language model of transformers without an adapter, on any device.
+        tokenizer: the tokenizer of the model; None where all rows are token ids.
+        allocation_or_target: an allocation of sparsity (`Profile.sparsity`), sparsities by block or matrix, or one
+            fraction for every matrix.
+        calibration: rows as for `score`, laid end to end and cut into windows; magnitude needs none.
+        pruner: magnitude, wanda or sparsegpt, or a pruner with settings of its own, as `Wanda(n=2, m=4)`.
+        num_windows: use so many windows, chosen by `seed`; None takes all.
+        window: the tokens of a window.
+        batch_size: the windows that the model sees at once.
+        seed: chooses the windows.
+        progress: show a bar.
+
+    Raises:
+        ValueError: names the row, setting, block or matrix that cannot be used, and says what can. The weights are as
+            they were if it was raised before the first block was pruned, and a block is pruned whole or not at all.
+    """
+    loaded = Loaded(model)
+    loaded.check()
+    if loaded.adapter:
+        raise ValueError("the model has an adapter of PEFT; merge it first: model = model.merge_and_unload()")
+    chosen = pruner_called(pruner) if isinstance(pruner, str) else pruner
+    aimed = targets(model, _sparsities(allocation_or_target, model), chosen)
+    batches: Sequence[Tensor] = ()
+    if chosen.needs_inputs:
+        ids = _calibration_ids(examples_of(calibration, "calibration"), tokenizer)
+        longest = context_length(model)
+        if longest is not None and window > longest:
+            raise ValueError(
+                f"window={window} is too long: the model reads at most {longest} tokens; use window<={longest}"
+            )
+        windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows")
+        _check_ids_below(max(max(each) for each in windows), "the calibration rows", model)
+        batches = torch.tensor(windows).split(batch_size)
+    walk = Walk(model, chosen, aimed, batches, None, device_of(model), "cpu")
+    with displayed("bar" if progress else "none"):
+        for index in shown_as_done(range(len(walk.blocks)), "pruning"):
+            walk(index)
+    return model
+
+
+def loss(name: str, *, version: int) -> Any:
+    """Names a loss of one's own, so that a store keeps what is measured with it: `loss("mine", version=1)(function)`.
+
+    Args:
+        name: tells it from other losses.
+        version: to raise whenever the function gives other values.
+    """
+    return lambda function: NamedLoss(name, version, function)
+
+
+def estimator_called(name: str) -> Estimator:
+    """Makes the estimator of a name, with its default settings.
+
+    Raises:
+        ValueError: there is no such estimator, or it cannot do without settings.
+    """
+    return _made(name, "estimator", "estimators", lambda found: hasattr(found, "score"))
+
+
+def pruner_called(name: str) -> Pruner:
+    """Makes the pruner of a name, with its default settings.
+
+    Raises:
+        ValueError: there is no such pruner.
+    """
+    return _made(name, "pruner", "pruning", lambda found: issubclass(found, Pruner))
+
+
+def _made(name: str, setting: str, room: str, is_one: Any) -> Any:
+    """Finds the dataclass of a choice by its file, as the laws of the rooms do."""
+    check_choice(setting, name, sorted(file.stem for file in (conf_folder() / setting).glob("*.yaml")))
+    module = importlib.import_module(f"layerif.{room}.{name}")
+    own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    chosen = next(each for each in own if is_dataclass(each) and is_one(each))
+    try:
+        return chosen()
+    except TypeError as error:
+        raise ValueError(f"{setting}={name!r} needs settings of its own: {error}; give {setting}={name}(…)") from error
+
+
+def examples_of(rows: Rows, part: str) -> tuple[AnyExample, ...]:
+    """Turns rows, or ready batches of them, into examples that are numbered from 0.
+
+    Raises:
+        ValueError: there is no row, or one cannot be used; names its place.
+    """
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise ValueError(f"{part} is a {type(rows).__name__}; it must be a list of rows")
+    found = tuple(
+        example_of(row, id=f"{part} {number}", where=f"{part} row {number}")
+        for number, row in enumerate(_single_rows(rows, part))
+    )
+    if not found:
+        raise ValueError(f"{part} holds no row; an iterator that was read before is empty, so give a list of rows")
+    return found
+
+
+def _single_rows(rows: Rows, part: str) -> Iterator[Any]:
+    for item in rows:
+        ids = item.get("input_ids") if isinstance(item, Mapping) else None
+        if getattr(ids, "ndim", 1) == 2:
+            yield from _rows_of_batch(item, part)  # type: ignore[arg-type]
+        else:
+            yield item
+
+
+def _rows_of_batch(batch: Mapping[str, Tensor], part: str) -> Iterator[dict[str, Tensor]]:
+    """Takes a padded batch apart."""
+    if unknown := sorted({*batch} - {"input_ids", "attention_mask", "labels"}):
+        raise ValueError(f"a batch of {part} holds {', '.join(unknown)}; allowed: input_ids, attention_mask and labels")
+    ids = batch["input_ids"]
+    mask, labels = batch.get("attention_mask", torch.ones_like(ids)), batch.get("labels", ids)
+    if mask.shape != ids.shape or labels.shape != ids.shape:
+        raise ValueError(
+            f"a batch of {part} has input_ids of shape {tuple(ids.shape)}, attention_mask of {tuple(mask.shape)} and "
+            f"labels of {tuple(labels.shape)}; they must be alike"
+        )
+    for of_row, ids_T, labels_T in zip(mask.bool().cpu(), ids.cpu(), labels.cpu(), strict=True):
+        yield {"input_ids": ids_T[of_row], "labels": labels_T[of_row]}
+
+
+def _check_apart(train: Sequence[AnyExample], validation: Sequence[AnyExample]) -> None:
+    """Refuses validation rows that ask what train rows ask: scores would see what they are judged by."""
+    first = {example.question: example.id for example in reversed(train)}
+    shared = [example for example in validation if example.question in first]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(validation)} validation rows ask the same as train rows (the first: "
+            f"{shared[0].id} and {first[shared[0].question]}), so scores would see what they are judged by; leave them "
+            "out of one of the two"
+        )
+
+
+def _check_ids(encodings: Encodings, names: Sequence[str], model: nn.Module) -> None:
+    for sample, name in zip(encodings, names, strict=True):
+        _check_ids_below(max(sample.input_ids), name, model)
+
+
+def _check_ids_below(largest: int, what: str, model: Any) -> None:
+    """Refuses token ids that the model has no embedding for."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"{what}: the token id {largest} is beyond the vocabulary; the model has embeddings for the ids below "
+            f"{num_embeddings}, so give the tokenizer that the model was trained with"
+        )
+
+
+def _sparsities(given: Allocation | Mapping[str, float] | float, model: nn.Module) -> Mapping[str, float]:
+    if isinstance(given, Allocation):
+        if given.kind != "sparsity":
+            raise ValueError(
+                f"the allocation is of {given.kind}; pruning needs one of sparsity, as profile.sparsity(0.5)"
+            )
+        return given.by_name()
+    if isinstance(given, Mapping):
+        return given
+    check_value("target", given, TargetSparsity)
+    return dict.fromkeys(blocks(model), given)
+
+
+def _calibration_ids(examples: Sequence[AnyExample], tokenizer: Any) -> tuple[int, ...]:
+    """Lays rows end to end; texts are joined by blank lines, as those of a calibration file are."""
+    if tokenizer is not None and all(isinstance(each, TextExample) for each in examples):
+        return token_ids(tokenizer, ["\n\n".join(each.text for each in examples if isinstance(each, TextExample))])[0]
+    eos = any(not isinstance(each, TokenExample) for each in examples) and tokenizer.eos_token_id is not None
+    encodings = encode(examples, tokenizer, template="plain", max_length=None, loss_on="all", eos=eos)
+    return tuple(token for sample in encodings for token in sample.input_ids)

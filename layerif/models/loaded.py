@@ -1,0 +1,126 @@
+"""A model that is in memory already, in the form in which measurements take a model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerif.layers import LayerMap
+from layerif.models.blocks import bare, blocks, device_of, layer_map
+from layerif.models.memory import free_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model in memory. It stays as it is; what must change it works on a copy.
+
+    Args:
+        model: a causal language model of transformers, bare or wrapped by PEFT.
+        is_hashed: True makes the fingerprint of all weights, which a store needs.
+        converted_to: the type of the weights of the copy that is meant; None means the model itself.
+    """
+
+    model: nn.Module
+    is_hashed: bool = False
+    converted_to: str | None = None
+
+    def check(self) -> None:
+        """Refuses what is no loaded causal language model.
+
+        Raises:
+            ValueError: says what it is instead.
+        """
+        config = getattr(bare(self.model), "config", None) if isinstance(self.model, nn.Module) else None
+        if config is None or not hasattr(self.model, "get_input_embeddings"):
+            raise ValueError(
+                f"the model is a {type(self.model).__name__}; give a causal language model of transformers, as from "
+                "AutoModelForCausalLM.from_pretrained, bare or wrapped by PEFT"
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"the model is a {type(bare(self.model)).__name__}, which has an encoder; give a decoder")
+        if self.model.get_output_embeddings() is None:
+            raise ValueError(
+                f"the model is a {type(bare(self.model)).__name__}, which has no head that predicts the next token; "
+                "load it with AutoModelForCausalLM"
+            )
+        for name, tensor in self.model.named_parameters():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"the model is on the meta device: {name} has no values; load its weights, without device_map=meta "
+                    "or offload"
+                )
+
+    def location(self) -> tuple[str, None]:
+        """Returns a name to show, in place of a folder."""
+        return type(bare(self.model)).__name__, None
+
+    @property
+    def dtype(self) -> str:
+        """The type of the blocks' weights."""
+        if self.converted_to:
+            return self.converted_to
+        block = next(iter(blocks(self.model).values()), self.model)
+        return str(next(block.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def adapter(self) -> str | None:
+        """Tells that there is an adapter of PEFT; None where there is none."""
+        return "in memory" if hasattr(self.model, "peft_config") else None
+
+    @cached_property
+    def _weights(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns everything about the model that changes a measurement."""
+        weights = self._weights if self.is_hashed else "not hashed"
+        return {"weights": weights, "adapter": self.adapter or "none", "dtype": self.dtype}
+
+    def layers(self) -> LayerMap:
+        """Returns all blocks with all their linear layers."""
+        return layer_map(self.model, scope="all", skip_unsupported=True)
+
+    def load(self) -> Any:
+        """Returns the model itself, or a copy of it in another type.
+
+        Raises:
+            MemoryError: a copy is more than half of what is free.
+        """
+        if self.converted_to is None:
+            return self.model
+        dtype = getattr(torch, self.converted_to)
+        needed = sum(each.numel() for each in self.model.parameters()) * dtype.itemsize
+        free = free_bytes(device_of(self.model))
+        if needed > free / 2:
+            raise MemoryError(f"a copy in {self.converted_to} takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} are free")
+        return copy.deepcopy(self.model).to(dtype).eval()
+
+    def copy(self) -> Any:
+        """Returns a model that nobody else holds."""
+        return copy.deepcopy(self.model) if self.converted_to is None else self.load()
+
+    def in_dtype(self, dtype: str) -> Loaded:
+        """Returns this model with weights of another type."""
+        return replace(self, converted_to=dtype)
+
+    def at(self, checkpoint: str) -> Loaded:
+        """Refuses checkpoints: they are of a model in a folder."""
+        raise ValueError(
+            f"the checkpoint {checkpoint!r} cannot be measured for a model in memory; use the command line with "
+            "model=local model.path=/folder"
+        )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
