@@ -41,14 +41,14 @@ from layerif.pruning.walk import Walk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Rows = Iterable[str | Mapping[str, Any]]
+GivenRows = Iterable[str | Mapping[str, Any]]
 
 
 def score(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    train: Rows,
-    validation: Rows,
+    train: GivenRows,
+    validation: GivenRows,
     *,
     estimator: str | Estimator = "datainf",
     scope: Scope = "attention",
@@ -145,7 +145,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None,
     allocation_or_target: Allocation | Mapping[str, float] | float,
     *,
-    calibration: Rows = (),
+    calibration: GivenRows = (),
     pruner: str | Pruner = "wanda",
     num_windows: int | None = None,
     window: int = 256,
@@ -236,7 +236,7 @@ def _made(name: str, setting: str, room: str, is_one: Any) -> Any:
         raise ValueError(f"{setting}={name!r} needs settings of its own: {error}; give {setting}={name}(…)") from error
 
 
-def examples_of(rows: Rows, part: str) -> tuple[AnyExample, ...]:
+def examples_of(rows: GivenRows, part: str) -> tuple[AnyExample, ...]:
     """Turns rows, or ready batches of them, into examples that are numbered from 0.
 
     Raises:
@@ -253,7 +253,7 @@ def examples_of(rows: Rows, part: str) -> tuple[AnyExample, ...]:
     return found
 
 
-def _single_rows(rows: Rows, part: str) -> Iterator[Any]:
+def _single_rows(rows: GivenRows, part: str) -> Iterator[Any]:
     for item in rows:
         ids = item.get("input_ids") if isinstance(item, Mapping) else None
         if getattr(ids, "ndim", 1) == 2:

@@ -15,7 +15,7 @@ from layerif.targets import ENTRY_POINTS
 
 # Every command has a `main`, and every metric has a `check` and a `run`, which the loop over metrics calls. `log` and
 # the type variable `T` are the same thing in each file.
-SHARED = {"main", "check", "run", "log", "T"}
+SHARED = {"main", "check", "run", "log", "T", "loss"}
 # "Names others rely on": a module of one of these names would take the function's place in its package.
 RELIED_ON = {
     "layerif": ["score", "curves", "prune", "rows"],

@@ -119,7 +119,7 @@ def kind_of(row: Mapping[str, Any], where: str) -> RowKind:
         return found[0]
     allowed = ", or ".join(" and ".join(columns) for columns in COLUMNS.values())
     have = ", ".join(map(str, row)) or "no column"
-    problem = "has the columns of several kinds of rows" if found else "is no row to learn from"
+    problem = "has the columns of several kinds of rows" if found else "cannot be learned from"
     raise ValueError(f"{where} {problem}: it has {have}; a row needs {allowed}")
 
 
@@ -141,7 +141,9 @@ def example_of(row: str | Mapping[str, Any], *, id: str, where: str, kind: RowKi
         raise ValueError(f"{where} is a {type(row).__name__}; a row must be a text, or a mapping of columns")
     kind = kind or kind_of(row, where)
     if missing := [column for column in COLUMNS[kind] if row.get(column) is None]:
-        raise ValueError(f"{where} has no {missing[0]} (columns: {', '.join(map(str, row)) or 'none'})")
+        raise ValueError(
+            f"{where} has no {missing[0]} (columns: {', '.join(map(str, row)) or 'none'}); add it, or leave the row out"
+        )
     return _MAKERS[kind](row, id, where)
 
 
@@ -195,7 +197,9 @@ def _text(value: object, column: str, where: str, *, may_be_empty: bool = False)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {column} holds half a character ({error.reason}), which no token spells") from error
+        raise ValueError(
+            f"{where}: {column} holds half a character ({error.reason}), which no token spells; mend it, or leave the row out"
+        ) from error
     return value
 
 

@@ -57,12 +57,14 @@ class Calibration:
             )
         ids = ids_of_text(tokenizer, text(self.text, "calibration"))
         what = f"the calibration text {self.text!r}"
-        windows = windows_of(ids, self.num_windows, self.window, seed=self.seed, what=what)
+        windows = windows_of(
+            ids, self.num_windows, self.window, seed=self.seed, what=what, setting="method.calibration."
+        )
         return list(torch.tensor(windows).split(self.batch_size))
 
 
 def windows_of(
-    ids: Sequence[int], num_windows: int | None, window: int, *, seed: int, what: str
+    ids: Sequence[int], num_windows: int | None, window: int, *, seed: int, what: str, setting: str = ""
 ) -> list[Sequence[int]]:
     """Cuts token ids into windows that do not overlap, and chooses some of them.
 
@@ -72,6 +74,7 @@ def windows_of(
         window: the number of tokens in a window.
         seed: chooses the windows.
         what: a name of the text, for the message.
+        setting: stands before the names of the settings in it.
 
     Raises:
         ValueError: the text holds too few windows.
@@ -81,9 +84,9 @@ def windows_of(
     if available < max(wanted, 1):
         raise ValueError(
             f"{what} {'have' if what.endswith('s') else 'has'} {len(ids)} tokens, {available} windows of {window}; "
-            f"{'one is needed' if num_windows is None else f'num_windows={num_windows} asks for more'}: use "
+            f"{'one is needed' if num_windows is None else f'{setting}num_windows={num_windows} asks for more'}: use "
             + (f"num_windows<={available}, " if available else "")
-            + "a shorter window or a longer text"
+            + f"a shorter {setting}window or a longer text"
         )
     chosen = sorted(Random(f"{seed} calibration").sample(range(available), wanted))
     return [ids[index * window : (index + 1) * window] for index in chosen]

@@ -134,7 +134,7 @@ def test_rows_are_the_same_by_what_they_ask():
         ("  ", "row 7: the text is empty"),
         (
             {"text": None, "body": "x"},
-            "row 7 is no row to learn from: it has text, body; a row needs text, or prompt and",
+            "row 7 cannot be learned from: it has text, body; a row needs text, or prompt and",
         ),
         ({"text": "a", "messages": TALK}, "row 7 has the columns of several kinds"),
         ({"text": 3}, "row 7: text must be a text, got 3"),
