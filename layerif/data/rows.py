@@ -198,7 +198,7 @@ def _text(value: object, column: str, where: str, *, may_be_empty: bool = False)
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: {column} holds half a character ({error.reason}), which no token spells; mend it, or leave the row out"
+            f"{where}: {column} holds half a character ({error.reason}); mend it, or leave the row out"
         ) from error
     return value
 
