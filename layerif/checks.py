@@ -111,7 +111,7 @@ def check_object(got: object, *, what: str) -> dict[str, Any]:
     return got or {}
 
 
-def is_finite(number: float) -> bool:
+def is_finite(number: Any) -> bool:
     """Tells if a number can be calculated with: not NaN, not infinite, and no whole number that no float can hold."""
     try:
         return math.isfinite(number)

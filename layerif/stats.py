@@ -519,6 +519,8 @@ def _beyond_range(range_P: np.ndarray, num_arms: int, df: int) -> np.ndarray:
     while end < largest and studentized_range.sf(end, num_arms, df) > 1e-12:
         end *= 1.25
     curve = np.polynomial.Chebyshev.interpolate(
-        lambda logarithm: studentized_range.sf(np.expm1(logarithm), num_arms, df), 80, domain=[0, np.log1p(end)]
+        lambda logarithm: np.asarray(studentized_range.sf(np.expm1(logarithm), num_arms, df)),
+        80,
+        domain=[0, np.log1p(end)],
     )
     return np.where(range_P > end, 0.0, np.clip(curve(np.log1p(range_P)), 0, 1))

@@ -47,7 +47,7 @@ def test_names_import_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def settings_classes() -> Iterator[tuple[str, type]]:
+def settings_classes() -> Iterator[tuple[str, Any]]:
     """Every estimator, every allocator and the probe, with the key that their settings stand under."""
     yield "probe", Probe
     for key, package in (("estimator", layerif.estimators), ("allocator", layerif.allocate)):
@@ -73,16 +73,11 @@ def just_outside(hint: Any) -> list[Any]:
     kind, *bounds = get_args(hint)
     step = 1 if kind is int else 0.125
     wrong: list[Any] = [0.5, True] if kind is int else [math.nan, math.inf]
+    beyond: dict[type, tuple[str, float]] = {Ge: ("ge", -step), Gt: ("gt", 0), Le: ("le", step), Lt: ("lt", 0)}
     for bound in bounds:
-        match bound:
-            case Ge():
-                wrong.append(bound.ge - step)
-            case Gt():
-                wrong.append(bound.gt)
-            case Le():
-                wrong.append(bound.le + step)
-            case Lt():
-                wrong.append(bound.lt)
+        if type(bound) in beyond:
+            name, by = beyond[type(bound)]
+            wrong.append(getattr(bound, name) + by)
     return wrong
 
 

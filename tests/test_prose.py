@@ -87,8 +87,9 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     """Gives the public functions and methods of a module without its properties."""
     for parent in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
         for node in parent.body:
-            is_public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-            if is_public and not any("property" in ast.unparse(each) for each in node.decorator_list):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if not any("property" in ast.unparse(each) for each in node.decorator_list):
                 yield node
 
 

@@ -81,7 +81,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         record.notes.append("this folder held another job's record; other files of it may be left")
         log.warning("%s: %s", folder, record.notes[-1])
     try:
-        with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.decider.store.files):
+        with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.store.files):
             _execute(setup, record, folder)
     except KeyboardInterrupt:
         if not is_swept():  # the jobs of a sweep find their folders again by themselves
@@ -94,7 +94,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         raise
     if rank_zero_only.rank > 0:  # the first process keeps the record for all
         return None
-    record.measurements = setup.decider.store.taken
+    record.measurements = setup.store.taken
     record.memory_gb = _peak_memory()
     if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)

@@ -65,11 +65,6 @@ class Example:
         """The output of the right option."""
         return self.options[self.answer]
 
-    @property
-    def wrong(self) -> list[int]:
-        """The indices of the wrong options."""
-        return [index for index in range(len(self.options)) if index != self.answer]
-
 
 @dataclass(frozen=True)
 class RenderedRow:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from random import Random
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 from annotated_types import Ge
 
@@ -20,10 +20,11 @@ from layerif.data.source import JsonlFolder, Source
 
 PARTS = ("train", "validation", "test")
 Limit = Annotated[int, Ge(1), "null takes all rows"]
+_E = TypeVar("_E", bound=AnyExample)
 
 
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[_E]):
     """The examples of a task.
 
     Args:
@@ -35,9 +36,9 @@ class Splits:
         unread: the files of rows in the task's folder that no part reads.
     """
 
-    train: tuple[AnyExample, ...]
-    validation: tuple[AnyExample, ...]
-    test: tuple[AnyExample, ...]
+    train: tuple[_E, ...]
+    validation: tuple[_E, ...]
+    test: tuple[_E, ...]
     num_dropped: int = 0
     unread: tuple[str, ...] = ()
 
@@ -119,7 +120,7 @@ class Task:
                     "or set task.splits.validation=null to hold part of train out"
                 )
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[Example]:
         """Reads, renders and checks all three parts.
 
         A process reads the rows of files once, as long as the files stay the same, and those of the hub every time.
@@ -146,7 +147,7 @@ class Task:
             )
         return source
 
-    def _load(self) -> Splits:
+    def _load(self) -> Splits[Example]:
         test = self._read("test")
         train, num_dropped = self._apart("train", self._read("train"), "test", test)
         if self.splits["validation"] is None:
@@ -244,5 +245,5 @@ class Task:
 
 
 @lru_cache(maxsize=4)
-def _load_once(task: Task, files: tuple[tuple[str, int, int], ...]) -> Splits:
+def _load_once(task: Task, files: tuple[tuple[str, int, int], ...]) -> Splits[Example]:
     return task._load()

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from layerif.data.render import Example
+from layerif.data.rows import AnyExample, wrong_options
 from layerif.stats import INTERVAL_RESAMPLES, known_mean
 
 
@@ -31,7 +32,7 @@ class Detection:
     auc: float
 
 
-def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[Example], np.ndarray]:
+def flip(examples: Sequence[AnyExample], share: float, *, seed: int) -> tuple[list[Example], np.ndarray]:
     """Gives round(share·N) of the examples, but at least one, the answer of another of their options.
 
     Returns:
@@ -51,12 +52,12 @@ def flip(examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[
     is_flipped_N[chosen.sample(range(len(examples)), count)] = True
     flipped = []
     for example, is_flipped in zip(examples, is_flipped_N, strict=True):
-        if not example.wrong:
+        if not isinstance(example, Example) or not wrong_options(example):
             raise ValueError(
                 f"example {example.id} has no other option to flip its answer to; method=diagnose needs a task with "
                 "at least two options a row"
             )
-        flipped.append(replace(example, answer=chosen.choice(example.wrong)) if is_flipped else example)
+        flipped.append(replace(example, answer=chosen.choice(wrong_options(example))) if is_flipped else example)
     return flipped, is_flipped_N
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
@@ -24,7 +24,6 @@ from layerif.compat import changes_of
 from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
 from layerif.layers import LayerMap
 from layerif.probe.grams.request import Grams
-from layerif.probe.request import Request
 from layerif.scores import Aggregation, Direction, LayerScores, aggregate
 
 Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
@@ -80,7 +79,7 @@ class GramEstimator(InfluenceEstimator, ABC):
             influence of one Gram of the whole block. They differ where an estimator is not linear in the Gram.
     """
 
-    needs: ClassVar[Request] = Grams()
+    needs = Grams()
 
     aggregation: Aggregation = "all"
     granularity: Granularity = "matrix"
@@ -146,7 +145,7 @@ class NormEstimator(ABC):
             compare.
     """
 
-    needs: ClassVar[Request] = Grams()
+    needs = Grams()
 
     normalisation: Normalisation = "none"
 

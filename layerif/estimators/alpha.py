@@ -6,7 +6,7 @@ Letters: λ_1 ≤ … ≤ λ_N the non-zero eigenvalues of WᵀW, i the start of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from layerif.checks import check_choice, check_fields
 from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerSpectra
-from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
 from layerif.scores import LayerScores
 
@@ -91,7 +90,7 @@ class Alpha:
         fit: see `alpha`.
     """
 
-    needs: ClassVar[Request] = Spectra()
+    needs = Spectra()
 
     fit: Tail = "mid"
 

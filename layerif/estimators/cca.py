@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from layerif.checks import Count, check_fields, did_you_mean
 from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -56,7 +54,7 @@ class Cca:
         components: the principal directions that are kept; None: a tenth of the rows.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     reference: str = "labels"
     classes: Classes = "truth"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +13,6 @@ from layerif.checks import check_fields
 from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 Centre = Literal["mean", "median"]
@@ -41,7 +40,7 @@ class Dlp:
         centre: a block's s is the mean or the median of the Wanda metric over all entries of its matrices.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     centre: Centre = "mean"
 

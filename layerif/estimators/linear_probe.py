@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor
@@ -14,7 +14,6 @@ from layerif.checks import check_fields
 from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -65,7 +64,7 @@ class LinearProbe:
         folds: of the cross-validation.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     classes: Classes = "truth"
     folds: Annotated[int, Ge(2)] = 5

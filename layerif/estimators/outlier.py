@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Gt
 from torch import Tensor
@@ -15,7 +15,6 @@ from layerif.checks import check_fields
 from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -43,7 +42,7 @@ class Outlier:
         multiple: M. An entry of the Wanda metric is an outlier above M times the mean of its block.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     multiple: Annotated[float, Gt(0), "OWL used 5 and 7"] = 5.0
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
 
 from layerif.estimators._base import described
 from layerif.layers import LayerMap
 from layerif.probe.nothing import Nothing
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -17,7 +15,7 @@ from layerif.scores import LayerScores
 class Random:
     """Draws a score from [0, 1) for every layer, a function of the seed and the layer's name alone."""
 
-    needs: ClassVar[Request] = Nothing()
+    needs = Nothing()
 
     seed: int = 0
 

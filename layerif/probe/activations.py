@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.data.render import Example
-from layerif.data.rows import AnyExample
+from layerif.data.rows import AnyExample, wrong_options
 from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
 from layerif.models.blocks import bare, device_of
@@ -87,12 +87,12 @@ def wrong_answers(measurements: Measurements) -> list[Encoded | None]:
     """Gives each train sample with a wrong option in place of the right one, None where it has no other option."""
     examples = measurements.chosen("train")
     changed = [
-        replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(example.wrong))
+        replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(wrong_options(example)))
         for example in examples
-        if isinstance(example, Example) and example.wrong
+        if isinstance(example, Example) and wrong_options(example)
     ]
     encoded = iter(measurements.encoded(changed))
-    return [next(encoded) if isinstance(example, Example) and example.wrong else None for example in examples]
+    return [next(encoded) if wrong_options(example) else None for example in examples]
 
 
 def observe(

@@ -133,7 +133,7 @@ def runs_frame(record: RunRecord) -> pd.DataFrame:
 
 def without_empty(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns the frame without columns of cost that no row has."""
-    empty = [name for name in _LEFT_OUT_IF_EMPTY if name in frame and frame[name].isna().all()]
+    empty = [name for name in _LEFT_OUT_IF_EMPTY if name in frame and bool(frame[name].isna().to_numpy().all())]
     return frame.drop(columns=empty)
 
 

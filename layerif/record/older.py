@@ -86,7 +86,8 @@ def _names_a_class(node: Any) -> bool:
 
 
 def _choice(group: str, node: Any) -> str:
-    *_, module, name = ["", *node["_target_"].split(".")]
+    path: list[str] = ["", *node["_target_"].split(".")]
+    module, name = path[-2:]
     if group == "task":
         return str(node.get("name", name))
     if group == "estimator":

@@ -205,9 +205,9 @@ def _write_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFi
     shown: dict[str, Any] = {name: wandb.Table(dataframe=frame) for name, frame in found.items()}
     if record.decision is not None:
         scores = record.decision.scores
+        titles = {} if scores is None else {"score": f"score (higher: {scores.higher_means})"}
         for column in found["layers"].columns[2:]:
-            is_score = column == "score" and scores is not None
-            title = f"score (higher: {scores.higher_means})" if is_score else f"allocated {column}"
+            title = titles.get(column, f"allocated {column}")
             table = wandb.Table(dataframe=found["layers"])
             shown[f"layers/{column}"] = wandb.plot.line(table, "depth", column, title=title)
     if shown:

@@ -101,9 +101,10 @@ def _answers(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
     return found
 
 
-def _rows(pairs: Sequence[tuple[Run, Run]], answers: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Returns the answers of the first and of the second run of each pair: (2×S×Q)."""
-    return np.array([[answers[id(run)] for run in side] for side in zip(*pairs, strict=True)])
+def _rows(pairs: Sequence[tuple[Run, Run]], answers: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the answers (S×Q) of the first and of the second run of each pair."""
+    first, second = (np.array([answers[id(run)] for run in side]) for side in zip(*pairs, strict=True))
+    return first, second
 
 
 def _asked(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ OWN = {  # experiments of a user
     "mistyped": "# @package _global_\nprob:\n  num_train: 3\n",
     "wrong": "# @package _global_\nseed: four\n",
 }
-MANDATORY = {
+MANDATORY: dict[tuple[str, ...], list[str]] = {
     ("model", "local"): ["model.path=/somewhere"],
     ("model", "hub"): ["model.name=org/name"],
     ("estimator", "file"): ["estimator.path=scores.json"],

@@ -211,7 +211,11 @@ class Prune:
 
     def _recover(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         """Fine-tunes the pruned model in `folder`/model on the task."""
-        where = {"path": str(folder / "model"), "dtype": setup.model.dtype, "attention": setup.model.attention}
+        where: dict[str, Any] = {
+            "path": str(folder / "model"),
+            "dtype": setup.model.dtype,
+            "attention": setup.model.attention,
+        }
         pruned = LocalModel(**where)
         one_each = _one_expert_each(setup.decider.layers().names) if self.recover == "lora" else None
         module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(LocalModel), **where}, one_each)
