@@ -57,8 +57,10 @@ class Difference(Estimate):
         p: of the hypothesis that there is no difference.
         seed_error: standard error by the spread of `num_seeds` seeds; NaN where they have none.
         num_seeds: number of pairs of runs.
-        error: standard error by the bootstrap of seeds and questions; NaN without questions.
-        num_answers: number of pairs of answers; 0 without questions.
+        error: standard error by the bootstrap of seeds and rows; NaN without rows.
+        num_answers: number of pairs of answers; 0 where no answers are compared.
+        row_error: standard error by the spread of `num_rows` rows, of losses alone; NaN where they have none.
+        num_rows: number of rows whose losses are paired.
     """
 
     p: float
@@ -66,6 +68,8 @@ class Difference(Estimate):
     num_seeds: int
     error: float = math.nan
     num_answers: int = 0
+    row_error: float = math.nan
+    num_rows: int = 0
 
 
 # Rank correlation
@@ -149,10 +153,10 @@ def _standard_error(values_S: Sequence[float] | np.ndarray) -> float:
 
 
 @lru_cache
-def _critical_t(df: int) -> float:
+def _critical_t(df: int, alpha: float = ALPHA) -> float:
     from scipy import stats
 
-    return float(stats.t.ppf(1 - ALPHA / 2, df))
+    return float(stats.t.ppf(1 - alpha / 2, df))
 
 
 # Tests of paired differences
@@ -188,9 +192,13 @@ def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: i
 
 
 def all_paired_by_question(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray]], *, seed: int = 0, resamples: int = RESAMPLES
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    are_answers: bool = True,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> list[Difference]:
-    """Returns the mean difference of the answers of every two runs, with an interval clustered by seed.
+    """Returns the mean difference of the answers, or losses, of every two runs, with an interval clustered by seed.
 
     The interval is the percentile bootstrap of seeds and of questions; a question is drawn for all seeds at once, since
     it is the same question (Owen 2007, The pigeonhole bootstrap). Of S seeds S − 1 are drawn: this makes the variance
@@ -200,18 +208,22 @@ def all_paired_by_question(
     range of the seeds' own means, which is too narrow where seeds matter and questions are many. The interval therefore
     includes Student's t over the seeds' means, and p is at least that test's.
 
+    Losses have sizes and not only signs, so for them Student's t over the rows' means takes the place of the sign test,
+    and the interval includes it, too.
+
     Comparisons over as many questions share their draws, so that each run is drawn once and not once for each of its
     comparisons. The interval takes at most RESAMPLES draws. p takes more, up to `resamples`, as long as fewer than
     ENOUGH_TAIL of them lie beyond zero and it is the largest of the three.
 
     Args:
-        pairs: the answers (S×Q) of the first and of the second run of each comparison, 1 where right and 0 where wrong;
-            NaN where the question was not asked at this seed.
+        pairs: the answers (S×Q) of the first and of the second run of each comparison, 1 where right and 0 where wrong,
+            or the losses; NaN where the question was not asked at this seed.
+        are_answers: whether the values are answers, and so 0 or 1.
         seed: decides the draws.
         resamples: the most draws.
     """
     rows_of: dict[int, dict[bytes, int]] = defaultdict(dict)
-    found = [_Bootstrap(first_SQ, second_SQ, rows_of) for first_SQ, second_SQ in pairs]
+    found = [_Bootstrap(first_SQ, second_SQ, rows_of, are_answers) for first_SQ, second_SQ in pairs]
     for num_questions, rows in rows_of.items():
         values_RQ = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(len(rows), num_questions)
         same = [one for one in found if one.num_questions == num_questions]
@@ -224,17 +236,23 @@ def all_paired_by_question(
 class _Bootstrap:
     """One comparison: its tests that need no draws, and what its draws have shown so far."""
 
-    def __init__(self, first_SQ: np.ndarray, second_SQ: np.ndarray, rows_of: dict[int, dict[bytes, int]]) -> None:
+    def __init__(
+        self, first_SQ: np.ndarray, second_SQ: np.ndarray, rows_of: dict[int, dict[bytes, int]], are_answers: bool
+    ) -> None:
         """Puts its rows of answers into `rows_of`, by number of questions, each row once."""
         asked_SQ = ~np.isnan(first_SQ + second_SQ)
         is_asked_Q, num_asked_S = asked_SQ.any(axis=0), asked_SQ.sum(axis=1)
         difference_SQ = np.where(asked_SQ, second_SQ - first_SQ, 0.0)
-        self.num_seeds, self.num_questions, self.num_answers = len(asked_SQ), int(is_asked_Q.sum()), int(asked_SQ.sum())
-        self.value = float(difference_SQ.sum() / self.num_answers)
+        self.num_seeds, self.num_questions, self.num_asked = len(asked_SQ), int(is_asked_Q.sum()), int(asked_SQ.sum())
+        self.value = float(difference_SQ.sum() / self.num_asked)
         self.by_seed = paired_by_seed(difference_SQ.sum(axis=1) / num_asked_S)
-        self.least_p = float(np.fmax(sign_test(difference_SQ.sum(axis=0)), self.by_seed.p))
+        self.are_answers, total_Q = are_answers, difference_SQ.sum(axis=0)[is_asked_Q]
+        # Student's test over rows is that over seeds with rows in their place. A single row shows nothing.
+        self.by_row = paired_by_seed(total_Q / asked_SQ.sum(axis=0)[is_asked_Q])
+        row_p = sign_test(total_Q) if are_answers else 1.0 if np.isnan(self.by_row.p) else self.by_row.p
+        self.least_p = float(np.fmax(row_p, self.by_seed.p))
         rows = rows_of[self.num_questions]
-        # Single precision holds the sums exactly, because they are whole numbers.
+        # Single precision holds sums of answers exactly, because they are whole numbers, and those of losses to 1e-7.
         self.first_S, self.second_S, self.asked_S = (
             [rows.setdefault(row_Q[is_asked_Q].astype(np.float32).tobytes(), len(rows)) for row_Q in values_SQ]
             for values_SQ in (*(np.where(asked_SQ, answers, 0.0) for answers in (first_SQ, second_SQ)), asked_SQ)
@@ -260,15 +278,27 @@ class _Bootstrap:
         self.num_above += int((mean_B >= 0).sum())
 
     def difference(self) -> Difference:
+        found = {
+            "value": self.value,
+            "p": max(self.p, self.least_p),
+            "seed_error": self.by_seed.seed_error,
+            "num_seeds": self.num_seeds,
+            "error": self.error,
+        }
+        if self.are_answers:
+            return Difference(
+                low=float(np.fmin(self.interval[0], max(self.by_seed.low, -1.0))),
+                high=float(np.fmax(self.interval[1], min(self.by_seed.high, 1.0))),
+                num_answers=self.num_asked,
+                **found,
+            )
+        intervals = np.array([self.interval, *((by.low, by.high) for by in (self.by_seed, self.by_row))])
         return Difference(
-            value=self.value,
-            low=float(np.fmin(self.interval[0], max(self.by_seed.low, -1.0))),
-            high=float(np.fmax(self.interval[1], min(self.by_seed.high, 1.0))),
-            p=max(self.p, self.least_p),
-            seed_error=self.by_seed.seed_error,
-            num_seeds=self.num_seeds,
-            error=self.error,
-            num_answers=self.num_answers,
+            low=float(np.fmin.reduce(intervals[:, 0])),
+            high=float(np.fmax.reduce(intervals[:, 1])),
+            row_error=self.by_row.seed_error,
+            num_rows=self.num_questions,
+            **found,
         )
 
 
@@ -352,8 +382,8 @@ def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
 
     It is the largest of the differences that the tests need, with z = z(1 − α/2) + z(0.8). The bootstrap needs
     z·error. The sign test needs z² of n answers, all one way, even if fewer differ here (the variance of a sum of n
-    signs is at least n). Student's t over seeds needs the shift at which the noncentral t passes the critical value in
-    80 %, in units of `seed_error`.
+    signs is at least n). Student's t over seeds, or over rows, needs the shift at which the noncentral t passes the
+    critical value in 80 %, in units of `seed_error` or `row_error`.
 
     Returns:
         NaN where nothing tells chance from effect; infinity where it would be more than a fraction can differ by.
@@ -361,21 +391,22 @@ def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
     from scipy import stats
 
     alpha, needed = ALPHA / num_comparisons, [np.nan]
+    z = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
+    needed.append(z * found.error)
     if found.num_answers:
-        z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)
-        needed += [z * found.error, z**2 / found.num_answers]
-    if found.seed_error > 0:
-        needed.append(_needed_shift(alpha, found.num_seeds - 1) * found.seed_error)
+        needed.append(z**2 / found.num_answers)
+    for error, num in ((found.seed_error, found.num_seeds), (found.row_error, found.num_rows)):
+        if error > 0:
+            needed.append(needed_shift(_critical_t(num - 1, alpha), num - 1) * error)
     least = float(np.fmax.reduce(np.array(needed)))
     return np.inf if found.num_answers and least > 1 else least
 
 
 @lru_cache
-def _needed_shift(alpha: float, df: int) -> float:
-    """Returns the noncentrality at which Student's t with `df` degrees of freedom passes its critical value in 80 %."""
+def needed_shift(critical: float, df: int) -> float:
+    """Returns the noncentrality at which Student's t with `df` degrees of freedom passes a critical value in 80 %."""
     from scipy import optimize, stats
 
-    critical = stats.t.ppf(1 - alpha / 2, df)
     return optimize.root_scalar(
         lambda shift: stats.nct.sf(critical, df, shift) - POWER, bracket=(0, 2 * critical + 4)
     ).root
@@ -473,7 +504,8 @@ def tukey(runs: pd.DataFrame, variance: Variance) -> pd.DataFrame:
     """Compares every two arms by Tukey's HSD (Kramer's for unequal numbers) and the residual of `variance`.
 
     The mean of an arm is that of its means on the tasks, so that a missing run does not weigh a task less. All arms
-    must have run on the same tasks. p holds for the family of all pairs and needs no further correction.
+    must have run on the same tasks. p holds for the family of all pairs and needs no further correction, and the
+    smallest difference that such runs would find with 80 % power allows for the family, too.
 
     Args:
         runs: as for `anova`.
@@ -491,7 +523,8 @@ def tukey(runs: pd.DataFrame, variance: Variance) -> pd.DataFrame:
     difference_P = np.array([means[second] - means[first] for first, second in pairs])
     spread_P = np.array([spreads[first] + spreads[second] for first, second in pairs])
     error_P = np.sqrt(variance.mean_square / 2 * spread_P)
-    half_P = stats.studentized_range.ppf(1 - ALPHA, len(means), variance.df) * error_P
+    critical = float(stats.studentized_range.ppf(1 - ALPHA, len(means), variance.df))
+    half_P, needed = critical * error_P, needed_shift(critical / math.sqrt(2), variance.df)
     range_P = np.divide(abs(difference_P), error_P, out=np.full(len(pairs), np.nan), where=error_P > 0)
     return pd.DataFrame(
         {
@@ -501,6 +534,7 @@ def tukey(runs: pd.DataFrame, variance: Variance) -> pd.DataFrame:
             "low": difference_P - half_P,
             "high": difference_P + half_P,
             "p": _beyond_range(range_P, len(means), variance.df),
+            "smallest found": needed * math.sqrt(2) * error_P,
         }
     )
 

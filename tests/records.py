@@ -117,6 +117,14 @@ def with_before(one: RunRecord, right: Sequence[bool]) -> RunRecord:
     return one
 
 
+def with_losses(one: RunRecord, losses: Any, *, before: Any = None) -> RunRecord:
+    """The run with a loss of each row, and its untouched model with another."""
+    for prefix, values in {"": losses, **({} if before is None else {"before/": before})}.items():
+        one.metrics[f"{prefix}loss"] = float(np.mean(values))
+        one.losses[f"{prefix}loss"] = {f"q{number}": float(value) for number, value in enumerate(values)}
+    return one
+
+
 def from_file(path: str, right: Sequence[bool], **options: Any) -> RunRecord:
     """A run that took its allocation from a file."""
     given = {"choices": {"allocator": "file"}, "settings": {"allocator.path": path}}

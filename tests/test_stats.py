@@ -17,6 +17,8 @@ from statsmodels.stats.proportion import proportion_effectsize
 
 from layerif.report.comparisons import finding, verdict
 from layerif.stats import (
+    ALPHA,
+    all_paired_by_question,
     anova,
     cohens_h,
     holm,
@@ -288,3 +290,44 @@ def test_what_a_single_seed_cannot_decide_is_said_so():
     assert "one seed, which decides nothing" in finding(row, "perplexity_256", 2)
     assert "each of 3 seeds, which decides nothing" in finding(row | {"seeds": 3}, "perplexity_256", 2)
     assert verdict(np.nan, np.nan, np.nan) == "not distinguishable from"
+
+
+def losses(num_seeds: int, num_rows: int, gain: float, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of two runs over rows of unequal difficulty; the second one is `gain` lower."""
+    hard_Q = rng.gamma(2.0, 0.5, num_rows)
+    first, second = (hard_Q + 0.1 * rng.standard_normal((num_seeds, num_rows)) for _ in range(2))
+    return first, second - gain
+
+
+def test_losses_of_one_seed_are_tested_at_least_as_strictly_as_by_students_paired_test():
+    first, second = losses(1, 40, 0.02, np.random.default_rng(1))
+    (found,) = all_paired_by_question([(first, second)], are_answers=False)
+    student: Any = stats.ttest_rel(second[0], first[0])
+    interval = student.confidence_interval()
+    assert found.value == pytest.approx(float((second - first).mean()))
+    assert student.pvalue <= found.p <= student.pvalue + 0.05
+    assert found.low <= interval.low + 1e-9
+    assert interval.high <= found.high + 1e-9
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.005)
+
+
+def test_losses_need_no_more_than_a_millionth_of_single_precision_and_alike_ones_do_not_differ():
+    first, second = losses(3, 50, 0.0, np.random.default_rng(2))
+    alike, shifted = all_paired_by_question([(first, first), (first + 100, second + 100)], are_answers=False)
+    assert (alike.value, alike.p) == (0, 1)
+    (plain,) = all_paired_by_question([(first, second)], are_answers=False)
+    assert (shifted.low, shifted.high) == pytest.approx((plain.low, plain.high), abs=1e-5)
+
+
+def test_a_single_row_shows_nothing():
+    (found,) = all_paired_by_question([(np.array([[1.0]]), np.array([[9.0]]))], are_answers=False)
+    assert found.p == 1
+
+
+def test_the_smallest_difference_of_losses_is_found_with_eighty_per_cent_power():
+    rng = np.random.default_rng(3)
+    (pilot,) = all_paired_by_question([losses(1, 60, 0.0, rng)], are_answers=False)
+    least = smallest_difference(pilot)
+    pairs = [losses(1, 60, least, rng) for _ in range(200)]
+    found = all_paired_by_question(pairs, are_answers=False, resamples=1000)
+    assert 0.68 < np.mean([one.p < ALPHA for one in found]) < 0.92

@@ -6,5 +6,5 @@ A metric is one file with two functions:
 - `run(settings, questions, model)` measures and returns `Measured`, which holds the values by name.
 
 To add a metric, write such a file and add it to `METRICS` in `evaluation.py`. Every metric is a fraction (0 to 1),
-except perplexity.
+except perplexity and the losses, which are in nats.
 """

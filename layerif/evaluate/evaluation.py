@@ -11,8 +11,8 @@ from torch import nn
 
 from layerif.checks import Count, check_choice, check_fields
 from layerif.data.render import Example
-from layerif.evaluate import generation, harness, options, perplexity
-from layerif.evaluate.questions import Answer, Measured, QuestionSet, require_some
+from layerif.evaluate import generation, harness, loss, options, perplexity
+from layerif.evaluate.questions import Answer, Measured, QuestionSet, has_options, require_some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ class Metric(Protocol):
 
 METRICS: Mapping[str, Metric] = {
     "options": options,
+    "loss": loss,
     "generation": generation,
     "perplexity": perplexity,
     "lm_eval": harness,
@@ -45,8 +46,9 @@ class Evaluation:
     """The settings of an evaluation.
 
     Args:
-        metrics: any of options (the likelihood of each option), generation (a greedy answer, parsed), perplexity (on
-            `text`) and lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
+        metrics: any of options (the likelihood of each option), loss (that of the right output), generation (a greedy
+            answer, parsed), perplexity (on `text`) and lm_eval (the same questions in lm-eval, and `lm_eval_tasks`).
+            None stands for options and loss where the rows have options, and for loss elsewhere.
         before: also measure the untouched model, before fine-tuning or pruning.
         batch_size: the number of questions or windows that a model reads at once; no result depends on it.
         max_new_tokens: the most tokens of a generated answer.
@@ -58,7 +60,7 @@ class Evaluation:
             zero_shot stands for the seven of the pruning literature, and adds their means.
     """
 
-    metrics: Sequence[str] = ("options",)
+    metrics: Sequence[str] | None = None
     before: bool = False
     batch_size: Count = 16
     max_new_tokens: Count = 128
@@ -69,8 +71,14 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation")
-        for metric in self.metrics:
+        for metric in self.metrics or ():
             check_choice("evaluation.metrics", metric, METRICS)
+
+    def metrics_on(self, examples: Sequence[Example]) -> tuple[str, ...]:
+        """Returns the metrics that are measured on these examples, in the order of METRICS."""
+        by_default = ("options", "loss") if has_options(examples) else ("loss",)
+        wanted = by_default if self.metrics is None else self.metrics
+        return tuple(metric for metric in METRICS if metric in wanted)
 
     def check(
         self,
@@ -96,7 +104,7 @@ class Evaluation:
         """
         questions = QuestionSet(examples, task, tokenizer, score_task)
         require_some(examples)
-        for metric in self.metrics:
+        for metric in self.metrics_on(examples):
             METRICS[metric].check(self, questions, max_positions)
 
     def run(
@@ -104,16 +112,27 @@ class Evaluation:
     ) -> EvaluationResult:
         """Measures every metric of `model` on `examples` of `task`."""
         questions = QuestionSet(examples, task, tokenizer)
-        found = {metric: METRICS[metric].run(self, questions, model) for metric in METRICS if metric in self.metrics}
+        found = {metric: METRICS[metric].run(self, questions, model) for metric in self.metrics_on(examples)}
         return EvaluationResult(
             metrics={name: value for measured in found.values() for name, value in measured.metrics.items()},
             answers={metric: tuple(measured.answers) for metric, measured in found.items() if measured.answers},
+            losses={name: rows for measured in found.values() for name, rows in measured.losses.items()},
+            context_free={name: value for measured in found.values() for name, value in measured.context_free.items()},
         )
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The values of all metrics by name, and by metric (`options`, `generation`) an answer per question, in order."""
+    """The results of all metrics.
+
+    Args:
+        metrics: the values by name.
+        answers: by metric (`options`, `generation`), an answer per question, in order.
+        losses: see `Measured`.
+        context_free: see `Measured`.
+    """
 
     metrics: Mapping[str, float]
     answers: Mapping[str, tuple[Answer, ...]]
+    losses: Mapping[str, Mapping[str, float]]
+    context_free: Mapping[str, float]

@@ -37,14 +37,21 @@ def check(settings: Evaluation, questions: QuestionSet, max_positions: int | Non
 
 def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
     """Measures the accuracy of the likeliest option, in all and per token."""
-    found = option_accuracy(
-        model,
-        questions.tokenizer,
-        questions.examples,
-        template=questions.task.template,
-        batch_size=settings.batch_size,
-    )
+    found = asked_once(settings, questions, model)
     return Measured(found.metrics(), found.answers)
+
+
+def asked_once(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> OptionAccuracy:
+    """Measures the likelihoods of all options at the first call for a set of questions and a model."""
+    if model not in questions.shared:
+        questions.shared[model] = option_accuracy(
+            model,
+            questions.tokenizer,
+            questions.examples,
+            template=questions.task.template,
+            batch_size=settings.batch_size,
+        )
+    return questions.shared[model]
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,12 @@ class OptionAnswer:
     @property
     def correct(self) -> bool:
         return self.choice == self.answer
+
+    @property
+    def margin(self) -> float:
+        """ln p of the right option minus that of the likeliest wrong one; above 0 where the answer is right."""
+        wrong = (value for option, value in enumerate(self.log_likelihoods) if option != self.answer)
+        return self.log_likelihoods[self.answer] - max(wrong)
 
 
 @dataclass(frozen=True)

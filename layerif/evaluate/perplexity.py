@@ -17,6 +17,7 @@ from torch import nn
 
 from layerif.data.batches import ids_of_text
 from layerif.data.text import text
+from layerif.evaluate.loss import frequency_losses
 from layerif.evaluate.questions import Measured, QuestionSet
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
@@ -46,7 +47,10 @@ def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measu
     ids = ids if settings.num_windows is None else ids[: settings.num_windows * settings.window]
     of_text = "" if settings.text == "documentation" else f"{Path(settings.text).stem}/"
     value = perplexity(model, ids, window=settings.window, batch_size=settings.batch_size)
-    return Measured({f"{of_text}perplexity_{settings.window}": value})
+    starts = range(0, len(ids) - settings.window + 1, settings.window)
+    by_frequency = frequency_losses([ids[start + 1 : start + settings.window] for start in starts])
+    name = f"{of_text}perplexity_{settings.window}"
+    return Measured({name: value}, context_free={name: math.exp(math.fsum(by_frequency) / len(by_frequency))})
 
 
 def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size: int = 1) -> float:

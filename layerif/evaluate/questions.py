@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
 
 from layerif.data.batches import Encoded, num_shared, output_text, prompt_text, token_ids
 from layerif.data.render import Example, Template
+from layerif.data.rows import AnyExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,12 +27,14 @@ class QuestionSet:
         task: the task that the examples are from.
         tokenizer: the tokenizer of the model.
         score_task: the task whose rows the scores come from, where it is another one.
+        shared: by model, a measurement that several metrics take their values from.
     """
 
     examples: Sequence[Example]
     task: Task
     tokenizer: PreTrainedTokenizerBase
     score_task: Task | None = None
+    shared: dict[nn.Module, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Answer(Protocol):
@@ -48,10 +53,19 @@ class Answer(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of one metric: its values by name, and an answer per question where it asks questions."""
+    """The result of one metric.
+
+    Args:
+        metrics: its values by name.
+        answers: an answer per question, where it asks questions.
+        losses: by name of a value that is a mean over rows, that of each row in nats, by the row's id.
+        context_free: by name of a value, the one that token frequencies alone would reach, see `frequency_losses`.
+    """
 
     metrics: Mapping[str, float]
     answers: Sequence[Answer] = ()
+    losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    context_free: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,8 +111,13 @@ def prompts_of(
     at_most = None if max_positions is None else max(0, max_positions - max_new_tokens)
     prompts = token_ids(tokenizer, [prompt_text(example, template) for example in examples], at_most)
     for example, prompt in zip(examples, prompts, strict=True):
-        _check_length(len(prompt) + max_new_tokens, max_positions, example)
+        check_length(len(prompt) + max_new_tokens, max_positions, example)
     return [Encoded(ids, len(ids)) for ids in prompts]
+
+
+def has_options(examples: Sequence[AnyExample]) -> bool:
+    """Tells multiple choice from rows that hold one right output alone."""
+    return any(isinstance(example, Example) and len(example.options) > 1 for example in examples)
 
 
 def require_some(examples: Sequence[Example]) -> None:
@@ -113,12 +132,12 @@ def _question(
     if len(example.options) < 2:
         raise ValueError(
             f"question {example.id} has one option, {example.output!r:.80}, so any model would be right; give each row "
-            "two or more in task.labels, or use evaluation.metrics=[generation] or [perplexity]"
+            "two or more in task.labels, or use evaluation.metrics=[loss], [generation] or [perplexity]"
         )
     prompt = prompt_text(example, template)
     texts = [prompt, *(prompt + output_text(option, template) for option in example.options)]
     alone, *whole = token_ids(tokenizer, texts, max_positions)
-    _check_length(max(map(len, whole)), max_positions, example)
+    check_length(max(map(len, whole)), max_positions, example)
     # A token may reach over the end of the prompt; it then belongs to the options, for all of them alike.
     num_common = min(num_shared(alone, ids) for ids in whole)
     options = tuple(ids[num_common:] for ids in whole)
@@ -132,7 +151,8 @@ def _question(
     return Question(alone[:num_common], options)
 
 
-def _check_length(num_tokens: int, max_positions: int | None, example: Example) -> None:
+def check_length(num_tokens: int, max_positions: int | None, example: Example) -> None:
+    """Refuses a question that is longer, with its answer, than the model reads."""
     if max_positions is not None and num_tokens > max_positions:
         many = num_tokens if num_tokens > max_positions + 1 else f"more than {max_positions}"  # a long text is cut
         raise ValueError(

@@ -88,8 +88,10 @@ class Loaded:
         return {"weights": weights, "adapter": self.adapter or "none", "dtype": self.dtype}
 
     def layers(self) -> LayerMap:
-        """Returns all blocks with all their linear layers."""
-        return layer_map(self.model, scope="all", skip_unsupported=True)
+        """Returns all blocks with all their linear layers, by the names that they have without an adapter."""
+        found = layer_map(self.model, scope="all", skip_unsupported=True)
+        bare_names = tuple(tuple(each.replace(".base_layer.", ".") for each in params) for params in found.params)
+        return replace(found, params=bare_names)
 
     def load(self) -> Any:
         """Returns the model itself, or a copy of it in another type.

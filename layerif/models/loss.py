@@ -38,6 +38,23 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: a sample has no labelled token after its first.
     """
+    sums_B, counted_B = summed_loss(model, batch)
+    return sums_B / counted_B
+
+
+def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Computes each sample's summed next-token cross-entropy over its labelled tokens, and counts these.
+
+    Args:
+        model: a causal language model.
+        batch: as for `per_sample_loss`.
+
+    Returns:
+        The sums (batch,) in nats, and the numbers of tokens that they count (batch,).
+
+    Raises:
+        ValueError: a sample has no labelled token after its first.
+    """
     mask = batch["attention_mask"]
     # The labels are shifted and not the logits, because a slice of the logits would copy the largest tensor twice.
     targets = batch["labels"].roll(-1, dims=1)
@@ -54,7 +71,7 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     if logits.dtype != torch.float64:  # half precision is too coarse for a loss; double stays for exact references
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(targets).sum(dim=1) / num_counted
+    return losses.view_as(targets).sum(dim=1), num_counted
 
 
 @dataclass(frozen=True)

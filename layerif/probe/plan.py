@@ -61,7 +61,8 @@ def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
     """Gives the workload, and every strategy with its expected cost; one is chosen, as a probe would."""
     probe, device = measurements.probe, torch.device(measurements.device)
     model, store = measurements.model, measurements.store
-    assert isinstance(model, Pretrained) and isinstance(store, Store), "a model in memory needs no plan"
+    assert isinstance(model, Pretrained)
+    assert isinstance(store, Store)
     skeleton = model.skeleton(with_adapter=probe.parameters == "lora")
     layers = measurements.measured_layers(skeleton)
     train, validation = (list(batches(part, probe.batch_size, measurements.pad_id)) for part in measurements.samples())

@@ -26,8 +26,8 @@ def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
         found["layers"] = _layers(record)
     if metrics := numbers(record.metrics):
         found["metrics"] = pd.DataFrame({"metric": list(metrics), "value": list(metrics.values())})
-    if record.answers:
-        found["questions"] = pd.DataFrame(record.answers).rename_axis("question").reset_index()
+    if by_row := {**record.answers, **record.losses}:
+        found["questions"] = pd.DataFrame(by_row).rename_axis("question").reset_index()
     if record.routing:
         found["routing"] = pd.DataFrame(routing_rows(record.routing))
     if record.sparsity:
@@ -84,11 +84,27 @@ def is_logarithmic(metric: str) -> bool:
     return "perplexity" in metric.rpartition("/")[2]
 
 
+def is_row_loss(metric: str) -> bool:
+    """Tells the loss of evaluated rows from other figures, such as the loss on validation rows while training."""
+    return metric.rpartition("/")[2] == "loss" and metric != "validation/loss"
+
+
+def is_fraction(metric: str) -> bool:
+    """Tells accuracies, which no interval may leave 0 to 1 for, from other figures."""
+    last = metric.rpartition("/")[2]
+    return "accuracy" in last or (metric.startswith("lm_eval/") and last.startswith(("acc", "exact_match")))
+
+
+def is_better(metric: str, difference: float) -> bool:
+    """Tells if a difference is for the better: losses and perplexities should be low, all else high."""
+    return (difference < 0) == (is_logarithmic(metric) or is_row_loss(metric))
+
+
 def headline(names: Iterable[str]) -> list[str]:
     """Returns the metrics that get a table of their own; variants, such as the accuracy per token, do not."""
     found = list(dict.fromkeys(names))
     last = {name: name.rpartition("/")[2] for name in found}
-    shown = [name for name in found if last[name] in QUESTIONS or is_logarithmic(name)]
+    shown = [name for name in found if last[name] in QUESTIONS or is_logarithmic(name) or is_row_loss(name)]
     harness = [name for name in found if name.startswith("lm_eval/")]
     return shown + ([name for name in harness if "zero_shot_mean" in name] or harness)
 

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import MaxNLocator
 
 from layerif.record.names import arm_name, estimator_name
 from layerif.record.record import AllocationRecord, RunRecord, ScoresRecord
@@ -58,16 +59,16 @@ def plots_of_run(record: RunRecord) -> dict[str, Plot]:
     return found
 
 
-def plot_scores(profiles: Mapping[str, ScoresRecord]) -> Plot:
-    """Draws the scores of every layer, each profile as a fraction of its largest."""
+def plot_scores(profiles: Mapping[str, ScoresRecord], groups: Sequence[str] | None = None) -> Plot:
+    """Draws the scores of every layer, each profile as a fraction of its largest; `groups` as for `profiles_plot`."""
     means = " or ".join(sorted({scores.higher_means for scores in profiles.values()}))
     alt = "; ".join(f"{name}: highest at blocks {', '.join(_highest(one.values))}" for name, one in profiles.items())
     values = {name: np.array(scores.values) / max(scores.values) for name, scores in profiles.items()}
-    return profiles_plot(values, f"Layer scores (higher = {means})", "score, as a fraction of the largest", alt)
+    return profiles_plot(values, f"Layer scores (higher = {means})", "score, as a fraction of the largest", alt, groups)
 
 
-def plot_allocations(allocations: Mapping[str, AllocationRecord]) -> Plot:
-    """Draws the values that the layers get, one row or colour for each allocation."""
+def plot_allocations(allocations: Mapping[str, AllocationRecord], groups: Sequence[str] | None = None) -> Plot:
+    """Draws the values that the layers get, one row or bar for each allocation; `groups` as for `profiles_plot`."""
     kinds = " or ".join(dict.fromkeys(given.kind for given in allocations.values()))
     values = {f"{name} (budget {one.budget})": np.array(one.values, dtype=float) for name, one in allocations.items()}
     told = "; ".join(
@@ -79,20 +80,51 @@ def plot_allocations(allocations: Mapping[str, AllocationRecord]) -> Plot:
         return heat_map(values, title, kinds, told)
     figure, axes = _axes(title, "layer (decoder block)", kinds)
     width = 0.8 / len(values)
-    for number, ((name, given), colour) in enumerate(zip(values.items(), itertools.cycle(COLOURS))):
+    for number, (given, (colour, name)) in enumerate(
+        zip(values.values(), _colours_and_labels(list(values), groups), strict=True)
+    ):
         shifted = np.arange(len(given)) + (number - (len(values) - 1) / 2) * width
-        axes.bar(shifted, given, width, color=colour, label=name)
+        axes.bar(shifted, given, width, color=colour, label=name, edgecolor="white", linewidth=0.3)
     return finished(figure, title, told, legend_of=axes)
 
 
-def profiles_plot(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -> Plot:
-    """Draws one line for each name, or one row of a heat map where there are more names than colours."""
-    return (_lines if len(values) <= len(COLOURS) else heat_map)(values, title, label, alt)
+def profiles_plot(
+    values: Mapping[str, np.ndarray], title: str, label: str, alt: str, groups: Sequence[str] | None = None
+) -> Plot:
+    """Draws one line for each name, or one row of a heat map where there are more groups than colours.
+
+    Args:
+        values: a profile by its name.
+        title: of the plot.
+        label: of its values.
+        alt: its content in words.
+        groups: of each profile, the name without the seed. Those of one group have one colour. None: each has its own.
+    """
+    if len(set(groups or values)) > len(COLOURS):
+        place = {group: number for number, group in enumerate(dict.fromkeys(groups or values))}
+        together = sorted(zip(groups or values, values, strict=True), key=lambda named: place[named[0]])
+        return heat_map({name: values[name] for _, name in together}, title, label, alt)
+    return _lines(values, title, label, alt, groups)
 
 
-def _lines(values: Mapping[str, np.ndarray], title: str, label: str, alt: str) -> Plot:
+def _colours_and_labels(names: Sequence[str], groups: Sequence[str] | None) -> list[tuple[str, str | None]]:
+    """The colour of each name, and its label in the legend, which a group has once."""
+    groups = groups or names
+    colours = dict(zip(dict.fromkeys(groups), itertools.cycle(COLOURS)))
+    found, told = [], set()
+    for name, group in zip(names, groups, strict=True):
+        num = groups.count(group)
+        label = name if num == 1 else f"{group} ({num} seeds)"
+        found.append((colours[group], None if group in told else label))
+        told.add(group)
+    return found
+
+
+def _lines(
+    values: Mapping[str, np.ndarray], title: str, label: str, alt: str, groups: Sequence[str] | None = None
+) -> Plot:
     figure, axes = _axes(title, "layer (decoder block)", label)
-    for (name, given), colour in zip(values.items(), itertools.cycle(COLOURS)):
+    for given, (colour, name) in zip(values.values(), _colours_and_labels(list(values), groups), strict=True):
         axes.plot(range(len(given)), given, marker="o", markersize=4, color=colour, label=name)
     axes.set_ylim(0, 1.05)
     return finished(figure, title, alt, legend_of=axes)
@@ -105,6 +137,7 @@ def heat_map(values: Mapping[str, np.ndarray], title: str, label: str, alt: str)
     names = [shortened(name, 64) for name in _told_once(list(values))]
     figure, axes = image_of_rows(rows, names, label, cmap="viridis")
     axes.set_xlabel("layer (decoder block)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, x=0.01, y=1 - 0.1 / figure.get_figheight(), ha="left", fontsize=11)
     return finished(figure, title, alt)
 
@@ -158,6 +191,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes.grid(axis="y", alpha=0.25)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 2.5
     return figure, axes
 
 

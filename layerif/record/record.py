@@ -21,6 +21,7 @@ from layerif.record.older import in_todays_shape
 
 FILE = "record.json"
 FAILURE = "failure.json"
+LOSSES = ("loss", "loss_sum", "margin")  # metrics in nats, whose values of each row are kept
 VERSION = 2  # raised when the shape of a record changes
 _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-core", "numpy", "scipy")
 
@@ -82,6 +83,10 @@ class RunRecord:
         inputs: hashes of the content that the configuration only names (model, rows, files).
         decision: None where the method decides nothing.
         answers: by metric, whether each evaluated question was answered right, by its id. Paired tests use them.
+        losses: by metric (`loss`, `loss_sum`, `margin`), the value of each evaluated row in nats, by its id. Paired
+            tests use them, too.
+        context_free: by metric, the value that token frequencies alone would reach on the same rows or text. A model
+            beyond it has collapsed.
         parameters: total and trainable, and those of the model that a baseline of equal size is compared with.
         sparsity: the fraction of zeros in each pruned matrix, by name.
         recovery: how the pruned model was fine-tuned: its `method` and its `decision`.
@@ -105,6 +110,8 @@ class RunRecord:
     decision: DecisionRecord | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, dict[str, bool]] = field(default_factory=dict)
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    context_free: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -261,8 +268,10 @@ def _check_finite(node: Any, where: str = "") -> None:
 def _check_metrics(job: Job) -> None:
     """Refuses a metric that the report could not average or draw: an accuracy is a fraction, a perplexity positive."""
     for name, value in () if isinstance(job, Failure) else job.metrics.items():
-        is_share, is_perplexity = (word in name.rpartition("/")[2] for word in ("accuracy", "perplexity"))
-        if (is_share or is_perplexity or name.startswith("lm_eval/")) and not is_number(value):
+        last = name.rpartition("/")[2]
+        is_share, is_perplexity = (word in last for word in ("accuracy", "perplexity"))
+        is_averaged = is_share or is_perplexity or last in LOSSES or name.startswith("lm_eval/")
+        if is_averaged and not is_number(value):
             raise ValueError(f"metrics.{name}={str(value)[:40]!r}: input should be a number")
         if is_share and not 0 <= value <= 1:
             raise ValueError(f"metrics.{name}={value}: input should be a fraction from 0 to 1")

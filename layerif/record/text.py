@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,14 +45,23 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
     on.print(f"{given.kind} {given.values} (budget {given.budget})", highlight=False)
     if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
         show_table(runs_frame(record), record.config["task"]["name"], on)
-    for name, value in record.metrics.items():
-        if not name.removeprefix("before/").startswith("accuracy"):  # those stand in the table
-            on.print(f"  {name}: {spelt(value)}", highlight=False)
+    for line in _metric_lines(record.metrics):
+        on.print(f"  {line}", highlight=False)
     for note in record.notes:
         on.print(f"  note: {note}", highlight=False)
     frames(record)["layers"].to_csv(folder / "layers.csv", index=False)
     for name, plot in plots_of_run(record).items():
         plot.save(folder / f"{name}.png")
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Spells each metric with its interval, but for the accuracy, which stands in the table."""
+    intervals = {name: (f"{name}_low", f"{name}_high") for name in metrics if f"{name}_low" in metrics}
+    bounds = {bound for interval in intervals.values() for bound in interval}
+    for name, value in metrics.items():
+        if name not in bounds and not name.removeprefix("before/").startswith("accuracy"):
+            interval = " to ".join(spelt(metrics[bound]) for bound in intervals.get(name, ()))
+            yield f"{name}: {spelt(value)}" + f" (95 % interval {interval})" * bool(interval)
 
 
 def show_table(frame: pd.DataFrame, title: str, on: Console) -> None:

@@ -55,10 +55,15 @@ class Run:
         """The metrics that are numbers; empty for a failed job."""
         return {} if isinstance(self.job, Failure) else metrics_of(self.job, self.prefix)
 
-    def answers(self, metric: str) -> dict[str, bool]:
-        """Returns the answers behind a metric, right or not, by question; empty where the metric has no questions."""
-        kept = {} if isinstance(self.job, Failure) else self.job.answers
-        return kept.get(f"{self.prefix}{QUESTIONS.get(metric)}", {})
+    def rows(self, metric: str) -> Mapping[str, float]:
+        """Returns the value of each evaluated row behind a metric, by its id; empty where none was kept.
+
+        It is 1 or 0 for a right or wrong answer, and nats for a loss.
+        """
+        if isinstance(self.job, Failure):
+            return {}
+        kept = self.job.answers if metric in QUESTIONS else self.job.losses
+        return kept.get(f"{self.prefix}{QUESTIONS.get(metric, metric)}", {})
 
     @property
     def seed(self) -> str:
@@ -118,7 +123,7 @@ def distinct(runs: Sequence[Run]) -> list[Run]:
 
     def measured(run: Run) -> tuple:
         routing = {} if isinstance(run.job, Failure) else run.job.routing  # seeds may differ and all answers be alike
-        return run.model, run.task, run.arm, run.metrics, *map(run.answers, QUESTIONS), routing
+        return run.model, run.task, run.arm, run.metrics, *map(run.rows, QUESTIONS), routing
 
     return _distinct(runs, key=measured)
 

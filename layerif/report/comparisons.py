@@ -31,8 +31,8 @@ from layerif.stats import (
 def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[str]]:
     """Compares every two comparable arms of a model and task.
 
-    Arms are paired by question where the answers were kept, and by seed otherwise. p Holm is corrected for all rows
-    that were tested.
+    Arms are paired by evaluated row where the answers or losses were kept, and by seed otherwise. p Holm is corrected
+    for all rows of the table that were tested.
 
     Args:
         runs: of all arms.
@@ -42,27 +42,26 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
         One row for every two arms, and a remark on every two that could not be paired.
     """
     paired: list[tuple[bool, list[tuple[Run, Run]]]] = []
-    remarks, answers = [], _answers(runs, metric)
+    remarks, values = [], _values(runs, metric)
     for first, second in itertools.combinations(_arms(runs, metric), 2):
         if not comparable(first[0], second[0]):
             continue
         pairs = [(one, other) for one in first for other in second if same_repetition(one, other)]
-        by_question = all(id(run) in answers for pair in pairs for run in pair) and metric in QUESTIONS
-        if by_question:
-            pairs = [pair for pair in pairs if _asked(*_rows([pair], answers)).any()]
+        by_row = all(id(run) in values for pair in pairs for run in pair)
+        if by_row:
+            pairs = [pair for pair in pairs if _asked(*_rows([pair], values)).any()]
         if not pairs:
-            shared = "question" if by_question else "seed"
+            shared = ("question" if metric in QUESTIONS else "row") if by_row else "seed"
             remarks.append(f"{first[0].column}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
             continue
-        paired.append((by_question, pairs))
+        paired.append((by_row, pairs))
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
     paired.sort(key=lambda kept: places.index((kept[1][0][0].model, kept[1][0][0].task)))
-    asked = (_rows(pairs, answers) for by_question, pairs in paired if by_question)
-    found = iter(all_paired_by_question(asked, resamples=num_resamples(len(paired))))
-    rows = [
-        _by_question(pairs, answers, next(found)) if by_question else _by_seed(pairs, metric)
-        for by_question, pairs in paired
-    ]
+    asked = (_rows(pairs, values) for by_row, pairs in paired if by_row)
+    are_answers, resamples = metric in QUESTIONS, num_resamples(len(paired))
+    found = iter(all_paired_by_question(asked, are_answers=are_answers, resamples=resamples))
+    of_rows = _by_question if are_answers else _by_loss
+    rows = [of_rows(pairs, values, next(found)) if by_row else _by_seed(pairs, metric) for by_row, pairs in paired]
     table = pd.DataFrame(rows)
     if rows:
         tested = max(1, num_tested(table))
@@ -86,24 +85,24 @@ def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
     return list(found.values())
 
 
-def _answers(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
-    """Returns the answers of each run that kept them, by its `id`: 1, 0, or NaN where it was not asked."""
+def _values(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
+    """Returns the values of each run that kept them, by its `id`: NaN for a row that it was not asked."""
     kept: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        if run.answers(metric):
+        if run.rows(metric):
             kept.setdefault((run.model, run.task), []).append(run)
     found = {}
     for of_place in kept.values():
-        names = sorted(set().union(*(run.answers(metric) for run in of_place)))
+        names = sorted(set().union(*(run.rows(metric) for run in of_place)))
         for run in of_place:
-            given = run.answers(metric)
+            given = run.rows(metric)
             found[id(run)] = np.array([given.get(name, np.nan) for name in names], dtype=float)
     return found
 
 
-def _rows(pairs: Sequence[tuple[Run, Run]], answers: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the answers (S×Q) of the first and of the second run of each pair."""
-    first, second = (np.array([answers[id(run)] for run in side]) for side in zip(*pairs, strict=True))
+def _rows(pairs: Sequence[tuple[Run, Run]], values: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the values (S×Q) of the first and of the second run of each pair."""
+    first, second = (np.array([values[id(run)] for run in side]) for side in zip(*pairs, strict=True))
     return first, second
 
 
@@ -121,6 +120,15 @@ def _by_question(
     counts = {"questions": num_questions, "won": won, "lost": lost, "odds ratio": odds_ratio(won, lost)}
     effect = cohens_h(float(first_SQ[asked_SQ].mean()), float(second_SQ[asked_SQ].mean()))
     return _row(pairs, found) | counts | {"effect h": effect}
+
+
+def _by_loss(
+    pairs: Sequence[tuple[Run, Run]], losses: Mapping[int, np.ndarray], found: Difference
+) -> dict[str, object]:
+    difference_SQ = np.diff(_rows(pairs, losses), axis=0)[0]
+    asked_Q = ~np.isnan(difference_SQ).all(axis=0)
+    effect = standardised(np.nanmean(difference_SQ[:, asked_Q], axis=0))
+    return _row(pairs, found) | {"rows": int(asked_Q.sum()), "effect d": effect}
 
 
 def _by_seed(pairs: Sequence[tuple[Run, Run]], metric: str) -> dict[str, object]:

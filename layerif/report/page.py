@@ -31,13 +31,26 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cells": cells, "kinds": kinds, "breadth": breadth, "breakable": breakable}
+    environment.filters |= {
+        "cells": cells,
+        "kinds": kinds,
+        "breadth": breadth,
+        "breakable": breakable,
+        "begins": begins,
+    }
     return environment.get_template(TEMPLATE).render(title=title, summary=summary, sections=sections)
 
 
 def cells(frame: pd.DataFrame) -> list[list[list[str]]]:
     """Returns the cells of each row, and the lines of each cell."""
     return [[spelt(value).split("\n") for value in row] for row in frame.itertuples(index=False)]
+
+
+def begins(section: Section) -> list[bool]:
+    """Tells the rows that begin a group, see `Section.grouped_by`."""
+    assert section.table is not None
+    keys = list(section.table.filter(items=section.grouped_by).itertuples(index=False, name=None))
+    return [bool(section.grouped_by) and row > 0 and keys[row] != keys[row - 1] for row in range(len(section.table))]
 
 
 def breadth(section: Section) -> str:

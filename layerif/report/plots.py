@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from layerif.record import plots
-from layerif.record.frames import is_logarithmic
+from layerif.record.frames import is_better, is_logarithmic
 from layerif.record.plots import COLOURS, WIDTH, Plot, finished, image_of_rows, profiles_plot, shortened
 from layerif.record.record import AllocationRecord, RunRecord
 from layerif.report.arms import Run
@@ -55,8 +55,9 @@ def plot_results(results: Results) -> Plot | None:
             axes.xaxis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.xaxis.set_minor_locator(NullLocator())
-        best = max(arms, key=lambda arm: results.cells[arm, column].mean or 0)
-        told.append(f"{column}: {len(arms)} arms, highest {best} at {results.cells[best, column].mean:.3f}")
+        pick = max if is_better(results.metric, 1.0) else min
+        best = pick(arms, key=lambda arm: results.cells[arm, column].mean or 0.0)
+        told.append(f"{column}: {len(arms)} arms, best {best} at {results.cells[best, column].mean:.3f}")
     has_paper = any(cell.paper is not None for cell in results.cells.values())
     diamonds = "; diamonds: the paper" if has_paper else ""
     panels[-1, 0].set_xlabel(f"{results.metric}: mean and 95 % interval{diamonds}")
@@ -66,7 +67,10 @@ def plot_results(results: Results) -> Plot | None:
 def plot_score_profiles(records: Sequence[RunRecord]) -> Plot | None:
     """Draws the distinct layer profiles of all runs; None where no scores differ between layers."""
     found = profiles(records)
-    return plots.plot_scores({name: profile.scores for name, profile in found.items()}) if found else None
+    if not found:
+        return None
+    groups = [profile.group for profile in found.values()]
+    return plots.plot_scores({name: profile.scores for name, profile in found.items()}, groups)
 
 
 def plot_correlations(records: Sequence[RunRecord]) -> Plot | None:
@@ -101,15 +105,17 @@ def plot_allocation_profiles(runs: Sequence[Run]) -> Plot | None:
         return None
     arms = Counter(run.arm for run, _ in distinct.values())
     return plots.plot_allocations(
-        {run.arm if arms[run.arm] == 1 else _in_full(run): given for run, given in distinct.values()}
+        {run.arm if arms[run.arm] == 1 else _in_full(run): given for run, given in distinct.values()},
+        [_arm_in_full(run) for run, _ in distinct.values()],
     )
 
 
 def plot_routing(runs: Sequence[Run]) -> Plot | None:
     """Draws the entropy of each block's routers over ln(experts): 0 where they are certain, 1 where undecided."""
-    values = {}
+    values, groups = {}, []
     for run in runs:
         if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
+            groups.append(_arm_in_full(run))
             decision = run.job.decision
             blocks = decision.allocation.units if decision else list(run.job.routing)
             shares = [_evenness(run.job.routing.get(block)) for block in blocks]
@@ -119,11 +125,15 @@ def plot_routing(runs: Sequence[Run]) -> Plot | None:
     alt = "; ".join(
         f"{name}: lowest {np.nanmin(shares):.2f}" for name, shares in values.items() if np.isfinite(shares).any()
     )
-    return profiles_plot(values, "Router entropy per layer", "entropy, as a fraction of ln(experts)", alt)
+    return profiles_plot(values, "Router entropy per layer", "entropy, as a fraction of ln(experts)", alt, groups)
 
 
 def _in_full(run: Run) -> str:
-    return f"{run.column} {run.arm} seed {run.seed}"
+    return f"{_arm_in_full(run)} seed {run.seed}"
+
+
+def _arm_in_full(run: Run) -> str:
+    return f"{run.column} {run.arm}"
 
 
 def _evenness(block: Mapping | None) -> float:

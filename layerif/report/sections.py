@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,18 @@ from layerif.record.plots import Plot
 from layerif.record.record import Failure, Job
 from layerif.record.text import spelt
 from layerif.report import comparisons as compare
-from layerif.report import plots, tables
+from layerif.report import plots, tables, verdicts
 from layerif.report.arms import Run
 from layerif.report.expected import Expected, columns_of
 from layerif.report.reading import FinishedJobs
 from layerif.stats import RESAMPLES, num_resamples
 
+_KEPT = {"questions": "answers", "rows": "losses"}
+_BEYOND_USE = (
+    "A difference is stated where the comparisons below support it. A fine-tuned or pruned model is called collapsed "
+    "where its perplexity, or its loss on rows on which the untouched model does better, is beyond that of the "
+    "frequencies of the very tokens that it should predict: the best guess that reads no context."
+)
 _LOADS = (
     "Shares of the evaluated tokens, as means over the routers of a block: 1 is an even share, 0 an expert that no "
     "token chose. If every token takes all experts, every load is even."
@@ -40,6 +46,7 @@ class Section:
         plot: below the table.
         file: the name of the file that the plot is also written to; empty: none.
         console: the columns of the table that fit on a console; None: all.
+        grouped_by: the columns of the table by which its rows stand in groups; empty: none.
     """
 
     title: str
@@ -50,6 +57,7 @@ class Section:
     plot: Plot | None = None
     file: str = ""
     console: Sequence[str] | None = None
+    grouped_by: Sequence[str] = ()
 
 
 def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
@@ -105,6 +113,8 @@ def _model(job: Job) -> str:
 
 def _seeds(runs: Sequence[Run]) -> str:
     seeds = list(dict.fromkeys(run.seed for run in runs if run.seeds))
+    if not seeds:
+        return "of any seed"
     keys = {key for run in runs for key in run.seeds}
     what = next(iter(keys)) if len(keys) == 1 else "seed"
     return f"{what} {', '.join(seeds)}"
@@ -144,21 +154,37 @@ def sections(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None 
     """
     found, after = [], []
     metrics = tables.table_metrics(runs, expected)
-    for metric in metrics:
-        found.append(_results(runs, metric, expected))
-        after += _comparisons(runs, metric) + _variance(runs, metric)
+    compared = {metric: compare.comparisons(runs, metric) for metric in metrics}
+    for metric, (table, remarks) in compared.items():
+        found.append(_results(runs, metric, expected, table))
+        after += _comparisons(table, remarks, metric) + _variance(runs, metric)
     if not metrics and jobs.failures:
-        found.append(_results(runs, "accuracy", expected))
-    return [*found, *after, *_layers(jobs, runs), *_runs(jobs, runs)]
+        found.append(_results(runs, "accuracy", expected, pd.DataFrame()))
+    return [
+        *_verdicts(runs, {metric: table for metric, (table, _) in compared.items()}),
+        *found,
+        *after,
+        *_layers(jobs, runs),
+        *_runs(jobs, runs),
+    ]
 
 
-def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Section:
+def _verdicts(runs: Sequence[Run], compared: Mapping[str, pd.DataFrame]) -> list[Section]:
+    said = [_BEYOND_USE] if any(run.is_trained and run.metrics for run in runs) else []
+    found = verdicts.verdicts(runs, compared)
+    return [Section(title="What was found", findings=found, said=said)] if found else []
+
+
+def _results(runs: Sequence[Run], metric: str, expected: Expected | None, compared: pd.DataFrame) -> Section:
     results = tables.results(runs, metric, expected)
     of = "logarithms of the seeds" if is_logarithmic(metric) else "seeds"
     said = [
-        f"Intervals are 95 %: Student's t over the {of} of an arm, or Wilson's over the questions for a single seed "
-        "and for seeds that are all alike."
+        f"Intervals are 95 %: Student's t over the {of} of an arm. For a single seed, and for seeds that are all "
+        "alike, they are Wilson's over the questions, or Student's over the rows of a loss."
     ]
+    said += filter(None, [verdicts.power(metric, compared)])
+    if any(run.is_trained for run in runs) and not any(run.prefix for run in runs):
+        said.append("The untouched model was not measured; evaluation.before=true gives it a row in each table.")
     if any(cell.paper is not None for cell in results.cells.values()):
         said.append("The paper's numbers come from single runs, and no interval includes their noise.")
     if results.count("failed") or results.count("missing"):
@@ -170,11 +196,11 @@ def _results(runs: Sequence[Run], metric: str, expected: Expected | None) -> Sec
     )
 
 
-def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
-    table, remarks = compare.comparisons(runs, metric)
+def _comparisons(table: pd.DataFrame, remarks: Sequence[str], metric: str) -> list[Section]:
     if not len(table):
         return [Section(title=f"Comparisons: {metric}", said=remarks)] if remarks else []
-    by_question = table["questions"].notna().to_numpy() if "questions" in table else np.zeros(len(table), dtype=bool)
+    rows = "rows" if "rows" in table else "questions"
+    by_row = table[rows].notna().to_numpy() if rows in table else np.zeros(len(table), dtype=bool)
     num_tested = compare.num_tested(table)
     columns = [name for name in ("model", "task", "from", "to") if name in table]
     shown = _shared_apart(table.filter(items=columns)).assign(
@@ -184,7 +210,15 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
     shown = shown.assign(**{name: table[name] for name in ("p", "p Holm", "smallest found", "seeds")})
     log = "differences of logarithms, " if is_logarithmic(metric) else ""
     how = []
-    if by_question.any():
+    if by_row.any() and rows == "rows":
+        shown["rows"], shown["effect d"] = table["rows"], table["effect d"]
+        how.append(
+            f"Paired by row: interval of {RESAMPLES:,} bootstrap draws of seeds and rows, with Student's t over the "
+            "means of the seeds and of the rows where that is wider. p: the largest of the bootstrap's (a small one of "
+            f"up to {num_resamples(len(table)):,} draws) and both of Student's. Effect d: mean over standard deviation "
+            "of the rows' differences."
+        )
+    elif by_row.any():
         shown["questions"] = table["questions"]
         counts = table[["won", "lost"]].to_numpy(float)
         shown["only one right"] = ["–" if np.isnan(won) else f"{won:.0f} : {lost:.0f}" for won, lost in counts]
@@ -196,7 +230,7 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
             f"{num_resamples(len(table)):,} draws) and Student's. Only one right: answers that only the "
             "second got right, and those that only the first did; odds ratio: their ratio. Effect h: Cohen's."
         )
-    if not by_question.all():
+    if not by_row.all():
         shown["effect d"] = table["effect d"]
         how.append("Paired by seed: interval and p by Student's t. Effect d: mean over standard deviation.")
     how.append(
@@ -204,7 +238,8 @@ def _comparisons(runs: Sequence[Run], metric: str) -> list[Section]:
         f"difference that would be found with 80 % power at 0.05 / {num_tested}. A difference is stated only where "
         "its interval excludes zero and p Holm is below 0.05."
     )
-    by = "seed" if not by_question.any() else "question" if by_question.all() else "question where answers were kept"
+    one = rows.removesuffix("s")
+    by = "seed" if not by_row.any() else one if by_row.all() else f"{one} where {_KEPT[rows]} were kept"
     caption = f"{metric}: {log}second minus first, paired by {by}"
     real = [text for text in table["finding"] if " is higher than " in text or " is lower than " in text]
     rest = len(table) - len(real)
@@ -240,7 +275,7 @@ def _said(low: float, high: float, p: float, has_questions: bool) -> str:
 
 def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     of = f"ln {metric}" if is_logarithmic(metric) else metric
-    has_questions = any(run.answers(metric) for run in runs)
+    has_questions = any(run.rows(metric) for run in runs)
     how = "The analysis takes one value per run, so seeds are the only chance that it sees."
     if has_questions:
         how += " It holds for these questions; the comparisons above allow for other questions, too."
@@ -254,12 +289,16 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
                 "difference": [f"{value:+.3f}" for value in pairs["difference"]],
                 "95 % interval": _intervals(pairs),
                 "p": pairs["p"],
+                "smallest found": pairs["smallest found"],
                 "said": [
                     _said(*row, has_questions) for row in zip(pairs["low"], pairs["high"], pairs["p"], strict=True)
                 ],
             }
         )
-        how_pairs = f"Means over tasks and seeds, second minus first; p is for the family of all {len(pairs)} pairs."
+        how_pairs = (
+            f"Means over tasks and seeds, second minus first; p is for the family of all {len(pairs)} pairs, and so is "
+            "the smallest difference that would be found with 80 % power."
+        )
         found.append(Section(title=f"Tukey's HSD: {title}", table=shown, caption=caption, said=[how_pairs]))
     return found
 
@@ -295,7 +334,9 @@ def _runs(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
         ("run", "model", "task", "seed", *tables.table_metrics(runs), "all s", "state"),
     )
     narrow = [name for name in narrow if name in table]
-    found = [Section(title="Every run", table=table, caption="Measurements and cost by seed", console=narrow)]
+    by = [name for name in ("model", "task", "run") if name in table]
+    caption = "Measurements and cost by seed, with the seeds of an arm together"
+    found = [Section(title="Every run", table=table, caption=caption, console=narrow, grouped_by=by)]
     if jobs.records:
         found.append(Section(title="Cost", table=tables.cost(jobs.records), caption="Summed over all runs"))
     if jobs.failures:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from layerif.record.frames import headline, is_logarithmic, measured, without_empty
+from layerif.record.frames import QUESTIONS, headline, is_fraction, is_logarithmic, measured, without_empty
 from layerif.record.names import called, estimator_name
 from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
@@ -81,7 +81,7 @@ class Results:
 
 
 def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
-    """Returns the metrics that get a table of their own, the published one first.
+    """Returns the metrics that get a table of their own: the published one, then the loss where every arm has it.
 
     Args:
         runs: of all arms.
@@ -89,6 +89,8 @@ def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list
     """
     found = [name for run in runs for name in run.metrics]
     shown = headline(found)
+    if all("loss" in run.metrics for run in runs if headline(run.metrics)):
+        shown.sort(key=lambda name: name != "loss")
     if expected is not None and expected.metric in found:
         shown = [expected.metric, *(name for name in shown if name != expected.metric)]
     return shown
@@ -163,10 +165,17 @@ def _cell(
     mean, basis = float(back(np.mean(on(values)))), f"t over {len(values)} seeds"
     low, high = (float(back(bound)) for bound in t_interval(on(values)))
     if np.isnan(low):
-        answers = next(run for run in runs if metric in run.metrics).answers(metric)
-        low, high = wilson(sum(answers.values()), len(answers)) if answers else (np.nan, np.nan)
-        seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds alike"
-        basis = f"Wilson over {len(answers)} questions, {seeds}" if answers else f"{seeds}, no interval"
+        rows = next(run for run in runs if metric in run.metrics).rows(metric)
+        basis = "1 seed" if len(values) == 1 else f"{len(values)} seeds alike"
+        if rows and metric in QUESTIONS:
+            low, high = wilson(int(sum(rows.values())), len(rows))
+            basis = f"Wilson over {len(rows)} questions, {basis}"
+        elif rows:
+            low, high = t_interval(list(rows.values()))
+            basis = f"t over {len(rows)} rows, {basis}"
+        basis += ", no interval" * bool(np.isnan(low))
+    if is_fraction(metric):  # Student's t does not know that no mean can be outside
+        low, high = np.clip([low, high], 0.0, 1.0).tolist()
     same = paper is not None and expected is not None and all(expected.is_of(run.job) for run in runs)
     to_paper = mean - paper if same and paper is not None else None
     return Cell(
@@ -234,7 +243,8 @@ def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
     """
     rows = []
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
-    for run in sorted(runs, key=lambda run: places.index((run.model, run.task))):
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    for run in sorted(runs, key=lambda run: (places.index((run.model, run.task)), arms.index(run.arm))):
         row = {
             "run": run.arm,
             **({"model": run.model} if run.model else {}),
@@ -285,10 +295,11 @@ def loads(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 class MeasuredProfile(NamedTuple):
-    """The scores of the layers, and the record of the run that measured them first."""
+    """The scores of the layers, the record of the run that measured them first, and their name without the seed."""
 
     record: RunRecord
     scores: ScoresRecord
+    group: str = ""
 
 
 def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
@@ -301,11 +312,14 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
             task = called(scored, record.choices.get("task@score_task", "")) if scored else task
             name = " ".join(filter(None, [model, task, estimator_name(record)]))
             found.setdefault((name, *scores.values), MeasuredProfile(record, scores))
-    how = [
-        {**settings(one.record, "task", "probe", "estimator"), "seed": {"seed": one.record.seed}}
-        for one in found.values()
-    ]
-    return dict(zip(labelled([name for name, *_ in found], how), found.values(), strict=True))
+    names, how = (
+        [name for name, *_ in found],
+        [settings(one.record, "task", "probe", "estimator") for one in found.values()],
+    )
+    groups = labelled(names, how, number_alike=False)
+    with_seed = [{**one, "seed": {"seed": each.record.seed}} for one, each in zip(how, found.values(), strict=True)]
+    measured = (one._replace(group=group) for one, group in zip(found.values(), groups, strict=True))
+    return dict(zip(labelled(names, with_seed), measured, strict=True))
 
 
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:

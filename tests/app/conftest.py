@@ -1,10 +1,16 @@
-"""Runs draw no pictures here: the tests of plots and of the trust report do."""
+"""Runs draw no pictures here, except where a test asks for `drawn`."""
 
 from __future__ import annotations
 
 import pytest
 
 
+@pytest.fixture
+def drawn():
+    """Lets a test look at pictures."""
+
+
 @pytest.fixture(autouse=True)
-def _undrawn(undrawn):
-    pass
+def _undrawn(request):
+    if "drawn" not in request.fixturenames:
+        request.getfixturevalue("undrawn")

@@ -108,7 +108,7 @@ def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experi
         ("~model.cache", r"model has no 'cache', which .*EmbeddedModel needs; give it with \+model.cache=…"),
         ("+foo=1", "'foo' is not a key of the configuration; allowed at the top: model, task"),
         ("++prob.num_train=1", r"'prob' is not a key of the configuration \(did you mean 'probe'"),
-        ("evaluation.metrics=options", r"allowed: a list, as in 'evaluation.metrics=\[options\]'"),
+        ("evaluation.metrics=options", r"allowed: a list, null, as in 'evaluation.metrics=\[options\]'"),
         ("name=", "name='' is not allowed; allowed: the name of a folder"),
         ("+estimator.dampin=1", r"estimator.dampin is not known to .* \(did you mean 'damping'"),
         ("data.batch_size=many", "data.batch_size='many'"),

@@ -31,6 +31,7 @@ from layerif.report.report import write_report
 from tests.command import layerif_here, run_layerif
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_whole_road(tiny_overrides, tmp_path):
     record = run_layerif([*tiny_overrides, "evaluation.before=true", "allocator.budget=9"], tmp_path)
     folder = tmp_path / "run"
@@ -43,6 +44,10 @@ def test_the_whole_road(tiny_overrides, tmp_path):
         right = record.answers[f"{prefix}options"]
         assert record.metrics[f"{prefix}accuracy"] == sum(right.values()) / len(right)
         assert len(right) == 10
+        for metric in ("loss", "loss_sum", "margin"):
+            by_row = record.losses[f"{prefix}{metric}"]
+            assert by_row.keys() == right.keys()
+            assert record.metrics[f"{prefix}{metric}"] == pytest.approx(sum(by_row.values()) / 10)
     assert {"evidence", "score", "allocate", "fit", "evaluate", "before/evaluate"} <= record.seconds.keys()
     assert record.parameters["total"] > record.parameters["trainable"] > 0
     assert len(record.fingerprint) == 64
@@ -116,6 +121,7 @@ def test_a_second_run_takes_the_scores_from_the_store_and_a_third_does_nothing(t
     assert other.decision.scores != first.decision.scores
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_sweep_gives_one_folder_a_job_and_a_report(tiny_overrides, tmp_path):
     done = layerif_here(["-m", *tiny_overrides, "name=mine", "estimator=uniform,datainf"], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,8 @@ runs = st.builds(
     decision=st.none() | decisions(),
     metrics=st.dictionaries(words, fractions, max_size=3),
     answers=st.dictionaries(words, st.dictionaries(words, st.booleans(), max_size=2), max_size=2),
+    losses=st.dictionaries(words, st.dictionaries(words, st.floats(-9, 9), max_size=2), max_size=2),
+    context_free=st.dictionaries(words, fractions, max_size=2),
     sparsity=st.dictionaries(words, fractions, max_size=2),
     notes=st.lists(words, max_size=2),
     git_sha=st.none() | words,

@@ -189,7 +189,8 @@ def test_tensorboard_reads_curves_tables_and_a_chart(whole):
     )
     assert layers[0] == "| depth | layer | score | experts |"
     assert len(layers) == 2 + len(BLOCKS)
-    assert questions[2:] == [f"| {name} | {right} |" for name, right in record.answers["options"].items()]
+    for line, (name, right) in zip(questions[2:], record.answers["options"].items(), strict=True):
+        assert line.startswith(f"| {name} | {right} | {record.losses['loss'][name]} |")
 
 
 def test_a_run_that_fails_is_finished_as_failed_with_its_scores_and_the_next_is_its_own(
@@ -281,6 +282,7 @@ def test_frames_hold_what_the_record_holds():
     record = RunRecord(name="mine", seed=0, config={}, overrides=[])
     assert frames(record) == {}
     record.answers = {"before/options": {"a": True, "b": False}, "options": {"b": True, "a": True}}
+    record.losses = {"loss": {"b": 0.5, "a": 1.5}}
     record.metrics = {"accuracy": 1.0, "found": {"not": "a number"}}
     record.sparsity = {"model.layers.0.q": 0.5}
     found = frames(record)
@@ -289,6 +291,7 @@ def test_frames_hold_what_the_record_holds():
         "question": ["a", "b"],
         "before/options": [True, False],
         "options": [True, True],
+        "loss": [1.5, 0.5],
     }
     assert found["metrics"].to_dict("list") == {"metric": ["accuracy"], "value": [1.0]}
 

@@ -82,6 +82,8 @@ def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = ""
         f"{prefix}{metric}": {answer.id: answer.correct for answer in answers}
         for metric, answers in result.answers.items()
     }
+    record.losses |= {f"{prefix}{name}": dict(rows) for name, rows in result.losses.items()}
+    record.context_free |= result.context_free
     record.seconds[f"{prefix}evaluate"] = time.perf_counter() - start
 
 

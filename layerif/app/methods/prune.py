@@ -119,7 +119,7 @@ class Prune:
             _refuse_nothing_to_allocate(self.pruner, decider)
             allocation = decider.preview()
         targets(skeleton, allocation.by_name(), self.pruner)
-        if "perplexity" in setup.evaluation.metrics and self.pruner.needs_inputs:
+        if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and self.pruner.needs_inputs:
             check_disjoint(self.calibration.text, setup.evaluation.text)
         if self.pruner.needs_inputs:
             self._module(setup).windows()

@@ -292,6 +292,7 @@ def command_of(overrides: list[str], seeds: int) -> list[str]:
     return [*overrides, "method=diagnose", "logger=none", *settings]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_writes_the_report_its_pictures_and_its_record(tiny_overrides, tmp_path):
     record = run_layerif(command_of(tiny_overrides, seeds=2), tmp_path)
     report = json.loads((tmp_path / "run" / "diagnose.json").read_text())
