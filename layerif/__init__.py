@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Allocation", "LayerScores", "LoraMoeConfig", "Profile", "loss", "prune", "score"]
+__all__ = ["Allocation", "LayerScores", "LoraMoeConfig", "Profile", "loss", "prune", "score"]  # pyright: ignore
 
 PACKAGE = Path(__file__).parent
 """The folder of this package: what lies below it is ours."""

@@ -322,6 +322,7 @@ def _calibration_ids(examples: Sequence[AnyExample], tokenizer: Any) -> tuple[in
     """Lays rows end to end; texts are joined by blank lines, as those of a calibration file are."""
     if tokenizer is not None and all(isinstance(each, TextExample) for each in examples):
         return token_ids(tokenizer, ["\n\n".join(each.text for each in examples if isinstance(each, TextExample))])[0]
-    eos = any(not isinstance(each, TokenExample) for each in examples) and tokenizer.eos_token_id is not None
+    has_eos = tokenizer is not None and tokenizer.eos_token_id is not None
+    eos = has_eos and any(not isinstance(each, TokenExample) for each in examples)
     encodings = encode(examples, tokenizer, template="plain", max_length=None, loss_on="all", eos=eos)
     return tuple(token for sample in encodings for token in sample.input_ids)

@@ -81,6 +81,16 @@ def shown(value: object, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Lists the first `most` names, and counts the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def how_many(number: int, what: str) -> str:
+    """Counts things in words: `1 run`, `2 runs`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def is_number(value: object) -> bool:
     """Tells a number from anything else, `True` and `False` included."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -101,7 +111,7 @@ def check_object(got: object, *, what: str) -> dict[str, Any]:
     return got or {}
 
 
-def is_finite(number: float) -> bool:
+def is_finite(number: Any) -> bool:
     """Tells if a number can be calculated with: not NaN, not infinite, and no whole number that no float can hold."""
     try:
         return math.isfinite(number)
@@ -139,6 +149,19 @@ def check_fields(settings: Any, where: str) -> None:
         check_value(f"{where}.{name}", value, hint)
 
 
+def check_arguments(function: Callable[..., Any], where: str, **given: Any) -> None:
+    """Refuses the first argument of a function that lies outside its annotation, see `check_fields`.
+
+    Args:
+        function: a function, or the `__init__` of a class that cannot be a dataclass.
+        where: what its arguments are called on the command line, before the dot.
+        **given: the arguments.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    for name, value in given.items():
+        check_value(f"{where}.{name}", value, hints[name])
+
+
 def check_value(setting: str, value: Any, hint: Any) -> None:
     """Refuses a value outside the range or the choices of an annotation, see `check_fields`."""
     kind, bounds, advice = _parts(hint)
@@ -164,8 +187,7 @@ def check_value(setting: str, value: Any, hint: Any) -> None:
     if not fits or any(not _BOUNDS[type(bound)][0](value, bound) for bound in bounds):
         words = " and ".join(_BOUNDS[type(bound)][1](bound) for bound in bounds)
         what = "a whole number" if kind is int else "a finite number"
-        hint_of_next = f"; {advice}" if advice else ""
-        allowed = f"{what}{' ' * bool(words)}{words}{hint_of_next}"
+        allowed = "; ".join(filter(None, [f"{what} {words}".rstrip(), advice]))
         raise ValueError(f"{setting}={shown(value)} is not allowed; allowed: {allowed}")
 
 

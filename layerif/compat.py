@@ -45,7 +45,7 @@ def compose_by(make_loader: Callable[..., Any]) -> Iterator[None]:
     """
     from hydra._internal import hydra
 
-    original = hydra.ConfigLoaderImpl
+    original = hydra.ConfigLoaderImpl  # pyright: ignore[reportPrivateImportUsage]
     hydra.ConfigLoaderImpl = make_loader  # type: ignore[assignment,misc]
     try:
         yield
@@ -142,6 +142,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def reset_kronfluence() -> None:
     """Makes kronfluence forget the device of an earlier analysis. Read from kronfluence 1.0.1."""
-    from kronfluence.utils.state import State
+    from kronfluence.utils.state import State  # type: ignore[import-not-found]
 
     State._reset_state()

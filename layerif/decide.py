@@ -63,16 +63,10 @@ class Decision(Scored):
 
     def record(self) -> DecisionRecord:
         """Turns the decision into the form that `record.json` holds."""
-        allocation, scores = self.allocation, self.scores
+        scores = self.scores
         return DecisionRecord(
             source=self.source,
-            allocation=AllocationRecord(
-                kind=allocation.kind,
-                units=list(allocation.units),
-                values=list(allocation.values),
-                budget=allocation.budget,
-                sizes=None if allocation.sizes is None else list(allocation.sizes),
-            ),
+            allocation=AllocationRecord(**self.allocation.to_dict()),
             scores=scores
             and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
             reliability=self.reliability,
@@ -114,11 +108,11 @@ class Scorer(Measurements):
             reused=reused,
             notes=self.estimator.needs.notes(evidence),
         )
-        return (self._with_trust(found, evidence) if self.estimator.needs.samples else found), evidence
+        return (self._with_trust(found, evidence) if self.estimator.needs.parts else found), evidence
 
     def _with_trust(self, decision: Scored, evidence: Any) -> Scored:
         """Adds the samples behind the scores, and the figures and notes on how far to trust them."""
-        parts = self.estimator.needs.samples
+        parts = self.estimator.needs.parts
         train, validation = self.samples()
         num_samples = len(train), (len(validation) if "validation" in parts else 0)
         fidelity, why_not = self._fidelity(evidence)

@@ -97,10 +97,10 @@ class LayerActivations:
         if classes == "answer":
             rows_LRH, labels, samples = self.prompts, list(self.answers), numbers
         else:
-            has_wrong = not bool(self.wrong.isnan().all())
-            rows_LRH = torch.cat([self.right, self.wrong], dim=1) if has_wrong else self.right
-            labels = ["right"] * len(numbers) + ["wrong"] * len(numbers) * has_wrong
-            samples = numbers + numbers * has_wrong
+            rows_LRH, labels, samples = self.right, ["right"] * len(numbers), numbers
+            if not bool(self.wrong.isnan().all()):
+                rows_LRH = torch.cat([self.right, self.wrong], dim=1)
+                labels, samples = labels + ["wrong"] * len(numbers), numbers + numbers
         lost = int(rows_LRH.isnan().any(dim=2).any(dim=0).sum())
         if lost:
             raise ValueError(

@@ -82,6 +82,12 @@ def _to_disk(path: Path, *, deep: bool = True) -> None:
         os.close(opened)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes a text as a whole or not at all, see `whole`."""
+    with whole(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor],
     file: Path,
@@ -128,6 +134,23 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if header.pop("checksum", None) != _checksum(tensors, header):
         raise Damaged("its checksum does not match its content")
     return tensors, header
+
+
+def is_intact(file: Path, otherwise: str) -> bool:
+    """Tells if a file is there as `save_tensors` wrote it, and warns of a damaged one.
+
+    Args:
+        file: the file.
+        otherwise: says what happens if it is damaged.
+    """
+    if not file.exists():
+        return False
+    try:
+        load_tensors(file)
+    except Damaged as error:
+        warnings.warn(f"{file} is damaged and {otherwise}: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -180,8 +203,7 @@ def claim_folder(folder: Path, job: Any) -> bool:
                 shutil.rmtree(path)
             elif path != lock:
                 path.unlink()
-        with whole(mark) as unfinished:
-            unfinished.write_text(wanted)
+        write_text(mark, wanted)
     return False
 
 

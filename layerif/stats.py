@@ -76,7 +76,7 @@ class Difference(Estimate):
 
 
 def spearman(first: Any, second: Any) -> Any:
-    """Spearman's rank correlation of two vectors, or of each column of a matrix with the same column of another.
+    """Computes Spearman's rank correlation of two vectors, or of each column of a matrix with the same one of another.
 
     Ties share their mean rank. A record, which is JSON, holds null where this gives NaN.
 
@@ -100,7 +100,7 @@ def _centred_ranks(values: Any) -> np.ndarray:
 
 
 def spearman_matrix(values_RC: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of every two columns: (C×C). NaN where one of them is constant."""
+    """Computes Spearman's rank correlation of every two columns: (C×C). NaN where one of them is constant."""
     ranks_RC = _centred_ranks(values_RC)
     norms_C = np.sqrt((ranks_RC**2).sum(axis=0))
     norms_CC = np.outer(norms_C, norms_C)
@@ -108,7 +108,7 @@ def spearman_matrix(values_RC: np.ndarray) -> np.ndarray:
 
 
 def known_mean(values: np.ndarray) -> float:
-    """The mean of the values that are finite; NaN where none is."""
+    """Returns the mean of the values that are finite; NaN where none is."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else math.nan
 
@@ -117,7 +117,7 @@ def known_mean(values: np.ndarray) -> float:
 
 
 def wilson(num_correct: int, num: int, confidence: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a fraction, as (low, high)."""
+    """Computes Wilson's score interval of a fraction, as (low, high)."""
     from scipy.stats import binomtest
 
     interval = binomtest(num_correct, num).proportion_ci(confidence, method="wilson")
@@ -125,7 +125,7 @@ def wilson(num_correct: int, num: int, confidence: float = LEVEL) -> tuple[float
 
 
 def percentile(value: float, draws_B: np.ndarray) -> Estimate:
-    """The value with the percentile interval of its bootstrap draws.
+    """Returns the value with the percentile interval of its bootstrap draws.
 
     The bounds are values that were drawn, so that ranks stay whole. Draws without a value (NaN) are left out.
     """
@@ -137,7 +137,7 @@ def percentile(value: float, draws_B: np.ndarray) -> Estimate:
 
 
 def t_interval(values_S: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Student's 95 % interval of the mean over seeds, mean ± t_{S−1}·s/√S, as (low, high).
+    """Computes Student's 95 % interval of the mean over seeds, mean ± t_{S−1}·s/√S, as (low, high).
 
     Both are NaN for a single seed, and for seeds that are all alike: a run that no seed touches stays one run, however
     often it is repeated.
@@ -163,7 +163,7 @@ def _critical_t(df: int, alpha: float = ALPHA) -> float:
 
 
 def paired_by_seed(difference_S: Sequence[float] | np.ndarray) -> Difference:
-    """Student's paired test over seeds, for a metric without questions such as perplexity."""
+    """Applies Student's paired test over seeds, for a metric without questions such as perplexity."""
     from scipy.special import stdtr
 
     difference_S = np.asarray(difference_S, dtype=float)
@@ -176,12 +176,12 @@ def paired_by_seed(difference_S: Sequence[float] | np.ndarray) -> Difference:
 
 
 def num_resamples(num_comparisons: int) -> int:
-    """The draws that put the least possible p, 2/B, below a tenth of 0.05 after a correction for all comparisons."""
+    """Counts the draws that put the least possible p, 2/B, below a tenth of 0.05, corrected for all comparisons."""
     return max(RESAMPLES, round(20 / ALPHA) * num_comparisons)
 
 
 def paired_by_question(difference_SQ: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
-    """The mean difference of the answers of two runs, see `all_paired_by_question`.
+    """Returns the mean difference of the answers of two runs, see `all_paired_by_question`.
 
     Args:
         difference_SQ: −1, 0 or 1 for each seed and question; NaN where the question was not asked at this seed.
@@ -198,7 +198,7 @@ def all_paired_by_question(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> list[Difference]:
-    """The mean difference of the answers, or of the losses, of every two runs, with an interval clustered by seed.
+    """Returns the mean difference of the answers, or losses, of every two runs, with an interval clustered by seed.
 
     The interval is the percentile bootstrap of seeds and of questions; a question is drawn for all seeds at once, since
     it is the same question (Owen 2007, The pigeonhole bootstrap). Of S seeds S − 1 are drawn: this makes the variance
@@ -321,7 +321,7 @@ def _draw(compared: Sequence[_Bootstrap], values_RQ: np.ndarray, num_draws: int,
 
 
 def _bootstrapped(values_RQ: np.ndarray, num_draws: int, seeds: tuple[int, ...]) -> np.ndarray:
-    """The sums of each row over questions that are drawn with replacement: (R×B)."""
+    """Returns the sums of each row over questions that are drawn with replacement: (R×B)."""
     num_rows, num_questions = values_RQ.shape
     totals_RB = np.empty((num_rows, num_draws), dtype=np.float32)
     at_once = max(1, _DRAWN_AT_ONCE // num_questions)
@@ -340,7 +340,7 @@ def _times_drawn(num_questions: int, num_draws: int, seeds: tuple[int, ...]) -> 
 
 
 def sign_test(difference_Q: np.ndarray) -> float:
-    """The exact two-sided p of Σ d under random signs of the whole-numbered d of every question.
+    """Returns the exact two-sided p of Σ d under random signs of the whole-numbered d of every question.
 
     With d in {−1, 0, 1} this is McNemar's exact test.
     """
@@ -358,7 +358,7 @@ def sign_test(difference_Q: np.ndarray) -> float:
 
 @lru_cache(maxsize=4096)
 def _signs(count: int) -> np.ndarray:
-    """The probability of each number of plus signs among `count` random ones."""
+    """Returns the probability of each number of plus signs among `count` random ones."""
     from scipy import stats
 
     return stats.binom.pmf(np.arange(count + 1), count, 0.5)
@@ -378,7 +378,7 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
-    """The smallest difference that such an experiment would find with 80 % power at α = 0.05 / comparisons.
+    """Returns the smallest difference that such an experiment would find with 80 % power at α = 0.05 / comparisons.
 
     It is the largest of the differences that the tests need, with z = z(1 − α/2) + z(0.8). The bootstrap needs
     z·error. The sign test needs z² of n answers, all one way, even if fewer differ here (the variance of a sum of n
@@ -404,7 +404,7 @@ def smallest_difference(found: Difference, num_comparisons: int = 1) -> float:
 
 @lru_cache
 def needed_shift(critical: float, df: int) -> float:
-    """The noncentrality at which Student's t with `df` degrees of freedom passes a critical value in 80 %."""
+    """Returns the noncentrality at which Student's t with `df` degrees of freedom passes a critical value in 80 %."""
     from scipy import optimize, stats
 
     return optimize.root_scalar(
@@ -416,7 +416,10 @@ def needed_shift(critical: float, df: int) -> float:
 
 
 def cohens_h(first: float, second: float) -> float:
-    """Cohen's h of two fractions, 2·asin √second − 2·asin √first; 0.2 is called small, 0.5 medium, 0.8 large."""
+    """Computes Cohen's h of two fractions, 2·asin √second − 2·asin √first.
+
+    0.2 is called small, 0.5 medium, 0.8 large.
+    """
     return float(2 * np.arcsin(np.sqrt(second)) - 2 * np.arcsin(np.sqrt(first)))
 
 
@@ -426,7 +429,7 @@ def odds_ratio(won: int, lost: int) -> float:
 
 
 def standardised(difference_S: Sequence[float] | np.ndarray) -> float:
-    """Cohen's d of paired differences: their mean over their standard deviation; NaN for a single one."""
+    """Computes Cohen's d of paired differences: their mean over their standard deviation; NaN for a single one."""
     spread = np.std(difference_S, ddof=1) if len(difference_S) > 1 else 0.0
     return float(np.mean(difference_S) / spread) if spread > 0 else np.nan
 
@@ -467,7 +470,11 @@ def anova(runs: pd.DataFrame) -> Variance | None:
     cells = runs.groupby(["arm", "task"]).size().unstack(fill_value=0)
     num_arms, num_tasks = cells.shape
     crossed = num_tasks > 1 and bool(cells.to_numpy().min() > 1)
-    terms = ["C(arm)", *["C(task)"] * (num_tasks > 1), *["C(arm):C(task)"] * crossed]
+    terms = ["C(arm)"]
+    if num_tasks > 1:
+        terms.append("C(task)")
+    if crossed:
+        terms.append("C(arm):C(task)")
     df = len(runs) - (cells.size if crossed else num_arms + num_tasks - 1)
     if num_arms < 2 or df < 1 or len(set(runs["value"])) < 2:
         return None
@@ -533,7 +540,7 @@ def tukey(runs: pd.DataFrame, variance: Variance) -> pd.DataFrame:
 
 
 def _beyond_range(range_P: np.ndarray, num_arms: int, df: int) -> np.ndarray:
-    """The probability that the studentized range of `num_arms` means exceeds each value.
+    """Returns the probability that the studentized range of `num_arms` means exceeds each value.
 
     SciPy integrates for ten milliseconds a value. More than a hundred are therefore read off a polynomial in
     ln(1 + value), which is exact to 1e-7; above its end the probability is less than 1e-12 and called 0.
@@ -546,6 +553,8 @@ def _beyond_range(range_P: np.ndarray, num_arms: int, df: int) -> np.ndarray:
     while end < largest and studentized_range.sf(end, num_arms, df) > 1e-12:
         end *= 1.25
     curve = np.polynomial.Chebyshev.interpolate(
-        lambda logarithm: studentized_range.sf(np.expm1(logarithm), num_arms, df), 80, domain=[0, np.log1p(end)]
+        lambda logarithm: np.asarray(studentized_range.sf(np.expm1(logarithm), num_arms, df)),
+        80,
+        domain=[0, np.log1p(end)],
     )
     return np.where(range_P > end, 0.0, np.clip(curve(np.log1p(range_P)), 0, 1))

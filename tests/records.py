@@ -77,13 +77,14 @@ def record(
 ) -> RunRecord:
     """A finished run with these answers; `decision` holds arguments of `decision_of`."""
     accuracy = float(np.mean(right))
+    arguments: dict[str, Any] = {"source": estimator, **(decision or {})}
     fields: dict[str, Any] = {
         "name": "test",
         "seed": seed,
         "choices": choices_of(estimator, task=task) | dict(choices or {}),
         "config": config_of(estimator, task=task, seed=seed, settings=settings),
         "overrides": [f"estimator={estimator}", f"task={task}", f"seed={seed}"],
-        "decision": decision_of(**{"source": estimator} | dict(decision or {})),
+        "decision": decision_of(**arguments),
         "metrics": {
             "accuracy": accuracy,
             "accuracy_low": max(0.0, accuracy - 0.1),

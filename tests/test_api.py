@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +34,13 @@ TEXTS = [
 TRAIN, VALIDATION = TEXTS[:10], TEXTS[10:]
 
 
-def scored(model=None, train=TRAIN, validation=VALIDATION, *, tokenizer=TOKENIZER, **options):
+def scored(model=None, train=TRAIN, validation=VALIDATION, *, tokenizer: Any = TOKENIZER, **options):
     model = tiny_model() if model is None else model
     return layerif.score(model, tokenizer, train, validation, progress=False, **options)
 
 
 def batches_of(rows):
-    samples = encode(
+    samples: Any = encode(
         [example_of(row, id=str(n), where="row") for n, row in enumerate(rows)],
         TOKENIZER, template="plain", max_length=None, eos=False,
     )  # fmt: skip
@@ -124,7 +125,8 @@ def test_an_estimator_is_called_by_its_file(name):
 
 
 def test_half_precision_is_compared_with_a_copy_and_stays_half():
-    model = tiny_model().to(torch.bfloat16)
+    model: Any = tiny_model()
+    model.to(torch.bfloat16)
     found = scored(model)
     assert model.dtype == torch.bfloat16
     assert len(found.scores.values) == 3
@@ -257,7 +259,7 @@ def nan_model():
         ({"num_train": 0}, "probe.num_train=0 is not allowed"),
         ({"model": torch.nn.Linear(2, 2)}, "the model is a Linear; give a causal language model"),
         ({"model": tiny_model().model}, "which has no head that predicts the next token"),
-        ({"model": copy.deepcopy(tiny_model()).to("meta")}, "the model is on the meta device"),
+        ({"model": torch.nn.Module.to(copy.deepcopy(tiny_model()), "meta")}, "the model is on the meta device"),
         ({"model": nan_model()}, "is not finite, from block model.layers.1 on"),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 import layerif.allocate
 import layerif.estimators
-from layerif.checks import check_choice, did_you_mean
+from layerif.checks import Count, check_arguments, check_choice, did_you_mean
 from layerif.probe.settings import Probe
 
 # Fields without a default, and settings that belong together.
@@ -47,7 +47,7 @@ def test_names_import_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def settings_classes() -> Iterator[tuple[str, type]]:
+def settings_classes() -> Iterator[tuple[str, Any]]:
     """Every estimator, every allocator and the probe, with the key that their settings stand under."""
     yield "probe", Probe
     for key, package in (("estimator", layerif.estimators), ("allocator", layerif.allocate)):
@@ -73,16 +73,11 @@ def just_outside(hint: Any) -> list[Any]:
     kind, *bounds = get_args(hint)
     step = 1 if kind is int else 0.125
     wrong: list[Any] = [0.5, True] if kind is int else [math.nan, math.inf]
+    beyond: dict[type, tuple[str, float]] = {Ge: ("ge", -step), Gt: ("gt", 0), Le: ("le", step), Lt: ("lt", 0)}
     for bound in bounds:
-        match bound:
-            case Ge():
-                wrong.append(bound.ge - step)
-            case Gt():
-                wrong.append(bound.gt)
-            case Le():
-                wrong.append(bound.le + step)
-            case Lt():
-                wrong.append(bound.lt)
+        if type(bound) in beyond:
+            name, by = beyond[type(bound)]
+            wrong.append(getattr(bound, name) + by)
     return wrong
 
 
@@ -132,3 +127,11 @@ def test_the_law_covers_the_ranges_of_every_kind_of_setting():
         ("SavedAllocation", "kind"),
         ("Shape", "kind"),
     } <= covered
+
+
+def test_arguments_of_a_function_are_refused_like_the_fields_of_a_dataclass():
+    def make(size: Count, text: str = "") -> None: ...
+
+    check_arguments(make, "data", size=1, text="")
+    with pytest.raises(ValueError, match=r"data\.size=0 is not allowed; allowed: a whole number of at least 1"):
+        check_arguments(make, "data", size=0)

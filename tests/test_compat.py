@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+from typing import Any
 
 import lightning as L
 import pytest
@@ -55,7 +56,8 @@ def fitted(tmp_path) -> tuple[Line, L.Trainer]:
         enable_model_summary=False,
         default_root_dir=str(tmp_path),
     )
-    module, data = Line(), DataLoader(torch.ones(12, 1), batch_size=2)
+    rows: Any = torch.ones(12, 1)
+    module, data = Line(), DataLoader(rows, batch_size=2)
     trainer.fit(module, data, data)
     return module, trainer
 

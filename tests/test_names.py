@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import layerif
 from layerif import PACKAGE
+from layerif.targets import ENTRY_POINTS
 
 # Every command has a `main`, and every metric has a `check` and a `run`, which the loop over metrics calls. `log` and
 # the type variable `T` are the same thing in each file.
@@ -45,6 +47,20 @@ def test_every_exported_name_stands_for_one_thing():
         for name in public_names(file):
             where[name].append(str(file.relative_to(PACKAGE)))
     assert {name: files for name, files in where.items() if len(files) > 1 and name not in SHARED} == {}
+
+
+def test_dotted_names_in_the_code_lead_somewhere():
+    """A docstring that names `layerif.x.y` names what is there."""
+    places = {place for file in PACKAGE.rglob("*.py") for place in re.findall(r"\blayerif(?:\.\w+)+", file.read_text())}
+    assert {place for place in places - {ENTRY_POINTS} if not is_there(place)} == set()
+
+
+def is_there(place: str) -> bool:
+    try:
+        pkgutil.resolve_name(place)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_no_module_takes_the_place_of_a_function_that_others_rely_on():

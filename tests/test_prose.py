@@ -25,6 +25,7 @@ OPENINGS = re.compile(r"(what|of|whether|how|whatever|that which)\b", re.IGNOREC
 # "there is no room" and "is no longer" are English; "x is no folder" is not.
 DENIALS = re.compile(r"(?<!there )\b(is|are) no (?!longer\b)")
 
+VERB = re.compile(r"[A-Z][a-z-]*s\b(?!')")
 # What is allowed, or what to do next.
 ADVICE = re.compile(r"; |\b(allowed|must|needs|give|use|pass|run|set|say)\b")
 # Reasons that end another message, which says what to do.
@@ -73,6 +74,23 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_docstrings_and_comments_open_with_a_verb_or_a_noun(file):
     opened = [*docstrings(parsed(file)), *comments(file.read_text())]
     assert not [f"{line}: {text.splitlines()[0]}" for line, text in opened if OPENINGS.match(text)]
+
+
+@every_file
+def test_docstrings_of_functions_begin_with_a_verb_in_the_third_person(file):
+    """Those of properties name the value, and an override or a nested function may have another."""
+    told = [(node, ast.get_docstring(node)) for node in functions(parsed(file))]
+    assert not [f"{node.lineno}: {text.splitlines()[0]}" for node, text in told if text and not VERB.match(text)]
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Gives the public functions and methods of a module without its properties."""
+    for parent in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        for node in parent.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if not any("property" in ast.unparse(each) for each in node.decorator_list):
+                yield node
 
 
 @every_file

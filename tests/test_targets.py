@@ -7,8 +7,10 @@ import logging
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -106,7 +108,7 @@ def test_what_names_nothing_is_refused_in_one_sentence(target):
 
 
 @pytest.fixture
-def stranger(tmp_path, monkeypatch) -> Path:
+def stranger(tmp_path, monkeypatch) -> Iterator[Path]:
     """A module of others whose import leaves a mark."""
     mark = tmp_path / "mark"
     lines = (
@@ -171,7 +173,8 @@ def test_targets_are_checked_at_any_depth():
 def test_objects_are_built_from_plain_settings_inner_ones_first():
     layers = {"_target_": "layerif.layers.LayerMap", "names": ["a"], "params": [["a.q"]], "numel": [2]}
     made = build({"_convert_": "all", "all": [layers], "one": 1}, "x")
-    assert made["all"] == [LayerMap(["a"], [["a.q"]], [2])]
+    lists: Any = ["a"], [["a.q"]], [2]
+    assert made["all"] == [LayerMap(*lists)]
     later = build({"_target_": "layerif.layers.LayerMap", "_partial_": True, "names": ["a"]}, "x")
     assert later(params=[["a.q"]], numel=[2]) == made["all"][0]
     assert build(layers, "x", numel=[3]).numel == [3]

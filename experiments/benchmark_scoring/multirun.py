@@ -106,9 +106,10 @@ def settings(one_pass: float, grams: LayerGrams) -> None:
 def stored(folder: Path) -> LayerGrams:
     """Reads the Grams that the sweep left, as another job would."""
     from layerif.probe import store
+    from layerif.probe.grams.request import GRAMS
 
     (file,) = (folder / "store" / "grams").glob("*.safetensors")
-    grams, _ = store._read(file, store._unpack_grams)
+    grams, _ = store._read(file, GRAMS.unpack)
     return grams
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -83,7 +84,7 @@ def of_arm(by_seed: dict[int, dict[str, bool]]) -> dict[str, float]:
     return {"questions": len(questions), "accuracy": found.value, "low": found.low, "high": found.high}
 
 
-def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, bool]]) -> dict[str, object]:
+def against(by_seed: dict[int, dict[str, bool]], reference: dict[int, dict[str, bool]]) -> dict[str, Any]:
     shared = sorted(by_seed.keys() & reference.keys())
     if not shared:
         return {}
@@ -106,7 +107,7 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
         return table
     table["p Holm"] = holm(table["p"].to_numpy())
     compared = table["p"].notna()
-    num_compared = int(compared.sum())
+    num_compared = int(np.count_nonzero(compared))
     founds = zip(table.pop("found"), compared, strict=True)
     table["smallest found"] = [smallest_difference(one, num_compared) if tested else None for one, tested in founds]
     bounds = table[["difference low", "difference high", "p Holm"]].itertuples(index=False, name=None)
@@ -153,7 +154,7 @@ def intervals(axes: Axes, rows: pd.DataFrame, value: str, low: str, high: str) -
 def plot_allocations(records: list[RunRecord], file: Path) -> None:
     """Draws the experts per block of every arm, for the first task and seed."""
     task = records[0].config["task"]["name"]
-    chosen: dict[str, list[int]] = {}
+    chosen: dict[str, list[Any]] = {}
     for record in sorted(records, key=lambda record: record.seed):
         if has_method(record) and record.config["task"]["name"] == task and "LoRA," not in arm(record):
             assert record.decision is not None

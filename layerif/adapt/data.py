@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from layerif.checks import Count, Seed, check_value
+from layerif.checks import Count, Seed, check_arguments
 from layerif.data.batches import Encodings, LossOn, collate, encode, padding_id
 from layerif.data.render import Template
 from layerif.data.rows import AnyExample
@@ -41,14 +42,14 @@ class TaskDataModule(L.LightningDataModule):
         *,
         template: Template = "alpaca",
         batch_size: Count = 16,
-        max_length: int = 256,
+        max_length: Annotated[int, Ge(2), "one token has none to predict"] = 256,
         loss_on: LossOn | None = None,
         drop_partial: bool = False,
         seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_value("data.batch_size", batch_size, Count)
-        check_value("data.seed", seed, Seed)
+        settings = {"template": template, "batch_size": batch_size, "max_length": max_length, "loss_on": loss_on}
+        check_arguments(type(self).__init__, "data", **settings, seed=seed)
         self.splits, self.tokenizer = splits, tokenizer
         self.batch_size, self.drop_partial, self.seed = batch_size, drop_partial, seed
         self._start = 0

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from layerif.checks import Count, check_value
+from layerif.checks import Count, check_value, how_many
 from layerif.layers import LayerMap, in_layer_order
 from layerif.scores import SPREAD_NOISE, AllocationKind, LayerScores, smooth
 
@@ -84,6 +84,6 @@ def check_budget(budget: int, floor: int, num_layers: int, *, unit: str) -> None
     check_value("allocator.floor", floor, Count)
     if budget < num_layers * floor:
         raise ValueError(
-            f"budget={budget} cannot give {num_layers} layers {floor} {unit}{'s' if floor > 1 else ''} each; "
+            f"budget={budget} cannot give {num_layers} layers {how_many(floor, unit)} each; "
             f"use allocator.budget>={num_layers * floor}"
         )

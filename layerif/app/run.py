@@ -25,7 +25,6 @@ from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
 from layerif.data.batches import shown_text
 from layerif.files import held
-from layerif.models.blocks import layer_map
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
 from layerif.record.record import FAILURE, FILE, RunRecord
@@ -82,7 +81,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         record.notes.append("this folder held another job's record; other files of it may be left")
         log.warning("%s: %s", folder, record.notes[-1])
     try:
-        with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.decider.store.files):
+        with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.store.files):
             _execute(setup, record, folder)
     except KeyboardInterrupt:
         if not is_swept():  # the jobs of a sweep find their folders again by themselves
@@ -95,7 +94,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         raise
     if rank_zero_only.rank > 0:  # the first process keeps the record for all
         return None
-    record.measurements = setup.decider.store.taken
+    record.measurements = setup.store.taken
     record.memory_gb = _peak_memory()
     if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)
@@ -110,9 +109,7 @@ def preview(setup: Setup, folder: Path) -> None:
     config, splits, template = setup.config, setup.splits, setup.task.template
     probe, everything = setup.decider.probe, setup.decider.layers()
     skeleton = setup.model.skeleton(with_adapter=probe.parameters == "lora")
-    layers = layer_map(
-        skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
-    )
+    layers = setup.decider.measured_layers(skeleton)
     train, validation = setup.decider.samples()
     allocation = setup.decider.preview()
     lines = {

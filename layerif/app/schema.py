@@ -263,7 +263,9 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
     except ValidationError as error:
         choices = [str(choice) for choice in _literals(hint)]
         others = [_KINDS.get(each["type"], each["msg"].lower()) for each in error.errors()]
-        kinds = [kind for kind in dict.fromkeys(others) if kind] + ["null"] * (type(None) in typing.get_args(hint))
+        kinds = [kind for kind in dict.fromkeys(others) if kind]
+        if type(None) in typing.get_args(hint):
+            kinds.append("null")
         allowed = f"{', '.join([*choices, *kinds])}{did_you_mean(str(value), choices)}"
         in_list = f", as in '{path}=[{value}]'" if "a list" in kinds and isinstance(value, str) else ""
         raise ValueError(f"{path}={value!r} is not allowed; allowed: {allowed}{in_list}") from error

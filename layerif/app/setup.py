@@ -42,6 +42,7 @@ class Setup:
         model, task, method, evaluation, fit: the objects of these keys.
         splits: the task's rows.
         scored: the rows that scores are measured on: those of `score_task`, or else the task's own.
+        store: keeps the measurements.
         decider: scores the layers and allocates.
     """
 
@@ -54,7 +55,7 @@ class Setup:
         self.fit: Fit = self._build("fit")
         self.model.check()
         self.tokenizer = self.model.tokenizer()
-        self.splits: Splits = self.task.load()
+        self.splits = self.task.load()
         score_task: AnyTask | None = self._build("score_task")
         self.scored = score_task.load() if score_task else self.splits
         check_unseen(self.scored, self.splits)
@@ -65,6 +66,7 @@ class Setup:
         probe: Probe = self._build("probe")
         if probe.template is None and (score_task or self.task).template == "chat":
             probe = replace(probe, template="chat")
+        self.store = Store(Path(config.store))
         trainer = self.trainer([], Path())
         self.decider = Decider(
             model=self.model,
@@ -73,7 +75,7 @@ class Setup:
             probe=probe,
             estimator=self._build("estimator"),
             allocator=self._build("allocator"),
-            store=Store(Path(config.store)),
+            store=self.store,
             seed=config.seed,
             device=trainer.strategy.root_device,
             spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
@@ -172,4 +174,5 @@ def check_unseen(scored: Splits, splits: Splits) -> None:
 
 
 def _method_class(file: Path) -> type[Method]:
-    return allowed_target(OmegaConf.load(file)["_target_"], f"{file}._target_")
+    settings: Any = OmegaConf.load(file)
+    return allowed_target(settings["_target_"], f"{file}._target_")

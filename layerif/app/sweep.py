@@ -223,18 +223,21 @@ def balance(folder: Path, since: int) -> Balance:
     found = Balance()
     started = [file for file in sorted(folder.rglob(".hydra/overrides.yaml")) if _written(file) >= since]
     overrides = {file.parents[1]: list(map(str, OmegaConf.load(file))) for file in started}
+    shared = set.intersection(*map(set, overrides.values())) if overrides else set()
     for job, own in overrides.items():
-        apart = [override for override in own if not all(override in others for others in overrides.values())]
-        name, record, failure = ",".join(apart) or job.name, _written(job / FILE), _written(job / FAILURE)
+        name = ",".join(override for override in own if override not in shared) or job.name
+        record, failure = _written(job / FILE), _written(job / FAILURE)
         try:
             if failure > record:
-                error = Failure.read(job).error
-                (found.failed if failure >= since else found.failed_before)[name] = error
+                errors = found.failed if failure >= since else found.failed_before
+                errors[name] = Failure.read(job).error
             elif record >= since:
                 found.measurements += RunRecord.read(job).measurements
                 found.run.append(name)
+            elif record:
+                found.already_done.append(name)
             else:
-                (found.already_done if record else found.unfinished).append(name)
+                found.unfinished.append(name)
         except ValueError as unreadable:
             found.failed[name] = str(unreadable)
     return found

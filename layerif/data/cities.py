@@ -121,7 +121,7 @@ class Cities:
 
 
 def num_fours(cities: Sequence[City]) -> int:
-    """The most fours of different countries that these cities give."""
+    """Counts the most fours of different countries that these cities give."""
     sizes = Counter(city.country for city in cities).values()
     return max(num for num in range(len(cities) // SHARED_BY + 1) if _filled(sizes, num))
 

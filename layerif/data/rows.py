@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from layerif.checks import shown
 from layerif.data.render import Example, folded
@@ -108,13 +108,20 @@ class TokenExample:
 AnyExample = Example | TextExample | CompletionExample | ChatExample | TokenExample
 
 
+def wrong_options(example: AnyExample) -> list[int]:
+    """Lists the indices of the wrong options; a row without options has none."""
+    if not isinstance(example, Example):
+        return []
+    return [index for index in range(len(example.options)) if index != example.answer]
+
+
 def kind_of(row: Mapping[str, Any], where: str) -> RowKind:
     """Tells the kind of a row from its columns.
 
     Raises:
         ValueError: the row has the columns of no kind, or of several.
     """
-    found = [kind for kind, columns in COLUMNS.items() if all(row.get(column) is not None for column in columns)]
+    found = [kind for kind in get_args(RowKind) if all(row.get(column) is not None for column in COLUMNS[kind])]
     if len(found) == 1:
         return found[0]
     allowed = ", or ".join(" and ".join(columns) for columns in COLUMNS.values())

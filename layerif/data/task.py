@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from random import Random
-from typing import Annotated, Protocol
+from typing import Annotated, Generic, Protocol, TypeVar
 
 from annotated_types import Ge
 
@@ -21,10 +21,11 @@ from layerif.data.source import Folder, Row, Source, column_of
 
 PARTS = ("train", "validation", "test")
 Limit = Annotated[int, Ge(1), "null takes all rows"]
+_E = TypeVar("_E", bound=AnyExample)
 
 
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[_E]):
     """The examples of a task.
 
     Args:
@@ -36,9 +37,9 @@ class Splits:
         unread: the files of rows in the task's folder that no part reads.
     """
 
-    train: tuple[AnyExample, ...]
-    validation: tuple[AnyExample, ...]
-    test: tuple[AnyExample, ...]
+    train: tuple[_E, ...]
+    validation: tuple[_E, ...]
+    test: tuple[_E, ...]
     num_dropped: int = 0
     unread: tuple[str, ...] = ()
 
@@ -118,7 +119,7 @@ class AnyTask(ABC):
     def reader(self) -> Reader:
         """Makes what turns a row into an example."""
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[AnyExample]:
         """Reads, renders and checks all three parts.
 
         A process reads the rows of files once, as long as the files stay the same, and those of the hub every time.
@@ -142,7 +143,7 @@ class AnyTask(ABC):
             )
         return source
 
-    def _load(self) -> Splits:
+    def _load(self) -> Splits[AnyExample]:
         test = self._read("test")
         train, num_dropped = self._apart("train", self._read("train"), "test", test)
         if self.splits["validation"] is None:
@@ -322,5 +323,5 @@ class RowTask(AnyTask):
 
 
 @lru_cache(maxsize=4)
-def _load_once(task: AnyTask, files: tuple[tuple[str, int, int], ...]) -> Splits:
+def _load_once(task: AnyTask, files: tuple[tuple[str, int, int], ...]) -> Splits[AnyExample]:
     return task._load()

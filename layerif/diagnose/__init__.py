@@ -4,6 +4,6 @@ Each file asks one question, and answers it by arithmetic on Grams, influences a
 predicted loss change match retraining?), `convex` (does it where theory is exact?), `stability` (do the layers keep
 their ranks?), `agreement` (do the estimators agree?), `solver` (do they solve their systems?), `gradients` (are the
 gradients healthy?), `mislabel` (does influence find wrong answers?). `retrain` and `retrainings` train the adapters.
-`evidence` gathers the figures of each section and `report` runs all sections. `conclusions` turns figures into
+`sections` gathers the figures of each section and `report` runs all sections. `conclusions` turns figures into
 verdicts; `text` and `plots` show them.
 """

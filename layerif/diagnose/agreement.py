@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 import layerif.estimators
-from layerif.estimators._base import DampedEstimator, GramEstimator, by_block
+from layerif.estimators._base import DampedEstimator, GramEstimator, by_block, name_of
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.scores import Aggregation
@@ -39,11 +39,6 @@ def panel(own: GramEstimator) -> dict[str, GramEstimator]:
                 settings = shared | (damping if issubclass(cls, DampedEstimator) else {})
                 found.setdefault(module.name, cls(**settings))
     return found
-
-
-def name_of(estimator: GramEstimator) -> str:
-    """Returns the name of the estimator's file, as `estimator=` takes it."""
-    return type(estimator).__module__.rpartition(".")[2]
 
 
 def total_influence(estimator: GramEstimator, grams: LayerGrams) -> Tensor:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from layerif.checks import how_many, listed
+
 Verdict = Literal["supported", "not supported", "not enough evidence"]
 
 ALIKE = 0.8  # two rankings of layers count as the same from this Spearman on
@@ -79,9 +81,7 @@ def _gradients(report: Mapping[str, Any]) -> Conclusion:
     return Conclusion(
         "On these samples every measured matrix has finite gradients, and none is dead.",
         "not supported" if bad else "supported",
-        ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
-        if bad
-        else f"{len(found['train_norms'])} matrices were examined",
+        listed(bad, 6) if bad else f"{len(found['train_norms'])} matrices were examined",
     )
 
 
@@ -182,7 +182,7 @@ def _seeds(report: Mapping[str, Any]) -> Conclusion | None:
     return Conclusion(
         "Any two adapters of these seeds rank the layers alike.",
         "supported" if min(pairs) >= ALIKE else "not supported",
-        f"Spearman {min(pairs):.2f} to {max(pairs):.2f} in {_counted(len(pairs), 'pair')} of seeds (bar {ALIKE}), "
+        f"Spearman {min(pairs):.2f} to {max(pairs):.2f} in {how_many(len(pairs), 'pair')} of seeds (bar {ALIKE}), "
         "where scores are taken on the LoRA matrices of each adapter; without an interval over seeds",
     )
 
@@ -210,7 +210,7 @@ def _prediction(report: Mapping[str, Any]) -> Conclusion:
         f"Averaged over these seeds, {own} predicts the loss change of single validation rows better than chance.",
         above(0, found["lds"][own]),
         f"LDS {with_interval(found['lds'][own])} over {found['num_subsets']} left-out sets of {found['left_out']} of "
-        f"{found['num_train']} rows, {_counted(found['num_seeds'], 'seed')}{between}",
+        f"{found['num_train']} rows, {how_many(found['num_seeds'], 'seed')}{between}",
     )
 
 
@@ -230,7 +230,7 @@ def _noise(report: Mapping[str, Any]) -> Conclusion | None:
     return Conclusion(
         "Among these seeds, the choice of rows left out moves a validation loss more than the seed does.",
         "supported" if found["sd_over_sets"] > found["sd_over_seeds"] else "not supported",
-        f"standard deviation over sets {found['sd_over_sets']:.3f}, over {_counted(found['num_seeds'], 'seed')} "
+        f"standard deviation over sets {found['sd_over_sets']:.3f}, over {how_many(found['num_seeds'], 'seed')} "
         f"{found['sd_over_seeds']:.3f} nats; without an interval over seeds",
     )
 
@@ -267,7 +267,3 @@ def _mislabel_better(report: Mapping[str, Any]) -> Conclusion | None:
         above(0, found[own]["beyond_grad_dot"]),
         f"its AUC exceeds that of grad_dot by {with_interval(found[own]['beyond_grad_dot'])}",
     )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -67,9 +67,11 @@ def convex_check(
     left_out_SN = membership(sets, num_train)
 
     full_P = fit_convex(x_NP, y_N, torch.ones(num_train, dtype=torch.float64))
-    full_M = loss(full_P, x_MP, y_M)
+    full_M = convex_loss(full_P, x_MP, y_M)
     weights_SN = 1 - torch.from_numpy(left_out_SN)
-    actual_SM = torch.stack([loss(fit_convex(x_NP, y_N, weights_N), x_MP, y_M) - full_M for weights_N in weights_SN])
+    actual_SM = torch.stack(
+        [convex_loss(fit_convex(x_NP, y_N, weights_N), x_MP, y_M) - full_M for weights_N in weights_SN]
+    )
 
     train_NP, val_MP = gradients(full_P, x_NP, y_N), gradients(full_P, x_MP, y_M)
     hessian_PP = hessian(full_P, x_NP, y_N, torch.ones(num_train, dtype=torch.float64))
@@ -98,7 +100,7 @@ def fit_convex(x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
     return theta_P
 
 
-def loss(theta_P: Tensor, x_NP: Tensor, y_N: Tensor) -> Tensor:
+def convex_loss(theta_P: Tensor, x_NP: Tensor, y_N: Tensor) -> Tensor:
     """Returns the loss of each row: (N)."""
     return softplus(-y_N * (x_NP @ theta_P))
 
@@ -109,7 +111,7 @@ def gradients(theta_P: Tensor, x_NP: Tensor, y_N: Tensor) -> Tensor:
 
 
 def hessian(theta_P: Tensor, x_NP: Tensor, y_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Returns the Hessian (P×P) of the regularised weighted loss that `fit` minimises."""
+    """Returns the Hessian (P×P) of the regularised weighted loss that `fit_convex` minimises."""
     chance_N = torch.sigmoid(x_NP @ theta_P)
     curved_PP = x_NP.T @ ((weights_N * chance_N * (1 - chance_N))[:, None] * x_NP) / len(x_NP)
     return curved_PP + RIDGE * torch.eye(x_NP.shape[1], dtype=x_NP.dtype)

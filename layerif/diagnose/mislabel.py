@@ -67,7 +67,7 @@ def flip(examples: Sequence[AnyExample], share: float, *, seed: int) -> tuple[li
 def _wrong(example: AnyExample, examples: Sequence[AnyExample]) -> list[AnyExample]:
     """Gives the example with each of its wrong answers; nothing where the kind of row has no answer."""
     if isinstance(example, Example):
-        return [replace(example, answer=index) for index in range(len(example.options)) if index != example.answer]
+        return [replace(example, answer=index) for index in wrong_options(example)]
     if isinstance(example, CompletionExample):
         others = dict.fromkeys(each.completion for each in examples if isinstance(each, CompletionExample))
         return [replace(example, completion=each) for each in others if each != example.completion]

@@ -15,14 +15,14 @@ import numpy as np
 from torch import nn
 
 from layerif.decide import Decider
-from layerif.diagnose import evidence
-from layerif.diagnose.agreement import name_of, panel
+from layerif.diagnose import sections
+from layerif.diagnose.agreement import panel
 from layerif.diagnose.conclusions import conclusions
 from layerif.diagnose.gradients import gradient_health
 from layerif.diagnose.leave_out import left_out_sets
 from layerif.diagnose.retrain import Recipe
 from layerif.diagnose.retrainings import Retrainings
-from layerif.estimators._base import GramEstimator
+from layerif.estimators._base import GramEstimator, name_of
 
 log = logging.getLogger(__name__)
 
@@ -80,21 +80,21 @@ def report(
         "layers": list(grams.layers.names),
         "samples": dict(zip(("train", "validation"), map(len, decider.samples()), strict=True)),
     }
-    sections: dict[str, Callable[[], Any]] = {
-        "instrument": evidence.instrument,
+    answers: dict[str, Callable[[], Any]] = {
+        "instrument": sections.instrument,
         "gradients": lambda: gradient_health(grams),
-        "solver": lambda: evidence.solver(estimators, grams),
-        "agreement": lambda: evidence.agreements(estimators, grams),
-        "mislabel": lambda: evidence.mislabel(estimators, decider, model, share=trials.flipped, trials=trials.seeds),
-        "leave_out": lambda: evidence.leave_out(estimators, retrainings),
-        "stability": lambda: evidence.stability(
+        "solver": lambda: sections.solver(estimators, grams),
+        "agreement": lambda: sections.agreements(estimators, grams),
+        "mislabel": lambda: sections.mislabel(estimators, decider, model, share=trials.flipped, trials=trials.seeds),
+        "leave_out": lambda: sections.leave_out(estimators, retrainings),
+        "stability": lambda: sections.stability(
             own, grams, retrainings.grams(), resamples=trials.resamples, seed=decider.seed
         ),
     }
-    for name, section in sections.items():
+    for name, answer in answers.items():
         log.info("%s", name.replace("_", " "))
         with _timed(seconds, name):
-            found[name] = plain(section())
+            found[name] = plain(answer())
     found["conclusions"] = plain(conclusions(found))
     return found
 

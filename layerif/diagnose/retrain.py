@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from layerif.data.batches import Encodings, batches, collate
+from layerif.models.blocks import device_of
 from layerif.models.loss import per_sample_loss
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def schedule(num_rows: int, recipe: Recipe, *, seed: int) -> list[list[int]]:
 
 def losses(model: nn.Module, encodings: Encodings, batch_size: int, pad_id: int) -> list[float]:
     """Returns the loss of every sample in nats per token, in the order of the samples."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     found = [0.0] * len(encodings)
     with torch.no_grad():
         for indices, batch in batches(encodings, batch_size, pad_id):

@@ -21,7 +21,7 @@ from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
 from layerif.evidence import LayerGrams
-from layerif.files import hash_files, whole
+from layerif.files import hash_files, whole, write_text
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 from layerif.progress import progress
@@ -54,7 +54,7 @@ class Retrainings:
         untrained = _read(self.work / "losses-untrained.json")
         if untrained is None:
             untrained = self._losses(self.model())
-            _keep(untrained, self.work / "losses-untrained.json")
+            _write(untrained, self.work / "losses-untrained.json")
         for seed in self.seeds:
             self._train(seed)
         full = [self._kept(seed) for seed in self.seeds]
@@ -85,7 +85,7 @@ class Retrainings:
                 if number is None:
                     self._save(retrainer, seed)
                     self._measure(seed, model)
-                _keep(self._losses(model), self._file(seed, number), self._adapter_files(seed, number))
+                _write(self._losses(model), self._file(seed, number), self._adapter_files(seed, number))
         finally:
             retrainer.detach()
 
@@ -121,19 +121,13 @@ class Retrainings:
         return sorted(self._adapter(seed).glob("*.*")) if number is None else []
 
 
-def write(file: Path, text: str) -> None:
-    """Writes the file as a whole or not at all."""
-    with whole(file) as unfinished:
-        unfinished.write_text(text)
-
-
-def _keep(losses: Sequence[float], file: Path, of: Sequence[Path] = ()) -> None:
+def _write(losses: Sequence[float], file: Path, of: Sequence[Path] = ()) -> None:
     """Writes losses with a checksum of them and of the adapter's files that they belong to."""
-    write(file, json.dumps({"losses": losses, "checksum": _checksum(losses, of)}))
+    write_text(file, json.dumps({"losses": losses, "checksum": _checksum(losses, of)}))
 
 
 def _read(file: Path, of: Sequence[Path] = ()) -> list[float] | None:
-    """Reads what `_keep` wrote; None where that is missing or damaged."""
+    """Reads what `_write` wrote; None where that is missing or damaged."""
     try:
         found = json.loads(file.read_bytes())
         if found["checksum"] != _checksum(found["losses"], of):

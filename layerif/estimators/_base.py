@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerif.checks import Count, check_fields, check_value
+from layerif.checks import Count, check_fields, check_value, listed
 from layerif.compat import changes_of
-from layerif.evidence import LayerGrams, MatrixGram
+from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
 from layerif.layers import LayerMap
 from layerif.probe.grams.request import Grams
-from layerif.probe.request import Request
-from layerif.scores import Aggregation, LayerScores, aggregate
+from layerif.scores import Aggregation, Direction, LayerScores, aggregate
 
 Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
 Granularity = Literal["matrix", "block"]
 Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
+Evidence = LayerSpectra | LayerActivations | LayerGates | LayerGrams  # evidence that keeps the layers apart
 
 
 class InfluenceEstimator:
@@ -79,7 +79,7 @@ class GramEstimator(InfluenceEstimator, ABC):
             influence of one Gram of the whole block. They differ where an estimator is not linear in the Gram.
     """
 
-    needs: ClassVar[Request] = Grams()
+    needs = Grams()
 
     aggregation: Aggregation = "all"
     granularity: Granularity = "matrix"
@@ -145,7 +145,7 @@ class NormEstimator(ABC):
             compare.
     """
 
-    needs: ClassVar[Request] = Grams()
+    needs = Grams()
 
     normalisation: Normalisation = "none"
 
@@ -159,11 +159,11 @@ class NormEstimator(ABC):
     def score(self, evidence: LayerGrams, /) -> LayerScores:
         blocks = evidence.in_float64.by_block.grams
         warn_of_zero_gradients(evidence.grams)
-        values = tuple(
+        values = (
             self.size(blocks[block].train_train, numel=numel if self.normalisation == "numel" else 1)
             for block, numel in zip(evidence.layers.names, evidence.layers.numel, strict=True)
         )
-        return LayerScores(evidence.layers.names, values, "undertrained", described(self), evidence.fingerprint)
+        return layer_scores(self, evidence, values, "undertrained")
 
 
 def by_block(influences: Mapping[str, Tensor], layers: LayerMap) -> dict[str, Tensor]:
@@ -171,10 +171,37 @@ def by_block(influences: Mapping[str, Tensor], layers: LayerMap) -> dict[str, Te
     return {block: reduce(add, (influences[param] for param in params)) for block, params in layers.by_block.items()}
 
 
-def described(estimator: Any) -> str:
-    """Names an estimator by its file, with its settings: `datainf(aggregation=all, …, damping=0.1)`."""
-    settings = ", ".join(f"{field.name}={getattr(estimator, field.name)}" for field in fields(estimator))
-    return f"{type(estimator).__module__.rpartition('.')[2]}({settings})"
+def name_of(estimator: Any) -> str:
+    """Gives the name of an estimator's file, as `estimator=` takes it."""
+    return type(estimator).__module__.rpartition(".")[2]
+
+
+def described(estimator: Any, **shown: object) -> str:
+    """Names an estimator by its file, with its settings: `datainf(aggregation=all, …, damping=0.1)`.
+
+    Args:
+        estimator: a dataclass.
+        **shown: settings that are shown in another form than they have.
+    """
+    values = {field.name: getattr(estimator, field.name) for field in fields(estimator)} | shown
+    settings = ", ".join(f"{name}={value}" for name, value in values.items())
+    return f"{name_of(estimator)}({settings})" if settings else name_of(estimator)
+
+
+def layer_scores(
+    estimator: Any, evidence: Evidence, values: Iterable[float], higher_means: Direction, **shown: object
+) -> LayerScores:
+    """Gives the scores that an estimator found, one value for each layer of the evidence.
+
+    Args:
+        estimator: the source of the scores, see `described`.
+        evidence: holds the layers and the fingerprint.
+        values: in the order of the layers.
+        higher_means: the meaning of a higher value.
+        **shown: as for `described`.
+    """
+    source = described(estimator, **shown)
+    return LayerScores(evidence.layers.names, tuple(values), higher_means, source, evidence.fingerprint)
 
 
 def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:
@@ -226,9 +253,8 @@ def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
     """Warns of matrices whose train or validation gradients are all zero, by their names."""
     zero = [name for name, gram in grams.items() if not (gram.train_train.diagonal().any() and gram.val_norms.any())]
     if zero:
-        listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
-            f"all gradients are zero, so they count as nothing, in {listed} ({len(zero)} of {len(grams)} "
+            f"all gradients are zero, so they count as nothing, in {listed(zero, 4)} ({len(zero)} of {len(grams)} "
             "matrices); for LoRA's A this is so while B is zero",
             RuntimeWarning,
             stacklevel=3,

@@ -6,14 +6,14 @@ Letters: λ_1 ≤ … ≤ λ_N the non-zero eigenvalues of WᵀW, i the start of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from layerif.checks import check_choice, check_fields
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerSpectra
-from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
 from layerif.scores import LayerScores
 
@@ -90,7 +90,7 @@ class Alpha:
         fit: see `alpha`.
     """
 
-    needs: ClassVar[Request] = Spectra()
+    needs = Spectra()
 
     fit: Tail = "mid"
 
@@ -102,8 +102,7 @@ class Alpha:
         for params in evidence.layers.params:
             exponents = [self._exponent(param, evidence.eigenvalues[param]) for param in params]
             values.append(sum(exponents) / len(exponents))
-        source = f"alpha(fit={self.fit})"
-        return LayerScores(evidence.layers.names, tuple(values), "undertrained", source, evidence.fingerprint)
+        return layer_scores(self, evidence, values, "undertrained")
 
     def _exponent(self, param: str, eigenvalues: Tensor) -> float:
         try:

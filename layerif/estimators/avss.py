@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layerif.checks import Positive, check_fields
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import EPSILON, Activations
 from layerif.scores import LayerScores
@@ -54,5 +55,4 @@ class Avss:
                 "take them again"
             )
         values_L = avss(evidence.variances, evidence.sparsities, num_entries=evidence.num_entries)
-        source = f"avss(epsilon={self.epsilon:g})"
-        return LayerScores(evidence.layers.names, tuple(values_L.tolist()), "important", source, evidence.fingerprint)
+        return layer_scores(self, evidence, values_L.tolist(), "important", epsilon=f"{self.epsilon:g}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -18,8 +17,8 @@ class BlockInfluence:
     The score lies in [0, 2] and is 0 for a block that does nothing.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
-        values = tuple(max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist())  # rounding may exceed 1
-        return LayerScores(evidence.layers.names, values, "important", "block_influence", evidence.fingerprint)
+        values = (max(0.0, 1 - cosine) for cosine in evidence.cosines.tolist())  # rounding may exceed 1
+        return layer_scores(self, evidence, values, "important")

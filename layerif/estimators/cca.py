@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from layerif.checks import Count, check_fields, did_you_mean
+from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -55,7 +54,7 @@ class Cca:
         components: the principal directions that are kept; None: a tenth of the rows.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     reference: str = "labels"
     classes: Classes = "truth"
@@ -85,9 +84,8 @@ class Cca:
                 "probe.num_train, or use estimator.classes=truth, which has two classes of equal size"
             )
         reference = _one_hot(labels) if self.reference == "labels" else features_LRH[layers.index(self.reference)]
-        values = tuple(pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
-        source = f"cca(reference={self.reference}, classes={self.classes}, components={components})"
-        return LayerScores(layers, values, "important", source, evidence.fingerprint)
+        values = (pwcca(rows_RH, reference, components=components) for rows_RH in features_LRH)
+        return layer_scores(self, evidence, values, "important", components=components)
 
 
 def _principal(view: Tensor, components: int) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from layerif.checks import check_fields
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 Centre = Literal["mean", "median"]
@@ -40,7 +40,7 @@ class Dlp:
         centre: a block's s is the mean or the median of the Wanda metric over all entries of its matrices.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     centre: Centre = "mean"
 
@@ -49,8 +49,7 @@ class Dlp:
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         values = relative_importance([self._centre(evidence, params) for params in evidence.layers.params])
-        source = f"dlp(centre={self.centre})"
-        return LayerScores(evidence.layers.names, tuple(values), "important", source, evidence.fingerprint)
+        return layer_scores(self, evidence, values, "important")
 
     def _centre(self, evidence: LayerActivations, params: Sequence[str]) -> float:
         if self.centre == "median":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerif.checks import Count, Positive, check_fields
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerGates
 from layerif.probe.gates import Gates
 from layerif.scores import LayerScores
@@ -37,9 +38,6 @@ class Ila:
         return Gates(self.num_steps, self.samples_per_step, self.learning_rate, self.start)
 
     def score(self, evidence: LayerGates, /) -> LayerScores:
-        values = tuple(evidence.scores.double().sigmoid().tolist())
-        source = (
-            f"ila(num_steps={self.num_steps}, samples_per_step={self.samples_per_step}, "
-            f"learning_rate={self.learning_rate:g}, start={self.start:g})"
-        )
-        return LayerScores(evidence.layers.names, values, "important", source, evidence.fingerprint)
+        values = evidence.scores.double().sigmoid().tolist()
+        rounded = {"learning_rate": f"{self.learning_rate:g}", "start": f"{self.start:g}"}
+        return layer_scores(self, evidence, values, "important", **rounded)

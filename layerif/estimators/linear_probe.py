@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor
 
 from layerif.checks import check_fields
+from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -64,7 +64,7 @@ class LinearProbe:
         folds: of the cross-validation.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     classes: Classes = "truth"
     folds: Annotated[int, Ge(2)] = 5
@@ -74,6 +74,5 @@ class LinearProbe:
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         features_LRH, labels, samples = evidence.labelled(self.classes)
-        values = tuple(probe_accuracy(rows_RH, labels, samples, folds=self.folds) for rows_RH in features_LRH)
-        source = f"linear_probe(classes={self.classes}, folds={self.folds})"
-        return LayerScores(evidence.layers.names, values, "important", source, evidence.fingerprint)
+        values = (probe_accuracy(rows_RH, labels, samples, folds=self.folds) for rows_RH in features_LRH)
+        return layer_scores(self, evidence, values, "important")

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Gt
 from torch import Tensor
 
 from layerif.checks import check_fields
+from layerif.estimators._base import layer_scores
 from layerif.evidence import LayerActivations
 from layerif.probe.activations import Activations
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -42,7 +42,7 @@ class Outlier:
         multiple: M. An entry of the Wanda metric is an outlier above M times the mean of its block.
     """
 
-    needs: ClassVar[Request] = Activations()
+    needs = Activations()
 
     multiple: Annotated[float, Gt(0), "OWL used 5 and 7"] = 5.0
 
@@ -50,9 +50,8 @@ class Outlier:
         check_fields(self, "estimator")
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
-        values = tuple(
+        values = (
             outlier_ratio([partial(evidence.metric, param) for param in params], multiple=self.multiple)
             for params in evidence.layers.params
         )
-        source = f"outlier(multiple={self.multiple:g})"
-        return LayerScores(evidence.layers.names, values, "important", source, evidence.fingerprint)
+        return layer_scores(self, evidence, values, "important", multiple=f"{self.multiple:g}")

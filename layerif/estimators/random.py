@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
 
 from layerif.checks import Seed, check_fields
+from layerif.estimators._base import described
 from layerif.layers import LayerMap
 from layerif.probe.nothing import Nothing
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -17,7 +16,7 @@ from layerif.scores import LayerScores
 class Random:
     """Draws a score from [0, 1) for every layer, a function of the seed and the layer's name alone."""
 
-    needs: ClassVar[Request] = Nothing()
+    needs = Nothing()
 
     seed: Seed = 0
 
@@ -26,4 +25,4 @@ class Random:
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
         values = tuple(random.Random(f"{self.seed} {layer}").random() for layer in evidence.names)
-        return LayerScores(evidence.names, values, "undertrained", f"random(seed={self.seed})", "none")
+        return LayerScores(evidence.names, values, "undertrained", described(self), "none")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+from layerif.estimators._base import described
 from layerif.layers import LayerMap
 from layerif.probe.nothing import Nothing
-from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
 
@@ -15,7 +14,7 @@ from layerif.scores import LayerScores
 class Uniform:
     """Gives every layer the score 1."""
 
-    needs: ClassVar[Request] = Nothing()
+    needs = Nothing()
 
     def score(self, evidence: LayerMap, /) -> LayerScores:
-        return LayerScores(evidence.names, (1.0,) * len(evidence.names), "undertrained", "uniform", "none")
+        return LayerScores(evidence.names, (1.0,) * len(evidence.names), "undertrained", described(self), "none")

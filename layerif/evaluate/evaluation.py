@@ -75,7 +75,7 @@ class Evaluation:
             check_choice("evaluation.metrics", metric, METRICS)
 
     def metrics_on(self, examples: Sequence[AnyExample]) -> tuple[str, ...]:
-        """The metrics that are measured on these examples, in the order of METRICS."""
+        """Returns the metrics that are measured on these examples, in the order of METRICS."""
         by_default = ("options", "loss") if has_options(examples) else ("loss",)
         wanted = by_default if self.metrics is None else self.metrics
         return tuple(metric for metric in METRICS if metric in wanted)

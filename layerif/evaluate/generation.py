@@ -92,7 +92,7 @@ class GenerationAccuracy:
         return sum(answer.parsed is None for answer in self.answers)
 
     def metrics(self) -> dict[str, float]:
-        """The accuracy with its Wilson interval, and the share of answers that cannot be parsed."""
+        """Returns the accuracy with its Wilson interval, and the share of answers that cannot be parsed."""
         low, high = wilson(sum(answer.correct for answer in self.answers), len(self.answers))
         return {
             "generation_accuracy": self.accuracy,

@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,20 +83,19 @@ def lm_eval(
             not know a task, or cannot read its data.
     """
     questions_of(examples, tokenizer, template, context_length(model))
-    simple_evaluate, wrapped_model, task_manager = _package()
+    simple_evaluate, wrapped_model = _package()
     local, others = f"layerif_{name}", _spelt_out(tasks)
     # By default lm-eval seeds the whole process, and with it the training that may follow.
     unseeded: dict[str, Any] = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     )
     with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
-        _write_task(Path(folder), local, examples, template, tokenizer)
-        manager = task_manager(include_path=folder, include_defaults=bool(others))
+        manager = _all_tasks() if others else _no_tasks()
         _refuse_unknown(others, manager.all_tasks)
         try:
             found: Any = simple_evaluate(
                 model=wrapped_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=[local, *others],
+                tasks=[_local_task(Path(folder), local, examples, template, tokenizer), *others],
                 task_manager=manager,
                 bootstrap_iters=0,
                 log_samples=False,
@@ -146,10 +146,10 @@ def check_tasks(tasks: Sequence[str], learned: Sequence[Task] = ()) -> None:
     Raises:
         ValueError: names the task and the split, or says that lm-eval is not installed.
     """
-    _, _, task_manager = _package()
+    _package()
     if not tasks:
         return
-    index = task_manager().task_index
+    index = _all_tasks().task_index
     for name in _spelt_out(tasks):
         _refuse_unknown([name], list(index))
         for config in _configs(name, index):
@@ -160,18 +160,31 @@ def _spelt_out(tasks: Sequence[str]) -> list[str]:
     return [task for given in tasks for task in (ZERO_SHOT if given == "zero_shot" else (given,))]
 
 
-def _package() -> tuple[Any, Any, Any]:
-    """Imports lm-eval's simple_evaluate, HFLM and TaskManager."""
+def _package() -> tuple[Any, Any]:
+    """Imports lm-eval's simple_evaluate and HFLM."""
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
             f"evaluation.metrics=[lm_eval] needs the package lm_eval ({error}); run: pip install 'layerif[lm-eval]', "
             "or leave lm_eval out"
         ) from error
-    return simple_evaluate, HFLM, TaskManager
+    return simple_evaluate, HFLM
+
+
+@cache
+def _all_tasks() -> Any:
+    """Reads the thousands of YAMLs of lm-eval's own tasks, which takes many seconds, once in a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _no_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
 
 
 def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
@@ -224,8 +237,10 @@ def _whole(splits: str) -> set[str]:
     return {split.partition("[")[0].strip() for split in splits.split("+")}
 
 
-def _write_task(folder: Path, name: str, examples: Sequence[Example], template: Template, tokenizer: Any) -> None:
-    """Writes a YAML task and its JSONL rows, as lm-eval reads them."""
+def _local_task(
+    folder: Path, name: str, examples: Sequence[Example], template: Template, tokenizer: Any
+) -> dict[str, Any]:
+    """Writes the rows of a task of lm-eval, and returns its configuration."""
     rows = folder / f"{name}.jsonl"
     with rows.open("w", encoding="utf-8") as lines:
         for example in examples:
@@ -235,7 +250,7 @@ def _write_task(folder: Path, name: str, examples: Sequence[Example], template: 
                 "answer": example.answer,
             }
             lines.write(json.dumps(row) + "\n")
-    task = {
+    return {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
@@ -250,4 +265,3 @@ def _write_task(folder: Path, name: str, examples: Sequence[Example], template: 
         ],
         "metadata": {"version": 1.0},
     }
-    (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML

@@ -127,7 +127,7 @@ def encoded_rows(questions: QuestionSet, max_positions: int | None) -> Sequence[
 
 
 def frequency_losses(rows: Sequence[Sequence[int]]) -> list[float]:
-    """The mean loss per token of each row by a guess that reads no context: the frequencies of these very tokens.
+    """Computes the mean loss per token of each row by a guess that reads no context: how frequent these tokens are.
 
     No other guess without context has a lower loss over all of them. A model above it makes no use of what it reads.
 

@@ -19,6 +19,7 @@ from layerif.data.render import Example, Template
 from layerif.evaluate.questions import Measured, Question, QuestionSet, questions_of
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
+from layerif.models.loss import positions_of
 from layerif.progress import progress
 from layerif.stats import wilson
 
@@ -108,7 +109,7 @@ class OptionAccuracy:
         return sum(answer.choice_per_token == answer.answer for answer in self.answers) / len(self.answers)
 
     def metrics(self) -> dict[str, float]:
-        """The accuracy with its Wilson interval, and the accuracy per token."""
+        """Returns the accuracy with its Wilson interval, and the accuracy per token."""
         low, high = wilson(sum(answer.correct for answer in self.answers), len(self.answers))
         return {
             "accuracy": self.accuracy,
@@ -161,11 +162,10 @@ def _log_likelihoods(model: nn.Module, questions: Sequence[Question], pad_id: in
     options = collate([Encoded(ids, 0) for question in questions for ids in question.options], pad_id)
     prompt_mask, option_mask = prompts["attention_mask"].to(device), options["attention_mask"].to(device)
     targets_BT = options["input_ids"].to(device)
-    # Positions are given: from left-padded ids alone some models would count the padding.
     outputs = model(
         input_ids=prompts["input_ids"].to(device),
         attention_mask=prompt_mask,
-        position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=positions_of(prompt_mask),
         use_cache=True,
         logits_to_keep=1,
     )

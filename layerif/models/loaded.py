@@ -44,7 +44,8 @@ class Loaded:
             )
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"the model is a {type(bare(self.model)).__name__}, which has an encoder; give a decoder")
-        if self.model.get_output_embeddings() is None:
+        model: Any = self.model
+        if model.get_output_embeddings() is None:
             raise ValueError(
                 f"the model is a {type(bare(self.model)).__name__}, which has no head that predicts the next token; "
                 "load it with AutoModelForCausalLM"
@@ -125,4 +126,4 @@ class Loaded:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

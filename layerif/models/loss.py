@@ -14,6 +14,14 @@ from layerif.data.rows import IGNORED
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Counts the positions of real tokens alone, so that the side of the padding moves no position (batch × tokens).
+
+    From left-padded ids alone some models would count the padding.
+    """
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def per_sample_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Computes each sample's mean next-token cross-entropy over its own labelled tokens.
 
@@ -58,8 +66,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
             f"sample {int((num_counted == 0).nonzero()[0])} of the batch has no token to predict: "
             "every sample needs at least two tokens, one of them labelled; raise max_length or drop the row"
         )
-    # Positions count real tokens only, so that the side of the padding moves neither rotary nor learned positions.
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
     if logits.dtype != torch.float64:  # half precision is too coarse for a loss; double stays for exact references
         logits = logits.float()

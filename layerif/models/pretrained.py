@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -105,7 +105,7 @@ class Pretrained(ABC):
         if Path(where).is_dir():
             model_files(Path(where))
         with _readable(where):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 revision=revision,
                 dtype=getattr(torch, self.dtype),
@@ -114,6 +114,7 @@ class Pretrained(ABC):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that `found` says which
             )
+        model, found = loaded
         if has_own_adapter(model):
             raise ValueError(
                 f"cannot load {where!r}: there is an adapter beside the model (adapter_config.json); move the adapter "

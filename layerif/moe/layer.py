@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from layerif.checks import how_many
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.routing import Record, Routing
 
@@ -207,7 +208,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return ", ".join(
-            f"{adapter}: {count} expert{'s' * (count > 1)} of rank {self.r[adapter]}"
+            f"{adapter}: {how_many(count, 'expert')} of rank {self.r[adapter]}"
             + (f", top {self.top_k[adapter]}" if count > 1 else "")
             for adapter, count in self.num_experts.items()
         )

@@ -46,11 +46,10 @@ class LoraMoeModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: LoraMoeConfig, model: nn.Module) -> None:
-        targets = [
-            name
-            for name, module in _outside_adapters(model)
-            if name and self._check_target_module_exists(peft_config, name) and _require_linear(name, module)
-        ]
+        named = {name: module for name, module in _outside_adapters(model) if name}
+        targets = [name for name in named if self._check_target_module_exists(peft_config, name)]
+        for name in targets:
+            _require_linear(name, named[name])
         if targets and isinstance(peft_config.num_experts, Mapping):
             _check_counts(peft_config.num_experts, targets, list(blocks(model)))
 
@@ -141,7 +140,7 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside += (f"{name}.",)
 
 
-def _require_linear(name: str, module: nn.Module) -> bool:
+def _require_linear(name: str, module: nn.Module) -> None:
     supported = isinstance(module, LoraMoeLinear) or (
         isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
@@ -150,7 +149,6 @@ def _require_linear(name: str, module: nn.Module) -> bool:
             f"target_modules matches {name}, a {type(module).__name__}; LoRA-MoE takes nn.Linear modules only: "
             "narrow target_modules, or list the module in exclude_modules"
         )
-    return True
 
 
 def _check_counts(counts: Mapping[str, int], targets: list[str], blocks: list[str]) -> None:

@@ -15,6 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from layerif.models.blocks import device_of
+
 
 def balance_loss(model: nn.Module) -> Tensor:
     """Computes the mean over the routed layers of E·Σ_e f_e·P_e in the last forward.
@@ -34,7 +36,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     routing = last_forward(model)
     routing.unread = False
     if not routing.records:
-        return torch.zeros((), device=next(model.parameters()).device)
+        return torch.zeros((), device=device_of(model))
     terms = []
     for record in routing.records:
         if routing.with_grad and record.trainable and not record.logits.requires_grad:

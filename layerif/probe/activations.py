@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.data.render import Example
-from layerif.data.rows import AnyExample
+from layerif.data.rows import AnyExample, wrong_options
 from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import evaluating
 from layerif.models.hooks import hooked
+from layerif.models.loss import positions_of
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
@@ -42,7 +43,7 @@ class Activations(Request):
         epsilon: an entry of a block's output counts as zero below it. All requests with the same bound share a pass.
     """
 
-    samples: ClassVar[tuple[Part, ...]] = ("train",)
+    parts: ClassVar[tuple[Part, ...]] = ("train",)
 
     epsilon: float = EPSILON
 
@@ -85,17 +86,13 @@ def _label(example: AnyExample) -> str:
 def wrong_answers(measurements: Measurements) -> list[Encoded | None]:
     """Gives each train sample with a wrong option in place of the right one, None where it has no other option."""
     examples = measurements.chosen("train")
-    wrong = [
-        [index for index in range(len(e.options)) if index != e.answer] if isinstance(e, Example) else []
-        for e in examples
-    ]
     changed = [
-        replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(others))
-        for example, others in zip(examples, wrong, strict=True)
-        if others
+        replace(example, answer=Random(f"{measurements.seed} {example.id}").choice(wrong_options(example)))
+        for example in examples
+        if isinstance(example, Example) and wrong_options(example)
     ]
     encoded = iter(measurements.encoded(changed))
-    return [next(encoded) if others else None for others in wrong]
+    return [next(encoded) if wrong_options(example) else None for example in examples]
 
 
 def observe(
@@ -127,7 +124,7 @@ def observe(
         ValueError: names the block whose output is not finite.
     """
     seen = _Seen(layers, len(right), epsilon)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         for what, given in (("right", right), ("wrong", wrong)):
             indices = [index for index, sample in enumerate(given) if sample is not None]
@@ -139,7 +136,7 @@ def observe(
                     model(
                         input_ids=batch["input_ids"].to(device),
                         attention_mask=mask_BT.long(),
-                        position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+                        position_ids=positions_of(mask_BT),
                         use_cache=False,
                         logits_to_keep=1,
                     )

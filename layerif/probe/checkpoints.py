@@ -20,7 +20,7 @@ class CheckpointPasses(Request):
             any is measured.
     """
 
-    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
     takes_loss: ClassVar[bool] = True
 
     folders: tuple[str, ...]

@@ -25,10 +25,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from layerif.checks import listed
 from layerif.compat import reset_kronfluence
 from layerif.data.batches import Encodings, collate
 from layerif.evidence import LayerInfluences
@@ -36,6 +36,7 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import bare
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
+from layerif.models.memory import free_bytes
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind, layers_in
@@ -50,7 +51,7 @@ _SUPPORTED = "1.0.1"  # the one release whose factors were compared with the den
 class Curvature(Request):
     """A request for the influences of the samples under EK-FAC with this damping, measured by one process alone."""
 
-    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
 
     damping: float
     damping_rule: str
@@ -131,11 +132,22 @@ def measure_ekfac(
     memory_gb: float | None = None,
     fingerprint: str = "",
 ) -> LayerInfluences:
-    """I (M×N) of every matrix in `layers`; the model is left as it was.
+    """Measures I (M×N) of every matrix in `layers`; the model is left as it was.
 
-    relative: λ = damping · mean Λ, else λ = damping. memory_gb: for the preconditioned validation gradients; beyond it
-    the train samples are passed over once for each part of them. None: half of what is free.
     A matrix whose train gradients are all zero has no influence; a RuntimeWarning names it.
+
+    Args:
+        model: a causal language model.
+        layers: the blocks and matrices to measure.
+        train: the train samples.
+        validation: the validation samples.
+        pad_id: the token that fills shorter samples.
+        batch_size: the samples that the model sees at once.
+        damping: see `relative`.
+        relative: λ = damping · mean Λ; otherwise λ = damping.
+        memory_gb: for the preconditioned validation gradients; beyond it the train samples are passed over once for
+            each part of them. None: half of what is free.
+        fingerprint: of the measurement.
     """
     check_installed()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -156,7 +168,7 @@ def measure_ekfac(
         lambda_dtype=precise,
         **of_samples,
     )
-    memory = _free_memory(weight.device) / 2 if memory_gb is None else memory_gb * 1e9
+    memory = free_bytes(weight.device) / 2 if memory_gb is None else memory_gb * 1e9
     scores = ScoreArguments(
         damping_factor=None if relative else damping,
         compute_per_module_scores=True,
@@ -228,7 +240,7 @@ def _task(names: Sequence[str]) -> Any:
 
 @contextmanager
 def _lent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """The model to wrap linear layers in, put back afterwards; their biases are added outside the matrices.
+    """Lends the model to wrap linear layers in, and puts it back; their biases are added outside the matrices.
 
     kronfluence counts a bias as one more column of its matrix, and so would measure another thing than the probe.
     """
@@ -259,9 +271,8 @@ def _quiet() -> Iterator[None]:
 
 def _warn_of_zero_gradients(zero: Sequence[str], num_matrices: int) -> None:
     if zero:
-        listed = ", ".join(zero[:4]) + (f" and {len(zero) - 4} more" if len(zero) > 4 else "")
         warnings.warn(
-            f"all train gradients are zero, so the influence counts as zero, in {listed} ({len(zero)} of "
+            f"all train gradients are zero, so the influence counts as zero, in {listed(zero, 4)} ({len(zero)} of "
             f"{num_matrices} matrices); for LoRA's A this is so while B is zero",
             RuntimeWarning,
             stacklevel=3,
@@ -275,7 +286,3 @@ def _check_finite(influences: Mapping[str, Tensor]) -> None:
                 f"the EK-FAC influence of {name} is not finite, so its gradients overflowed or are NaN; "
                 "load the model in float32 (model.dtype=float32)"
             )
-
-
-def _free_memory(device: torch.device) -> float:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerif.data.batches import Encoded, Encodings, batches
 from layerif.evidence import LayerGates
 from layerif.layers import LayerMap
-from layerif.models.blocks import blocks
+from layerif.models.blocks import blocks, device_of
 from layerif.models.contexts import frozen
 from layerif.models.hooks import hooked
 from layerif.models.loss import per_sample_loss
@@ -36,7 +36,7 @@ class Gates(Request):
         num_steps, samples_per_step, learning_rate, start: see `learn_gates`.
     """
 
-    samples: ClassVar[tuple[Part, ...]] = ("train",)
+    parts: ClassVar[tuple[Part, ...]] = ("train",)
 
     num_steps: int
     samples_per_step: int
@@ -107,7 +107,7 @@ def learn_gates(
         ValueError: for an adapter that changes no layer of the blocks or changes nothing, and for a loss that is not
             finite.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     scores_L = torch.full((len(layers.names),), start, device=device, requires_grad=True)
     # Plain descent: where every block's change helps, Adam would open all gates at one pace and tell none apart.
     optimizer = torch.optim.SGD([scores_L], lr=learning_rate)

@@ -18,15 +18,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from layerif.data.batches import batches, padding_id
+from layerif.data.batches import batches
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
+from layerif.models.pretrained import Pretrained
 from layerif.probe.grams.measure import budget, wanted_tile_bytes, workload
 from layerif.probe.grams.passes import Passes, Workload, passes
 from layerif.probe.grams.products import FORMS
 from layerif.probe.grams.projection import Projection
 from layerif.probe.measurements import Measurements
 from layerif.probe.speed import Rates, Trial
+from layerif.probe.store import Store
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,13 @@ class Strategy:
 def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
     """Gives the workload, and every strategy with its expected cost; one is chosen, as a probe would."""
     probe, device = measurements.probe, torch.device(measurements.device)
-    skeleton = measurements.model.skeleton(with_adapter=probe.parameters == "lora")
-    layers = layer_map(
-        skeleton, scope=probe.scope, parameters=probe.parameters, skip_unsupported=probe.skip_unsupported
-    )
-    train, validation = (
-        list(batches(part, probe.batch_size, padding_id(measurements.tokenizer))) for part in measurements.samples()
-    )
-    trial = Trial(measurements, train[0][1])
+    model, store = measurements.model, measurements.store
+    assert isinstance(model, Pretrained)
+    assert isinstance(store, Store)
+    skeleton = model.skeleton(with_adapter=probe.parameters == "lora")
+    layers = measurements.measured_layers(skeleton)
+    train, validation = (list(batches(part, probe.batch_size, measurements.pad_id)) for part in measurements.samples())
+    trial = Trial(model, measurements, train[0][1])
     projection = Projection(probe.projection, probe.projection_seed) if probe.projection else None
     reads_with, num_processes = trial.reads_with(layers), measurements.num_processes
     load = workload(skeleton, layers.matrices, train, validation, reads_with, projection, num_processes)
@@ -78,7 +79,7 @@ def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
         )
 
     taken = arranged(memory, probe.offload)
-    rates = trial.rates(load, taken, Path(measurements.store.root))
+    rates = trial.rates(load, taken, Path(store.root))
     sizes = _Sizes(rates, layers, sum(layer_map(skeleton, skip_unsupported=True, scope="all").numel), skeleton.config)
     found = []
     for name, limit, offload in (

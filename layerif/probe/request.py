@@ -22,13 +22,13 @@ class Request(ABC):
     """A request for one kind of evidence.
 
     Attributes:
-        samples: the parts of the task that the evidence is measured on. Evidence of both parts keeps the samples apart
+        parts: the parts of the task that the evidence is measured on. Evidence of both parts keeps the samples apart
             and has `halves`; evidence of `train` alone cannot be taken apart again.
         is_measured: False where the evidence costs nothing.
         takes_loss: True where the evidence is measured with `Measurements.loss`.
     """
 
-    samples: ClassVar[tuple[Part, ...]] = ()
+    parts: ClassVar[tuple[Part, ...]] = ()
     is_measured: ClassVar[bool] = True
     takes_loss: ClassVar[bool] = False
 
@@ -58,7 +58,7 @@ class Request(ABC):
 
     def approximations(self, measurements: Measurements) -> list[str]:
         """Names what makes the evidence differ from exact evidence in float32; empty where nothing does."""
-        return [measurements.model.dtype] if self.samples and measurements.is_half_precision else []
+        return [measurements.model.dtype] if self.parts and measurements.is_half_precision else []
 
     def with_exact(self, measurements: Measurements, evidence: Any) -> tuple[Any, Any]:
         """Measures some of the samples exactly.

@@ -19,6 +19,7 @@ from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
+from layerif.models.pretrained import Pretrained
 from layerif.probe.grams.factors import capture_factors, inputs_read_together
 from layerif.probe.grams.passes import Passes, Workload
 from layerif.probe.grams.products import gram
@@ -49,10 +50,10 @@ class Rates:
 class Trial:
     """One and two blocks of the model's width with random weights, and one batch of the samples."""
 
-    def __init__(self, measurements: Measurements, batch: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: Pretrained, measurements: Measurements, batch: Mapping[str, Tensor]) -> None:
         self.measurements, self.batch = measurements, batch
         self.device = torch.device(measurements.device)
-        self.models = [_random_model(measurements, num_blocks).to(self.device) for num_blocks in (1, 2)]
+        self.models = [_random_model(model, num_blocks).to(self.device) for num_blocks in (1, 2)]
 
     def reads_with(self, layers: LayerMap) -> dict[str, str]:
         """Gives the first matrix that reads the same input, for each matrix, as in the first block of the trial.
@@ -119,17 +120,17 @@ class Trial:
         return statistics.median(measured[1:])
 
 
-def _random_model(measurements: Measurements, num_blocks: int) -> Any:
+def _random_model(given: Pretrained, num_blocks: int) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(measurements.model.skeleton().config)
+    config = copy.deepcopy(given.skeleton().config)
     config.num_hidden_layers = num_blocks
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_blocks]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, measurements.model.dtype), attn_implementation=measurements.model.attention
+            config, dtype=getattr(torch, given.dtype), attn_implementation=given.attention
         )
     return model.eval()
 

@@ -49,12 +49,12 @@ class Pruner(ABC):
         """
         raise NotImplementedError
 
-    def prepare(self, statistic: Tensor, num_samples: int, *, name: str) -> Any:
+    def prepare(self, statistic: Tensor, num_windows: int, *, name: str) -> Any:
         """Returns what the matrices with the same inputs share.
 
         Args:
-            statistic: the sum over all samples.
-            num_samples: the number of samples.
+            statistic: the sum over the tokens of all calibration windows.
+            num_windows: the number of windows.
             name: the name of the first of these matrices, for messages.
         """
         return statistic

@@ -14,20 +14,6 @@ def is_two_four(weight: Tensor) -> bool:
     return weight.shape[1] % 4 == 0 and bool(((weight != 0).view(len(weight), -1, 4).sum(dim=2) <= 2).all())
 
 
-def to_semi_structured(linears: Mapping[str, nn.Linear]) -> None:
-    """Replaces the weights, in place, by torch's 2:4 format, which can be used for inference but not saved or trained.
-
-    Raises:
-        ValueError: there is no GPU of compute capability 8.0 or more, or a weight is not in half precision or not 2:4.
-    """
-    for name, linear in linears.items():
-        _check(name, linear.weight)
-    for linear in linears.values():
-        linear.weight = nn.Parameter(
-            torch.sparse.to_sparse_semi_structured(linear.weight.detach()), requires_grad=False
-        )
-
-
 def speed_of_two_four(linears: Mapping[str, nn.Linear], num_tokens: int, rounds: int = 20) -> float:
     """Measures how many times faster the products of all matrices are in the 2:4 format.
 
@@ -39,7 +25,7 @@ def speed_of_two_four(linears: Mapping[str, nn.Linear], num_tokens: int, rounds:
         rounds: the number of products per matrix.
 
     Raises:
-        ValueError: as `to_semi_structured`.
+        ValueError: there is no GPU of compute capability 8.0 or more, or a weight is not in half precision or not 2:4.
     """
     dense = sparse = 0.0
     for name, linear in linears.items():

@@ -1,8 +1,8 @@
 """SparseGPT (Frantar & Alistarh, ICML 2023) removes weights column by column; later columns make up for them.
 
-With H = (2/S)·Σ_s X_s X_sᵀ over S samples and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), removing w_j costs
-w_j²/U_jj² and is made up for by w_k −= w_j·U_jk/U_jj in all later columns k.
-Letters in shape suffixes: O outputs and I inputs of a linear layer, S samples, T tokens, B columns of a slab.
+With H = (2/S)·Σ_s X_s X_sᵀ over S calibration windows and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), removing
+w_j costs w_j²/U_jj² and is made up for by w_k −= w_j·U_jk/U_jj in all later columns k.
+Letters in shape suffixes: O outputs and I inputs of a linear layer, S windows, T tokens, B columns of a slab.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class SparseGPT(Pruner):
             so_far = input_TI.new_zeros(input_TI.shape[1], input_TI.shape[1])
         return so_far.addmm_(input_TI.t(), input_TI, alpha=2)
 
-    def prepare(self, statistic: Tensor, num_samples: int, *, name: str) -> tuple[Tensor, Tensor]:
-        return inverse_factor(statistic.div_(num_samples), damping=self.damping, name=name)
+    def prepare(self, statistic: Tensor, num_windows: int, *, name: str) -> tuple[Tensor, Tensor]:
+        return inverse_factor(statistic.div_(num_windows), damping=self.damping, name=name)
 
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         factor_II, is_dead_I = shared

@@ -11,10 +11,10 @@ Letters in shape suffixes: B windows of a batch, T tokens, H hidden size, I inpu
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerif.compat import map_tensors
-from layerif.files import Damaged, full_disk_explained, load_tensors, save_tensors, whole
-from layerif.models.blocks import bare, blocks, linears
+from layerif.files import full_disk_explained, is_intact, save_tensors, whole
+from layerif.models.blocks import bare, blocks, device_of, linears
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
 from layerif.pruning import Pruner
@@ -67,7 +67,7 @@ class Walk:
         self.blocks = blocks(self.model)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.num_finished = next((i for i in range(len(self.blocks)) if not self._is_finished(i)), len(self.blocks))
+        self.num_finished = sum(takewhile(bool, map(self._is_finished, range(len(self.blocks)))))
         self.num_replayed = self.num_finished
         self._hidden: HiddenStates | None = None
         self._calls: dict[str, list[Call]] = {}
@@ -83,7 +83,7 @@ class Walk:
         begun = time.perf_counter()
         name = list(self.blocks)[index]
         block = self.blocks[name]
-        home = next(block.parameters()).device
+        home = device_of(block)
         is_needed = self.pruner.needs_inputs and self.num_replayed < len(self.blocks)
         with torch.no_grad(), evaluating(self.model), full_precision():
             if is_needed and self._hidden is None:
@@ -112,17 +112,7 @@ class Walk:
         return self.folder / f"block-{index:03d}.safetensors"
 
     def _is_finished(self, index: int) -> bool:
-        if self.folder is None:
-            return False
-        file = self._file(index)
-        if not file.exists():
-            return False
-        try:
-            load_tensors(file)
-        except Damaged as error:
-            warnings.warn(f"{file} is damaged and its block is pruned again: {error}", stacklevel=3)
-            return False
-        return True
+        return self.folder is not None and is_intact(self._file(index), "its block is pruned again")
 
     def _capture(self) -> None:
         hidden, self._calls = capture_inputs(self.model, self.batches)
@@ -138,9 +128,9 @@ class Walk:
             leaders, statistics = self._observe(block_name, block, modules)
         for leader in dict.fromkeys(leaders.values()):
             if self.pruner.needs_inputs:
-                num_samples = sum(map(len, self.batches))
+                num_windows = sum(map(len, self.batches))
                 statistic = statistics.pop(leader)
-                shared[leader] = self.pruner.prepare(statistic, num_samples, name=f"{block_name}.{leader}")
+                shared[leader] = self.pruner.prepare(statistic, num_windows, name=f"{block_name}.{leader}")
             for name, module in modules.items():
                 if leaders[name] == leader:
                     target = self.targets[block_name][name]
@@ -156,7 +146,7 @@ class Walk:
         latest: dict[str, Tensor] = {}  # this batch's inputs, by leader
 
         def hook(name: str):
-            def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 leader = leaders.get(name)
                 if leader is None:
                     leader = next((other for other, seen in latest.items() if seen is inputs[0]), name)
@@ -170,7 +160,7 @@ class Walk:
                         f"{block_name}.{name} and {leader} share their inputs in some batches only; {_WITHOUT_INPUTS}"
                     )
 
-            return keep
+            return note
 
         with hooked([(module, hook(name)) for name, module in modules.items()], before=True):
             for index in range(len(self.batches)):
@@ -220,7 +210,7 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
     hidden: list[Tensor] = []
     calls: dict[str, list[Call]] = {name: [] for name in found}
     kept: list[Tensor] = []
-    device = next(model.parameters()).device
+    device = device_of(model)
     current: list[Tensor] = []
 
     def stand_in(name: str):

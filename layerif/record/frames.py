@@ -17,7 +17,10 @@ _LEFT_OUT_IF_EMPTY = ("questions", "prune s", "fit s", "trainable", "memory GB",
 
 
 def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
-    """The frames of a record by name: layers, metrics, questions, routing and sparsity, as far as it holds them."""
+    """Returns the frames of a record by name.
+
+    They are layers, metrics, questions, routing and sparsity, as far as the record holds them.
+    """
     found: dict[str, pd.DataFrame] = {}
     if record.decision:
         found["layers"] = _layers(record)
@@ -33,7 +36,7 @@ def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
 
 
 def _layers(record: RunRecord) -> pd.DataFrame:
-    """One row for each unit of the allocation, with the score of its layer where there are scores."""
+    """Returns one row for each unit of the allocation, with the score of its layer where there are scores."""
     assert record.decision is not None
     given, scores = record.decision.allocation, record.decision.scores
     found: dict[str, Any] = {"depth": range(len(given.units)), "layer": given.units}
@@ -44,12 +47,12 @@ def _layers(record: RunRecord) -> pd.DataFrame:
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers."""
+    """Returns the metrics that are numbers."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def routing_rows(routing: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each block of `RunRecord.routing`."""
+    """Returns one row for each block of `RunRecord.routing`."""
     return [
         {
             "layer": block,
@@ -63,7 +66,12 @@ def routing_rows(routing: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def metrics_of(record: RunRecord, prefix: str = "") -> dict[str, float]:
-    """The numbers that a run measured, or with the prefix `BEFORE` those of its untouched model, without the prefix."""
+    """Returns the numbers that a run measured.
+
+    Args:
+        record: of the run.
+        prefix: `BEFORE` gives those of its untouched model, without the prefix.
+    """
     return {
         name.removeprefix(prefix): value
         for name, value in record.metrics.items()
@@ -93,7 +101,7 @@ def is_better(metric: str, difference: float) -> bool:
 
 
 def headline(names: Iterable[str]) -> list[str]:
-    """The metrics that get a table of their own; variants, such as the accuracy per token, do not."""
+    """Returns the metrics that get a table of their own; variants, such as the accuracy per token, do not."""
     found = list(dict.fromkeys(names))
     last = {name: name.rpartition("/")[2] for name in found}
     shown = [name for name in found if last[name] in QUESTIONS or is_logarithmic(name) or is_row_loss(name)]
@@ -102,7 +110,13 @@ def headline(names: Iterable[str]) -> list[str]:
 
 
 def measured(record: RunRecord, prefix: str = "", *, every_metric: bool = False) -> dict[str, object]:
-    """The measurements and the cost of a run, or with the prefix `BEFORE` of its untouched model, as one row."""
+    """Returns the measurements and the cost of a run as one row.
+
+    Args:
+        record: of the run.
+        prefix: `BEFORE` gives the row of its untouched model.
+        every_metric: show metrics that get no table of their own as well.
+    """
     metrics = metrics_of(record, prefix)
     shown: dict[str, object] = dict(metrics)
     if not every_metric:
@@ -124,7 +138,7 @@ def measured(record: RunRecord, prefix: str = "", *, every_metric: bool = False)
 
 
 def runs_frame(record: RunRecord) -> pd.DataFrame:
-    """The row of a run, below that of its untouched model where this was evaluated, too."""
+    """Returns the row of a run, below that of its untouched model where this was evaluated, too."""
     rows = []
     if any(name.startswith(BEFORE) for name in record.metrics):
         rows.append(_place(record, UNTOUCHED) | measured(record, BEFORE))
@@ -134,8 +148,8 @@ def runs_frame(record: RunRecord) -> pd.DataFrame:
 
 
 def without_empty(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame without columns of cost that no row has."""
-    empty = [name for name in _LEFT_OUT_IF_EMPTY if name in frame and frame[name].isna().all()]
+    """Returns the frame without columns of cost that no row has."""
+    empty = [name for name in _LEFT_OUT_IF_EMPTY if name in frame and bool(frame[name].isna().to_numpy().all())]
     return frame.drop(columns=empty)
 
 

@@ -19,7 +19,7 @@ UNTOUCHED = "untouched model"
 
 
 def arm_name(job: Job) -> str:
-    """The name of the arm that a job belongs to: the source of its allocation, then the settings of it.
+    """Returns the name of the arm that a job belongs to: the source of its allocation, then the settings of it.
 
     It comes from the configuration alone, which a failed job has, too.
     """
@@ -43,7 +43,7 @@ def has_method(job: Job) -> bool:
 
 
 def estimator_name(job: Job) -> str:
-    """The name of the estimator, with its aggregation if that is not the default: `reversed datainf top25`."""
+    """Returns the name of the estimator, with its aggregation if that is not the default: `reversed datainf top25`."""
     inner = job.config["estimator"]
     while "of" in inner:
         inner = inner["of"]
@@ -52,7 +52,7 @@ def estimator_name(job: Job) -> str:
 
 
 def estimator_choice(job: Job) -> str:
-    """The choice of the estimator, and after it the one that it turns round: `reversed datainf`."""
+    """Returns the choice of the estimator, and after it the one that it turns round: `reversed datainf`."""
     node, group, found = job.config["estimator"], "estimator", [job.choices.get("estimator", "")]
     while "of" in node:
         node, group = node["of"], "estimator@estimator.of" if group == "estimator" else f"{group}.of"
@@ -61,19 +61,19 @@ def estimator_choice(job: Job) -> str:
 
 
 def allocator_choice(job: Job) -> str:
-    """The allocator by the choice that its own starts from: `experts` for `experts_gemma`."""
+    """Returns the allocator by the choice that its own starts from: `experts` for `experts_gemma`."""
     return origins("allocator", job.choices.get("allocator", ""))[-1]
 
 
 def called(node: Mapping[str, Any], choice: str) -> str:
-    """The last part of the name or path of a model or task, or else its choice."""
+    """Returns the last part of the name or path of a model or task, or else its choice."""
     given = [node.get(key) for key in ("name", "path")]  # "???" where a failed job was given none
     return Path(str(next((value for value in given if value not in (None, "", MISSING)), choice))).name
 
 
 @cache
 def origins(group: str, choice: str) -> tuple[str, ...]:
-    """The choice and those that it starts from, by the defaults of its YAML: `("experts_gemma", "experts")`."""
+    """Returns the choice and those that it starts from, by the defaults of its YAML: `("experts_gemma", "experts")`."""
     found = [choice]
     for default in _yaml(group, choice).get("defaults", []):
         if isinstance(default, str) and default != "_self_" and "@" not in default:
@@ -83,7 +83,10 @@ def origins(group: str, choice: str) -> tuple[str, ...]:
 
 @cache
 def name_in_conf(group: str, choice: str) -> str | None:
-    """The setting `name` of a choice or of one that it starts from: `mistralai/Mistral-7B-v0.1` for `mistral_7b`."""
+    """Returns the setting `name` of a choice, or of one that it starts from.
+
+    The choice `mistral_7b` has `mistralai/Mistral-7B-v0.1`.
+    """
     names = (_yaml(group, one).get("name") for one in origins(group, choice))
     return next((name for name in names if name not in (None, MISSING)), None)
 

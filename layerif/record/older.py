@@ -62,7 +62,7 @@ def in_todays_shape(content: Any, what: str = "the record") -> Any:
 
 
 def choices_of_targets(config: Mapping[str, Any]) -> dict[str, str]:
-    """The choices behind a configuration of 0.1.0, by group."""
+    """Returns the choices behind a configuration of 0.1.0, by group."""
     found = {}
     for group in ("model", "task", "estimator", "allocator", "method", "pruner"):
         node = config.get(group)
@@ -86,7 +86,8 @@ def _names_a_class(node: Any) -> bool:
 
 
 def _choice(group: str, node: Any) -> str:
-    *_, module, name = ["", *node["_target_"].split(".")]
+    path: list[str] = ["", *node["_target_"].split(".")]
+    module, name = path[-2:]
     if group == "task":
         return str(node.get("name", name))
     if group == "estimator":

@@ -41,14 +41,14 @@ class Plot:
         self.figure.savefig(file, dpi=120 if self.figure.get_figheight() < 20 else 80)  # hundreds of rows take memory
 
     def data_uri(self) -> str:
-        """The figure as SVG for an `img`. Its text stays text: outlines would weigh ten times as much."""
+        """Returns the figure as SVG for an `img`. Its text stays text: outlines would weigh ten times as much."""
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def plots_of_run(record: RunRecord) -> dict[str, Plot]:
-    """The plots of a record by name, `scores` and `allocation`, as far as it holds them."""
+    """Returns the plots of a record by name, `scores` and `allocation`, as far as it holds them."""
     if record.decision is None:
         return {}
     scores, given = record.decision.scores, record.decision.allocation
@@ -143,7 +143,7 @@ def heat_map(values: Mapping[str, np.ndarray], title: str, label: str, alt: str)
 
 
 def _told_once(names: Sequence[str]) -> Sequence[str]:
-    """The names; where there are many, each without the words that it begins with like the one before it."""
+    """Returns the names; where there are many, each without the words that it begins with like the one before it."""
     if len(names) <= 40:
         return names
     words = [name.split() for name in names]
@@ -215,5 +215,10 @@ def _highest(values: Sequence[float]) -> list[str]:
 
 
 def shortened(name: str, length: int) -> str:
-    """The name with its middle left out where it is longer than `length` characters."""
+    """Returns the name with its middle left out where it is longer than `length` characters.
+
+    Args:
+        name: of a run or a profile.
+        length: the most characters.
+    """
     return name if len(name) <= length else f"{name[: length // 2]}…{name[-length // 2 :]}"

@@ -16,7 +16,7 @@ from annotated_types import MinLen
 
 from layerif import PACKAGE
 from layerif.checks import is_finite, is_number
-from layerif.files import parse_json, whole
+from layerif.files import parse_json, write_text
 from layerif.record.job import identity
 from layerif.record.older import in_todays_shape
 
@@ -314,8 +314,7 @@ def _first_problem(error: ValueError) -> str:
 
 
 def _write(content: Job, file: Path) -> Path:
-    with whole(file) as unfinished:
-        unfinished.write_text(json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
+    write_text(file, json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
     return file
 
 

@@ -22,7 +22,7 @@ WRAPPED = ("run", "model", "arm", "from", "to", "both with", "profile", "and", "
 
 
 def console() -> Console:
-    """A console as wide as the terminal, and wide enough for a table where the output is a log file."""
+    """Makes a console as wide as the terminal, and wide enough for a table where the output is a log file."""
     found = _Console()
     return found if found.is_terminal else _Console(width=140)
 

@@ -10,7 +10,7 @@ import csv
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, singledispatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +145,7 @@ def log_routing(loggers: Sequence[Logger], routing: Mapping[str, Mapping[str, An
 
 
 def log_again(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Logs the rows that `layerif.adapt.progress.Curves` kept from an earlier process."""
+    """Logs the rows that `layerif.adapt.progress.TrainingCurves` kept from an earlier process."""
     for row in rows:
         if "routing" in row:
             log_routing(loggers, row["routing"], row["step"])
@@ -156,19 +156,23 @@ def log_again(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]]) -> N
         logger.save()
 
 
+@singledispatch
 def _start(logger: Logger, record: RunRecord) -> None:
-    if isinstance(logger, Wandb) and (place := logger.start()):
-        record.tracking["wandb"] = place
-    if isinstance(logger, CSVLogger):
-        Path(logger.log_dir, ROUTING).unlink(missing_ok=True)  # as Lightning does with metrics.csv
+    """Gives a logger the configuration."""
     logger.log_hyperparams(dict(record.config))
 
 
-def _write(logger: Logger, record: RunRecord, folder: Path, files: StoredFiles) -> None:
-    if isinstance(logger, TensorBoardLogger):
-        _to_tensorboard(logger, record)
-    elif isinstance(logger, Wandb):
-        _to_wandb(logger, record, folder, files)
+@_start.register(Wandb)
+def _start_wandb(logger: Wandb, record: RunRecord) -> None:
+    if place := logger.start():
+        record.tracking["wandb"] = place
+    logger.log_hyperparams(dict(record.config))
+
+
+@_start.register(CSVLogger)
+def _start_csv(logger: CSVLogger, record: RunRecord) -> None:
+    Path(logger.log_dir, ROUTING).unlink(missing_ok=True)  # as Lightning does with metrics.csv
+    logger.log_hyperparams(dict(record.config))
 
 
 def _finish(logger: Logger, exit_code: int) -> None:
@@ -177,7 +181,13 @@ def _finish(logger: Logger, exit_code: int) -> None:
         logger.experiment.finish(exit_code=exit_code)
 
 
-def _to_tensorboard(logger: TensorBoardLogger, record: RunRecord) -> None:
+@singledispatch
+def _write(logger: Logger, record: RunRecord, folder: Path, files: StoredFiles) -> None:
+    """Gives a logger the content of a record; nothing here for loggers of curves alone."""
+
+
+@_write.register(TensorBoardLogger)
+def _write_tensorboard(logger: TensorBoardLogger, record: RunRecord, folder: Path, files: StoredFiles) -> None:
     writer = logger.experiment
     for name, frame in frames(record).items():
         writer.add_text(name, markdown(frame, spell=str))
@@ -186,7 +196,8 @@ def _to_tensorboard(logger: TensorBoardLogger, record: RunRecord) -> None:
     logger.log_hyperparams(dict(record.config), numbers(record.metrics))
 
 
-def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFiles) -> None:
+@_write.register(Wandb)
+def _write_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFiles) -> None:
     import wandb
 
     run: Any = logger.experiment
@@ -194,9 +205,9 @@ def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFiles
     shown: dict[str, Any] = {name: wandb.Table(dataframe=frame) for name, frame in found.items()}
     if record.decision is not None:
         scores = record.decision.scores
+        titles = {} if scores is None else {"score": f"score (higher: {scores.higher_means})"}
         for column in found["layers"].columns[2:]:
-            is_score = column == "score" and scores is not None
-            title = f"score (higher: {scores.higher_means})" if is_score else f"allocated {column}"
+            title = titles.get(column, f"allocated {column}")
             table = wandb.Table(dataframe=found["layers"])
             shown[f"layers/{column}"] = wandb.plot.line(table, "depth", column, title=title)
     if shown:
@@ -211,7 +222,7 @@ def _to_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFiles
 
 
 def _artifacts(record: RunRecord, folder: Path, files: StoredFiles) -> Iterator[tuple[str, str, Path]]:
-    """Kind, name (where empty, that of the run) and path of each file worth keeping."""
+    """Yields kind, name (where empty, that of the run) and path of each file worth keeping."""
     for file in files(record.fingerprint):
         yield file.parent.name, record.fingerprint[:12], file
     for path in (folder / "adapter", folder / "sparsity.csv"):

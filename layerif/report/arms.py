@@ -56,7 +56,7 @@ class Run:
         return {} if isinstance(self.job, Failure) else metrics_of(self.job, self.prefix)
 
     def rows(self, metric: str) -> Mapping[str, float]:
-        """The value of each evaluated row behind a metric, by its id; empty where none was kept.
+        """Returns the value of each evaluated row behind a metric, by its id; empty where none was kept.
 
         It is 1 or 0 for a right or wrong answer, and nats for a loss.
         """
@@ -73,15 +73,34 @@ class Run:
         return ", ".join(f"{key}={value}" for key, value in self.seeds.items())
 
     @property
+    def column(self) -> str:
+        """The model and the task: the column of a table."""
+        return column_of_model(self.model, self.task)
+
+    @property
     def is_trained(self) -> bool:
         """Tells fine-tuned and pruned models from untouched ones."""
         return not self.prefix and has_method(self.job)
+
+
+def column_of_model(model: str, task: str) -> str:
+    """Returns the column of a task, with its model where there are several.
+
+    Args:
+        model: its name; empty where all jobs share one model.
+        task: its name.
+    """
+    return f"{model} {task}".strip()
 
 
 def comparable(first: Run, second: Run) -> bool:
     """Tells if two runs differ in one thing: how the allocation was made, its size, or all other settings.
 
     Everything is compared with an untouched model.
+
+    Args:
+        first: the run that is compared with; it may be of an untouched model.
+        second: the run that is compared.
     """
     if (first.model, first.task) != (second.model, second.task) or second.prefix:
         return False
@@ -90,12 +109,17 @@ def comparable(first: Run, second: Run) -> bool:
 
 
 def same_repetition(first: Run, second: Run) -> bool:
-    """Tells if all seeds that both runs have are equal."""
+    """Tells if all seeds that both runs have are equal.
+
+    Args:
+        first: one run.
+        second: another run.
+    """
     return all(second.seeds.get(key, value) == value for key, value in first.seeds.items())
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """The runs, but repetitions of an arm with the same measurements only once, because no seed touches them."""
+    """Returns the runs without repetitions of an arm that have the same measurements, because no seed touches them."""
 
     def measured(run: Run) -> tuple:
         routing = {} if isinstance(run.job, Failure) else run.job.routing  # seeds may differ and all answers be alike
@@ -105,10 +129,14 @@ def distinct(runs: Sequence[Run]) -> list[Run]:
 
 
 def runs_of(jobs: Sequence[Job], expected: Expected | None = None) -> list[Run]:
-    """Every job as a run of its arm, and each untouched model once. No run hides another.
+    """Makes every job a run of its arm, and takes each untouched model once. No run hides another.
 
     Arms and columns are called as in `expected` where they meet its conditions. Otherwise an arm is called after what
     made its allocation, and after those settings that not all arms share.
+
+    Args:
+        jobs: finished and failed ones.
+        expected: the published numbers; None: there are none.
     """
     models, columns = titles(jobs, "model"), _columns(jobs, expected)
     seeds = _seeds(jobs)
@@ -148,7 +176,7 @@ def _before(job: Job) -> dict[str, Any]:
 
 
 def _numbered(runs: list[Run]) -> list[Run]:
-    """The runs, with a number after the arm if the same job ran twice, because these are not two seeds of one arm."""
+    """Returns the runs, with a number after the arm if the same job ran twice: these are not two seeds of one arm."""
     places = [(run.model, run.task, run.arm, run.seed) for run in runs]
     times, counts = Counter(places), defaultdict(lambda: itertools.count(1))
     return [
@@ -158,7 +186,7 @@ def _numbered(runs: list[Run]) -> list[Run]:
 
 
 def job_metrics(job: Job) -> Mapping[str, Any]:
-    """The metrics of a job; empty for a failed one."""
+    """Returns the metrics of a job; empty for a failed one."""
     return {} if isinstance(job, Failure) else job.metrics
 
 
@@ -177,7 +205,7 @@ def _arm_names(jobs: Sequence[Job], columns: Sequence[str], expected: Expected |
 
 
 def _apart(found: Sequence[Mapping[Hashable, dict[str, object]]], columns: Sequence[str]):
-    """The settings of the jobs of one arm, without those that follow from the column, such as the pruner.
+    """Returns the settings of the jobs of one arm, without those that follow from the column, such as the pruner.
 
     The size of an allocation always stays.
     """
@@ -199,7 +227,7 @@ def _columns(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
 
 
 def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
-    """The root seed of each job, and other seeds where they are swept; the root one goes where all jobs share it."""
+    """Returns the root seed of each job, and others that are swept; the root one goes where all jobs share it."""
     every = [{key: value for key, value in flat(job.config).items() if key.endswith(".seed")} for job in jobs]
     swept = set()
     for key in {key for values in every for key in values}:
@@ -215,7 +243,12 @@ def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
 
 
 def titles(jobs: Sequence[Job], section: str) -> list[str]:
-    """The name of the model or task of each job; empty where all share one model."""
+    """Returns the name of the model or task of each job; empty where all share one model.
+
+    Args:
+        jobs: finished and failed ones.
+        section: `model` or `task`.
+    """
     contents = [content(job, section) for job in jobs]
     distinct = _distinct(contents)
     if section == "model" and len(distinct) == 1:
@@ -227,7 +260,12 @@ def titles(jobs: Sequence[Job], section: str) -> list[str]:
 
 
 def content(job: Job, section: str) -> dict[str, object]:
-    """The settings that make it the same model or task; the number of samples is not among them."""
+    """Returns the settings that make it the same model or task; the number of samples is not among them.
+
+    Args:
+        job: its record or failure.
+        section: `model` or `task`.
+    """
     incidental = ("num_train", "num_validation", "seed")
     settings = {key: value for key, value in job.identity["settings"][section].items() if key not in incidental}
     return {**settings, "choice": origins(section, job.choices.get(section, ""))[-1]}
@@ -243,34 +281,52 @@ def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
 
 
 def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
-    """The configuration by section (all, or those given), without seeds and without settings that names already tell.
+    """Returns the configuration by section, without seeds and without settings that names already tell.
 
     Methods, estimators, allocators and pruners are compared with their like, because the settings of another choice
     follow from that choice.
+
+    Args:
+        job: its record or failure.
+        *sections: the sections to return; all where none is given.
     """
-    config = job.identity["settings"]
-    method, allocator = job.choices.get("method", ""), allocator_choice(job)
-    told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
-    told += ["pruner."] * (method != "prune")
-    told += ["estimator.aggregation.", "estimator.of.aggregation."]
-    told += [f"score_task.{key}." for key in config.get("score_task") or () if key != "path"]
-    told += [f"task.{key}." for key in content(job, "task")]
-    told += ["estimator.", "probe.", "allocator.shape."] * (allocator in ("file", "shape"))
-    choices = {"method": method, "pruner": job.choices.get("pruner") if method == "prune" else None}
+    choices = {
+        "method": job.choices.get("method", ""),
+        "pruner": job.choices.get("pruner") if _prunes(job) else None,
+        "estimator": estimator_choice(job),
+        "allocator": allocator_choice(job),
+    }
     found: dict[Hashable, dict[str, object]] = defaultdict(dict)
     if not sections:
-        found["choice", None] = dict(choices)
-    choices |= {"estimator": estimator_choice(job), "allocator": allocator}
-    for key, value in flat(config).items():
+        found["choice", None] = {group: choices[group] for group in ("method", "pruner")}
+    told = _told(job)
+    for key, value in flat(job.identity["settings"]).items():
         section = key.split(".")[0]
-        is_told = f"{key}.".startswith(tuple(told)) or key.split(".")[-1] == "seed"
-        if section in (sections or (section,)) and not is_told and (key, value) != ("score_task", None):
+        is_told = f"{key}.".startswith(told) or key.split(".")[-1] == "seed" or (key, value) == ("score_task", None)
+        if not is_told and (not sections or section in sections):
             found[section, choices.get(section)][key] = value
     return found
 
 
+def _told(job: Job) -> tuple[str, ...]:
+    """Returns the starts of those keys, each with a dot at its end, that names tell or that the job does not use."""
+    told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
+    told += ["estimator.aggregation.", "estimator.of.aggregation."]
+    told += [f"score_task.{key}." for key in job.identity["settings"].get("score_task") or () if key != "path"]
+    told += [f"task.{key}." for key in content(job, "task")]
+    if not _prunes(job):
+        told.append("pruner.")
+    if allocator_choice(job) in ("file", "shape"):
+        told += ["estimator.", "probe.", "allocator.shape."]
+    return tuple(told)
+
+
+def _prunes(job: Job) -> bool:
+    return job.choices.get("method") == "prune"
+
+
 def _factors(job: Job) -> tuple[str, str, str]:
-    """The way the allocation was made, its size, and all other settings, see `comparable`."""
+    """Returns the way the allocation was made, its size, and all other settings, see `comparable`."""
     made, rest = [], []
     for (section, choice), values in settings(job).items():  # type: ignore[misc]
         kept = {key: value for key, value in values.items() if key not in _SIZE}
@@ -286,7 +342,12 @@ def _factors(job: Job) -> tuple[str, str, str]:
 
 
 def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """The values by keys as on the command line: `a.b.c`."""
+    """Returns the values by keys as on the command line: `a.b.c`.
+
+    Args:
+        values: nested settings.
+        prefix: stands before every key.
+    """
     found: dict[str, object] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -296,7 +357,13 @@ def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def labelled(
     names: Sequence[str], found: Sequence[Mapping[Hashable, Mapping[str, object]]], *, number_alike: bool = True
 ) -> list[str]:
-    """The names with those settings that differ from another's, and with a number where even these are alike."""
+    """Returns the names with those settings that differ from another's.
+
+    Args:
+        names: one for each run or profile.
+        found: the settings of each, by section; a section is compared with the same section of others.
+        number_alike: put a number after names that are alike even then.
+    """
     by_section: dict[Hashable, list[Mapping[str, object]]] = defaultdict(list)
     for section, values in itertools.chain.from_iterable(sections.items() for sections in found):
         by_section[section].append(values)

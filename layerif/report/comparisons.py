@@ -34,6 +34,10 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
     Arms are paired by evaluated row where the answers or losses were kept, and by seed otherwise. p Holm is corrected
     for all rows of the table that were tested.
 
+    Args:
+        runs: of all arms.
+        metric: the name of a metric.
+
     Returns:
         One row for every two arms, and a remark on every two that could not be paired.
     """
@@ -48,7 +52,7 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
             pairs = [pair for pair in pairs if _asked(*_rows([pair], values)).any()]
         if not pairs:
             shared = ("question" if metric in QUESTIONS else "row") if by_row else "seed"
-            remarks.append(f"{_place(first[0])}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
+            remarks.append(f"{first[0].column}: {second[0].arm} and {first[0].arm} share no {shared}, not compared")
             continue
         paired.append((by_row, pairs))
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
@@ -68,12 +72,12 @@ def comparisons(runs: Sequence[Run], metric: str) -> tuple[pd.DataFrame, list[st
 
 
 def num_tested(table: pd.DataFrame) -> int:
-    """The number of rows of `comparisons` whose seeds tell chance from effect; p is corrected for them."""
+    """Returns the number of rows of `comparisons` whose seeds tell chance from effect; p is corrected for them."""
     return int(np.count_nonzero(~np.isnan(table["p"].to_numpy(dtype=float))))
 
 
 def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
-    """The repetitions of each arm, model and task that measured the metric."""
+    """Returns the repetitions of each arm, model and task that measured the metric."""
     found: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         if metric in run.metrics:
@@ -82,7 +86,7 @@ def _arms(runs: Sequence[Run], metric: str) -> list[list[Run]]:
 
 
 def _values(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
-    """The values of each run that kept them, by its `id`: one (NaN where not asked) for each row of its task."""
+    """Returns the values of each run that kept them, by its `id`: NaN for a row that it was not asked."""
     kept: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.rows(metric):
@@ -96,9 +100,10 @@ def _values(runs: Sequence[Run], metric: str) -> dict[int, np.ndarray]:
     return found
 
 
-def _rows(pairs: Sequence[tuple[Run, Run]], values: Mapping[int, np.ndarray]) -> np.ndarray:
-    """The values of the first and of the second run of each pair: (2×S×Q)."""
-    return np.array([[values[id(run)] for run in side] for side in zip(*pairs, strict=True)])
+def _rows(pairs: Sequence[tuple[Run, Run]], values: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the values (S×Q) of the first and of the second run of each pair."""
+    first, second = (np.array([values[id(run)] for run in side]) for side in zip(*pairs, strict=True))
+    return first, second
 
 
 def _asked(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -139,14 +144,15 @@ def _row(pairs: Sequence[tuple[Run, Run]], found: Difference) -> dict[str, objec
     return {**place, **row, "high": found.high, "p": found.p, "found": found}
 
 
-def _place(run: Run) -> str:
-    return f"{run.model} {run.task}".strip()
-
-
 def verdict(low: float, high: float, p: float) -> str:
     """Puts a difference into words: it counts where its interval excludes zero and its corrected p is below 0.05.
 
     NaN, which comes from seeds without spread, supports nothing.
+
+    Args:
+        low: of the interval.
+        high: of the interval.
+        p: corrected for the number of comparisons.
     """
     if p < ALPHA and low > 0:
         return "higher than"
@@ -156,7 +162,13 @@ def verdict(low: float, high: float, p: float) -> str:
 
 
 def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
-    """Puts one row of `comparisons` into a sentence, with its grounds and its limits."""
+    """Puts one row of `comparisons` into a sentence, with its grounds and its limits.
+
+    Args:
+        row: of `comparisons`.
+        metric: the name of the metric.
+        num_comparisons: those that p was corrected for.
+    """
     where = " ".join(str(row[key]) for key in ("model", "task") if key in row)
     what = f"ln {metric}" if is_logarithmic(metric) else metric
     if np.isnan(row["p"]):
@@ -177,7 +189,12 @@ def finding(row: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """Spells the bounds of an interval of differences."""
+    """Spells the bounds of an interval of differences.
+
+    Args:
+        low: a difference.
+        high: a difference.
+    """
     return f"{low:+.3f} to {high:+.3f}"
 
 
@@ -192,6 +209,10 @@ def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, str, Variance
     Each group of arms that are alike in all else has an analysis of its own. It holds the fine-tuned or pruned runs of
     those arms that ran on all tasks of the group, since others would be compared across tasks. Repetitions that no seed
     touched are one run. A group with a single arm, or without repetitions, is left out.
+
+    Args:
+        runs: of all arms.
+        metric: the name of a metric.
 
     Returns:
         For each group its place, a text that says which runs are in it, the analysis and the comparisons.

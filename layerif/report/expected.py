@@ -60,11 +60,11 @@ class Expected:
         return cls(**content)
 
     def arm(self, job: Job) -> str | None:
-        """The first arm whose conditions the job meets, all of them."""
+        """Returns the first arm whose conditions the job meets, all of them."""
         return next((name for name, conditions in self.arms.items() if meets(job, conditions)), None)
 
     def column(self, job: Job) -> str | None:
-        """The first column whose conditions the job meets."""
+        """Returns the first column whose conditions the job meets."""
         return next((name for name, needed in self.columns.items() if needed and meets(job, needed)), None)
 
     def is_of(self, job: Job) -> bool:
@@ -72,7 +72,7 @@ class Expected:
         return meets(job, {"small": False, **self.of})
 
     def value(self, job: Job) -> float | None:
-        """The number that was published for the arm and column of the job."""
+        """Returns the number that was published for the arm and column of the job."""
         return self.values.get(self.arm(job) or "", {}).get(self.column(job) or "")
 
     @property
@@ -84,7 +84,12 @@ class Expected:
 
 
 def meets(job: Job, conditions: Mapping[str, Any]) -> bool:
-    """Tells if a job meets all conditions, see `Expected`."""
+    """Tells if a job meets all conditions, see `Expected`.
+
+    Args:
+        job: its record or failure.
+        conditions: by keys as on the command line.
+    """
     return all(_meets(job, key, value) for key, value in conditions.items())
 
 
@@ -142,7 +147,7 @@ def _check(content: Any, file: Path) -> None:
     names = [field.name for field in fields(Expected)]
     for key in names:
         if key not in content:
-            example = f", such as {_EXAMPLE}" * (key == "of")
+            example = f", such as {_EXAMPLE}" if key == "of" else ""
             raise ValueError(f"{file} has no {key!r}; it needs {', '.join(names)}{example}")
     for key in content:
         if key not in names:
@@ -187,6 +192,11 @@ def _check_values(content: Mapping[str, Any], refuse: Any) -> None:
 
 
 def columns_of(expected: Expected, jobs: Sequence[Job]) -> list[str]:
-    """The columns that some job belongs to."""
+    """Returns the columns that some job belongs to.
+
+    Args:
+        expected: the published numbers.
+        jobs: finished and failed ones.
+    """
     met = {expected.column(job) for job in jobs}
     return [name for name in expected.columns if name in met]

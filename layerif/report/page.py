@@ -17,7 +17,13 @@ TEMPLATE = "page.html.jinja"  # lies beside this file; it escapes names and erro
 
 
 def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
-    """Renders the report as HTML."""
+    """Renders the report as HTML.
+
+    Args:
+        title: of the page.
+        summary: its first lines.
+        sections: in their order.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -36,7 +42,7 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
 
 
 def cells(frame: pd.DataFrame) -> list[list[list[str]]]:
-    """The cells of each row, and the lines of each cell."""
+    """Returns the cells of each row, and the lines of each cell."""
     return [[spelt(value).split("\n") for value in row] for row in frame.itertuples(index=False)]
 
 
@@ -48,21 +54,25 @@ def begins(section: Section) -> list[bool]:
 
 
 def breadth(section: Section) -> str:
-    """The classes that decide how a section prints: many columns in small type, few rows on one page."""
+    """Returns the classes that decide how a section prints: many columns in small type, few rows on one page."""
     if section.table is None:
         return "whole"
     num_rows, num_columns = section.table.shape
-    return " ".join(["wide"] * (num_columns > 7) + ["whole"] * (num_rows <= 6))
+    classes = {"wide": num_columns > 7, "whole": num_rows <= 6}
+    return " ".join(name for name, is_given in classes.items() if is_given)
 
 
 def breakable(text: str) -> Markup:
-    """The text with places to break after every = and . and within long words; a reader who copies it copies none."""
+    """Returns the text with places to break after every = and . and within long words.
+
+    A reader who copies the text copies none of them.
+    """
     words = [re.findall(r"[^=./,]{1,24}[=./,]*|[=./,]+", word) for word in text.split(" ")]
     return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
 
 
 def kinds(frame: pd.DataFrame) -> list[str]:
-    """The class of each column: numbers stand right, long texts wrap."""
+    """Returns the class of each column: numbers stand right, long texts wrap."""
     found = []
     for name in frame.columns:
         is_text = any(isinstance(value, str) for value in frame[name])

@@ -59,7 +59,8 @@ def plot_results(results: Results) -> Plot | None:
         best = pick(arms, key=lambda arm: results.cells[arm, column].mean or 0.0)
         told.append(f"{column}: {len(arms)} arms, best {best} at {results.cells[best, column].mean:.3f}")
     has_paper = any(cell.paper is not None for cell in results.cells.values())
-    panels[-1, 0].set_xlabel(f"{results.metric}: mean and 95 % interval" + "; diamonds: the paper" * has_paper)
+    diamonds = "; diamonds: the paper" if has_paper else ""
+    panels[-1, 0].set_xlabel(f"{results.metric}: mean and 95 % interval{diamonds}")
     return finished(figure, f"{results.metric} of every arm", ". ".join(told))
 
 
@@ -132,7 +133,7 @@ def _in_full(run: Run) -> str:
 
 
 def _arm_in_full(run: Run) -> str:
-    return f"{run.model} {run.task} {run.arm}".strip()
+    return f"{run.column} {run.arm}"
 
 
 def _evenness(block: Mapping | None) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from layerif.checks import how_many
 from layerif.record.frames import headline, is_logarithmic
 from layerif.record.names import called
 from layerif.record.plots import Plot
@@ -60,27 +61,38 @@ class Section:
 
 
 def fitting(expected: Expected | None, jobs: Sequence[Job]) -> Expected | None:
-    """The published numbers, which also name arms and columns; None where no job belongs to one of their columns."""
+    """Returns the published numbers, which also name arms and columns, if a job belongs to one of their columns.
+
+    Args:
+        expected: the published numbers; None: there are none.
+        jobs: finished and failed ones.
+    """
     if expected is None or not expected.values or not any(expected.columns.values()):
         return expected
     return expected if columns_of(expected, jobs) else None
 
 
 def summary(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None) -> list[str]:
-    """A few lines on the runs, everything wrong with them, and the numbers that they are held against."""
+    """Writes a few lines on the runs, everything wrong with them, and the numbers that they are held against.
+
+    Args:
+        jobs: the jobs below the folder.
+        runs: of these jobs.
+        expected: the published numbers; None: there are none.
+    """
     models = sorted({_model(job) for job in jobs.jobs})
     tasks = list(dict.fromkeys(run.task for run in runs))
     of = f"{', '.join(models)} on {', '.join(tasks)}"
-    lines = [f"{_count(jobs.records, 'finished run')} of {of}, {_seeds(runs)}{_small(jobs.jobs)}."]
+    lines = [f"{how_many(len(jobs.records), 'finished run')} of {of}, {_seeds(runs)}{_small(jobs.jobs)}."]
     if jobs.failures:
-        lines.append(f"{_count(jobs.failures, 'run')} failed; the errors are below.")
+        lines.append(f"{how_many(len(jobs.failures), 'run')} failed; the errors are below.")
     if jobs.failed_again:
-        again = _count(jobs.failed_again, "run")
+        again = how_many(len(jobs.failed_again), "run")
         lines.append(f"{again} failed when run again; the numbers are from the run before, and the errors are below.")
     if jobs.unfinished:
-        lines.append(f"{_count(jobs.unfinished, 'run')} started and did not end: killed, or still at work.")
+        lines.append(f"{how_many(len(jobs.unfinished), 'run')} started and did not end: killed, or still at work.")
     if holes := tables.grid(runs, expected):
-        lines.append(f"{_count(holes, 'run')} of the grid of arms, tasks and seeds never ran.")
+        lines.append(f"{how_many(len(holes), 'run')} of the grid of arms, tasks and seeds never ran.")
     if jobs.left_out:
         lines.append(f"Files left out because they cannot be read: {len(jobs.left_out)}.")
     return lines + ([] if expected is None else _about_paper(expected, jobs.jobs, runs))
@@ -99,10 +111,6 @@ def _model(job: Job) -> str:
     return name if name not in ("hub", "local") else called(job.config["model"], name)
 
 
-def _count(items: Sequence, what: str) -> str:
-    return f"{len(items)} {what}{'s' * (len(items) != 1)}"
-
-
 def _seeds(runs: Sequence[Run]) -> str:
     seeds = list(dict.fromkeys(run.seed for run in runs if run.seeds))
     if not seeds:
@@ -113,7 +121,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -> list[str]:
-    """The source of the published numbers, and a remark where they do not belong to these runs."""
+    """Returns the source of the published numbers, and a remark where they do not belong to these runs."""
     if not expected.values:
         return [f"No published numbers: {expected.source}."]
     lines = [f"The paper's numbers: {expected.source}, {expected.metric} of {expected.said_of}."]
@@ -137,7 +145,13 @@ def _about_paper(expected: Expected, jobs: Sequence[Job], runs: Sequence[Run]) -
 
 
 def sections(jobs: FinishedJobs, runs: Sequence[Run], expected: Expected | None = None) -> list[Section]:
-    """The sections that have something to show."""
+    """Returns the sections that have something to show.
+
+    Args:
+        jobs: the jobs below the folder.
+        runs: of these jobs.
+        expected: the published numbers; None: there are none.
+    """
     found, after = [], []
     metrics = tables.table_metrics(runs, expected)
     compared = {metric: compare.comparisons(runs, metric) for metric in metrics}
@@ -175,7 +189,7 @@ def _results(runs: Sequence[Run], metric: str, expected: Expected | None, compar
         said.append("The paper's numbers come from single runs, and no interval includes their noise.")
     if results.count("failed") or results.count("missing"):
         said.append("A failed or missing seed is named in its cell and left out of the mean.")
-    caption = f"{metric}: {'geometric ' * is_logarithmic(metric)}mean over seeds"
+    caption = f"{metric}: {'geometric mean' if is_logarithmic(metric) else 'mean'} over seeds"
     frame = results.frame()
     return Section(
         title=f"Results: {metric}", table=frame, caption=caption, said=said, plot=plots.plot_results(results)
@@ -194,7 +208,7 @@ def _comparisons(table: pd.DataFrame, remarks: Sequence[str], metric: str) -> li
     )
     shown["95 % interval"] = _intervals(table)
     shown = shown.assign(**{name: table[name] for name in ("p", "p Holm", "smallest found", "seeds")})
-    log = "differences of logarithms, " * is_logarithmic(metric)
+    log = "differences of logarithms, " if is_logarithmic(metric) else ""
     how = []
     if by_row.any() and rows == "rows":
         shown["rows"], shown["effect d"] = table["rows"], table["effect d"]
@@ -243,7 +257,7 @@ def _comparisons(table: pd.DataFrame, remarks: Sequence[str], metric: str) -> li
 
 
 def _shared_apart(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs with the settings that both arms share in a column of their own, so that the differences stand out."""
+    """Returns the pairs with the settings that both arms share in a column of their own, so that others stand out."""
     rows = []
     for row in pairs.to_dict("records"):
         first, second = str(row.pop("from")).split(), str(row.pop("to")).split()
@@ -263,11 +277,12 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     of = f"ln {metric}" if is_logarithmic(metric) else metric
     has_questions = any(run.rows(metric) for run in runs)
     how = "The analysis takes one value per run, so seeds are the only chance that it sees."
-    how += " It holds for these questions; the comparisons above allow for other questions, too." * has_questions
+    if has_questions:
+        how += " It holds for these questions; the comparisons above allow for other questions, too."
     found = []
     analyses = compare.variances(runs, metric)
     for where, text, variance, pairs in analyses:
-        title, caption = f"{metric}{f', {where}' * (len(analyses) > 1)}", f"{of}: {text}"
+        title, caption = f"{metric}, {where}" if len(analyses) > 1 else metric, f"{of}: {text}"
         found.append(Section(title=f"Analysis of variance: {title}", table=variance.table, caption=caption, said=[how]))
         shown = pairs[["from", "to"]].assign(
             **{

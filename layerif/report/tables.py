@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from layerif.record.frames import QUESTIONS, headline, is_fraction, is_logarithmic, measured, without_empty
-from layerif.record.names import called, estimator_name, has_method
+from layerif.record.names import called, estimator_name
 from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
-from layerif.report.arms import Run, content, labelled, settings, titles
+from layerif.report.arms import Run, column_of_model, content, labelled, settings, titles
 from layerif.report.expected import Expected, columns_of
 from layerif.stats import spearman_matrix, t_interval, wilson
 
@@ -44,7 +44,7 @@ class Cell:
     to_paper: float | None = None
 
     def lines(self) -> list[str]:
-        """The mean first, then the remarks on it."""
+        """Returns the mean first, then the remarks on it."""
         found = [spelt(self.mean)]
         if self.mean is not None:
             found.append(self.basis if np.isnan(self.low) else f"{spelt(self.low)} to {spelt(self.high)}, {self.basis}")
@@ -54,8 +54,10 @@ class Cell:
             is_inside = self.low <= self.paper <= self.high  # type: ignore[operator]
             place = "" if np.isnan(self.low) else f", {'inside' if is_inside else 'outside'} our interval"
             found.append(f"{self.to_paper:+.3f} to the paper{place}")
-        found += [f"failed: {', '.join(self.failed)}"] * bool(self.failed)
-        found += [f"missing: {', '.join(self.missing)}"] * bool(self.missing)
+        if self.failed:
+            found.append(f"failed: {', '.join(self.failed)}")
+        if self.missing:
+            found.append(f"missing: {', '.join(self.missing)}")
         return found
 
 
@@ -69,17 +71,22 @@ class Results:
     cells: dict[tuple[str, str], Cell]
 
     def frame(self) -> pd.DataFrame:
-        """One row an arm, one column a task."""
+        """Returns one row an arm, one column a task."""
         rows = [[arm, *("\n".join(self.cells[arm, column].lines()) for column in self.columns)] for arm in self.arms]
         return pd.DataFrame(rows, columns=["arm", *self.columns])
 
     def count(self, state: str) -> int:
-        """The number of seeds that `failed` or are `missing`."""
+        """Returns the number of seeds that `failed` or are `missing`."""
         return sum(len(getattr(cell, state)) for cell in self.cells.values())
 
 
 def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list[str]:
-    """The metrics that get a table of their own: the published one first, then the loss where every arm has it."""
+    """Returns the metrics that get a table of their own: the published one, then the loss where every arm has it.
+
+    Args:
+        runs: of all arms.
+        expected: the published numbers; None: there are none.
+    """
     found = [name for run in runs for name in run.metrics]
     shown = headline(found)
     if all("loss" in run.metrics for run in runs if headline(run.metrics)):
@@ -90,12 +97,18 @@ def table_metrics(runs: Sequence[Run], expected: Expected | None = None) -> list
 
 
 def results(runs: Sequence[Run], metric: str, expected: Expected | None = None) -> Results:
-    """The mean over seeds of every arm on every task, and the cells of the grid that failed or were never run."""
+    """Returns the mean over seeds of every arm on every task, and the cells that failed or were never run.
+
+    Args:
+        runs: of all arms.
+        metric: the name of a metric.
+        expected: the published numbers; None: there are none.
+    """
     of_metric = expected if expected is not None and expected.metric == metric else None
     shown = [run for run in runs if metric in run.metrics or isinstance(run.job, Failure)]
-    places = {(run.arm, _column(run)): [] for run in shown}
+    places = {(run.arm, run.column): [] for run in shown}
     for run in shown:
-        places[run.arm, _column(run)].append(run)
+        places[run.arm, run.column].append(run)
     missing = grid(runs, expected)
     named = [*(arm for arm, _ in places), *(arm for arm, *_ in missing)]
     arms, columns = list(dict.fromkeys(named)), list(dict.fromkeys([c for _, c in places] + [c for _, c, _ in missing]))
@@ -117,34 +130,28 @@ def _place(name: str | None, order: list[str]) -> int:
 
 
 def _published_names(runs: Sequence[Run], expected: Expected | None) -> tuple[dict[str, str | None], ...]:
-    """The name in `expected` of each arm and column; a row's own name also says what sets it apart."""
+    """Returns the name in `expected` of each arm and column; a row's own name also says what sets it apart."""
     if expected is None:
         return {}, {}
     models = dict.fromkeys(run.model for run in runs)
     arms: dict[str, str | None] = {arm: arm for arm in expected.arms}
-    columns: dict[str, str | None] = {_named(model, column): column for model in models for column in expected.columns}
+    columns: dict[str, str | None] = {
+        column_of_model(model, column): column for model in models for column in expected.columns
+    }
     for run in runs:
         arms[run.arm] = None if run.prefix else expected.arm(run.job)
-        columns[_column(run)] = expected.column(run.job)
+        columns[run.column] = expected.column(run.job)
     return arms, columns
 
 
 def _paper(runs: Sequence[Run], expected: Expected | None, arm: str | None, column: str | None) -> float | None:
-    """The published number of a cell, by its runs; without runs, by those of its row and column."""
+    """Returns the published number of a cell, by its runs; without runs, by those of its row and column."""
     if expected is None:
         return None
     if not runs:
         return expected.values.get(arm or "", {}).get(column or "")
     found = {None if run.prefix else expected.value(run.job) for run in runs}
     return found.pop() if len(found) == 1 else None
-
-
-def _column(run: Run) -> str:
-    return _named(run.model, run.task)
-
-
-def _named(model: str, task: str) -> str:
-    return f"{model} {task}".strip()
 
 
 def _cell(
@@ -177,44 +184,63 @@ def _cell(
 
 
 def grid(runs: Sequence[Run], expected: Expected | None = None) -> list[tuple[str, str, str]]:
-    """The arm, column and seed of everything that was never run: the holes in arms × tasks × seeds.
+    """Returns the arm, column and seed of everything that was never run: the holes in arms × tasks × seeds.
 
     The arms of one grid share all settings but how their allocation was made; a pruner without seeds of its own leaves
     no holes. `expected` adds the cells that it has numbers for, once a run of its model and settings belongs to one of
     its columns; an arm that ran in several settings lacks them in each.
+
+    Args:
+        runs: of all arms.
+        expected: the published numbers; None: there are none.
     """
-    trained = [run for run in runs if not run.prefix and has_method(run.job)]
-    grids: dict[tuple[str, str], list[Run]] = {}
-    for run in trained:
-        grids.setdefault((run.model, run.factors[2]), []).append(run)
-    there = {(run.arm, _column(run), run.seed) for run in trained}
-    found: dict[tuple[str, str, str], None] = {}
-    for of_grid in grids.values():
-        arms, columns, seeds = (list(dict.fromkeys(map(key, of_grid))) for key in (_arm, _column, _seed))
-        found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
-    published = [] if expected is None else [run for run in trained if expected.is_of(run.job)]
-    if expected is not None and columns_of(expected, [run.job for run in published]):
-        seeds = list(dict.fromkeys(map(_seed, published)))
-        ran = {(expected.arm(run.job), expected.column(run.job)) for run in published}
-        rows = {(run.model, expected.arm(run.job), run.arm): None for run in published}
-        cells = [(arm, task) for arm, row in expected.values.items() for task in row if expected.columns[task]]
-        models = dict.fromkeys(run.model for run in published)
-        for (arm, task), model in itertools.product([cell for cell in cells if cell not in ran], models):
-            names = [name for of, which, name in rows if (of, which) == (model, arm)] or [arm]
-            found |= dict.fromkeys(itertools.product(names, [_named(model, task)], seeds))
+    trained = [run for run in runs if run.is_trained]
+    found = _holes(trained)
+    if expected is not None:
+        found |= _unrun([run for run in trained if expected.is_of(run.job)], expected)
     return list(found)
 
 
-def _arm(run: Run) -> str:
-    return run.arm
+def _holes(trained: Sequence[Run]) -> dict[tuple[str, str, str], None]:
+    grids: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in trained:
+        grids[run.model, run.factors[2]].append(run)
+    there = {(run.arm, run.column, run.seed) for run in trained}
+    found: dict[tuple[str, str, str], None] = {}
+    for of_grid in grids.values():
+        arms = dict.fromkeys(run.arm for run in of_grid)
+        columns = dict.fromkeys(run.column for run in of_grid)
+        seeds = dict.fromkeys(run.seed for run in of_grid)
+        found |= dict.fromkeys(cell for cell in itertools.product(arms, columns, seeds) if cell not in there)
+    return found
 
 
-def _seed(run: Run) -> str:
-    return run.seed
+def _unrun(published: Sequence[Run], expected: Expected) -> dict[tuple[str, str, str], None]:
+    """Returns the cells with a published number that have no run; these runs meet the conditions of all numbers."""
+    if not columns_of(expected, [run.job for run in published]):
+        return {}
+    models, seeds = dict.fromkeys(run.model for run in published), dict.fromkeys(run.seed for run in published)
+    ran = {(expected.arm(run.job), expected.column(run.job)) for run in published}
+    rows: dict[tuple[str, str | None], dict[str, None]] = defaultdict(dict)  # the names that an arm runs under
+    for run in published:
+        rows[run.model, expected.arm(run.job)][run.arm] = None
+    found: dict[tuple[str, str, str], None] = {}
+    for arm, task in ((arm, task) for arm, row in expected.values.items() for task in row):
+        if (arm, task) in ran or not expected.columns[task]:
+            continue
+        for model in models:
+            names = rows.get((model, arm), [arm])
+            found |= dict.fromkeys(itertools.product(names, [column_of_model(model, task)], seeds))
+    return found
 
 
 def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
-    """One row a run, with its measurements and its cost; a failed one with its error."""
+    """Returns one row a run, with its measurements and its cost; a failed one with its error.
+
+    Args:
+        runs: of all arms.
+        every_metric: show metrics that get no table of their own as well.
+    """
     rows = []
     places = list(dict.fromkeys((run.model, run.task) for run in runs))
     arms = list(dict.fromkeys(run.arm for run in runs))
@@ -235,7 +261,7 @@ def in_full(runs: Sequence[Run], *, every_metric: bool = False) -> pd.DataFrame:
 
 
 def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """The seconds of every phase over all runs, and those that stored evidence saved."""
+    """Returns the seconds of every phase over all runs, and those that stored evidence saved."""
     seconds: Counter[str] = Counter()
     for record in records:
         seconds.update(record.seconds)
@@ -250,13 +276,13 @@ def cost(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def _saved(records: Sequence[RunRecord]) -> tuple[int, float]:
-    """The number of measurements from the store, and the seconds that they once took, as far as these are known."""
+    """Returns the number of measurements from the store, and the seconds that they once took, as far as known."""
     taken = [one for record in records for one in record.measurements if one["reused"]]
     return len(taken), sum(one["seconds"] or 0.0 for one in taken)
 
 
 def loads(runs: Sequence[Run]) -> pd.DataFrame:
-    """The least and the most used expert of every run of a LoRA-MoE, as multiples of an even share, 1/E."""
+    """Returns the least and the most used expert of every run of a LoRA-MoE, as multiples of an even share, 1/E."""
     rows = []
     for run in runs:
         if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
@@ -277,7 +303,7 @@ class MeasuredProfile(NamedTuple):
 
 
 def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
-    """The distinct layer profiles by model, task and estimator; constant ones say nothing and are left out."""
+    """Returns the distinct layer profiles by model, task and estimator; constant ones say nothing and are left out."""
     found: dict[tuple, MeasuredProfile] = {}
     for record, model, task in zip(records, titles(records, "model"), titles(records, "task"), strict=True):
         scores = record.decision.scores if record.decision else None
@@ -297,7 +323,10 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
 
 
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """The rank correlation of every two layer profiles of one model, and of each with itself on other samples."""
+    """Returns the rank correlation of every two layer profiles of one model, and of each with itself.
+
+    A profile is correlated with itself on disjoint halves of its samples.
+    """
     found = profiles(records)
     kinds = [(content(one.record, "model"), one.scores.layers) for one in found.values()]
     alike = np.full((len(found), len(found)), np.nan)
@@ -318,13 +347,13 @@ def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def notes(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Each note and warning, and the number of runs that have it."""
+    """Returns each note and warning, and the number of runs that have it."""
     counted = Counter(note for record in records for note in dict.fromkeys(record.notes))
     return pd.DataFrame([{"note": note, "runs": number} for note, number in counted.items()])
 
 
 def versions(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """The version or versions of each package; the commit of layerif where it is known."""
+    """Returns the version or versions of each package; the commit of layerif where it is known."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for package, version in {**record.versions, "commit of layerif": record.git_sha or "unknown"}.items():

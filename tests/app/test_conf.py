@@ -29,7 +29,7 @@ OWN = {  # experiments of a user
     "mistyped": "# @package _global_\nprob:\n  num_train: 3\n",
     "wrong": "# @package _global_\nseed: four\n",
 }
-MANDATORY = {
+MANDATORY: dict[tuple[str, ...], list[str]] = {
     ("model", "local"): ["model.path=/somewhere"],
     ("model", "hub"): ["model.name=org/name"],
     ("estimator", "file"): ["estimator.path=scores.json"],
@@ -129,10 +129,13 @@ def test_what_json_cannot_hold_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "override", ["estimator.damping=1", "method.lora_alpha=16", "method.target_modules=[q_proj]", "fit.patience=2"]
+    ("key", "value"),
+    [("estimator.damping", 1), ("method.lora_alpha", 16), ("method.target_modules", ["q_proj"]), ("fit.patience", 2)],
 )
-def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(override):
-    check(composed(override))
+def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(key, value):
+    config = composed(f"{key}={value}")
+    check(config)
+    assert OmegaConf.select(config, key) == value
 
 
 @pytest.mark.parametrize(

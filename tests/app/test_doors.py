@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests.command import layerif_here
 
 
 @pytest.fixture(autouse=True)
-def stranger(tmp_path, monkeypatch) -> Path:
+def stranger(tmp_path, monkeypatch) -> Iterator[Path]:
     """A package of others whose import leaves a mark."""
     mark, package = tmp_path / "mark", tmp_path / "path" / "stranger"
     (package / "conf").mkdir(parents=True)

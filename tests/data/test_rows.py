@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ TALK = [
 ]
 
 
-def chatting(template):
+def chatting(template) -> Any:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template
     return tokenizer
@@ -39,12 +40,12 @@ def row(given, **options):
     return example_of(given, id="7", where="row 7", **options)
 
 
-def encoded(given, tokenizer=TOKENIZER, *, template="plain", max_length=None, loss_on=None, eos=False):
+def encoded(given, tokenizer: Any = TOKENIZER, *, template: Any = "plain", max_length=None, loss_on=None, eos=False):
     example = row(given)
     return encode([example], tokenizer, template=template, max_length=max_length, loss_on=loss_on, eos=eos)[0]
 
 
-def counted(sample, tokenizer=TOKENIZER):
+def counted(sample, tokenizer: Any = TOKENIZER):
     return tokenizer.decode([label for label in sample.labels if label != IGNORED], skip_special_tokens=True)
 
 
@@ -108,10 +109,11 @@ def test_a_batch_holds_the_labels_at_either_side_of_the_padding():
         encoded({"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}, None),
         encoded({"input_ids": [3, 4]}, None),
     ]
-    for side, rows in (
+    sides: Any = (
         ("right", [[-100, 6, -100, 8], [3, 4, -100, -100]]),
         ("left", [[-100, 6, -100, 8], [-100, -100, 3, 4]]),
-    ):
+    )
+    for side, rows in sides:
         assert collate(samples, 0, side)["labels"].tolist() == rows
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from layerif.data.render import Example
+from layerif.evaluate import harness
 from layerif.evaluate.evaluation import METRICS, Evaluation
 from layerif.evaluate.harness import ZERO_SHOT, _configs, check_tasks, harness_metrics, lm_eval
 from layerif.evaluate.options import option_accuracy
@@ -62,7 +63,8 @@ def known_tasks() -> Any:
 @pytest.fixture
 def with_known_tasks(monkeypatch, known_tasks):
     """Lets the metric find these tasks, and nothing that evaluates them."""
-    monkeypatch.setattr("layerif.evaluate.harness._package", lambda: (None, None, lambda **_: known_tasks))
+    monkeypatch.setattr("layerif.evaluate.harness._package", lambda: (None, None))
+    monkeypatch.setattr("layerif.evaluate.harness._all_tasks", lambda: known_tasks)
 
 
 @pytest.mark.usefixtures("with_known_tasks")
@@ -119,13 +121,12 @@ def test_tasks_of_lm_eval_on_rows_that_are_learned_are_refused(tasks, overrides,
 
 @pytest.mark.slow
 def test_every_task_of_lm_eval_stands_for_some_and_an_unknown_one_is_refused():
-    from lm_eval.tasks import TaskManager
-
-    known_tasks = TaskManager()
+    known_tasks = harness._all_tasks()
     assert set(ZERO_SHOT) < set(known_tasks.all_tasks)
     with pytest.raises(ValueError, match=r"'arc_easi', which lm-eval does not know \(did you mean 'arc_easy'"):
         check_tasks(["arc_easi"])
     assert all(any(True for _ in _configs(name, known_tasks.task_index)) for name in known_tasks.all_tasks)
+    assert harness._all_tasks() is harness._all_tasks()
 
 
 def test_a_missing_lm_eval_is_known_without_a_model_and_only_where_asked_for(monkeypatch):

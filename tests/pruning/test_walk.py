@@ -100,9 +100,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, family, killed_aft
     seen: list[str] = []
 
     class Counting(SparseGPT):
-        def prepare(self, statistic, num_samples, *, name):
+        def prepare(self, statistic, num_windows, *, name):
             seen.append(name)
-            return super().prepare(statistic, num_samples, name=name)
+            return super().prepare(statistic, num_windows, name=name)
 
     found = weights(walked(resumed, Counting(), tmp_path / "killed"))
     assert all(torch.equal(found[name], value) for name, value in whole.items())

@@ -148,7 +148,7 @@ def test_load_and_entropy_are_logged_while_training(whole):
     record = RunRecord.read(whole)
     assert record.decision is not None
     given = record.decision.allocation
-    experts = dict(zip(given.units, given.values, strict=True))
+    experts = dict(zip(given.units, map(int, given.values), strict=True))
     curves: Any = pd.DataFrame(WandbFile(whole).history)
     routed = [block for block in BLOCKS if experts[block] > 1]
     assert list(record.routing) == routed

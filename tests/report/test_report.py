@@ -434,7 +434,7 @@ def test_only_arms_that_differ_in_one_thing_are_compared():
     runs = []
     for budget in (8, 16):
         for name in ("uniform", "datainf"):
-            size = {"settings": {"allocator.budget": budget}, "decision": {"budget": budget}}
+            size: dict[str, Any] = {"settings": {"allocator.budget": budget}, "decision": {"budget": budget}}
             runs.append(record(name, [True] * 4, **size))
     pairs = comparisons(runs)
     assert len(pairs) == 4

@@ -55,3 +55,18 @@ class Method(Protocol):
             folder: the run's.
         """
         ...
+
+
+class SpendsNothing:
+    """The members of a method that spends no allocation and leaves no model: it has only work of its own to add."""
+
+    allocates: ClassVar[None] = None
+    evaluates: ClassVar[bool] = False
+    fine_tunes: ClassVar[bool] = False
+
+    def check(self, setup: Setup) -> None:
+        """Refuses nothing, because the decider has already checked everything."""
+
+    def preview(self, setup: Setup) -> dict[str, str]:
+        """Returns no line."""
+        return {}

@@ -11,7 +11,7 @@ from layerif.adapt.adapters import Adapter
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule, check_fits
 from layerif.adapt.train import check_training, train
-from layerif.app.methods._steps import evaluate, keeping
+from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
 
@@ -36,7 +36,7 @@ class FineTune:
         module, influence = self._module(setup), InfluenceCallback(setup.decider)
         if setup.evaluation.before:
             evaluate(module.base_model().to(setup.decider.device), setup, record, "before/")
-        with keeping(influence, record):
+        with recording(influence, record):
             model = fit(setup, module, influence, record, folder)
         evaluate(model, setup, record)
 

@@ -1,4 +1,4 @@
-"""Steps that several methods share: decide, keep the decision, evaluate."""
+"""Steps that several methods share: decide, record the decision, evaluate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def loader(setup: Setup) -> Callable[[], nn.Module]:
     return load
 
 
-def keep(decision: Decision, record: RunRecord) -> None:
+def record_decision(decision: Decision, record: RunRecord) -> None:
     """Puts a decision into the record, with its seconds, its measurements and its notes."""
     record.decision = decision.record()
     record.seconds |= decision.seconds
@@ -48,13 +48,13 @@ def keep(decision: Decision, record: RunRecord) -> None:
 
 
 @contextmanager
-def keeping(influence: InfluenceCallback, record: RunRecord) -> Iterator[None]:
+def recording(influence: InfluenceCallback, record: RunRecord) -> Iterator[None]:
     """Puts the decision that is made inside into the record, even if the work fails after it."""
     try:
         yield
     finally:
         if influence.decision is not None:
-            keep(influence.decision, record)
+            record_decision(influence.decision, record)
 
 
 def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = "") -> None:

@@ -11,7 +11,8 @@ from annotated_types import Ge
 
 from layerif.adapt.sizes import Capacity, adapted_shapes, too_large_rank
 from layerif.adapt.train import CHECKPOINTS
-from layerif.app.methods._steps import keep, loader
+from layerif.app.methods import SpendsNothing
+from layerif.app.methods._steps import loader, record_decision
 from layerif.app.setup import Setup
 from layerif.checks import Count, Positive, Share, check_fields, check_value
 from layerif.decide import Decider
@@ -20,10 +21,9 @@ from layerif.diagnose.leave_out import left_out_sets
 from layerif.diagnose.mislabel import flip
 from layerif.diagnose.report import Trials, report
 from layerif.diagnose.retrain import Recipe
-from layerif.diagnose.retrainings import write
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
-from layerif.files import claim_folder
+from layerif.files import claim_folder, write_text
 from layerif.models.blocks import layer_map
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
@@ -31,11 +31,11 @@ from layerif.record.record import RunRecord
 DIAGNOSIS = "diagnose.json"
 LEAST_ROWS = 4  # fewer rows leave nothing to rank
 
-Rows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
+NumRows = Annotated[int, Ge(LEAST_ROWS), "fewer rows rank nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose:
+class Diagnose(SpendsNothing):
     """Examines whether the scores can be trusted, without looking at evaluated rows.
 
     Attributes:
@@ -50,15 +50,12 @@ class Diagnose:
     """
 
     name: ClassVar[str] = "diagnose"
-    allocates: ClassVar[None] = None
-    evaluates: ClassVar[bool] = False
-    fine_tunes: ClassVar[bool] = False
 
     seeds: Count = 3
     subsets: Annotated[int, Ge(3)] = 40
     removed: Share = 0.5
-    num_train: Rows = 48
-    num_validation: Rows = 32
+    num_train: NumRows = 48
+    num_validation: NumRows = 32
     steps: Count = 18
     batch_size: Count = 8
     learning_rate: Positive = 1e-3
@@ -92,7 +89,7 @@ class Diagnose:
                     f"method.num_{part}={asked} is more than the {have} {part} rows of the task; "
                     f"use method.num_{part}<={have}"
                 )
-            check_value(f"probe.num_{part}", getattr(decider.probe, f"num_{part}"), Rows)
+            check_value(f"probe.num_{part}", getattr(decider.probe, f"num_{part}"), NumRows)
         self._check_rank(setup)
         left_out_sets(self.num_train, self._num_left_out, self.subsets, seed=decider.seed)
         flip(decider.chosen("train"), self.flipped, seed=decider.seed)
@@ -112,11 +109,11 @@ class Diagnose:
         model, work = loader(setup), folder / CHECKPOINTS
         if claim_folder(work, record.identity):
             record.notes.append("carried on from a run that did not finish; seconds count the rest alone")
-        keep(setup.decider(model), record)
+        record_decision(setup.decider(model), record)
         recipe = Recipe(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, r=self.r)
         found = report(setup.decider, self._trials, recipe, model, work, record.seconds)
-        write(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write(folder / "diagnose.md", text.report_markdown(found))
+        write_text(folder / DIAGNOSIS, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_text(folder / "diagnose.md", text.report_markdown(found))
         plots.plot(found, folder)
         record.metrics |= text.headline_metrics(found)
         print(text.report_summary(found))

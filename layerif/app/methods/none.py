@@ -6,29 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from layerif.app.methods._steps import evaluate, join_processes, keep, loader
+from layerif.app.methods import SpendsNothing
+from layerif.app.methods._steps import evaluate, join_processes, loader, record_decision
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoresOnly:
+class ScoresOnly(SpendsNothing):
     """Scores the layers and allocates; with `evaluation.before=true` it also evaluates the untouched model."""
 
     name: ClassVar[str] = "none"
-    allocates: ClassVar[None] = None
-    evaluates: ClassVar[bool] = False
-    fine_tunes: ClassVar[bool] = False
-
-    def check(self, setup: Setup) -> None:
-        """Refuses nothing, because the decider has already checked everything."""
-
-    def preview(self, setup: Setup) -> dict[str, str]:
-        return {}
 
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         join_processes(setup)
         load = loader(setup)
-        keep(setup.decider(load), record)
+        record_decision(setup.decider(load), record)
         if setup.evaluation.before:
             evaluate(load(), setup, record, "before/")

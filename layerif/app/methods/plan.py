@@ -7,25 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from layerif.app.methods import SpendsNothing
 from layerif.app.setup import Setup
 from layerif.probe.plan import estimate, show_plan
 from layerif.record.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(SpendsNothing):
     """Prints what the probe would cost under each strategy, and writes it to `plan.json`."""
 
     name: ClassVar[str] = "plan"
-    allocates: ClassVar[None] = None
-    evaluates: ClassVar[bool] = False
-    fine_tunes: ClassVar[bool] = False
-
-    def check(self, setup: Setup) -> None:
-        """Refuses nothing, because the decider has already checked everything."""
-
-    def preview(self, setup: Setup) -> dict[str, str]:
-        return {}
 
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         load, strategies = estimate(setup.decider)

@@ -19,7 +19,7 @@ from layerif.adapt.train import run_trainer
 from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
 from layerif.app.methods._finetune import check_fit, fit
-from layerif.app.methods._steps import evaluate, keeping
+from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
@@ -151,7 +151,7 @@ class Prune:
         if setup.evaluation.before:
             evaluate(module.base_model().to(device), setup, record, "before/")
         start = time.perf_counter()
-        with keeping(influence, record):
+        with recording(influence, record):
             run_trainer(setup.trainer([influence], folder, **_TRAINER), module)
         assert module.walk is not None
         assert module.allocation is not None
@@ -161,7 +161,7 @@ class Prune:
         if module.walk.num_replayed:
             record.notes.append(f"{module.walk.num_replayed} blocks were pruned by a run that did not finish")
         model = module.base_model()
-        _keep_sparsity(model, module, record, folder)
+        _record_sparsity(model, module, record, folder)
         if self.save:
             _save(model, setup, folder / "model")
         model.to(device)
@@ -211,7 +211,11 @@ class Prune:
 
     def _recover(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         """Fine-tunes the pruned model in `folder`/model on the task."""
-        where = {"path": str(folder / "model"), "dtype": setup.model.dtype, "attention": setup.model.attention}
+        where: dict[str, Any] = {
+            "path": str(folder / "model"),
+            "dtype": setup.model.dtype,
+            "attention": setup.model.attention,
+        }
         pruned = LocalModel(**where)
         one_each = _one_expert_each(setup.decider.layers().names) if self.recover == "lora" else None
         module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(LocalModel), **where}, one_each)
@@ -261,7 +265,7 @@ def _read_sparsities(file: str) -> Mapping[str, float]:
     return found
 
 
-def _keep_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:
+def _record_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, folder: Path) -> None:
     """Writes the share of zeros in every pruned matrix to `sparsity.csv` and to the record."""
     assert module.walk is not None
     assert record.decision is not None

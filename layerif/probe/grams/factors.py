@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, device_of
 from layerif.models.hooks import first_non_finite_block, hooked
 from layerif.models.loss import Loss, checked_loss, per_sample_loss
 
@@ -33,7 +33,7 @@ def capture_factors(
     params: Sequence[str],
     batch: Mapping[str, Tensor],
     names: Sequence[str],
-    keep: Callable[[Tensor, Side], Tensor] = lambda values, side: values,
+    project: Callable[[Tensor, Side], Tensor] = lambda values, side: values,
     *,
     in_step: bool = False,
     loss: Loss = per_sample_loss,
@@ -45,7 +45,7 @@ def capture_factors(
         params: the names of the matrices.
         batch: token ids, mask and labels.
         names: of the samples, for messages.
-        keep: turns masked values of a side (`in` or `out`) into the values that are kept. It is applied once to an
+        project: turns masked values of a side (`in` or `out`) into the values of the factor. It is applied once to an
             input that several matrices read.
         in_step: True where other processes run a batch at the same time and need this one to the end of its backward.
             An error then waits till the end, and no block is looked for.
@@ -55,9 +55,9 @@ def capture_factors(
         ValueError: names block and sample for a loss that is not finite, and a layer that did not run exactly once.
     """
     found: Factors = {}
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    hooks = _hooks(model, params, batch["attention_mask"].bool(), keep, found)
+    hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found)
     with hooked(hooks), torch.enable_grad():
         loss_B = checked_loss(loss, model, batch)
         is_finite = bool(loss_B.isfinite().all())
@@ -94,7 +94,7 @@ def inputs_read_together(model: nn.Module, params: Sequence[str]) -> dict[str, s
         return note
 
     with hooked([(_module(model, param), hook(param)) for param in params], before=True), torch.no_grad():
-        device = next(model.parameters()).device
+        device = device_of(model)
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     return {param: found.get(param, param) for param in params}
 
@@ -103,7 +103,7 @@ def _hooks(
     model: nn.Module,
     params: Sequence[str],
     mask_BT: Tensor,
-    keep: Callable[[Tensor, Side], Tensor],
+    project: Callable[[Tensor, Side], Tensor],
     found: Factors,
 ) -> list[tuple[nn.Module, Callable[..., None]]]:
     # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
@@ -113,7 +113,7 @@ def _hooks(
     def masked(values: Tensor, side: Side) -> Tensor:
         # Some families (OPT) flatten samples and tokens. Where, not a product: padded positions may hold NaN.
         values_BTF = values.detach().reshape(*mask_BT.shape, -1)
-        return keep(values_BTF.where(mask_BT[..., None], 0), side)
+        return project(values_BTF.where(mask_BT[..., None], 0), side)
 
     def forward_hook(param: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
@@ -124,7 +124,7 @@ def _hooks(
             if not output_BTO.requires_grad:  # the first matrix of the pass: the backward ends here
                 output_BTO.requires_grad_()
 
-            def keep_both(delta_BTO: Tensor) -> None:
+            def take_both(delta_BTO: Tensor) -> None:
                 if param in found:
                     raise ValueError(
                         f"{param} ran several times in one forward, and shared layers cannot be measured; choose "
@@ -132,7 +132,7 @@ def _hooks(
                     )
                 found[param] = input_BTI, masked(delta_BTO, "out")
 
-            output_BTO.register_hook(keep_both)
+            output_BTO.register_hook(take_both)
 
         return note
 

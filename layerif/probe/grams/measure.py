@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layerif.evidence import GRAM_TENSORS, LayerGrams, MatrixGram
 from layerif.files import Damaged, load_tensors, save_tensors
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import frozen
 from layerif.models.loss import Loss, per_sample_loss
 from layerif.models.memory import free_bytes
@@ -94,7 +94,7 @@ def measure(
         log.info("%d of %d matrices were measured before the interruption", len(grams), len(grams) + len(todo))
     if todo:
         load = workload(model, todo, train, validation, inputs_read_together(model, todo), projection, shards.size)
-        device = next(model.parameters()).device
+        device = device_of(model)
         memory, host = map(min, zip(*shards.share(budget(device, memory_gb, shards.size)), strict=True))
         chosen = passes(
             load, memory, form=form, offload=offload, tile_bytes=wanted_tile_bytes(device), host_memory=host
@@ -225,9 +225,11 @@ class _Measurement:
                 is_mine = position < len(missing)
                 number, indices, batch = missing[position] if is_mine else (-1, *self.batches[0])
                 try:
-                    keep = self.projection or _as_it_is
+                    project = self.projection or _as_it_is
                     names = [self.names[index] for index in indices]
-                    factors = capture_factors(self.model, params, batch, names, keep, in_step=in_step, loss=self.loss)
+                    factors = capture_factors(
+                        self.model, params, batch, names, project, in_step=in_step, loss=self.loss
+                    )
                 except ValueError as error:
                     if not in_step:
                         raise

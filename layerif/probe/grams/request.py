@@ -24,38 +24,37 @@ from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
-_WAIT = "another job has the lock"  # the first process tells the others so meanwhile
+# The first process asks the store, and tells the others meanwhile; at last it sends them the Grams, or None.
+_WAIT, _NOT_STORED = "another job has the lock", None
 
 
 @dataclass(frozen=True)
 class Grams(Request):
     """A request for the Grams of the samples' gradients. All processes measure them together."""
 
-    samples: ClassVar[tuple[Part, ...]] = ("train", "validation")
+    parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
     takes_loss: ClassVar[bool] = True
 
     def check(self, measurements: Measurements) -> None:
         measurements.check_adapter_of_lora()
 
     def take(self, measurements: Measurements, load: Load) -> tuple[LayerGrams, bool]:
-        probe, store = measurements.probe, measurements.store
+        probe, store, shards = measurements.probe, measurements.store, Shards.current()
         projection = [probe.projection, probe.projection_seed] if probe.projection else None
         description = measurements.description(probe=VERSIONS["probe"], projection=projection)
-        shards = Shards.current()
         if shards.rank > 0:
-            while (found := shards.share(None)[0]) == _WAIT:
-                pass
-            return found or (_measured(measurements, load, store.key(description)), False)
+            stored = _from_the_first(shards)
+            return (stored, True) if stored else (_measured(measurements, load, store.key(description)), False)
 
         def compute(key: str) -> LayerGrams:
-            shards.share(None)  # nothing is stored: all begin to measure
+            shards.share(_NOT_STORED)  # all begin to measure
             return _measured(measurements, load, key)
 
         # Another job may hold the lock for longer than the other processes would wait without a message.
         store = replace(store, while_waiting=lambda: shards.share(_WAIT))
         grams, reused = store.kept(GRAMS, description, compute, about=measurements.about())
         if reused:
-            shards.share((grams, reused))
+            shards.share(grams)
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
 
@@ -85,8 +84,15 @@ class Grams(Request):
             raise NotCompared(
                 "a second model, in float32, does not fit the memory; probe.fidelity_samples=0 does not try"
             ) from error
-        rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.samples]
+        rows = [torch.tensor([measurements.rows(part).index(row) for row in exact.rows(part)]) for part in self.parts]
         return evidence.select(*rows), reference
+
+
+def _from_the_first(shards: Shards) -> LayerGrams | None:
+    """Waits for the Grams that the first process finds in the store; None where all processes are to measure them."""
+    while (told := shards.share(None)[0]) == _WAIT:
+        pass
+    return told
 
 
 def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
@@ -107,7 +113,7 @@ def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
         partial=measurements.store.partial(key),
         fingerprint=key,
         loss=measurements.loss or per_sample_loss,
-        names=[f"{part} row {row.id}" for part in Grams.samples for row in measurements.chosen(part)],
+        names=[f"{part} row {row.id}" for part in Grams.parts for row in measurements.chosen(part)],
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from layerif.files import Damaged, load_tensors, save_tensors
+from layerif.files import is_intact, save_tensors
 from layerif.probe.grams.factors import SIDES, Factors, Side
 
 
@@ -81,14 +80,7 @@ class OnDisk:
         tensors = [batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")]
         name = hashlib.sha256(json.dumps([list(params), *tensors]).encode()).hexdigest()[:32]
         file = self._files[number] = self.folder / f"tile-{name}.safetensors"
-        if not file.exists():
-            return False
-        try:
-            load_tensors(file)
-        except Damaged as error:
-            warnings.warn(f"{file} is damaged and its batch runs again: {error}", stacklevel=3)
-            return False
-        return True
+        return is_intact(file, "its batch runs again")
 
     def add(self, number: int, factors: Factors) -> None:
         tensors: dict[str, Tensor] = {}

@@ -28,7 +28,7 @@ from layerif.pruning import walk
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.magnitude import Magnitude
 from layerif.pruning.module import PruneModule
-from layerif.pruning.semi_structured import is_two_four, speed_of_two_four, to_semi_structured
+from layerif.pruning.semi_structured import is_two_four, speed_of_two_four
 from layerif.pruning.targets import matrices
 from layerif.record.record import RunRecord
 from tests.command import layerif_here, run_layerif
@@ -264,7 +264,10 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
         ),
         (["method.recover=lora", "fit.patience=-1"], r"fit\.patience=-1 is not allowed"),
         (["method.recover=lora_moe", "data.batch_size=0"], r"data\.batch_size=0 is not allowed"),
-        (["method.recover=lora_moe", "data.max_length=1"], "max_length=1 leaves no token"),
+        (
+            ["method.recover=lora_moe", "data.max_length=1"],
+            r"data\.max_length=1 is not allowed",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(setup, overrides, message):
@@ -296,22 +299,16 @@ def test_two_four_is_recognised_and_its_format_asks_for_a_gpu():
     assert is_two_four(weight)
     assert not is_two_four(weight + 1)
     assert not is_two_four(weight[:, :6])
-    linear = torch.nn.Linear(8, 8)
-    for refused in (to_semi_structured, lambda found: speed_of_two_four(found, 4)):
-        with pytest.raises(ValueError, match=r"needs a CUDA device .* neither time nor memory"):
-            refused({"q_proj": linear})
+    with pytest.raises(ValueError, match=r"needs a CUDA device .* neither time nor memory"):
+        speed_of_two_four({"q_proj": torch.nn.Linear(8, 8)}, 4)
 
 
 @pytest.mark.gpu
-def test_two_four_products_are_those_of_the_dense_matrix():
+def test_two_four_products_are_timed_on_a_gpu():
     linear = torch.nn.Linear(256, 256, bias=False, device="cuda", dtype=torch.float16)
     with torch.no_grad():
         linear.weight.copy_(Magnitude(n=2, m=4)(linear.weight, None, None, 2))
-    inputs = torch.randn(64, 256, device="cuda", dtype=torch.float16)
-    expected = linear(inputs)
     assert speed_of_two_four({"x": linear}, 64) > 0
-    to_semi_structured({"x": linear})
-    torch.testing.assert_close(linear(inputs), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_mean_of_the_seven_tasks_names_what_it_is_of():

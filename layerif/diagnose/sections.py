@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -22,7 +20,7 @@ from layerif.diagnose.retrainings import Retrainings
 from layerif.diagnose.solver import Solved, solver_residuals
 from layerif.diagnose.stability import damping_profiles, halves, profile_correlations, stepped_up
 from layerif.estimators._base import DampedEstimator, GramEstimator
-from layerif.estimators._reliability import bootstrap_scores, rank_intervals
+from layerif.estimators._reliability import bootstrap_scores, rank_intervals, unwarned
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.stats import known_mean, percentile
@@ -39,7 +37,7 @@ def instrument() -> dict[str, Any]:
 
 def solver(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
     """Summarises how well the damped estimators solve their systems, and keeps the figures of every matrix."""
-    with quiet():
+    with unwarned():
         found = {
             name: solver_residuals(estimator, grams)
             for name, estimator in estimators.items()
@@ -65,7 +63,7 @@ def _summary(matrices: list[Solved]) -> dict[str, Any]:
 
 def agreements(estimators: Panel, grams: LayerGrams) -> dict[str, Any]:
     """Compares the layer rankings of all estimators."""
-    with quiet():
+    with unwarned():
         names, matrix = agreement(estimators, grams)
     return {"names": names, "spearman": matrix}
 
@@ -82,7 +80,7 @@ def stability(
         resamples: bootstrap draws behind the layers' ranks.
         seed: the seed of the draws and of the splits into halves.
     """
-    with quiet():
+    with unwarned():
         scores = own.score(grams).values
         by_seed = {f"seed {number}": own.score(found).values for number, found in at_adapters.items()}
     draws_BL = bootstrap_scores(own, grams, resamples=resamples, seed=seed)
@@ -118,7 +116,7 @@ def mislabel(
         examples, is_flipped_N = flip(chosen, share, seed=decider.seed + trial)
         grams, _ = Grams().take(replace(decider, splits=replace(decider.splits, train=tuple(examples))), model)
         is_flipped.append(is_flipped_N)
-        with quiet():
+        with unwarned():
             for name, estimator in estimators.items():
                 influences[name].append(_array(total_influence(estimator, grams)))
             for layer, influence_MN in layer_influences(next(iter(estimators.values())), grams).items():
@@ -160,7 +158,7 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
     actual_SM = actual_ESM.mean(axis=0)
     adapters = list(retrainings.grams().values())
     left_out_SN = membership(retrainings.sets, num_train)
-    with quiet():
+    with unwarned():
         predicted = {
             name: np.stack([predicted_change(total_influence(estimator, each), left_out_SN) for each in adapters])
             for name, estimator in estimators.items()
@@ -196,11 +194,3 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
 
 def _array(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the warnings of estimators, which were given with the scores and which the report gives as figures."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
