@@ -24,7 +24,7 @@ from layerif.estimators.file import SavedScores
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.models.pretrained import LocalModel
-from layerif.probe.store import Kind, Store
+from layerif.probe.store import MeasurementKind, Store
 from layerif.report import report
 from layerif.scores import LayerScores
 from tests.command import Done, layerif_here
@@ -307,7 +307,7 @@ def kept(says: str, path: str) -> Bad:
     def give(place: Place) -> object:
         (place.folder / "empty").touch()
         here = Store(path.replace("{folder}", str(place.folder)))
-        return here.kept(Kind("grams", "passes"), {}, lambda key: pytest.fail("it was measured"))
+        return here.kept(MeasurementKind("grams", "passes"), {}, lambda key: pytest.fail("it was measured"))
 
     return Bad(f"store={path[:60]}", says, give)
 

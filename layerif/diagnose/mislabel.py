@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from layerif.data.render import Example
-from layerif.data.rows import AnyExample, CompletionExample
+from layerif.data.rows import AnyExample, CompletionExample, wrong_options
 from layerif.stats import INTERVAL_RESAMPLES, known_mean
 
 

@@ -87,7 +87,8 @@ class Pretrained(ABC):
             ValueError: the model cannot be built or is quantised, its vocabulary lacks ids of the tokenizer, or the
                 adapter is of another model.
         """
-        _check_vocabulary(self.location()[0], self.tokenizer(), self.num_embeddings())
+        num_embeddings = self.num_embeddings()  # first, because a tokenizer reads the configuration, too
+        _check_vocabulary(self.location()[0], self.tokenizer(), num_embeddings)
         if self.adapter:
             refuse_other_adapter(self, Path(self.adapter))
 

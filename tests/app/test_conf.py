@@ -103,7 +103,7 @@ def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experi
         ("fit.patience=2.5", r"fit.patience=2\.5 is not allowed; allowed: a whole number, null"),
         ("method.target_modules=q_proj", "method.target_modules='q_proj' is not allowed; allowed: a list, null"),
         ("seed=-1", "seed=-1 is not allowed; allowed: a whole number of at least 0 and below 4294967296"),
-        ("score_task=currency", r"score_task=currency stands where .* say \+task@score_task=currency"),
+        ("score_task=currency", r"score_task='currency' stands where .* say \+task@score_task=currency"),
         ("evaluation=null", "evaluation=None is not allowed; allowed: settings with a _target_"),
         ("~model.cache", r"model has no 'cache', which .*EmbeddedModel needs; give it with \+model.cache=…"),
         ("+foo=1", "'foo' is not a key of the configuration; allowed at the top: model, task"),

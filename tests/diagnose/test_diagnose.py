@@ -146,7 +146,7 @@ def test_flipping_changes_the_answers_of_the_flagged_rows_alone(examples):
 
 def test_nothing_to_flip_to_and_nothing_left_are_refused(examples):
     alone = [replace(example, options=example.options[:1], labels=example.labels[:1], answer=0) for example in examples]
-    with pytest.raises(ValueError, match=f"example {examples[0].id} has no other option"):
+    with pytest.raises(ValueError, match=f"example {examples[0].id} has no other answer"):
         flip(alone, 0.1, seed=0)
     with pytest.raises(ValueError, match="leaves no right answer"):
         flip(examples, 0.99, seed=0)
