@@ -13,7 +13,7 @@ help:
 	@echo "make demo      score two tasks, allocate experts, fine-tune, compare (about 10 minutes on two cores)"
 	@echo "make test      import contract, ruff, tests"
 	@echo "make test-all  the same with the slow tests: launchers, processes, the wheel"
-	@echo "make soak      100 runs killed at random points and given again"
+	@echo "make soak      100 kills at random points, and more than 300 bad inputs"
 	@echo "make docs      build the manual in docs/_build/html; a warning is an error"
 	@echo "make test-docs build the manual, and run its code and the commands that it marks"
 	@echo "make test-gpu  the tests that need a CUDA device"

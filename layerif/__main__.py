@@ -1,6 +1,6 @@
 """`python -m layerif`: the same as the command `layerif`."""
 
-from layerif.app.main import main
+from layerif.app.commands import layerif
 
 if __name__ == "__main__":
-    main()
+    layerif()

@@ -217,7 +217,7 @@ YAMLS = [
         (r"_target_", "estimator: {_target_: 5}"),
         (r"_target_", "estimator: {_target_: ''}"),
         (r"_target_", "estimator: {_target_: null}"),
-        (r"probe", "probe: [1]"),
+        (r"experiment/mine", "probe: [1]"),
         (r"probe=None is not allowed", "probe: null"),
         (r"probe", "probe: 5"),
         (r"seed", "seed: .nan"),

@@ -304,8 +304,11 @@ MARKED = [(page, text) for page, marked, kind, text in BLOCKS if marked and kind
 def test_every_script_runs_on_a_tiny_model(number, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(SCRIPTS[number].replace('"model=smollm2"', f'"model=local", "model.path={model_folder}"'), names)
-    if "adapted" in names:
+    notes = [f"note {index} says that {index * index % 97} birds and {index} cats live here" for index in range(120)]
+    (tmp_path / "notes.txt").write_text("\n\n".join(notes))
+    script = SCRIPTS[number].replace('"model=smollm2"', f'"model=local", "model.path={model_folder}"')
+    exec(script.replace("/models/mine", str(model_folder)), names)
+    if "decision" in names:
         decision = names["decision"]
         assert sum(decision.allocation.values) == 150
         assert names["adapted"].peft_config["default"].num_experts == decision.allocation.by_name()
@@ -333,6 +336,10 @@ def tiny(command: str) -> list[str]:
         return words
     given = {word.partition("=")[0] for word in words if "=" in word}
     settings = TINY | (FOR_PRUNING if "method=prune" in words else {})
+    # The tiny model has a tenth of the blocks.
+    words = [
+        f"allocator.budget={int(word[17:]) // 10}" if word.startswith("allocator.budget=") else word for word in words
+    ]
     return [*words, *(f"{key}={value}" for key, value in settings.items() if key not in given)]
 
 
