@@ -94,9 +94,10 @@ def _left(outputs: Path) -> Iterator[Path]:
             yield file
 
 
-SPLITS = Splits(
-    *[tuple(Example(f"{part}{n}", f"Which {part} {n}?", ("a", "b"), ("a", "b"), 0) for n in range(2)) for part in "xyz"]
+TRAIN, VALIDATION, TEST = (
+    tuple(Example(f"{part}{n}", f"Which {part} {n}?", ("a", "b"), ("a", "b"), 0) for n in range(2)) for part in "xyz"
 )
+SPLITS = Splits(train=TRAIN, validation=VALIDATION, test=TEST)
 ROOTS = ("probe", "fit", "evaluation", "data")
 GROUPS = ("model", "task", "estimator", "allocator", "method", "pruner", "trainer")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((conf_folder() / group).glob("*.yaml"))]

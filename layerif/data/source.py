@@ -179,7 +179,7 @@ class HubDataset:
                 f"with files such as {split}.jsonl that hold a JSON object with the dataset's columns per line"
             ) from error
         # Arrow rows leave images undecoded: a text-only task needs no image library.
-        tables = dataset.with_format("arrow").iter(batch_size=1000)
+        tables: Any = dataset.with_format("arrow").iter(batch_size=1000)
         rows = (fields for table in tables for fields in table.to_pylist())
         for index, fields in enumerate(islice(rows, self.num_rows)):
             yield Row(f"{self} {split} row {index}", fields)

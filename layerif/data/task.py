@@ -15,7 +15,7 @@ from typing import Annotated, Generic, Protocol, TypeVar
 from annotated_types import Ge
 
 from layerif.checks import Seed, check_fields
-from layerif.data.render import RenderedRow, Renderer, Template, answer_parser
+from layerif.data.render import Example, RenderedRow, Renderer, Template, answer_parser
 from layerif.data.rows import AnyExample, RowKind, example_of
 from layerif.data.source import Folder, Row, Source, column_of
 
@@ -60,7 +60,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyTask(ABC):
+class AnyTask(ABC, Generic[_E]):
     """The settings that every task has: where its rows come from, and how they are split.
 
     Args:
@@ -119,7 +119,7 @@ class AnyTask(ABC):
     def reader(self) -> Reader:
         """Makes what turns a row into an example."""
 
-    def load(self) -> Splits[AnyExample]:
+    def load(self) -> Splits[_E]:
         """Reads, renders and checks all three parts.
 
         A process reads the rows of files once, as long as the files stay the same, and those of the hub every time.
@@ -143,7 +143,7 @@ class AnyTask(ABC):
             )
         return source
 
-    def _load(self) -> Splits[AnyExample]:
+    def _load(self) -> Splits[_E]:
         test = self._read("test")
         train, num_dropped = self._apart("train", self._read("train"), "test", test)
         if self.splits["validation"] is None:
@@ -240,7 +240,7 @@ class AnyTask(ABC):
         """Words the setting that leaves rows out, for a message."""
         return "; name another split in task.splits"
 
-    def _choose(self, part: str, rows: list[RenderedRow]) -> tuple[AnyExample, ...]:
+    def _choose(self, part: str, rows: list[RenderedRow]) -> tuple[_E, ...]:
         limit = getattr(self, f"num_{part}")
         if limit is None or limit >= len(rows):
             return tuple(row.example for row in rows)
@@ -251,7 +251,7 @@ class AnyTask(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(AnyTask):
+class Task(AnyTask[Example]):
     """The settings that turn rows into questions with options.
 
     Two rows ask the same if their instructions are equal but for case, blanks and the order of `options`. Other
@@ -289,7 +289,7 @@ class Task(AnyTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowTask(AnyTask):
+class RowTask(AnyTask[AnyExample]):
     """The settings of a task whose rows have no options, see `layerif.data.rows`.
 
     Args:
@@ -323,5 +323,5 @@ class RowTask(AnyTask):
 
 
 @lru_cache(maxsize=4)
-def _load_once(task: AnyTask, files: tuple[tuple[str, int, int], ...]) -> Splits[AnyExample]:
+def _load_once(task: AnyTask[_E], files: tuple[tuple[str, int, int], ...]) -> Splits[_E]:
     return task._load()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -16,6 +17,8 @@ from sklearn.metrics import roc_auc_score
 from layerif.data.render import Example
 from layerif.data.rows import AnyExample, CompletionExample, wrong_options
 from layerif.stats import INTERVAL_RESAMPLES, known_mean
+
+_E = TypeVar("_E", bound=AnyExample)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Detection:
     auc: float
 
 
-def flip(examples: Sequence[AnyExample], share: float, *, seed: int) -> tuple[list[AnyExample], np.ndarray]:
+def flip(examples: Sequence[_E], share: float, *, seed: int) -> tuple[list[_E], np.ndarray]:
     """Gives round(share·N) of the examples, but at least one, a wrong answer.
 
     It is another of their options, or the completion of another row.
@@ -64,7 +67,7 @@ def flip(examples: Sequence[AnyExample], share: float, *, seed: int) -> tuple[li
     return flipped, is_flipped_N
 
 
-def _wrong(example: AnyExample, examples: Sequence[AnyExample]) -> list[AnyExample]:
+def _wrong(example: _E, examples: Sequence[_E]) -> list[_E]:
     """Gives the example with each of its wrong answers; nothing where the kind of row has no answer."""
     if isinstance(example, Example):
         return [replace(example, answer=index) for index in wrong_options(example)]

@@ -47,7 +47,7 @@ def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measu
         questions.tokenizer,
         questions.examples,
         template=questions.task.template,
-        pattern=questions.task.pattern,
+        pattern=questions.task.pattern or "",  # `check` refused null
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
     )

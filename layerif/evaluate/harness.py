@@ -17,8 +17,8 @@ from layerif.checks import did_you_mean
 from layerif.data.batches import output_text, prompt_text
 from layerif.data.render import Example, Template
 from layerif.data.source import HubDataset
-from layerif.data.task import Task
-from layerif.evaluate.questions import Measured, QuestionSet, questions_of
+from layerif.data.task import AnyTask
+from layerif.evaluate.questions import Measured, QuestionSet, questions_of, with_options
 from layerif.models.blocks import context_length
 from layerif.models.contexts import evaluating
 
@@ -42,7 +42,7 @@ def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measu
     found = lm_eval(
         model,
         questions.tokenizer,
-        questions.examples,
+        with_options(questions.examples),
         name=questions.task.name,
         template=questions.task.template,
         tasks=settings.lm_eval_tasks,
@@ -133,7 +133,7 @@ def zero_shot_means(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def check_tasks(tasks: Sequence[str], learned: Sequence[Task] = ()) -> None:
+def check_tasks(tasks: Sequence[str], learned: Sequence[AnyTask] = ()) -> None:
     """Refuses tasks that lm-eval does not know, or evaluates on rows that are learned or scored from.
 
     Splits are compared by the names that lm-eval's YAML and `source` give them, and nothing is fetched. Rows that two
@@ -208,7 +208,7 @@ def _configs(wanted: str | Mapping[str, Any], index: Mapping[str, Any]) -> Itera
             yield from _configs(member, index)
 
 
-def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[Task]) -> None:
+def _refuse_learned(name: str, config: Mapping[str, Any], learned: Sequence[AnyTask]) -> None:
     evaluated = config.get("test_split") or config.get("validation_split")
     for task in learned:
         if not (evaluated and isinstance(task.source, HubDataset) and _is_from(task.source, config)):

@@ -55,7 +55,7 @@ def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measu
         rows = [RowLoss(-one.log_likelihoods[one.answer], one.num_tokens[one.answer]) for one in answers]
         margins = [one.margin for one in answers]
         asked = questions_of(questions.examples, questions.tokenizer, questions.task.template, context_length(model))
-        counted = [one.options[example.answer] for one, example in zip(asked, questions.examples, strict=True)]
+        counted = [one.options[answer.answer] for one, answer in zip(asked, answers, strict=True)]
     else:
         encodings = encoded_rows(questions, context_length(model))
         rows = row_losses(model, encodings, padding_id(questions.tokenizer), batch_size=settings.batch_size)

@@ -16,7 +16,7 @@ from torch import nn
 
 from layerif.data.batches import Encoded, collate, padding_id
 from layerif.data.render import Example, Template
-from layerif.evaluate.questions import Measured, Question, QuestionSet, questions_of
+from layerif.evaluate.questions import Measured, Question, QuestionSet, questions_of, with_options
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
 from layerif.models.loss import positions_of
@@ -47,7 +47,7 @@ def asked_once(settings: Evaluation, questions: QuestionSet, model: nn.Module) -
         questions.shared[model] = option_accuracy(
             model,
             questions.tokenizer,
-            questions.examples,
+            with_options(questions.examples),
             template=questions.task.template,
             batch_size=settings.batch_size,
         )

@@ -92,7 +92,7 @@ def questions_of(
             options become the same tokens, or a prompt is empty.
     """
     require_some(examples)
-    return [_question(example, tokenizer, template, max_positions) for example in examples]
+    return [_question(example, tokenizer, template, max_positions) for example in with_options(examples)]
 
 
 def prompts_of(
@@ -109,13 +109,7 @@ def prompts_of(
     """
     require_some(examples)
     at_most = None if max_positions is None else max(0, max_positions - max_new_tokens)
-    for example in examples:
-        if not isinstance(example, Example | CompletionExample):
-            raise ValueError(
-                f"row {example.id} holds no prompt to answer; generation needs options, or prompt and completion; use "
-                "evaluation.metrics=[loss]"
-            )
-    texts = [prompt_text(example, template, tokenizer) for example in examples]
+    texts = [prompt_text(_asked(example), template, tokenizer) for example in examples]
     prompts = token_ids(tokenizer, texts, at_most, special=template != "chat")
     for example, prompt in zip(examples, prompts, strict=True):
         check_length(len(prompt) + max_new_tokens, max_positions, example)
@@ -127,17 +121,38 @@ def has_options(examples: Sequence[AnyExample]) -> bool:
     return any(isinstance(example, Example) and len(example.options) > 1 for example in examples)
 
 
+def with_options(examples: Sequence[AnyExample]) -> list[Example]:
+    """Gives the examples as questions.
+
+    Raises:
+        ValueError: one has no options.
+    """
+    found = []
+    for example in examples:
+        if not isinstance(example, Example):
+            raise ValueError(f"row {example.id} has no options to choose from; use evaluation.metrics=[loss]")
+        found.append(example)
+    return found
+
+
 def require_some(examples: Sequence[AnyExample]) -> None:
     """Refuses an empty list of examples with a ValueError."""
     if not examples:
         raise ValueError("there is no question to evaluate; give at least one example")
 
 
+def _asked(example: AnyExample) -> Example | CompletionExample:
+    if not isinstance(example, Example | CompletionExample):
+        raise ValueError(
+            f"row {example.id} holds no prompt to answer; generation needs options, or prompt and completion; use "
+            "evaluation.metrics=[loss]"
+        )
+    return example
+
+
 def _question(
-    example: AnyExample, tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: Template, max_positions: int | None
 ) -> Question:
-    if not isinstance(example, Example):
-        raise ValueError(f"row {example.id} has no options to choose from; use evaluation.metrics=[loss]")
     if len(example.options) < 2:
         raise ValueError(
             f"question {example.id} has one option, {example.output!r:.80}, so any model would be right; give each row "

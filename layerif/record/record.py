@@ -268,7 +268,9 @@ def _check_finite(node: Any, where: str = "") -> None:
 
 def _check_metrics(job: Job) -> None:
     """Refuses a metric that the report could not average or draw: an accuracy is a fraction, a perplexity positive."""
-    for name, value in () if isinstance(job, Failure) else job.metrics.items():
+    if isinstance(job, Failure):
+        return
+    for name, value in job.metrics.items():
         last = name.rpartition("/")[2]
         is_share, is_perplexity = (word in last for word in ("accuracy", "perplexity"))
         is_averaged = is_share or is_perplexity or last in LOSSES or name.startswith("lm_eval/")
