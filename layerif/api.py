@@ -129,14 +129,19 @@ def score(
         _check_ids(scorer, part)
     with displayed("bar" if progress else "none"):
         scored, evidence = scorer.scored()
-    return Profile.of(
-        scored,
-        evidence,
-        chosen,
-        loaded.layers(),
-        linears_of_blocks(bare(model)),
+    assert scored.scores is not None
+    return Profile(
+        scores=scored.scores,
+        layers=loaded.layers(),
+        reliability=scored.reliability,
+        num_samples=scored.num_samples,
+        num_truncated=scored.num_truncated,
         max_length=max_length,
+        notes=scored.notes,
+        target_modules=tuple(linears_of_blocks(bare(model))),
         seed=seed,
+        estimator=chosen,
+        evidence=evidence,
     )
 
 

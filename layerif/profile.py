@@ -9,13 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerif.adapt.adapters import lora_of_ranks
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.allocate.sparsity import Sparsity
 from layerif.checks import require
-from layerif.decide import Scored
 from layerif.estimators import Estimator
 from layerif.estimators._base import GramEstimator
 from layerif.estimators._reliability import bootstrap_scores, rank_intervals, ranks
@@ -23,6 +21,7 @@ from layerif.evidence import LayerGrams
 from layerif.files import whole
 from layerif.layers import LayerMap
 from layerif.moe import LoraMoeConfig
+from layerif.moe.lora import lora_of_ranks
 from layerif.scores import LayerScores
 from layerif.stats import Estimate
 
@@ -49,6 +48,8 @@ class Profile:
         max_length: in tokens.
         notes: remarks on the samples and the measurement.
         target_modules: the names of the linear layers of the blocks, as PEFT takes them.
+        estimator: made the scores.
+        evidence: what it scored.
         seed: of the bootstrap.
     """
 
@@ -61,36 +62,8 @@ class Profile:
     notes: tuple[str, ...]
     target_modules: tuple[str, ...]
     seed: int = 0
-    _estimator: Estimator = field(repr=False)
-    _evidence: Any = field(repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        scored: Scored,
-        evidence: Any,
-        estimator: Estimator,
-        layers: LayerMap,
-        target_modules: Sequence[str],
-        *,
-        max_length: int,
-        seed: int,
-    ) -> Profile:
-        """Makes the profile of scores and the evidence behind them."""
-        assert scored.scores is not None
-        return cls(
-            scores=scored.scores,
-            layers=layers,
-            reliability=scored.reliability,
-            num_samples=scored.num_samples,
-            num_truncated=scored.num_truncated,
-            max_length=max_length,
-            notes=scored.notes,
-            target_modules=tuple(target_modules),
-            seed=seed,
-            _estimator=estimator,
-            _evidence=evidence,
-        )
+    estimator: Estimator = field(repr=False)
+    evidence: Any = field(repr=False)
 
     @cached_property
     def rank_intervals(self) -> list[Estimate] | None:
@@ -98,11 +71,11 @@ class Profile:
 
         None where the evidence does not keep the samples apart.
         """
-        if not isinstance(self._evidence, LayerGrams) or not isinstance(self._estimator, GramEstimator):
+        if not isinstance(self.evidence, LayerGrams) or not isinstance(self.estimator, GramEstimator):
             return None
         if min(self.num_samples) < 2:
             return None
-        draws_BL = bootstrap_scores(self._estimator, self._evidence, resamples=_DRAWS, seed=self.seed)
+        draws_BL = bootstrap_scores(self.estimator, self.evidence, resamples=_DRAWS, seed=self.seed)
         return rank_intervals(self.scores.values, draws_BL)
 
     def table(self) -> list[dict[str, Any]]:

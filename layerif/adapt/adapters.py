@@ -6,7 +6,6 @@ into an adapter of PEFT.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from layerif.allocate.rank import to_rank
 from layerif.checks import Count, NonNegative, Positive, Seed, Whole, check_fields, did_you_mean
 from layerif.models.blocks import blocks
 from layerif.moe import LoraMoeConfig, balance_loss
+from layerif.moe.lora import lora_of_ranks
 from layerif.moe.model import linears_of_blocks
 from layerif.scores import AllocationKind
 
@@ -222,31 +222,6 @@ def plain_lora(
         )
     targets = list(target_modules) if target_modules else linears_of_blocks(base)
     return lora_of_ranks(ranks, targets, scaling=scaling, lora_dropout=lora_dropout)
-
-
-def lora_of_ranks(
-    ranks: Mapping[str, int], target_modules: Sequence[str], *, scaling: float, lora_dropout: float
-) -> LoraConfig:
-    """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
-
-    The keys of the patterns are regular expressions of module names: PEFT finds no module by the name of a block.
-
-    Args:
-        ranks: by block name.
-        target_modules: names of linear layers.
-        scaling: α/r of every block.
-        lora_dropout: dropout on the adapter's input.
-    """
-    pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
-    return LoraConfig(
-        r=max(pattern.values()),
-        lora_alpha=scaling * max(pattern.values()),  # type: ignore[arg-type] - PEFT divides, any number will do
-        rank_pattern=pattern,
-        alpha_pattern={block: scaling * rank for block, rank in pattern.items()},
-        lora_dropout=lora_dropout,
-        target_modules=list(target_modules),
-        task_type="CAUSAL_LM",
-    )
 
 
 def equal_ranks(

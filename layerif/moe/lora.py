@@ -1,0 +1,33 @@
+"""PEFT's own LoRA, with a rank for each block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from peft import LoraConfig
+
+
+def lora_of_ranks(
+    ranks: Mapping[str, int], target_modules: Sequence[str], *, scaling: float, lora_dropout: float
+) -> LoraConfig:
+    """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
+
+    The keys of the patterns are regular expressions of module names: PEFT finds no module by the name of a block.
+
+    Args:
+        ranks: by block name.
+        target_modules: names of linear layers.
+        scaling: α/r of every block.
+        lora_dropout: dropout on the adapter's input.
+    """
+    pattern = {rf"{re.escape(block)}\..*": int(rank) for block, rank in ranks.items()}
+    return LoraConfig(
+        r=max(pattern.values()),
+        lora_alpha=scaling * max(pattern.values()),  # type: ignore[arg-type] - PEFT divides, any number will do
+        rank_pattern=pattern,
+        alpha_pattern={block: scaling * rank for block, rank in pattern.items()},
+        lora_dropout=lora_dropout,
+        target_modules=list(target_modules),
+        task_type="CAUSAL_LM",
+    )
