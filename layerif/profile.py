@@ -23,15 +23,13 @@ from layerif.layers import LayerMap
 from layerif.moe import LoraMoeConfig
 from layerif.moe.lora import lora_of_ranks
 from layerif.scores import LayerScores
-from layerif.stats import Estimate
+from layerif.stats import Estimate, doubts
 
 if TYPE_CHECKING:
     import pandas as pd
     from peft import LoraConfig
 
 _DRAWS = 200
-_RELIABLE = 0.5  # below it, two halves of the samples order the layers too differently to spend by
-_FEW = (64, 32)  # train and validation samples
 _COLOUR = "#0072b2"
 
 
@@ -199,18 +197,7 @@ class Profile:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Says why the scores should not be trusted much; empty where nothing is known against them."""
-        found = []
-        if self.reliability is not None and self.reliability < _RELIABLE:
-            found.append(
-                f"the reliability is {self.reliability:.2f}: two halves of the samples order the layers differently, "
-                "so an allocation by these scores is mostly noise; give more rows"
-            )
-        if any(0 < num < few for num, few in zip(self.num_samples, _FEW, strict=True)):
-            found.append(
-                f"{self.num_samples[0]} + {self.num_samples[1]} samples are few: an allocation looks surer than it is; "
-                f"give at least {_FEW[0]} + {_FEW[1]}"
-            )
-        return tuple(found)
+        return tuple(doubts(self.reliability, self.num_samples))
 
     def __str__(self) -> str:
         rows = self.table()

@@ -558,3 +558,28 @@ def _beyond_range(range_P: np.ndarray, num_arms: int, df: int) -> np.ndarray:
         domain=[0, np.log1p(end)],
     )
     return np.where(range_P > end, 0.0, np.clip(curve(np.log1p(range_P)), 0, 1))
+
+
+RELIABLE = 0.5  # below it, two halves of the samples order the layers too differently to spend by
+ENOUGH = (64, 32)  # train and validation samples
+
+
+def doubts(reliability: float | None, num_samples: Sequence[int]) -> list[str]:
+    """Says why an allocation by scores should not be trusted much; empty where nothing is known against it.
+
+    Args:
+        reliability: the rank correlation of the scores of two halves of the samples; None where there is none.
+        num_samples: the train and validation samples behind the scores; 0 where a part plays no role.
+    """
+    found = []
+    if reliability is not None and reliability < RELIABLE:
+        found.append(
+            f"the reliability is {reliability:.2f}: two halves of the samples order the layers differently, so an "
+            "allocation by these scores is mostly noise; give more rows"
+        )
+    if any(0 < num < enough for num, enough in zip(num_samples, ENOUGH, strict=True)):
+        found.append(
+            f"{num_samples[0]} + {num_samples[1]} samples are few: an allocation looks surer than it is; give at least "
+            f"{ENOUGH[0]} + {ENOUGH[1]}"
+        )
+    return found

@@ -17,6 +17,7 @@ from rich.table import Table
 from layerif.record.frames import frames, runs_frame
 from layerif.record.plots import plots_of_run
 from layerif.record.record import RunRecord
+from layerif.stats import doubts
 
 WRAPPED = ("run", "model", "arm", "from", "to", "both with", "profile", "and", "finding", "note", "command", "state")
 
@@ -43,6 +44,14 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
         ranking = f"; highest: {', '.join(scores.layers[index] for index in highest)}"
     on.print(f"\n{record.decision.source}{ranking}", highlight=False, markup=False)
     on.print(f"{given.kind} {given.values} (budget {given.budget})", highlight=False)
+    if record.decision.samples:
+        samples = [record.decision.samples.get(part, 0) for part in ("train", "validation")]
+        of = "none" if record.decision.reliability is None else f"{record.decision.reliability:.2f}"
+        on.print(
+            f"reliability {of} (rank correlation of two halves of {samples[0]} + {samples[1]} samples)", markup=False
+        )
+        for doubt in doubts(record.decision.reliability, samples):
+            on.print(f"  warning: {doubt}", highlight=False, markup=False)
     if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
         show_table(runs_frame(record), record.config["task"]["name"], on)
     for line in _metric_lines(record.metrics):
