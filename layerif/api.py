@@ -9,12 +9,13 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerif.allocate.allocation import Allocation
+from layerif.allocate import Allocation
 from layerif.allocate.sparsity import TargetSparsity
 from layerif.checks import check_choice, check_value
 from layerif.data.batches import LossOn, encode, token_ids
@@ -37,9 +38,6 @@ from layerif.pruning import Pruner
 from layerif.pruning.calibration import windows_of
 from layerif.pruning.targets import targets
 from layerif.pruning.walk import Walk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GivenRows = Iterable[str | Mapping[str, Any]]
 

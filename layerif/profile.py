@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerif.allocate.allocation import Allocation
+from layerif.allocate import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.allocate.sparsity import Sparsity

@@ -5,9 +5,9 @@ their kind says (`layerif.data.rows`): a completion, what the assistant says, a 
 
 - `loss`: the mean over rows of a row's mean over its counted tokens, so that a long row weighs as much as a short one;
 - `loss_sum`: the mean over rows of a row's sum over its counted tokens;
-- `margin`: of multiple choice alone, the mean over rows of ln p of the right option minus that of the likeliest wrong
-  one. It is above 0 in just those rows that count as right in `accuracy`, equal likelihoods apart.
+- `margin`: of multiple choice, the mean over rows of ln p of the right option, minus that of the likeliest wrong one.
 
+The margin is above 0 in just those rows that count as right in `accuracy`, equal likelihoods apart.
 Each has Student's 95 % interval over rows (`_low`, `_high`), and its value of each row is kept.
 """
 
