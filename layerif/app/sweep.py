@@ -58,6 +58,7 @@ class Sweep(Callback):
         try:
             check_root(config)
             check_launcher(config.hydra.launcher)
+            check_paths(config)
         except ValueError as error:  # Hydra would turn it into a warning
             print(f"layerif: {error}", file=sys.stderr)
             sys.exit(1)
@@ -89,6 +90,23 @@ def check_launcher(launcher: DictConfig) -> None:
             "launcher=submitit finds no Slurm (srun) here; call it on a login node of a cluster, or use "
             "launcher=submitit_local or joblib"
         )
+
+
+def check_paths(config: DictConfig) -> None:
+    """Refuses a folder of the model or the task that all jobs would miss, so that it fails once and at once.
+
+    Raises:
+        ValueError: as each job would.
+    """
+    model, task = (OmegaConf.select(config, f"{group}.path") for group in ("model", "task"))
+    if isinstance(model, str) and not Path(model, "config.json").is_file():
+        from layerif.models.pretrained import LocalModel
+
+        LocalModel(path=model).location()
+    if isinstance(task, str) and not Path(task).expanduser().is_dir():
+        from layerif.data.source import Folder
+
+        next(Folder(path=task).rows("train"))
 
 
 def is_swept() -> bool:

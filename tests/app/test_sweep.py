@@ -329,3 +329,12 @@ def test_a_single_run_that_fails_says_so_as_ever_and_leaves_its_failure(tiny_ove
     assert json.loads((folder / "failure.json").read_text()).keys() == {
         "name", "seed", "choices", "config", "overrides", "error", "traceback",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", ["model.path", "task.path"])
+def test_a_folder_that_all_jobs_would_miss_fails_once_and_before_the_first(tiny_overrides, tmp_path, setting):
+    done = layerif_here(["-m", *tiny_overrides, "seed=0,1,2", f"{setting}=/nowhere"], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"layerif: {setting}=")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("failure.json"))
