@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from layerif.data.render import Example
-from layerif.data.rows import AnyExample, CompletionExample, wrong_options
+from layerif.data.rows import AnyExample, ChatExample, CompletionExample, TextExample, wrong_options
 from layerif.stats import INTERVAL_RESAMPLES, known_mean
 
 _E = TypeVar("_E", bound=AnyExample)
@@ -38,7 +38,8 @@ class Detection:
 def flip(examples: Sequence[_E], share: float, *, seed: int) -> tuple[list[_E], np.ndarray]:
     """Gives round(share·N) of the examples, but at least one, a wrong answer.
 
-    It is another of their options, or the completion of another row.
+    It is another of their options, or the completion or last message of another row. A text, or token ids, are made
+    wrong by another order of words or ids.
 
     Returns:
         The examples, and an array (N) that is True for those with a wrong answer.
@@ -57,24 +58,33 @@ def flip(examples: Sequence[_E], share: float, *, seed: int) -> tuple[list[_E], 
     is_flipped_N[chosen.sample(range(len(examples)), count)] = True
     flipped = []
     for example, is_flipped in zip(examples, is_flipped_N, strict=True):
-        wrong = _wrong(example, examples)
+        wrong = _wrong(example, examples, chosen)
         if not wrong:
             raise ValueError(
                 f"example {example.id} has no other answer that could be made its own; method=diagnose needs a task "
-                "with at least two options a row, or with prompts and completions that differ"
+                "with at least two options a row, or with answers that differ"
             )
         flipped.append(chosen.choice(wrong) if is_flipped else example)
     return flipped, is_flipped_N
 
 
-def _wrong(example: _E, examples: Sequence[_E]) -> list[_E]:
-    """Gives the example with each of its wrong answers; nothing where the kind of row has no answer."""
+def _wrong(example: _E, examples: Sequence[_E], chosen: Random) -> list[_E]:
+    """Gives the example with each of its wrong answers."""
     if isinstance(example, Example):
         return [replace(example, answer=index) for index in wrong_options(example)]
     if isinstance(example, CompletionExample):
         others = dict.fromkeys(each.completion for each in examples if isinstance(each, CompletionExample))
         return [replace(example, completion=each) for each in others if each != example.completion]
-    return []
+    if isinstance(example, ChatExample):
+        last = {str(each.messages[-1]): each.messages[-1] for each in examples if isinstance(each, ChatExample)}
+        last.pop(str(example.messages[-1]), None)
+        return [replace(example, messages=(*example.messages[:-1], each)) for each in last.values()]
+    if isinstance(example, TextExample):
+        words = example.text.split(" ")
+        return [replace(example, text=" ".join(chosen.sample(words, len(words))))] if len(set(words)) > 1 else []
+    pairs = list(zip(example.input_ids, example.labels, strict=True))
+    ids, labels = zip(*chosen.sample(pairs, len(pairs)), strict=True)
+    return [replace(example, input_ids=ids, labels=labels)] if len(set(ids)) > 1 else []
 
 
 def harm(influence_MN: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from layerif.data.rows import example_of
 from layerif.diagnose import leave_out
 from layerif.diagnose.agreement import agreement, layer_influences, panel, total_influence
 from layerif.diagnose.conclusions import Verdict, above, conclusions
@@ -514,3 +515,25 @@ def test_a_claim_without_an_interval_speaks_of_what_was_measured_alone():
         has_interval = "interval" in each.because.replace("without an interval", "") or "bootstrap" in each.because
         assert has_interval or "these" in each.claim or each.claim.startswith("The instrument"), each
     assert not any("for sure" in each.because for each in found)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [f"a text of {number} words" for number in range(8)],
+        [{"prompt": f"p {number}", "completion": f"c {number}"} for number in range(8)],
+        [
+            {"messages": [{"role": "user", "content": f"q {number}"}, {"role": "assistant", "content": f"a {number}"}]}
+            for number in range(8)
+        ],
+        [{"input_ids": [3, 4, 5 + number, 9], "labels": [-100, -100, 5 + number, 9]} for number in range(8)],
+    ],
+)
+def test_rows_without_options_are_made_wrong_by_what_others_say_or_by_another_order(rows):
+    examples = [example_of(row, id=str(number), where="row") for number, row in enumerate(rows)]
+    flipped, is_flipped_N = flip(examples, 0.25, seed=0)
+    assert is_flipped_N.sum() == 2
+    for before, after, is_flipped in zip(examples, flipped, is_flipped_N, strict=True):
+        assert (before != after) == is_flipped
+    again, _ = flip(examples, 0.25, seed=0)
+    assert again == flipped
