@@ -123,7 +123,9 @@ def train(
     if trainer.is_global_zero:
         advice = "free some space and give the same command again, which carries on after the last step"
         with full_disk_explained(f"the adapter to {folder / 'adapter'}", advice):
-            shutil.rmtree(folder / "adapter", ignore_errors=True)  # PEFT would take up the model card of a killed run
+            # A killed run may have left some; PEFT would take up its model card.
+            for left in (folder / "adapter", *folder.glob(".adapter.*")):
+                shutil.rmtree(left, ignore_errors=True)
             with whole(folder / "adapter") as unfinished:
                 model.save_pretrained(unfinished)
     return model.to(trainer.strategy.root_device)
