@@ -7,7 +7,8 @@ An estimator says by `needs` which evidence it scores (`layerif/probe/`), and an
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Scored:
         source: the origin of the scores or, where there are none, of the allocation.
         seconds: for the evidence and the scores, and in a decision for the allocation.
         num_samples: the (train, validation) samples behind the scores.
+        rows: the ids of the rows of these samples, by part.
         num_truncated: the samples that were cut at `probe.max_length`.
         reused: True where all evidence was in the store.
         reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples; None where the
@@ -44,6 +46,7 @@ class Scored:
     source: str
     seconds: dict[str, float]
     num_samples: tuple[int, int] = (0, 0)
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     num_truncated: int = 0
     reused: bool = False
     reliability: float | None = None
@@ -71,6 +74,7 @@ class Decision(Scored):
             and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
             reliability=self.reliability,
             fidelity=self.fidelity,
+            rows={part: list(ids) for part, ids in self.rows.items()},
             samples={} if scores is None else dict(zip(("train", "validation"), self.num_samples, strict=True)),
         )
 
@@ -119,6 +123,7 @@ class Scorer(Measurements):
         return replace(
             decision,
             num_samples=num_samples,
+            rows={part: tuple(example.id for example in self.chosen(part)) for part in parts},
             num_truncated=train.num_truncated + (validation.num_truncated if "validation" in parts else 0),
             reliability=split_half(self.estimator, evidence) if min(num_samples) > 1 else None,
             fidelity=fidelity,

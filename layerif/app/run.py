@@ -24,6 +24,8 @@ from layerif.app.schema import check
 from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
 from layerif.data.batches import shown_text
+from layerif.data.render import Example
+from layerif.data.rows import CompletionExample
 from layerif.files import held
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
@@ -163,7 +165,17 @@ def _execute(setup: Setup, record: RunRecord, folder: Path) -> None:
         record.notes.append(f"{setup.splits.num_dropped} rows dropped from train and validation: repeated")
     if setup.splits.unread:
         record.notes.append(_unread(setup))
+    if getattr(setup.tokenizer, "chat_template", None) and setup.task.template != "chat" and _asks(setup):
+        record.notes.append(
+            f"the tokenizer has a chat template, and task.template={setup.task.template} does not use it; "
+            "task.template=chat does"
+        )
     setup.method.run(setup, record, folder)
+
+
+def _asks(setup: Setup) -> bool:
+    """Tells if the task's rows have prompts, which a chat template could stand around."""
+    return isinstance(setup.splits.train[0], Example | CompletionExample)
 
 
 def _unread(setup: Setup) -> str:

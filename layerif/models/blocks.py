@@ -78,7 +78,7 @@ def layer_map(
             for name, module in (linears(block, scope) if parameters == "weights" else _lora_linears(block, scope))
         }
         if not matrices:
-            raise ValueError(_nothing_in_scope(block_name, scope, parameters))
+            raise ValueError(_nothing_in_scope(block_name, block, scope, parameters))
         if parameters == "weights" and not skip_unsupported:
             _refuse_other_matrices(block_name, block, scope)
         names.append(block_name)
@@ -106,16 +106,16 @@ def _lora_linears(block: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Line
             yield name, module  # A and B of a LoRA or a LoRA-MoE, without the router
 
 
-def _nothing_in_scope(block: str, scope: Scope, parameters: Parameters) -> str:
+def _nothing_in_scope(name: str, block: nn.Module, scope: Scope, parameters: Parameters) -> str:
     if parameters == "lora":
         return (
-            f"probe.parameters=lora found no LoRA matrix in block {block!r} with probe.scope={scope}; "
+            f"probe.parameters=lora found no LoRA matrix in block {name!r} with probe.scope={scope}; "
             "give the adapter with model.adapter=/folder, or measure probe.parameters=weights"
         )
-    return (
-        f"block {block!r} has no linear layer in probe.scope={scope}; allowed scopes are attention, mlp, all: "
-        "try probe.scope=all"
-    )
+    kinds = sorted({type(each).__name__ for each in block.modules() if any(p.ndim > 1 for p in each.parameters(False))})
+    holds = f"its matrices are those of {', '.join(kinds)}, which cannot be measured" if kinds else "it has no matrix"
+    advice = f"{holds}; choose another model" if scope == "all" else "use probe.scope=all"
+    return f"block {name!r} has no linear layer in probe.scope={scope}; allowed: attention, mlp, all; {advice}"
 
 
 def _refuse_other_matrices(block_name: str, block: nn.Module, scope: Scope) -> None:

@@ -62,6 +62,7 @@ class DecisionRecord:
         reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples.
         fidelity: where the measurement was not exact (projection, half precision), how well it ranks like an exact one.
         samples: the number of `train` and `validation` samples behind the scores.
+        rows: the ids of the rows of these samples, by part.
     """
 
     source: str
@@ -71,6 +72,7 @@ class DecisionRecord:
     reliability: float | None = None
     fidelity: dict[str, float] | None = None
     samples: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

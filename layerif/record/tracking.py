@@ -40,7 +40,7 @@ class Wandb(WandbLogger):
             `offline` goes on with a warning.
         artifacts: also keeps the measured Grams (or other evidence), the adapter and sparsity.csv. They are uploaded
             from where they lie.
-        **init: further arguments of `wandb.init`.
+        **init: further arguments of `wandb.init`; by default wandb prints nothing itself.
     """
 
     def __init__(
@@ -55,6 +55,9 @@ class Wandb(WandbLogger):
         **init: Any,
     ) -> None:
         try:
+            import wandb
+
+            init.setdefault("settings", wandb.Settings(silent=True))  # it prints sixty lines a run
             super().__init__(
                 **{"name": Path(save_dir).name, "save_dir": save_dir, "project": project, "group": group, "mode": mode},
                 **init,

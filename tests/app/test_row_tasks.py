@@ -150,3 +150,11 @@ def test_a_row_that_is_learned_and_evaluated_is_refused(given, tmp_path):
     file = tmp_path / "text" / "train.jsonl"
     file.write_text(file.read_text() + (tmp_path / "text" / "test.jsonl").read_text().splitlines()[0] + "\n")
     assert "1 of 13 rows of train" in layerif_here(overrides, tmp_path).stderr
+
+
+def test_a_chat_template_that_is_not_used_is_a_note_and_the_record_names_the_rows_behind_the_scores(given, tmp_path):
+    record = run_layerif(given("prompt_completion", "method=none", "probe.num_train=3"), tmp_path)
+    assert sum("the tokenizer has a chat template, and task.template=plain" in note for note in record.notes) == 1
+    assert record.decision is not None
+    assert len(record.decision.rows["train"]) == 3
+    assert record.decision.rows["validation"] == [f"validation-{number}" for number in range(1, 7)]
