@@ -26,7 +26,8 @@ from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
 from layerif.models.embedded import EmbeddedModel
 from layerif.models.loss import per_sample_loss
-from layerif.probe.grams.measure import IndexedBatch, measure
+from layerif.probe.grams.gather import IndexedBatch
+from layerif.probe.grams.measure import measure
 
 NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE, ROUNDS = 64, 32, 8, 3
 

@@ -28,7 +28,8 @@ from experiments.timing import machine, timed
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.probe.grams.factors import capture_factors
-from layerif.probe.grams.measure import IndexedBatch, measure
+from layerif.probe.grams.gather import IndexedBatch
+from layerif.probe.grams.measure import measure
 
 START = {"train": 64, "validation": 16, "tokens": 64, "blocks": 4}
 GROWTH = {

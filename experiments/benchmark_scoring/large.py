@@ -14,7 +14,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from layerif.models.blocks import layer_map
-from layerif.probe.grams.measure import IndexedBatch, measure
+from layerif.probe.grams.gather import IndexedBatch
+from layerif.probe.grams.measure import measure
 
 SMALL: dict[str, Any] = {
     "hidden_size": 512,

@@ -22,7 +22,7 @@ from layerif.data.batches import batches
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Pretrained
-from layerif.probe.grams.measure import budget, wanted_tile_bytes, workload
+from layerif.probe.grams.gather import budget, wanted_tile_bytes, workload
 from layerif.probe.grams.passes import Passes, Workload, passes
 from layerif.probe.grams.products import FORMS
 from layerif.probe.grams.projection import Projection

@@ -15,7 +15,7 @@ from layerif.estimators.datainf import DataInf
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import Scope, blocks, layer_map
 from layerif.models.loss import per_sample_loss
-from layerif.probe.grams import measure as measurement
+from layerif.probe.grams import gather as measurement
 from layerif.probe.grams import products
 from layerif.probe.grams.measure import measure
 from layerif.probe.grams.products import FORMS

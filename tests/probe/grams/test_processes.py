@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
-from layerif.probe.grams import measure as measurement
+from layerif.probe.grams import gather as measurement
 from layerif.probe.grams.measure import measure
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
