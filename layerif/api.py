@@ -34,7 +34,7 @@ from layerif.probe.store import Store, Unstored
 from layerif.profile import Profile
 from layerif.progress import displayed
 from layerif.progress import progress as shown_as_done
-from layerif.pruning import Pruner
+from layerif.pruning import Pruner, pruner_called
 from layerif.pruning.calibration import windows_of
 from layerif.pruning.targets import targets
 from layerif.pruning.walk import Walk
@@ -216,15 +216,6 @@ def estimator_called(name: str) -> Estimator:
         ValueError: there is no such estimator, or it cannot do without settings.
     """
     return _made(name, "estimator", "estimators", lambda found: hasattr(found, "score"))
-
-
-def pruner_called(name: str) -> Pruner:
-    """Makes the pruner of a name, with its default settings.
-
-    Raises:
-        ValueError: there is no such pruner.
-    """
-    return _made(name, "pruner", "pruning", lambda found: issubclass(found, Pruner))
 
 
 def _made(name: str, setting: str, room: str, is_one: Any) -> Any:

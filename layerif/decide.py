@@ -1,7 +1,7 @@
-"""The way from samples to an allocation: samples → evidence → scores → allocation. Read this file first.
+"""The way from samples to an allocation: samples → evidence → scores or curves → allocation. Read this file first.
 
-An estimator says by `needs` which evidence it scores (`layerif/probe/`), and an allocator spends its scores
-(`layerif/allocate/`).
+An estimator says by `needs` which evidence it takes (`layerif/probe/`), and turns it into scores of the layers, or into
+curves, which say what the loss pays for each level. An allocator spends one or the other (`layerif/allocate/`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layerif.allocate import Allocation, Allocator, FixedAllocator
+from layerif.allocate import Allocation, Allocator, CurveAllocator, Curves, FixedAllocator
+from layerif.allocate.curves import equal_curves
 from layerif.estimators import Estimator
+from layerif.estimators._base import CurveEstimator, name_of
 from layerif.estimators._reliability import fidelity_of, split_half
 from layerif.files import hash_file
+from layerif.layers import LayerMap
 from layerif.models.weights import hash_folder
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import NotCompared
 from layerif.record.record import AllocationRecord, DecisionRecord, ScoresRecord
 from layerif.scores import LayerScores
+from layerif.stats import spearman
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +32,16 @@ class Scored:
     """Scores, with the figures that tell how far to trust them.
 
     Attributes:
-        scores: one for each layer; None in a decision whose allocator looks at no scores.
-        source: the origin of the scores or, where there are none, of the allocation.
+        scores: one for each layer; None where curves are spent, or nothing.
+        curves: the price of every level; None where scores are spent, or nothing.
+        source: the origin of the scores or curves or, where there are none, of the allocation.
         seconds: for the evidence and the scores, and in a decision for the allocation.
         num_samples: the (train, validation) samples behind the scores.
         rows: the ids of the rows of these samples, by part.
         num_truncated: the samples that were cut at `probe.max_length`.
         reused: True where all evidence was in the store.
-        reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples; None where the
-            evidence does not keep the samples apart.
+        reliability: Spearman's rank correlation of the scores of two disjoint halves of the samples, and in a decision
+            by curves that of the allocations by two halves; None where the evidence does not keep the samples apart.
         fidelity: where the Grams are not exact (projection, half precision), the rank correlation of `scores` and
             `influences` with exact ones on some `train` and `validation` samples.
         notes: further remarks for the record.
@@ -52,6 +57,7 @@ class Scored:
     reliability: float | None = None
     fidelity: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
+    curves: Curves | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +78,30 @@ class Decision(Scored):
             allocation=AllocationRecord(**self.allocation.to_dict()),
             scores=scores
             and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
+            curves=None if self.curves is None else summary(self.curves, self.allocation),
             reliability=self.reliability,
             fidelity=self.fidelity,
             rows={part: list(ids) for part, ids in self.rows.items()},
-            samples={} if scores is None else dict(zip(("train", "validation"), self.num_samples, strict=True)),
+            samples={} if not any(self.num_samples) else dict(zip(_PARTS, self.num_samples, strict=True)),
         )
+
+
+_PARTS = ("train", "validation")
+
+
+def summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
+    """Gives the part of curves that a record keeps: the price of each level, and that of the allocation."""
+    spent = curves.by_block if set(allocation.units) <= set(curves.by_block.units) else curves
+    return {
+        "kind": curves.kind,
+        "sense": curves.sense,
+        "unit": curves.unit,
+        "levels": list(curves.levels),
+        "everywhere": curves.costs.sum(0).tolist(),
+        "predicted": spent.at(allocation.by_name()),
+        "source": dict(curves.source),
+        "fingerprint": curves.fingerprint,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +114,7 @@ class Scorer(Measurements):
         """Refuses what cannot be scored, before any pass over the data."""
         needs = self.estimator.needs
         needs.check(self)
-        if not needs.is_measured:
+        if not needs.is_measured and not isinstance(self.estimator, CurveEstimator):
             self.estimator.score(self.layers())
 
     def scored(self, load: Load | None = None) -> tuple[Scored, Any]:
@@ -104,10 +129,12 @@ class Scorer(Measurements):
         start = time.perf_counter()
         evidence, reused = self.estimator.needs.take(self, load or self.model.load)
         measured = time.perf_counter()
-        scores = self.estimator.score(evidence)
+        scores = None if isinstance(self.estimator, CurveEstimator) else self.estimator.score(evidence)
+        curves = self.estimator.curves(evidence) if isinstance(self.estimator, CurveEstimator) else None
         found = Scored(
             scores=scores,
-            source=scores.source,
+            curves=curves,
+            source=self.estimator.source if scores is None else scores.source,
             seconds={"evidence": measured - start, "score": time.perf_counter() - measured},
             reused=reused,
             notes=self.estimator.needs.notes(evidence),
@@ -125,10 +152,13 @@ class Scorer(Measurements):
             num_samples=num_samples,
             rows={part: tuple(example.id for example in self.chosen(part)) for part in parts},
             num_truncated=train.num_truncated + (validation.num_truncated if "validation" in parts else 0),
-            reliability=split_half(self.estimator, evidence) if min(num_samples) > 1 else None,
+            reliability=None if decision.scores is None else self._reliability(evidence, num_samples),
             fidelity=fidelity,
             notes=(*decision.notes, *why_not, *self._notes_on_samples(num_samples)),
         )
+
+    def _reliability(self, evidence: Any, num_samples: tuple[int, int]) -> float | None:
+        return split_half(self.estimator, evidence) if min(num_samples) > 1 else None
 
     def _fidelity(self, evidence: Any) -> tuple[dict[str, float] | None, tuple[str, ...]]:
         """Compares evidence that is not exact with exact evidence, or gives a note that says why it does not."""
@@ -159,12 +189,22 @@ class Scorer(Measurements):
 
 @dataclass(frozen=True, kw_only=True)
 class Decider(Scorer):
-    """Measurements with an estimator and an allocator. Calling it decides."""
+    """Measurements with an estimator and an allocator. Calling it decides.
 
-    allocator: Allocator | FixedAllocator
+    Attributes:
+        allocator: spends scores, curves or nothing.
+        skip: the matrices that get nothing, and that budgets do not count, see `layerif.layers.is_named`.
+    """
+
+    allocator: Allocator | CurveAllocator | FixedAllocator
+    skip: tuple[str, ...] = ()
+
+    def units(self) -> LayerMap:
+        """Gives the layers that the allocation is spread over."""
+        return self.layers().without(self.skip)
 
     def __call__(self, load: Load | None = None) -> Decision:
-        """Takes the evidence, scores every layer and spends the scores.
+        """Takes the evidence, turns it into scores or curves, and spends these.
 
         Args:
             load: gives the model, and is called only if something is measured. None loads the model here.
@@ -172,28 +212,65 @@ class Decider(Scorer):
         start = time.perf_counter()
         allocation = self.preview()
         previewed = time.perf_counter() - start
-        if self.allocator.needs_scores is False:
+        if self.allocator.spends == "nothing":
             return Decision(
                 scores=None, allocation=allocation, source=self.allocator.source, seconds={"allocate": previewed}
             )
         found, _ = self.scored(load)
-        assert found.scores is not None
         start = time.perf_counter()
-        allocation = self.allocator(found.scores, self.layers())
+        if self.allocator.spends == "curves":
+            assert found.curves is not None
+            allocation = self.allocator(found.curves)
+            found = replace(found, reliability=_agreement_of_halves(self.allocator, found.curves))
+        else:
+            assert found.scores is not None
+            allocation = self.allocator(_without_skipped(found.scores, self.units()), self.units())
         seconds = {**found.seconds, "allocate": time.perf_counter() - start}
         seconds["evidence"] += previewed
         return Decision(**{**vars(found), "seconds": seconds, "allocation": allocation})
 
     def preview(self) -> Allocation:
-        """Allocates equal scores, so that an impossible request is refused before any pass over the data."""
+        """Allocates equal scores or curves, so that an impossible request is refused before any pass over the data."""
+        self._check_pair()
         self.check()
-        layers = self.layers()
+        layers = self.units()
+        if self.allocator.spends == "curves":
+            needs: Any = self.estimator.needs
+            return self.allocator(equal_curves(layers, needs.granularity, (0.0, *needs.levels), needs.is_stepped))
         equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
         return self.allocator(equal, layers)
+
+    def _check_pair(self) -> None:
+        """Refuses an allocator that cannot spend what the estimator gives."""
+        gives = "curves" if isinstance(self.estimator, CurveEstimator) else "scores"
+        if self.allocator.spends in (gives, "nothing"):
+            return
+        fitting = "allocator=knapsack" if gives == "curves" else "allocator=experts, rank or sparsity"
+        others = "an estimator of scores, such as datainf" if gives == "curves" else "estimator=loss_curve"
+        raise ValueError(
+            f"estimator={name_of(self.estimator)} gives {gives}, and this allocator spends {self.allocator.spends}; "
+            f"use {fitting}, or {others}"
+        )
 
     def inputs(self) -> dict[str, str]:
         """Hashes every file and folder that the estimator's request and the allocator name."""
         paths = [*self.estimator.needs.paths]
-        if self.allocator.needs_scores is False:
+        if self.allocator.spends == "nothing":
             paths += self.allocator.paths
         return {path: hash_folder(Path(path)) if Path(path).is_dir() else hash_file(Path(path)) for path in paths}
+
+
+def _agreement_of_halves(allocator: CurveAllocator, curves: Curves) -> float | None:
+    """Compares the allocations by two halves of the samples; None where one of them is even."""
+    if curves.halves is None:
+        return None
+    first, second = (allocator(half).values for half in curves.halves)
+    return None if len({*first}) == 1 or len({*second}) == 1 else spearman(first, second)
+
+
+def _without_skipped(scores: LayerScores, layers: LayerMap) -> LayerScores:
+    """Leaves out the scores of blocks of which every matrix is skipped."""
+    if len(layers.names) == len(scores.layers):
+        return scores
+    kept = {name: value for name, value in scores.by_name().items() if name in layers.names}
+    return replace(scores, layers=tuple(kept), values=tuple(kept.values()))

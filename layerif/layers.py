@@ -8,13 +8,14 @@ Letter in shape suffixes: L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from layerif.checks import did_you_mean
 
 T = TypeVar("T")
+Granularity = Literal["matrix", "block"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class LayerMap:
         names: L block names, as in `model.named_modules()`.
         params: per block, the names of its measured weight matrices, as in `model.named_parameters()`.
         numel: per block, the number of entries of those matrices together.
+        matrix_numel: the number of entries of each matrix, block by block; None where nobody needs it.
     """
 
     names: tuple[str, ...]
     params: tuple[tuple[str, ...], ...]
     numel: tuple[int, ...]
+    matrix_numel: tuple[int, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.params) == len(self.numel):
@@ -52,6 +55,59 @@ class LayerMap:
     def block_of(self) -> dict[str, str]:
         """The name of each matrix's block, by the matrix's name."""
         return {param: block for block, params in self.by_block.items() for param in params}
+
+    def without(self, patterns: Sequence[str]) -> LayerMap:
+        """Gives the layers without some of their matrices, and without blocks of which no matrix is left.
+
+        Args:
+            patterns: as for `is_named`.
+
+        Raises:
+            ValueError: a pattern names no matrix, or nothing is left.
+        """
+        if not patterns:
+            return self
+        assert self.matrix_numel is not None
+        numel = dict(zip(self.matrices, self.matrix_numel, strict=True))
+        check_named(self.matrices, patterns)
+        kept = {
+            block: tuple(param for param in params if not is_named(param, patterns))
+            for block, params in self.by_block.items()
+        }
+        kept = {block: params for block, params in kept.items() if params}
+        if not kept:
+            raise ValueError(f"pruner.skip={list(patterns)} leaves no matrix; name fewer")
+        sizes = [tuple(numel[param] for param in params) for params in kept.values()]
+        return LayerMap(
+            tuple(kept), tuple(kept.values()), tuple(map(sum, sizes)), tuple(n for each in sizes for n in each)
+        )
+
+
+def is_named(param: str, patterns: Sequence[str]) -> bool:
+    """Tells if a matrix is meant by one of some names.
+
+    A name is the matrix's own (`model.layers.0.mlp.down_proj`), the end of it (`down_proj`, `mlp.down_proj`), or what
+    holds the matrix (`model.layers.0`).
+    """
+    name = param.removesuffix(".weight")
+    return any(
+        name == pattern or name.endswith(f".{pattern}") or name.startswith(f"{pattern}.") for pattern in patterns
+    )
+
+
+def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
+    """Refuses a name that means none of these matrices, see `is_named`.
+
+    Raises:
+        ValueError: says which, and names the nearest.
+    """
+    for pattern in patterns:
+        if not any(is_named(param, [pattern]) for param in params):
+            ends = {param.removesuffix(".weight").rpartition(".")[2] for param in params}
+            raise ValueError(
+                f"pruner.skip names {pattern!r}, and the model has no such matrix"
+                f"{did_you_mean(pattern, ends)}; name a matrix, the end of its name ({', '.join(sorted(ends))}) or a block"
+            )
 
 
 def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:

@@ -12,4 +12,5 @@ VERSIONS = {
     "spectra": 1,
     "activations": 1,
     "gates": 2,
+    "loss_curves": 1,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from layerif.checks import check_choice, check_unique, is_number
@@ -24,6 +24,8 @@ class Allocation:
         budget: the sum of the counts, or the parameter-weighted mean of the sparsities. It is checked on construction:
             counts exactly, a mean to 1e-6.
         sizes: parameters per unit, the weights of that mean; only for a sparsity.
+        source: what the values belong to, by part (the model, the pruner, the text of its masks), where they must not
+            be spent elsewhere; empty where they fit anywhere.
 
     Raises:
         ValueError: names the unit whose value is not allowed, or the budget that the values really spend.
@@ -34,6 +36,7 @@ class Allocation:
     values: tuple[int, ...] | tuple[float, ...]
     budget: int | float
     sizes: tuple[int, ...] | None = None
+    source: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, get_args(AllocationKind))
@@ -65,6 +68,7 @@ class Allocation:
             "values": list(self.values),
             "budget": self.budget,
             "sizes": None if self.sizes is None else list(self.sizes),
+            "source": dict(self.source),
         }
 
     @classmethod
@@ -76,6 +80,7 @@ class Allocation:
             values=tuple(saved["values"]),
             budget=saved["budget"],
             sizes=None if saved.get("sizes") is None else tuple(saved["sizes"]),
+            source=saved.get("source") or {},
         )
 
 

@@ -72,7 +72,7 @@ class Experts:
         smoothing: smooth the scores over depth first.
     """
 
-    needs_scores: ClassVar[Literal[True]] = True
+    spends: ClassVar[Literal["scores"]] = "scores"
 
     budget: Count | None = None
     beta: Beta = 2.5

@@ -26,7 +26,7 @@ class SavedAllocation:
         kind: the meaning of a value. A file that states its kind must agree.
     """
 
-    needs_scores: ClassVar[Literal[False]] = False
+    spends: ClassVar[Literal["nothing"]] = "nothing"
 
     path: str
     kind: AllocationKind = "experts"

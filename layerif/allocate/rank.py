@@ -39,7 +39,7 @@ class Rank:
         beta, floor, shift: see `to_experts`.
     """
 
-    needs_scores: ClassVar[Literal[True]] = True
+    spends: ClassVar[Literal["scores"]] = "scores"
 
     budget: Count | None = None
     beta: Beta = 1.0

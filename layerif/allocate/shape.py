@@ -25,7 +25,7 @@ class Shape:
         kind: the meaning of a count.
     """
 
-    needs_scores: ClassVar[Literal[False]] = False
+    spends: ClassVar[Literal["nothing"]] = "nothing"
     paths: ClassVar[tuple[str, ...]] = ()
 
     shape: int | str | Sequence[int]

@@ -97,7 +97,7 @@ class Sparsity:
             these two do not smooth.
     """
 
-    needs_scores: ClassVar[Literal[True]] = True
+    spends: ClassVar[Literal["scores"]] = "scores"
 
     target: TargetSparsity = 0.5
     epsilon: Epsilon = 0.1

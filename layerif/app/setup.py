@@ -80,6 +80,7 @@ class Setup:
             device=trainer.strategy.root_device,
             spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
             num_processes=trainer.world_size,
+            skip=tuple(getattr(getattr(self.method, "pruner", None), "skip", ())),
         )
         check_spent(self.method, self.decider.preview().kind)
         if self.method.evaluates or self.evaluation.before:

@@ -19,18 +19,37 @@ from annotated_types import Gt
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from layerif.allocate.curves import Curves
 from layerif.checks import Count, check_fields, check_value, listed
 from layerif.compat import changes_of
 from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
-from layerif.layers import LayerMap
+from layerif.layers import Granularity, LayerMap
 from layerif.probe.grams.request import Grams
+from layerif.probe.request import Request
 from layerif.scores import Aggregation, Direction, LayerScores, aggregate
 
 Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
-Granularity = Literal["matrix", "block"]
 Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
 Evidence = LayerSpectra | LayerActivations | LayerGates | LayerGrams  # evidence that keeps the layers apart
+
+
+class CurveEstimator(ABC):
+    """An estimator that prices levels instead of scoring layers. Subclasses are dataclasses."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Request:
+        """The request for the evidence that `curves` is given."""
+
+    @property
+    def source(self) -> str:
+        """The origin of the curves, for the record."""
+        return described(self)
+
+    @abstractmethod
+    def curves(self, evidence: Any, /) -> Curves:
+        """Gives the price of every level of every unit."""
 
 
 class InfluenceEstimator:

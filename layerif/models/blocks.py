@@ -70,7 +70,7 @@ def layer_map(
             f"{type(bare(model)).__name__} has no nn.ModuleList and so no blocks to score; "
             "supported are decoder-only transformers of the transformers library"
         )
-    names, params, numel = [], [], []
+    names, params, sizes = [], [], []
     for block_name, block in found.items():
         refuse_quantised_block(block_name, block)
         matrices = {
@@ -83,8 +83,9 @@ def layer_map(
             _refuse_other_matrices(block_name, block, scope)
         names.append(block_name)
         params.append(tuple(matrices))
-        numel.append(sum(weight.numel() for weight in matrices.values()))
-    return LayerMap(tuple(names), tuple(params), tuple(numel))
+        sizes.append([weight.numel() for weight in matrices.values()])
+    flat = tuple(size for of_block in sizes for size in of_block)
+    return LayerMap(tuple(names), tuple(params), tuple(map(sum, sizes)), flat)
 
 
 def _in_scope(name: str, scope: Scope) -> bool:

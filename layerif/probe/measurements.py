@@ -110,11 +110,16 @@ class Measurements:
         """Gives the entries that `layerif-store` shows for these measurements."""
         return {"model": Path(self.model.location()[0]).name}
 
+    @property
+    def loss_name(self) -> Any:
+        """The part of a description that says which loss is measured."""
+        return [self.loss.name, self.loss.version] if isinstance(self.loss, NamedLoss) else VERSIONS["loss"]
+
     def description(self, **measurement: Any) -> dict[str, Any]:
         """Describes a measurement of the samples' gradients by all that determines it; the store finds it by this."""
         train, validation = self.samples()
         return {
-            "loss": [self.loss.name, self.loss.version] if isinstance(self.loss, NamedLoss) else VERSIONS["loss"],
+            "loss": self.loss_name,
             "model": self.model.fingerprint(),
             "scope": self.probe.scope,
             "parameters": self.probe.parameters,

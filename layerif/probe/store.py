@@ -238,4 +238,10 @@ def _read_once(
 def layers_in(header: Mapping[str, str]) -> LayerMap:
     """Reads the layer map that a header holds."""
     layers = json.loads(header["layers"])
-    return LayerMap(tuple(layers["names"]), tuple(map(tuple, layers["params"])), tuple(layers["numel"]))
+    sizes = layers.get("matrix_numel")
+    return LayerMap(
+        tuple(layers["names"]),
+        tuple(map(tuple, layers["params"])),
+        tuple(layers["numel"]),
+        None if sizes is None else tuple(sizes),
+    )

@@ -6,14 +6,17 @@ A pruner is a frozen keyword-only dataclass whose fields are its settings (see `
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 from torch import Tensor
 
-from layerif.checks import Count, Share, check_fields
+from layerif.checks import Count, Share, check_choice, check_fields
+from layerif.files import conf_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class Pruner(ABC):
     Args:
         n: the number of weights kept of every m consecutive inputs of an output.
         m: the size of a group of inputs.
+        skip: the matrices that stay dense, by name: of a matrix, of its end (`down_proj`) or of a block. Budgets do not
+            count them.
         paper_epsilon: the range of sparsities over the layers that LayerIF's paper used with this pruner. Nothing here
             reads it: experiments of the paper take it as `allocator.epsilon`.
     """
@@ -33,6 +38,7 @@ class Pruner(ABC):
 
     n: Count | None = None
     m: Annotated[int, Ge(2), "for example 4 or 8"] | None = None
+    skip: Sequence[str] = ()
     paper_epsilon: Share = 0.1
 
     def __post_init__(self) -> None:
@@ -69,3 +75,43 @@ class Pruner(ABC):
             sparsity: the fraction of the weights to remove; None where n is given.
             n: the number of weights to keep of every m.
         """
+
+    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        """Yields the weight as pruned from scratch to each sparsity; with m, to the n of m that each one means."""
+        for sparsity in sparsities:
+            if self.m is None:
+                yield self(weight, shared, sparsity, None)
+            else:
+                yield self(weight, shared, None, round(self.m * (1 - sparsity)))
+
+    def levels(self) -> tuple[float, ...]:
+        """Gives the sparsities that a pruner with m can reach; empty where it can reach any."""
+        if self.m is None:
+            return ()
+        kept = range(self.m - 1, 0, -1) if self.n is None else (self.n,)
+        return tuple(1 - n / self.m for n in kept)
+
+    @property
+    def called(self) -> str:
+        """The name of its file, with the settings that its masks depend on: `wanda(compare=row)`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = {name: value for name, value in values.items() if name not in ("paper_epsilon", "skip", "n")}
+        inside = ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
+        return f"{name_of_pruner(self)}({inside})"
+
+
+def name_of_pruner(pruner: Pruner) -> str:
+    """Gives the name of a pruner's file, as `pruner=` takes it."""
+    return type(pruner).__module__.rpartition(".")[2]
+
+
+def pruner_called(name: str, **settings: Any) -> Pruner:
+    """Makes the pruner of a name, with its default settings but for those that are given.
+
+    Raises:
+        ValueError: there is no such pruner.
+    """
+    check_choice("pruner", name, sorted(file.stem for file in (conf_folder() / "pruner").glob("*.yaml")))
+    module = importlib.import_module(f"layerif.pruning.{name}")
+    own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    return next(each for each in own if is_dataclass(each) and issubclass(each, Pruner))(**settings)

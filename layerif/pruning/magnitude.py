@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerif.pruning import Pruner
-from layerif.pruning.mask import check_target, lowest, lowest_per_group, num_removed
+from layerif.pruning.mask import check_target, lowest, lowest_at_counts, lowest_per_group, num_removed
 
 
 def magnitude_mask(
@@ -42,3 +43,12 @@ class Magnitude(Pruner):
 
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         return weight.masked_fill(magnitude_mask(weight, sparsity, n=n, m=self.m if n else None), 0)
+
+    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        if self.m is not None:
+            yield from super().at_levels(weight, shared, sparsities)
+            return
+        metric_OI = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
+        counts = [num_removed(sparsity, weight.numel()) for sparsity in sparsities]
+        for mask in lowest_at_counts(metric_OI, counts):
+            yield weight.masked_fill(mask, 0)

@@ -7,9 +7,10 @@ O outputs, I inputs of a linear layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,44 @@ def lowest_per_row(metric_OI: Tensor, count: int) -> Tensor:
         spared = highest[:, 0].topk(num_rows - rest).indices
         mask[spared, indices.gather(1, where)[spared, 0]] = False
     return mask
+
+
+def lowest_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Yields the masks of `lowest` for several counts, of one sorting."""
+    ascending = _sorted(metric_OI.flatten())
+    for count in counts:
+        if count == 0:
+            yield torch.zeros_like(metric_OI, dtype=torch.bool)
+            continue
+        flat, threshold = metric_OI.flatten(), ascending[count - 1]
+        mask = flat < threshold
+        mask[(flat == threshold).nonzero()[: count - int(mask.sum()), 0]] = True
+        yield mask.view_as(metric_OI)
+
+
+def lowest_per_row_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Yields the masks of `lowest_per_row` for several counts, of one sorting; equal entries may change places."""
+    num_rows, width = metric_OI.shape
+    ascending_OI = _sorted(metric_OI)
+    for count in counts:
+        each, rest = divmod(count, num_rows)
+        counted_O = torch.full((num_rows,), each, device=metric_OI.device)
+        if rest:
+            counted_O[ascending_OI[:, each].topk(rest, largest=False).indices] += 1
+        threshold_O1 = ascending_OI.gather(1, (counted_O - 1).clamp(min=0)[:, None])
+        mask = (metric_OI < threshold_O1) & (counted_O > 0)[:, None]
+        is_equal = (metric_OI == threshold_O1) & (counted_O > 0)[:, None]
+        missing_O = counted_O - mask.sum(1)
+        tied = (is_equal.sum(1) > missing_O).nonzero()[:, 0]
+        is_equal[tied] &= is_equal[tied].cumsum(1) <= missing_O[tied, None]
+        yield mask | is_equal
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Sorts the last axis, ascending. On a CPU numpy is several times as fast as torch."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.sort(values.detach().contiguous().numpy(), axis=-1))
+    return values.sort(dim=-1).values
 
 
 def lowest_per_group(metric_OI: Tensor, n: int, m: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from layerif.checks import did_you_mean, is_number
+from layerif.layers import check_named, is_named
 from layerif.models.blocks import bare, blocks, linears
 from layerif.models.quantised import refuse_quantised_block
 from layerif.pruning import Pruner
@@ -32,13 +33,17 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
         model: the model, with or without weights.
         allocation: the sparsity by block (`model.layers.3`) or by matrix (`model.layers.3.mlp.up_proj`), which has
             precedence over its block.
-        pruner: says n and m.
+        pruner: says n and m, and which matrices stay dense.
 
     Raises:
         ValueError: the allocation has a name that the model lacks, misses a matrix or holds a sparsity outside [0, 1),
             m does not divide a width, or a block has matrices that are not linear layers (fused experts).
     """
     found = matrices(model)
+    check_named(tuple(found), pruner.skip)
+    skipped = {name for name in found if is_named(name, pruner.skip)}
+    everything, found = found, {name: module for name, module in found.items() if name not in skipped}
+    allocation = {key: each for key, each in allocation.items() if not _holds_only(key, everything, skipped)}
     keys = _keys(allocation, found)
     numel = {name: module.weight.numel() for name, module in found.items()}
     if pruner.m is None:
@@ -56,6 +61,7 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
                     f"allocator.target={1 - pruner.n / pruner.m}, or pruner.n=null for an n per block"
                 )
         flat = {name: Target(n=kept[keys[name]]) for name in found}
+    flat |= dict.fromkeys(skipped, Target(sparsity=0.0))
     return {
         block_name: {name: flat[f"{block_name}.{name}"] for name, _ in linears(block)}
         for block_name, block in blocks(model).items()
@@ -116,6 +122,12 @@ def _keys(allocation: Mapping[str, float], found: Collection[str]) -> dict[str, 
             "name its block or the matrix"
         )
     return {name: key for name, key in used.items() if key is not None}
+
+
+def _holds_only(key: str, found: Collection[str], skipped: Collection[str]) -> bool:
+    """Tells if a name in an allocation decides about matrices that stay dense, and about no other."""
+    covered = [name for name in found if _covers(key, name)]
+    return bool(covered) and all(name in skipped for name in covered)
 
 
 def most_specific(name: str, allocation: Mapping[str, float]) -> str:

@@ -134,6 +134,8 @@ class Walk:
             for name, module in modules.items():
                 if leaders[name] == leader:
                     target = self.targets[block_name][name]
+                    if target.sparsity == 0:
+                        continue  # to the bit, which a solver would not keep
                     module.weight.copy_(self.pruner(module.weight, shared[leader], target.sparsity, target.n))
             shared[leader] = None
 

@@ -5,6 +5,7 @@ Letters in shape suffixes: O outputs and I inputs of a linear layer, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from layerif.checks import check_choice
 from layerif.pruning import Pruner
-from layerif.pruning.mask import check_target, lowest, lowest_per_group, lowest_per_row, num_removed
+from layerif.pruning.mask import (
+    check_target,
+    lowest,
+    lowest_per_group,
+    lowest_per_row,
+    lowest_per_row_at_counts,
+    num_removed,
+)
 
 Compare = Literal["row", "cumulative"]
 
@@ -52,8 +60,7 @@ def wanda_mask(
             f"input_sq_norm must have one entry for each of the weight's {weight.shape[1]} inputs, got "
             f"shape {tuple(input_sq_norm.shape)}"
         )
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    metric_OI = weight.to(dtype).abs() * input_sq_norm.to(dtype).sqrt()
+    metric_OI = _metric(weight, input_sq_norm)
     if n is not None and m is not None:
         return lowest_per_group(metric_OI, n, m)
     assert sparsity is not None
@@ -63,6 +70,11 @@ def wanda_mask(
     ascending_OI, order_OI = metric_OI.double().sort(dim=1)
     share_OI = ascending_OI.cumsum(dim=1) / ascending_OI.sum(dim=1, keepdim=True).clamp(min=1e-300)
     return lowest(torch.empty_like(share_OI).scatter_(1, order_OI, share_OI), count)
+
+
+def _metric(weight: Tensor, input_sq_norm: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(dtype).abs() * input_sq_norm.to(dtype).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +100,11 @@ class Wanda(Pruner):
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         mask = wanda_mask(weight, shared, sparsity, n=n, m=self.m if n else None, compare=self.compare)
         return weight.masked_fill(mask, 0)
+
+    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        if self.m is not None or self.compare != "row":
+            yield from super().at_levels(weight, shared, sparsities)
+            return
+        counts = [num_removed(sparsity, weight.numel()) for sparsity in sparsities]
+        for mask in lowest_per_row_at_counts(_metric(weight, shared), counts):
+            yield weight.masked_fill(mask, 0)

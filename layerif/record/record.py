@@ -40,7 +40,8 @@ class ScoresRecord:
 class AllocationRecord:
     """The values that the units (blocks or matrices) get, and the budget that they spend.
 
-    `sizes` weights the budget where the kind needs it: the parameters of each unit for a sparsity.
+    `sizes` weights the budget where the kind needs it: the parameters of each unit for a sparsity. `source` says what
+    the values belong to, where they must not be spent elsewhere.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class AllocationRecord:
     values: list[int] | list[float]
     budget: int | float
     sizes: list[int] | None = None
+    source: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

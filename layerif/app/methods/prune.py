@@ -238,7 +238,7 @@ class Prune:
 
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
-    measures = decider.estimator.needs.is_measured and decider.allocator.needs_scores
+    measures = decider.estimator.needs.is_measured and decider.allocator.spends != "nothing"
     if pruner.n is not None and measures:
         raise ValueError(
             f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same share from every layer, which leaves nothing to "

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
 Found = dict[str, Tensor]  # what is kept of one matrix, by the name of each tensor
-Work = Callable[[Passes, Matrix, Tensor, Tensor], Found]  # of the matrix's inputs (S×T×I) and output gradients (S×O×T)
+# Takes the plan, a matrix, its inputs (S×T×I), its output gradients (S×O×T) and, where asked for, its weight (O×I).
+Work = Callable[..., Found]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Gathering:
         shards: the processes that measure together.
         loss: gives the loss of each sample (B), whose gradients are measured.
         kind: the first part of the names of the files in `partial`.
+        takes_weights: also hand over the weight of the matrix.
     """
 
     model: nn.Module
@@ -64,6 +67,7 @@ class Gathering:
     shards: Shards = Shards()
     loss: Loss = per_sample_loss
     kind: str = "grams"
+    takes_weights: bool = False
 
     def each(
         self,
@@ -80,7 +84,7 @@ class Gathering:
 
         Args:
             params: the names of the matrices.
-            work: takes the plan, the matrix and its factors.
+            work: takes the plan, the matrix and its factors, see `Work`.
             workload: gives the sizes of a measurement of some of the matrices.
             form: of the computation, see `Probe`.
             memory_gb: see `Probe`.
@@ -127,13 +131,14 @@ class Gathering:
         for together in progress(rounds, "matrices"):
             input_STI = self._laid_out(passes, "in", [(matrix.num_in, matrix.name) for matrix in together], waiting)
             delta_SOT = self._laid_out(passes, "out", [(matrix.num_out, matrix.name) for matrix in together], waiting)
+            # A spread weight is gathered by all processes at once.
+            weights = [self._whole_weight(matrix.name) for matrix in together] if self.takes_weights else []
             if input_STI is None or delta_SOT is None or failure is not None:
                 continue
-            matrix = together[self.shards.rank]
+            matrix, own = together[self.shards.rank], weights[self.shards.rank : self.shards.rank + 1]
             try:
-                mine[matrix.name] = {
-                    name: tensor.cpu() for name, tensor in work(passes, matrix, input_STI, delta_SOT).items()
-                }
+                made = work(passes, matrix, input_STI, delta_SOT, *own)
+                mine[matrix.name] = {name: tensor.cpu() for name, tensor in made.items()}
             except ValueError as error:  # the other processes wait for this one to send its factors
                 if self.shards.size == 1:
                     raise
@@ -188,6 +193,10 @@ class Gathering:
             device=weight.device,
             swap=side == "out",
         )
+
+    def _whole_weight(self, param: str) -> Tensor:
+        weight: Any = bare(self.model).get_parameter(param).detach()
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
     def _finished(self) -> dict[str, Found]:
         """Reads what an interrupted measurement left, the same in every process."""

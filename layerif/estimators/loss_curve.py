@@ -1,0 +1,111 @@
+"""Loss curves: the Fisher matrix's prediction of what each sparsity of each matrix costs, under the pruner's own masks.
+
+`layerif/probe/curves/prices.py` has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Le, Lt
+
+from layerif.allocate.curves import Curves
+from layerif.checks import Seed, check_choice, check_fields
+from layerif.estimators._base import CurveEstimator
+from layerif.layers import Granularity
+from layerif.probe.curves.measure import CurveForm
+from layerif.probe.curves.request import TASK, WINDOWS, LossCurves
+from layerif.pruning import Pruner, pruner_called
+from layerif.pruning.calibration import Calibration
+from layerif.pruning.wanda import Wanda
+
+LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCurve(CurveEstimator):
+    """Prices every sparsity of every matrix (or block), in one gradient pass.
+
+    Attributes:
+        form: `exact` squares the effect of the whole change at each position; `diagonal` adds the squares of single
+            weights' effects, which costs less.
+        granularity: a curve per matrix, or per block.
+        masks: the pruner whose masks are priced; None: `pruner`. Another pruner must not spend these curves, except
+            that SparseGPT may spend Wanda's where they are named here.
+        pruner: the pruner that the curves are for.
+        mask_text: the windows that this pruner takes its statistics of; None: 16 windows of 256 tokens of the embedded
+            documentation.
+        loss_text: the text whose loss is watched: `windows` (those of `mask_text`), `task` (the probe's train rows), or
+            a weight for each of them.
+        levels: the sparsities that are priced, ascending; between them the curve is interpolated. None: 0.2 to 0.9 in
+            steps of 0.1, or all n of m.
+        tokens: the share of the positions that is looked at, chosen by `seed`; 1 takes all.
+        seed: chooses the positions, and the windows where `mask_text` is None.
+    """
+
+    form: CurveForm = "exact"
+    granularity: Granularity = "matrix"
+    masks: Literal["magnitude", "wanda", "sparsegpt"] | None = None
+    pruner: Pruner = field(default_factory=Wanda)
+    mask_text: Calibration | None = None
+    loss_text: str | Mapping[str, float] = WINDOWS
+    levels: Sequence[Annotated[float, Gt(0), Lt(1)]] | None = None
+    tokens: Annotated[float, Gt(0), Le(1), "1 takes all positions"] = 0.45
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "estimator")
+        for text, weight in self._weights.items():
+            check_choice("estimator.loss_text", text, (WINDOWS, TASK))
+            if not isinstance(weight, int | float) or not 0 < weight <= 1:
+                raise ValueError(f"estimator.loss_text.{text}={weight} is not allowed; allowed: above 0, and at most 1")
+        total = math.fsum(self._weights.values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the weights of estimator.loss_text add up to {total:g}; give weights that add up to 1")
+        if self.levels is not None and (len(self.levels) < 3 or list(self.levels) != sorted({*self.levels})):
+            raise ValueError(
+                f"estimator.levels={list(self.levels)} must be three or more different sparsities, ascending; or null"
+            )
+        if self.levels is not None and self.masked_by.m is not None:
+            raise ValueError(
+                f"estimator.levels={list(self.levels)} has no meaning with pruner.m={self.masked_by.m}, whose levels are "
+                f"{', '.join(f'{level:g}' for level in self.masked_by.levels())}; use estimator.levels=null"
+            )
+
+    @property
+    def _weights(self) -> Mapping[str, float]:
+        return {self.loss_text: 1.0} if isinstance(self.loss_text, str) else self.loss_text
+
+    @property
+    def masked_by(self) -> Pruner:
+        """The pruner whose masks are priced."""
+        if self.masks is None or self.masks == self.pruner.called.partition("(")[0]:
+            return self.pruner
+        return pruner_called(self.masks, n=self.pruner.n, m=self.pruner.m, skip=self.pruner.skip)
+
+    @property
+    def needs(self) -> LossCurves:
+        pruner = self.masked_by
+        return LossCurves(
+            pruner=pruner,
+            mask_text=self.mask_text or Calibration(seed=self.seed),
+            loss_texts=dict(sorted(self._weights.items())),
+            levels=tuple(self.levels or pruner.levels() or LEVELS),
+            form=self.form,
+            granularity=self.granularity,
+            tokens=self.tokens,
+            seed=self.seed,
+        )
+
+    @property
+    def source(self) -> str:
+        texts = "+".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in sorted(self._weights.items()))
+        return (
+            f"loss_curve(form={self.form}, granularity={self.granularity}, masks={self.masked_by.called}, of={texts})"
+        )
+
+    def curves(self, evidence: Curves, /) -> Curves:
+        return evidence

@@ -1,0 +1,223 @@
+"""The measurement of loss curves: what the loss pays for each sparsity of each matrix, under the pruner's own masks.
+
+`prices` has the formulas. A block's curve sums z over its matrices before it is squared.
+
+Letters in shape suffixes: S samples, T tokens, V the positions that are looked at, I inputs and O outputs of a linear
+layer, K levels, U units, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layerif.allocate.curves import Curves, block_of
+from layerif.layers import Granularity
+from layerif.models.blocks import bare, device_of
+from layerif.models.contexts import evaluating, full_precision
+from layerif.models.hooks import hooked
+from layerif.models.loss import Loss, per_sample_loss
+from layerif.probe.curves.prices import costs_of, diagonal_costs, effects
+from layerif.probe.curves.text import LossText
+from layerif.probe.grams.factors import inputs_read_together
+from layerif.probe.grams.gather import Found, Gathering, wanted_tile_bytes, workload
+from layerif.probe.grams.passes import Matrix, Offload, Passes, Workload
+from layerif.probe.grams.processes import Shards
+from layerif.progress import progress
+
+CurveForm = Literal["exact", "diagonal"]
+
+_COPIES = 6  # of a matrix: its weight, metric, sorted metric, change, mask and pruned weight
+
+
+class Masks(Protocol):
+    """The part of a pruner that says what it would change, see `layerif.pruning.Pruner`."""
+
+    needs_inputs: Any
+
+    def observe(self, so_far: Any, input_TI: Tensor) -> Any: ...
+
+    def prepare(self, statistic: Any, num_windows: int, *, name: str) -> Any: ...
+
+    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]: ...
+
+
+def measure_loss_curves(
+    model: nn.Module,
+    params: Sequence[str],
+    masks: Masks,
+    loss_text: LossText,
+    levels: Sequence[float],
+    *,
+    mask_windows: Sequence[Tensor] | None = None,
+    form: CurveForm = "exact",
+    granularity: Granularity = "matrix",
+    tokens: float = 1.0,
+    seed: int = 0,
+    memory_gb: float | None = None,
+    offload: Offload = "auto",
+    partial: Path | None = None,
+    loss: Loss = per_sample_loss,
+    is_stepped: bool = False,
+    source: Mapping[str, str] | None = None,
+    fingerprint: str = "none",
+) -> Curves:
+    """Measures the predicted rise of the loss of every matrix (or block) at every level.
+
+    With several processes (torch.distributed) all call this with the same arguments, and each gets all curves.
+
+    Args:
+        model: a causal language model; it is left as it was.
+        params: the names of the weights, block by block.
+        masks: the pruner whose changes are priced.
+        loss_text: the samples whose loss is watched.
+        levels: the sparsities above 0, ascending.
+        mask_windows: the windows that the pruner takes its statistics of (B×T each); None: the samples of `loss_text`.
+        form: `exact` or `diagonal`, see above.
+        granularity: a curve per matrix or per block. The diagonal form of a block is the sum over its matrices.
+        tokens: the share of each sample's positions that is looked at.
+        seed: chooses these positions.
+        memory_gb: see `Probe`.
+        offload: see `Probe`.
+        partial: a folder for the results of an interrupted measurement; it must belong to this measurement alone.
+        loss: gives the loss of each sample (B).
+        is_stepped: only the levels themselves can be had (n of m).
+        source: what the curves belong to, see `Curves`.
+        fingerprint: of the measurement.
+
+    Raises:
+        ValueError: names the sample, matrix or setting that cannot be measured.
+    """
+    shards, batches = Shards.current(), list(loss_text.batches)
+    reads_with = inputs_read_together(model, params)
+    observed: dict[str, Any] = {}
+    shared: dict[str, Any] = {}  # of the matrix before: q, k and v have it in common
+    longest = max(batch["input_ids"].shape[1] for _, batch in batches)
+    places_V, weights_V, is_second_V = loss_text.positions(longest, tokens, seed)
+    num_windows = len(loss_text.weights) if mask_windows is None else sum(map(len, mask_windows))
+    if masks.needs_inputs and mask_windows is not None:
+        observed = _observed(model, params, reads_with, masks, mask_windows)
+
+    def prepared(param: str, input_STI: Tensor) -> Any:
+        leader = reads_with[param]
+        if not masks.needs_inputs:
+            return None
+        if leader not in shared:
+            shared.clear()
+            seen = observed[leader] if observed else masks.observe(None, input_STI.flatten(0, 1))
+            shared[leader] = masks.prepare(seen, num_windows, name=param.removesuffix(".weight"))
+        return shared[leader]
+
+    def priced(passes: Passes, matrix: Matrix, input_STI: Tensor, delta_SOT: Tensor, weight_OI: Tensor) -> Found:
+        where = places_V.to(input_STI.device)
+        weight_V, second_V = weights_V.to(input_STI.device), is_second_V.to(input_STI.device)
+        input_VI = input_STI.flatten(0, 1)[where]
+        delta_VO = delta_SOT.mT.flatten(0, 1)[where]
+        exact = weight_OI.to(input_STI.dtype)
+        changes = (
+            pruned.to(exact.dtype) - exact
+            for pruned in masks.at_levels(weight_OI, prepared(matrix.name, input_STI), levels)
+        )
+        room = max(passes.tile_bytes[matrix.name] - _fixed_bytes(matrix, input_STI.itemsize), 1.0)
+        with full_precision(), torch.no_grad():
+            if form == "diagonal":
+                return {"costs": diagonal_costs(input_VI, delta_VO, weight_V, second_V, changes)}
+            rows = max(1, int(room / (matrix.num_out * input_STI.itemsize)))
+            z_KV = effects(input_VI, delta_VO, changes, rows)
+            if granularity == "block":
+                return {"effects": z_KV}
+            return {"costs": costs_of(z_KV, weight_V, second_V)}
+
+    gathering = Gathering(
+        model, batches, loss_text.names, None, partial, shards, loss, kind="curves", takes_weights=True
+    )
+    found = gathering.each(
+        params,
+        priced,
+        lambda todo: workload(
+            model, todo, batches, (), inputs_read_together(model, todo), None, shards.size, CurveWorkload
+        ),
+        form="materialised",
+        memory_gb=memory_gb,
+        offload=offload,
+        tile_bytes=wanted_tile_bytes(device_of(model)) + _largest_fixed_bytes(model, params),
+    )
+    names = tuple(param.removesuffix(".weight") for param in params)
+    numel = [bare(model).get_parameter(param).numel() for param in params]
+    sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor([0.0, *levels], dtype=torch.float64)
+    is_summed = granularity == "block" and form == "exact"
+    if is_summed:
+        halves = _of_blocks(found, names, weights_V, is_second_V)
+    else:
+        halves = torch.stack([found[param]["costs"] for param in params], dim=1)
+    by_half = torch.cat([halves.new_zeros(*halves.shape[:2], 1), halves], dim=2)
+    curves = Curves(
+        names,
+        (0.0, *levels),
+        sizes_UK * 0 if is_summed else by_half.sum(0),
+        sizes_UK,
+        source=source or {},
+        fingerprint=fingerprint,
+        is_stepped=is_stepped,
+        by_half=None if is_summed else by_half,
+    )
+    if granularity == "matrix":
+        return curves
+    return curves.by_block if not is_summed else curves.by_block.with_costs(by_half)
+
+
+@dataclass(frozen=True)
+class CurveWorkload(Workload):
+    """The sizes of a measurement of curves, which holds copies of a matrix instead of per-sample gradients."""
+
+    def least_tile_bytes(self, matrix: Matrix, form: Any) -> float:
+        return _fixed_bytes(matrix, self.work_itemsize) + float(matrix.num_out * self.work_itemsize)
+
+
+def _fixed_bytes(matrix: Matrix, itemsize: int) -> float:
+    return float(_COPIES * matrix.num_out * matrix.num_in * itemsize)
+
+
+def _largest_fixed_bytes(model: nn.Module, params: Sequence[str]) -> float:
+    weights = [bare(model).get_parameter(param) for param in params]
+    return max(float(_COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
+
+
+def _of_blocks(found: Mapping[str, Found], names: Sequence[str], weights_V: Tensor, is_second_V: Tensor) -> Tensor:
+    """Sums the effects of each block's matrices, and prices the sums (2×U×K)."""
+    sums: dict[str, Tensor] = {}
+    for name in names:
+        block, effects_KV = block_of(name), found[f"{name}.weight"]["effects"]
+        sums[block] = sums[block] + effects_KV if block in sums else effects_KV
+    return torch.stack([costs_of(each, weights_V, is_second_V) for each in sums.values()], dim=1)
+
+
+def _observed(
+    model: nn.Module, params: Sequence[str], reads_with: Mapping[str, str], masks: Masks, windows: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Takes the pruner's statistic of every input, in one forward pass over the windows."""
+    found: dict[str, Any] = {}
+
+    def hook(param: str):
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[param] = masks.observe(found.get(param), inputs[0].flatten(0, -2))
+
+        return note
+
+    leaders = [param for param in params if reads_with[param] == param]
+    hooks = [(bare(model).get_submodule(param.removesuffix(".weight")), hook(param)) for param in leaders]
+    device = device_of(model)
+    with hooked(hooks, before=True), evaluating(model), torch.no_grad(), full_precision():
+        for ids_BT in progress(windows, "mask text"):
+            model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
+    missing = [param for param in leaders if param not in found]
+    if missing:
+        raise ValueError(
+            f"no calibration token reaches {missing[0]}; give more calibration windows, or name it in pruner.skip"
+        )
+    return found

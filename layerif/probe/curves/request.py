@@ -1,0 +1,253 @@
+"""The request for loss curves, and the form in which the store keeps them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from layerif.allocate.curves import Curves
+from layerif.checks import how_many
+from layerif.data.batches import batches
+from layerif.layers import Granularity
+from layerif.models.blocks import context_length
+from layerif.models.loss import per_sample_loss
+from layerif.probe.curves.measure import CurveForm, Masks, measure_loss_curves
+from layerif.probe.curves.text import LossText
+from layerif.probe.grams.processes import Shards, spread
+from layerif.probe.measurements import Load, Measurements, hash_of, hash_of_samples
+from layerif.probe.request import Part, Request
+from layerif.probe.store import MeasurementKind
+from layerif.versions import VERSIONS
+
+log = logging.getLogger(__name__)
+
+WINDOWS, TASK = "windows", "task"
+FEW_WINDOWS = 4  # below this the curves of a trial ranked noticeably worse
+
+
+class Windows(Protocol):
+    """Chosen windows of a text, see `layerif.pruning.calibration.Calibration`."""
+
+    text: str
+    batch_size: int
+
+    def batches(self, tokenizer: Any, max_positions: int | None = None) -> list[Tensor]: ...
+
+
+class Prunes(Masks, Protocol):
+    """A pruner, of which the levels and the name are asked, too."""
+
+    skip: Sequence[str]
+
+    def levels(self) -> tuple[float, ...]: ...
+
+    @property
+    def called(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class LossCurves(Request):
+    """A request for the loss curves of all matrices that a pruner prunes. All processes measure them together.
+
+    Attributes:
+        pruner: whose masks are priced.
+        mask_text: the windows that the pruner takes its statistics of.
+        loss_texts: the weight of each text whose loss is watched: `windows` are those of `mask_text`, `task` the train
+            rows that the probe chooses.
+        levels: the sparsities above 0 at which the loss is priced.
+        form, granularity, tokens: see `measure_loss_curves`.
+        seed: chooses the positions.
+    """
+
+    takes_loss: ClassVar[bool] = True
+
+    pruner: Prunes
+    mask_text: Windows
+    loss_texts: Mapping[str, float]
+    levels: Sequence[float]
+    form: CurveForm = "exact"
+    granularity: Granularity = "matrix"
+    tokens: float = 1.0
+    seed: int = 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:  # type: ignore[override]
+        """The rows of the task that are looked at."""
+        return ("train",) if TASK in self.loss_texts else ()
+
+    @property
+    def is_stepped(self) -> bool:
+        """Tells if only the levels themselves can be had: n of m."""
+        return bool(self.pruner.levels())
+
+    def check(self, measurements: Measurements) -> None:
+        if measurements.model.adapter:
+            raise ValueError(
+                "estimator=loss_curve cannot price the weights under an adapter; merge it into a folder of its own "
+                "(PEFT's merge_and_unload)"
+            )
+        num_windows = sum(map(len, self.windows(measurements)))
+        if num_windows < FEW_WINDOWS and WINDOWS in self.loss_texts:
+            warnings.warn(
+                f"{how_many(num_windows, 'calibration window')} of loss curves rank the matrices poorly; 8 rank nearly "
+                "as well as 16",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def windows(self, measurements: Measurements) -> list[Tensor]:
+        """Cuts the windows of the mask text (B×T each)."""
+        return self.mask_text.batches(measurements.tokenizer, _max_positions(measurements))
+
+    def loss_text(self, measurements: Measurements) -> LossText:
+        """Gives the samples whose loss is watched, with their weights."""
+        found: list[Any] = []
+        weights: list[Tensor] = []
+        names: list[str] = []
+        for text, weight in self.loss_texts.items():
+            start = len(names)
+            if text == WINDOWS:
+                windows = self.windows(measurements)
+                for batch_BT in windows:
+                    indices = list(range(len(names), len(names) + len(batch_BT)))
+                    found.append((indices, _of_windows(batch_BT)))
+                    names += [f"calibration window {index - start}" for index in indices]
+            else:
+                samples = measurements.samples()[0]
+                chosen = batches(samples, measurements.probe.batch_size, measurements.pad_id)
+                found += [([start + index for index in indices], batch) for indices, batch in chosen]
+                names += [f"train row {example.id}" for example in measurements.chosen("train")]
+            number = len(names) - start
+            weights.append(torch.full((number,), weight / number, dtype=torch.float64))
+        return LossText(found, torch.cat(weights), names)
+
+    def source(self, measurements: Measurements) -> dict[str, str]:
+        """Says what the curves belong to, so that they are not spent elsewhere."""
+        return {
+            "model": model_hash(measurements.model),
+            "pruner": self.pruner.called,
+            "mask_text": hash_of_windows(self.windows(measurements)) if self.pruner.needs_inputs else "none",
+            "loss_text": ", ".join(f"{weight:g} {text}" for text, weight in self.loss_texts.items()),
+        }
+
+    def take(self, measurements: Measurements, load: Load) -> tuple[Curves, bool]:
+        store, shards = measurements.store, Shards.current()
+        layers = measurements.layers().without(self.pruner.skip)
+        description = {
+            "model": measurements.model.fingerprint(),
+            "loss_curves": VERSIONS["loss_curves"],
+            "loss": measurements.loss_name,
+            "matrices": list(layers.matrices),
+            "pruner": self.pruner.called,
+            "levels": list(self.levels),
+            "mask_text": hash_of_windows(self.windows(measurements)),
+            "loss_text": {
+                text: [weight, hash_of_samples(measurements.samples()[0]) if text == TASK else None]
+                for text, weight in self.loss_texts.items()
+            },
+            "form": self.form,
+            "granularity": self.granularity,
+            "tokens": [self.tokens, self.seed] if self.tokens < 1 else None,
+        }
+        source = self.source(measurements)
+
+        def compute(key: str) -> Curves:
+            shards.share(None)  # all begin to measure
+            return measured(key)
+
+        def measured(key: str) -> Curves:
+            probe = measurements.probe
+            model = spread(measurements.model.load(), measurements.device) if measurements.is_spread else load()
+            log.info("loss curves: %d matrices, %s", len(layers.matrices), source["loss_text"])
+            return measure_loss_curves(
+                model,
+                layers.matrices,
+                self.pruner,
+                self.loss_text(measurements),
+                self.levels,
+                mask_windows=None if set(self.loss_texts) == {WINDOWS} else self.windows(measurements),
+                form=self.form,
+                granularity=self.granularity,
+                tokens=self.tokens,
+                seed=self.seed,
+                memory_gb=probe.memory_gb,
+                offload=probe.offload,
+                partial=measurements.store.partial(key),
+                loss=measurements.loss or per_sample_loss,
+                is_stepped=self.is_stepped,
+                source=source,
+                fingerprint=key,
+            )
+
+        if shards.rank > 0:
+            while (told := shards.share(None)[0]) == _WAIT:
+                pass
+            return (told, True) if told is not None else (measured(store.key(description)), False)
+        waiting = replace(store, while_waiting=lambda: shards.share(_WAIT))
+        curves, reused = waiting.kept(LOSS_CURVES, description, compute, about=measurements.about())
+        if reused:
+            shards.share(curves)
+            log.info("loss curves from the store: %s… were measured before", curves.fingerprint[:12])
+        return curves, reused
+
+
+_WAIT = "another job has the lock"
+
+
+def model_hash(model: Any) -> str:
+    """Hashes a model's weights; what is in memory and what is in a folder are hashed in two ways."""
+    kind = "folder" if hasattr(model, "skeleton") else "memory"
+    return f"{kind} {hash_of(model.fingerprint())}"
+
+
+def hash_of_windows(windows: Sequence[Tensor]) -> str:
+    """Hashes the token ids of windows, whatever their batches."""
+    return hash_of([ids for batch in windows for ids in batch.tolist()])
+
+
+def _of_windows(ids_BT: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT.clone()}
+
+
+def _max_positions(measurements: Measurements) -> int | None:
+    skeleton: Any = getattr(measurements.model, "skeleton", measurements.model.load)
+    return context_length(skeleton())
+
+
+def _pack(curves: Curves) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {"sizes": curves.sizes.contiguous()}
+    assert curves.by_half is not None
+    tensors["by_half"] = curves.by_half.contiguous()
+    header: dict[str, Any] = {
+        "units": list(curves.units),
+        "levels": list(curves.levels),
+        "kind": curves.kind,
+        "sense": curves.sense,
+        "unit": curves.unit,
+        "source": dict(curves.source),
+        "is_stepped": curves.is_stepped,
+    }
+    return tensors, {"curves": json.dumps(header)}
+
+
+def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, str], key: str) -> Curves:
+    about = json.loads(header["curves"])
+    return Curves(
+        units=tuple(about.pop("units")),
+        levels=tuple(about.pop("levels")),
+        costs=tensors["by_half"].sum(0),
+        sizes=tensors["sizes"],
+        by_half=tensors["by_half"],
+        fingerprint=key,
+        **about,
+    )
+
+
+LOSS_CURVES: MeasurementKind[Curves] = MeasurementKind("loss_curves", "curve passes", _pack, _unpack)
