@@ -5,6 +5,7 @@ Letters in shape suffixes: U units (matrices or blocks), K levels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from layerif.allocate.allocation import Allocation
 from layerif.checks import check_choice, check_fields, check_unique, check_value, how_many
-from layerif.layers import Granularity, LayerMap
+from layerif.layers import Granularity, LayerMap, block_of
 from layerif.scores import AllocationKind
 
 Sense = Literal["cost", "gain"]
@@ -225,7 +226,7 @@ def knapsack(
     segments: list[tuple[float, int, int, int]] = []
     for number, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
         hull = _lower_hull([sign * each for each in cost], size)
-        for start, stop in zip(hull, hull[1:], strict=False):
+        for start, stop in itertools.pairwise(hull):
             slope = sign * (cost[stop] - cost[start]) / (size[stop] - size[start])
             segments.append((slope, number, start, stop))
     segments.sort(key=lambda each: each[0])
@@ -309,13 +310,6 @@ def _interpolated(points: Sequence[float], values: Sequence[float], at: float) -
     return values[-1]
 
 
-def block_of(unit: str) -> str:
-    """Gives the block of a matrix: the name up to the first whole number in it."""
-    parts = unit.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: number + 1])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Knapsack:
     """Spends curves, by `knapsack`: each unit gets the level at which the loss pays least in all.
@@ -391,7 +385,7 @@ class Knapsack:
     def _points(
         levels: Sequence[float], costs: Sequence[float], low: float, high: float, is_stepped: bool
     ) -> list[tuple[float, float]]:
-        """Gives the levels from `low` to `high` with their costs; the ends are interpolated where there are no steps."""
+        """Gives the levels from `low` to `high` with their costs; without steps both ends are there, interpolated."""
         inside = [
             (level, cost) for level, cost in zip(levels, costs, strict=True) if low - 1e-9 <= level <= high + 1e-9
         ]
