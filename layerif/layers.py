@@ -83,6 +83,13 @@ class LayerMap:
         )
 
 
+def block_of(unit: str) -> str:
+    """Gives the block of a matrix: the name up to the first whole number in it."""
+    parts = unit.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
+
+
 def is_named(param: str, patterns: Sequence[str]) -> bool:
     """Tells if a matrix is meant by one of some names.
 
@@ -103,10 +110,10 @@ def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
     """
     for pattern in patterns:
         if not any(is_named(param, [pattern]) for param in params):
-            ends = {param.removesuffix(".weight").rpartition(".")[2] for param in params}
+            ends = sorted({param.removesuffix(".weight").rpartition(".")[2] for param in params})
             raise ValueError(
-                f"pruner.skip names {pattern!r}, and the model has no such matrix"
-                f"{did_you_mean(pattern, ends)}; name a matrix, the end of its name ({', '.join(sorted(ends))}) or a block"
+                f"pruner.skip names {pattern!r}, and the model has no such matrix{did_you_mean(pattern, ends)}; name a "
+                f"matrix, the end of its name ({', '.join(ends)}) or a block"
             )
 
 

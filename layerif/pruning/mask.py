@@ -60,7 +60,7 @@ def lowest_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterator[Tenso
 
 def lowest_per_row_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
     """Yields the masks of `lowest_per_row` for several counts, of one sorting; equal entries may change places."""
-    num_rows, width = metric_OI.shape
+    num_rows = len(metric_OI)
     ascending_OI = _sorted(metric_OI)
     for count in counts:
         each, rest = divmod(count, num_rows)

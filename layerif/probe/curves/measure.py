@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerif.allocate.curves import Curves, block_of
-from layerif.layers import Granularity
+from layerif.allocate.curves import Curves
+from layerif.layers import Granularity, block_of
 from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked

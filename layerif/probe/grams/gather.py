@@ -12,7 +12,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Gathering:
     names: Sequence[str]
     projection: Projection | None = None
     partial: Path | None = None
-    shards: Shards = Shards()
+    shards: Shards = field(default_factory=Shards)
     loss: Loss = per_sample_loss
     kind: str = "grams"
     takes_weights: bool = False
