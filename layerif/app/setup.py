@@ -56,6 +56,10 @@ class Setup:
         self.model.check()
         self.tokenizer = self.model.tokenizer()
         self.splits = self.task.load()
+        if self.evaluation.metrics is None and self.method.further_metrics:
+            by_default = self.evaluation.metrics_on(self.splits.test)
+            metrics = (*by_default, *self.method.further_metrics)
+            self.evaluation = replace(self.evaluation, metrics=metrics)
         score_task: AnyTask | None = self._build("score_task")
         self.scored = score_task.load() if score_task else self.splits
         check_unseen(self.scored, self.splits)

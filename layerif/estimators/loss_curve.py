@@ -70,9 +70,10 @@ class LossCurve(CurveEstimator):
                 f"estimator.levels={list(self.levels)} must be three or more different sparsities, ascending; or null"
             )
         if self.levels is not None and self.masked_by.m is not None:
+            possible = ", ".join(f"{level:g}" for level in self.masked_by.levels())
             raise ValueError(
-                f"estimator.levels={list(self.levels)} has no meaning with pruner.m={self.masked_by.m}, whose levels are "
-                f"{', '.join(f'{level:g}' for level in self.masked_by.levels())}; use estimator.levels=null"
+                f"estimator.levels={list(self.levels)} has no meaning with pruner.m={self.masked_by.m}, whose levels "
+                f"are {possible}; use estimator.levels=null"
             )
 
     @property
@@ -103,9 +104,8 @@ class LossCurve(CurveEstimator):
     @property
     def source(self) -> str:
         texts = "+".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in sorted(self._weights.items()))
-        return (
-            f"loss_curve(form={self.form}, granularity={self.granularity}, masks={self.masked_by.called}, of={texts})"
-        )
+        by = f"form={self.form}, granularity={self.granularity}, masks={self.masked_by.called}"
+        return f"loss_curve({by}, loss_text={texts})"
 
     def curves(self, evidence: Curves, /) -> Curves:
         return evidence

@@ -22,12 +22,14 @@ class Method(Protocol):
         name: its choice in the group `method`.
         allocates: the kind of allocation that it spends; None if any will do.
         evaluates: it evaluates a model after its work, so the evaluation is checked beforehand.
+        further_metrics: what it measures beside the default metrics of the task.
         fine_tunes: it leaves a fine-tuned model, whose validation loss a search can ask for.
     """
 
     name: ClassVar[str]
     allocates: ClassVar[AllocationKind | None]
     evaluates: ClassVar[bool]
+    further_metrics: ClassVar[tuple[str, ...]]
 
     @property
     def fine_tunes(self) -> bool:
@@ -62,6 +64,7 @@ class SpendsNothing:
 
     allocates: ClassVar[None] = None
     evaluates: ClassVar[bool] = False
+    further_metrics: ClassVar[tuple[str, ...]] = ()
     fine_tunes: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:

@@ -20,6 +20,7 @@ class FineTune:
     """A method whose settings are those of an adapter. It is combined with a subclass of `Adapter`."""
 
     evaluates: ClassVar[bool] = True
+    further_metrics: ClassVar[tuple[str, ...]] = ()
     fine_tunes: ClassVar[bool] = True
 
     def check(self, setup: Setup) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,9 @@ def recording(influence: InfluenceCallback, record: RunRecord) -> Iterator[None]
             record_decision(influence.decision, record)
 
 
-def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = "") -> None:
+def evaluate(
+    model: nn.Module, setup: Setup, record: RunRecord, prefix: str = "", only: Sequence[str] | None = None
+) -> None:
     """Evaluates a model and puts metrics, answers and the use of its experts into the record.
 
     Only the first process measures.
@@ -67,12 +70,14 @@ def evaluate(model: nn.Module, setup: Setup, record: RunRecord, prefix: str = ""
         setup: holds the evaluation.
         record: of the run.
         prefix: of the metrics' names in the record.
+        only: these metrics alone; None: those of the configuration.
     """
     if rank_zero_only.rank > 0:
         return
     start = time.perf_counter()
     with measure_usage(model) as meter:
-        result = setup.evaluation.run(model, setup.tokenizer, setup.splits.test, setup.task)
+        evaluation = setup.evaluation if only is None else replace(setup.evaluation, metrics=tuple(only))
+        result = evaluation.run(model, setup.tokenizer, setup.splits.test, setup.task)
     usage = meter.take()
     record.routing = usage_by_block(usage, setup.decider.layers().names)
     if unused := describe_unused(usage):

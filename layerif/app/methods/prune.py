@@ -27,10 +27,13 @@ from layerif.decide import Decider
 from layerif.files import full_disk_explained, read_json
 from layerif.models.blocks import blocks
 from layerif.models.pretrained import LocalModel
+from layerif.probe.curves.request import LossCurves, hash_of_windows, model_hash
+from layerif.probe.curves.text import LossText, mean_loss
 from layerif.pruning import Pruner
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.module import PruneModule, given_allocation
 from layerif.pruning.semi_structured import speed_of_two_four
+from layerif.pruning.source import check_source
 from layerif.pruning.targets import matrices, targets
 from layerif.pruning.walk import ActivationPlace
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
@@ -75,6 +78,7 @@ class Prune:
     name: ClassVar[str] = "prune"
     allocates: ClassVar[Literal["sparsity"]] = "sparsity"
     evaluates: ClassVar[bool] = True
+    further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
 
     pruner: Pruner
     calibration: Calibration
@@ -119,6 +123,7 @@ class Prune:
             _refuse_nothing_to_allocate(self.pruner, decider)
             allocation = decider.preview()
         targets(skeleton, allocation.by_name(), self.pruner)
+        self._check_source(setup, allocation)
         if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and self.pruner.needs_inputs:
             check_disjoint(self.calibration.text, setup.evaluation.text)
         if self.pruner.needs_inputs:
@@ -150,6 +155,10 @@ class Prune:
         device = setup.decider.device
         if setup.evaluation.before:
             evaluate(module.base_model().to(device), setup, record, "before/")
+        elif "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
+            evaluate(module.base_model().to(device), setup, record, "before/", only=["perplexity"])
+        watched = self._loss_text(setup)
+        dense = None if watched is None else mean_loss(module.base_model().to(device), watched)
         start = time.perf_counter()
         with recording(influence, record):
             run_trainer(setup.trainer([influence], folder, **_TRAINER), module)
@@ -165,6 +174,8 @@ class Prune:
         if self.save:
             _save(model, setup, folder / "model")
         model.to(device)
+        if watched is not None and dense is not None:
+            _record_rise(record, dense, mean_loss(model, watched))
         if self.semi_structured:
             self._measure_two_four(model, record)
         record.notes.append(_ZEROS_ALONE)
@@ -179,6 +190,26 @@ class Prune:
         return PruneModule(
             setup.model, self.pruner, self.calibration, offload=self.offload, allocation=allocation, job=job
         )
+
+    def _check_source(self, setup: Setup, allocation: Allocation) -> None:
+        """Refuses an allocation by curves of another model, pruner or mask text."""
+        decider, source = setup.decider, allocation.source
+        if decider.allocator.spends == "curves" and self.allocation is None:
+            source = decider.estimator.needs.source(decider)  # type: ignore[attr-defined]
+        if source:
+            windows = self._module(setup).windows() if self.pruner.needs_inputs else None
+            here = {
+                "model": model_hash(setup.model),
+                "pruner": self.pruner.called,
+                "mask_text": "none" if windows is None else hash_of_windows(windows),
+            }
+            check_source(source, here)
+
+    def _loss_text(self, setup: Setup) -> LossText | None:
+        """Gives the samples whose loss the curves predict; None where no curves are spent."""
+        needs = setup.decider.estimator.needs
+        spends = setup.decider.allocator.spends == "curves" and self.allocation is None
+        return needs.loss_text(setup.decider) if spends and isinstance(needs, LossCurves) else None
 
     def _given(self, skeleton: nn.Module) -> Allocation | None:
         """Reads the allocation that the user gives in place of scores and allocator; None where there is none."""
@@ -235,6 +266,13 @@ class Prune:
             model = _merged(model, pruned)
             _save(model, setup, folder / "recovered")
         evaluate(model.to(setup.decider.device), setup, record)
+
+
+def _record_rise(record: RunRecord, dense: float, pruned: float) -> None:
+    """Puts the loss that curves predict the rise of, and its actual rise, beside the prediction, in nats."""
+    assert record.decision is not None
+    assert record.decision.curves is not None
+    record.decision.curves |= {"dense_loss": dense, "actual": pruned - dense}
 
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
