@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerif.allocate import Allocation
 from layerif.allocate.sparsity import TargetSparsity
 from layerif.checks import check_choice, check_value
-from layerif.data.batches import LossOn, encode, token_ids
+from layerif.data.batches import LossOn, bos_of, encode, token_ids
 from layerif.data.render import Template
 from layerif.data.rows import AnyExample, TextExample, TokenExample, example_of
 from layerif.data.task import Splits
+from layerif.data.windows import Bos, windows_of
 from layerif.decide import Scorer
 from layerif.estimators import Estimator
 from layerif.files import conf_folder
@@ -35,7 +36,6 @@ from layerif.profile import Profile
 from layerif.progress import displayed
 from layerif.progress import progress as shown_as_done
 from layerif.pruning import Pruner
-from layerif.pruning.calibration import windows_of
 from layerif.pruning.targets import targets
 from layerif.pruning.walk import Walk
 
@@ -154,6 +154,7 @@ def prune(
     window: int = 256,
     batch_size: int = 4,
     seed: int = 0,
+    bos: Bos = "tokenizer",
     progress: bool = True,
 ) -> PreTrainedModel:
     """Removes weights from the blocks of a loaded model, in place, and returns it.
@@ -169,6 +170,9 @@ def prune(
         window: the tokens of a window.
         batch_size: the windows that the model sees at once.
         seed: chooses the windows.
+        bos: the windows that begin with BOS, which counts as one of the `window` tokens: each one where the tokenizer
+            adds BOS to a text (tokenizer), the first of the text alone (first), or none. Rows that are not texts keep
+            the BOS that each of them begins with.
         progress: show a bar.
 
     Raises:
@@ -183,13 +187,15 @@ def prune(
     aimed = targets(model, _sparsities(allocation_or_target, model), chosen)
     batches: Sequence[Tensor] = ()
     if chosen.needs_inputs:
-        ids = _calibration_ids(examples_of(calibration, "calibration"), tokenizer)
+        check_value("bos", bos, Bos)
+        ids = _calibration_ids(examples_of(calibration, "calibration"), tokenizer, bos)
+        lead = bos_of(tokenizer) if tokenizer is not None and bos == "tokenizer" else ()
         longest = context_length(model)
         if longest is not None and window > longest:
             raise ValueError(
                 f"window={window} is too long: the model reads at most {longest} tokens; use window<={longest}"
             )
-        windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows")
+        windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows", bos=lead)
         _check_ids_below(max(max(each) for each in windows), "the calibration rows", model)
         batches = torch.tensor(windows).split(batch_size)
     walk = Walk(model, chosen, aimed, batches, None, device_of(model), "cpu")
@@ -321,10 +327,11 @@ def _sparsities(given: Allocation | Mapping[str, float] | float, model: nn.Modul
     return dict.fromkeys(blocks(model), given)
 
 
-def _calibration_ids(examples: Sequence[AnyExample], tokenizer: Any) -> tuple[int, ...]:
+def _calibration_ids(examples: Sequence[AnyExample], tokenizer: Any, bos: Bos) -> tuple[int, ...]:
     """Lays rows end to end; texts are joined by blank lines, as those of a calibration file are."""
     if tokenizer is not None and all(isinstance(each, TextExample) for each in examples):
-        return token_ids(tokenizer, ["\n\n".join(each.text for each in examples if isinstance(each, TextExample))])[0]
+        joined = "\n\n".join(each.text for each in examples if isinstance(each, TextExample))
+        return token_ids(tokenizer, [joined], special=bos != "none")[0]
     has_eos = tokenizer is not None and tokenizer.eos_token_id is not None
     eos = has_eos and any(not isinstance(each, TokenExample) for each in examples)
     encodings = encode(examples, tokenizer, template="plain", max_length=None, loss_on="all", eos=eos)
