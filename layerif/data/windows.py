@@ -7,10 +7,11 @@ tokenizer adds one to a text, and BOS takes one of the window's places.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
-from layerif.data.batches import bos_of, ids_of_text
+from layerif.data.batches import bos_of, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,12 @@ def running_ids(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos) -> tupl
         bos: `first` is how pruning papers measure: the text is tokenised once, with BOS at its start.
     """
     return ids_of_text(tokenizer, text, special=bos != "none"), bos_of(tokenizer) if bos == "tokenizer" else ()
+
+
+@lru_cache(maxsize=2)
+def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> tuple[int, ...]:
+    """Returns the ids of one long text, remembered: a run looks at its calibration and test text several times."""
+    return token_ids(tokenizer, [text], special=special)[0]
 
 
 def cut_windows(ids: Sequence[int], window: int, bos: Sequence[int] = ()) -> list[tuple[int, ...]]:
