@@ -38,7 +38,8 @@ _COPIES = 6  # of a matrix: its weight, metric, sorted metric, change, mask and 
 class Masks(Protocol):
     """The part of a pruner that says what it would change, see `layerif.pruning.Pruner`."""
 
-    needs_inputs: Any
+    @property
+    def needs_inputs(self) -> bool: ...
 
     def observe(self, so_far: Any, input_TI: Tensor) -> Any: ...
 

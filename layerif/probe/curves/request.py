@@ -35,16 +35,14 @@ FEW_WINDOWS = 4  # below this the curves of a trial ranked noticeably worse
 class Windows(Protocol):
     """Chosen windows of a text, see `layerif.pruning.calibration.Calibration`."""
 
-    text: str
-    batch_size: int
-
     def batches(self, tokenizer: Any, max_positions: int | None = None) -> list[Tensor]: ...
 
 
 class Prunes(Masks, Protocol):
     """A pruner, of which the levels and the name are asked, too."""
 
-    skip: Sequence[str]
+    @property
+    def skip(self) -> Sequence[str]: ...
 
     def levels(self) -> tuple[float, ...]: ...
 
