@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from layerif.checks import did_you_mean
-from layerif.data.batches import bos_of, output_text, prompt_text
+from layerif.data.batches import output_text, prompt_text
 from layerif.data.render import Example, Template
 from layerif.data.source import HubDataset
 from layerif.data.task import AnyTask
@@ -90,17 +90,17 @@ def lm_eval(
     unseeded: dict[str, Any] = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     )
-    adds_bos, results = bool(bos_of(tokenizer)), {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
         manager = _all_tasks() if others else _no_tasks()
         _refuse_unknown(others, manager.all_tasks)
         local = _local_task(Path(folder), f"layerif_{name}", examples, template, tokenizer)
-        by_bos: dict[bool, list[Any]] = {adds_bos and template != "chat": [local]}
-        by_bos.setdefault(adds_bos, []).extend(others)
+        # A chat template spells BOS itself; to other prompts the tokenizer adds it by itself (None), or does not.
+        by_bos: dict[bool | None, list[Any]] = {False if template == "chat" else None: [local]}
+        if others:
+            by_bos.setdefault(None, []).extend(others)
         try:
             for add_bos, chosen in by_bos.items():
-                if not chosen:
-                    continue
                 found: Any = simple_evaluate(
                     model=wrapped_model(
                         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos
