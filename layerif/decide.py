@@ -78,7 +78,7 @@ class Decision(Scored):
             allocation=AllocationRecord(**self.allocation.to_dict()),
             scores=scores
             and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
-            curves=None if self.curves is None else summary(self.curves, self.allocation),
+            curves=None if self.curves is None else _summary(self.curves, self.allocation),
             reliability=self.reliability,
             fidelity=self.fidelity,
             rows={part: list(ids) for part, ids in self.rows.items()},
@@ -89,7 +89,7 @@ class Decision(Scored):
 _PARTS = ("train", "validation")
 
 
-def summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
+def _summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
     """Gives the part of curves that a record keeps: the price of each level, and that of the allocation."""
     spent = curves.by_block if set(allocation.units) <= set(curves.by_block.units) else curves
     return {
