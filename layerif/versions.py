@@ -11,5 +11,6 @@ VERSIONS = {
     "ekfac": 1,
     "spectra": 1,
     "activations": 1,
+    "removals": 1,
     "gates": 2,
 }

@@ -19,8 +19,9 @@ from layerif.estimators.fisher_trace import FisherTrace
 from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
 from layerif.estimators.linear_probe import LinearProbe, probe_accuracy
+from layerif.estimators.lsa import Lsa
 from layerif.estimators.outlier import Outlier
-from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
+from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerRemovals, LayerSpectra, MatrixGram
 from layerif.layers import LayerMap
 from layerif.probe.gates import gated
 from layerif.probe.spectra import Spectra
@@ -191,6 +192,15 @@ def test_dlp_of_zero_activations_is_refused():
     with pytest.raises(ValueError, match="Wanda metric of zero"):
         Dlp().score(zero)
     assert Outlier().score(zero).values == (0.0, 0.0)
+
+
+def test_lsa_is_its_definition_and_refuses_a_model_without_error():
+    errors = {"b.0.q": 3.0, "b.0.o": 4.0, "b.1.q": 1.0}
+    scores = Lsa().score(LayerRemovals(LAYERS, errors, "f"))
+    assert scores.values == pytest.approx((1 - 7 / 8, 1 - 1 / 8))
+    assert (scores.higher_means, scores.source) == ("important", "lsa(proxy=0.5)")
+    with pytest.raises(ValueError, match="have a squared output error of zero"):
+        Lsa().score(LayerRemovals(LAYERS, dict.fromkeys(errors, 0.0), "f"))
 
 
 def test_block_influence_of_an_identity_block_is_zero():
