@@ -6,7 +6,8 @@ needs by a request (`layerif/probe/request.py`) and scores it:
 | needs                          | evidence passed to `score`                       | estimators                       |
 |--------------------------------|--------------------------------------------------|----------------------------------|
 | `Grams()`                      | `LayerGrams` of one probe                        | datainf, exact, lissa, grad_dot, |
-|                                |                                                  | cosine, grad_norm, fisher_trace  |
+|                                |                                                  | cosine, grad_norm, fisher_trace, |
+|                                |                                                  | quadratic                        |
 | `CheckpointPasses(folders)`    | `CheckpointGrams`, a probe at every checkpoint   | tracin                           |
 | `Curvature(damping, …)`        | `LayerInfluences`, measured under its damping    | ekfac                            |
 | `Spectra()`                    | `LayerSpectra` of the weights alone              | alpha                            |

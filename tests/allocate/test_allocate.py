@@ -28,6 +28,7 @@ from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank
 from layerif.allocate.shape import Shape
 from layerif.allocate.sparsity import Sparsity
+from layerif.allocate.water_filling import WaterFilling
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
 
@@ -591,6 +592,7 @@ ALLOCATORS = {
     "sparsity": Sparsity,
     "file": SavedAllocation,
     "shape": Shape,
+    "water_filling": WaterFilling,
 }
 
 
