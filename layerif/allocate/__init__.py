@@ -1,7 +1,8 @@
 """Allocators spend scores on experts, ranks or sparsity. Each one is one file, with one YAML in `conf/allocator`.
 
 `to_experts`, `to_rank` and `to_sparsity` are the pure functions. An allocator is a dataclass of settings that is called
-with scores and layers and returns an `Allocation`, which checks its own budget.
+with scores and layers and returns an `Allocation`, which checks its own budget. `depth`, `shape` and `file` look at no
+scores.
 """
 
 from __future__ import annotations

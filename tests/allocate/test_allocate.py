@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from layerif.allocate import Allocation, to_experts, to_rank, to_sparsity
+from layerif.allocate.depth import Depth
 from layerif.allocate.experts import Experts
 from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank
@@ -592,6 +593,7 @@ ALLOCATORS = {
     "sparsity": Sparsity,
     "file": SavedAllocation,
     "shape": Shape,
+    "depth": Depth,
     "water_filling": WaterFilling,
 }
 
