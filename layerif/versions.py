@@ -11,6 +11,7 @@ VERSIONS = {
     "ekfac": 1,
     "spectra": 1,
     "activations": 1,
+    "removals": 1,
     "gates": 2,
     "loss_curves": 1,
 }

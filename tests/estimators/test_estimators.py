@@ -45,6 +45,7 @@ from layerif.evidence import (
     LayerGates,
     LayerGrams,
     LayerInfluences,
+    LayerRemovals,
     LayerSpectra,
     MatrixGram,
 )
@@ -55,6 +56,7 @@ from layerif.probe.ekfac import Curvature
 from layerif.probe.gates import Gates
 from layerif.probe.grams.request import Grams
 from layerif.probe.nothing import Nothing
+from layerif.probe.removal import Removal
 from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
 from layerif.scores import LayerScores, aggregate
@@ -628,6 +630,9 @@ def evidence(needs: Request, *, alike: bool = False, order: Sequence[int] = rang
             answers=tuple("abab" * (NUM_SAMPLES // 4)),
             fingerprint="f1",
         )
+    if isinstance(needs, Removal):
+        errors = {name: float(weight.square().sum()) for name, weight in weights.items()}
+        return LayerRemovals(layers, errors, "f1")
     if isinstance(needs, Curvature):
         influences = {f"block.{l}.{name}": -of[l] for name, of in (("q", of_q), ("o", of_q)) for l in order}
         return LayerInfluences(layers, influences, "f1")
