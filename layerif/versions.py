@@ -14,4 +14,5 @@ VERSIONS = {
     "removals": 1,
     "gates": 2,
     "loss_curves": 1,
+    "measured_loss": 1,
 }

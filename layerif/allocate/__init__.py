@@ -1,8 +1,8 @@
 """Allocators spend scores, or curves, on experts, ranks or sparsity. Each one has one YAML in `conf/allocator`.
 
 `to_experts`, `to_rank`, `to_sparsity` and `knapsack` are the pure functions. An allocator is a dataclass of settings
-that is called with scores and layers, or with curves, and returns an `Allocation`, which checks its own budget. `depth`, `shape`
-and `file` look at neither.
+that is called with scores and layers, or with curves, and returns an `Allocation`, which checks its own budget.
+`depth`, `shape` and `file` look at neither.
 """
 
 from __future__ import annotations

@@ -92,4 +92,4 @@ def test_one_block_has_one_line():
 def test_the_source_says_if_the_slope_comes_from_trials():
     assert Depth().source == "depth(slope=by trials, spare=0)"
     assert Depth(slope=0.01, spare=2).source == "depth(slope=0.01, spare=2)"
-    assert Depth.needs_scores is False
+    assert Depth.spends == "nothing"
