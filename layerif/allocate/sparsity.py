@@ -21,7 +21,7 @@ from layerif.checks import check_fields, check_value
 from layerif.layers import LayerMap
 from layerif.scores import SPREAD_NOISE, LayerScores
 
-Rule = Literal["scaled", "shifted", "centred"]
+Rule = Literal["scaled", "shifted"]
 Epsilon = Annotated[float, Ge(0), Le(1), "the paper used 0.1 to 0.5"]
 TargetSparsity = Annotated[float, Ge(0), Lt(1)]
 # A layer without weights would leave nothing to prune or to recover.
@@ -45,10 +45,8 @@ def to_sparsity(
     is `max_sparsity` and the other layers make up for it, still in proportion to r. (Upstream clips without this, and
     misses the target.)
 
-    `shifted`, OWL's and DLP's: ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where nothing is
-    clipped. Where ρ_l is clipped to [0, `max_sparsity`], the other layers make up for it by a common c.
-
-    `centred`, LSA's: the same without the min-max, ρ_l = c + 2εs_l, for scores that are shares already.
+    `shifted`, that of OWL, DLP and LSA: ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where
+    nothing is clipped. Where ρ_l is clipped to [0, `max_sparsity`], the other layers make up for it by a common c.
 
     Args:
         scores: s, one per layer; a higher score gets more sparsity.
@@ -67,11 +65,8 @@ def to_sparsity(
     check_value("allocator.max_sparsity", max_sparsity, MaxSparsity)
     check_value("allocator.rule", rule, Rule)
     _check_target(target, max_sparsity)
-    if rule == "centred":
-        _check_shares(values)
-    if rule != "scaled":
-        levels = values if rule == "centred" else _min_max(values)
-        return shifted_to_mean([2 * epsilon * x for x in levels], weights, target, max_sparsity)
+    if rule == "shifted":
+        return shifted_to_mean([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
     relative = [(1 - epsilon) + 2 * epsilon * x for x in _min_max(values)]
     relative = [r if r > SPREAD_NOISE else 0.0 for r in relative]  # under ε = 1 rounding must not become a share
     found = scaled_to_mean(relative, weights, target, max_sparsity)
@@ -94,8 +89,8 @@ class Sparsity:
             SparseGPT.
         max_sparsity: the most that a layer gets.
         smoothing: smooth the scores over depth first, as the paper does; it needs at least 7 layers.
-        rule: `scaled` is the map of the paper and of AlphaPruning, `shifted` that of OWL (epsilon 0.08) and DLP (0.15),
-            `centred` that of LSA (0.07); these three do not smooth.
+        rule: `scaled` is the map of the paper and of AlphaPruning, `shifted` that of OWL (epsilon 0.08), DLP (0.15) and
+            LSA (0.07); these three do not smooth.
     """
 
     needs_scores: ClassVar[Literal[True]] = True
@@ -128,11 +123,3 @@ def _min_max(values: list[float]) -> list[float]:
 def _check_target(target: float, max_sparsity: float) -> None:
     check_value("allocator.target", target, TargetSparsity)
     check_feasible(target, max_sparsity, "allocator.max_sparsity")
-
-
-def _check_shares(values: list[float]) -> None:
-    if max(values) > 1:
-        raise ValueError(
-            f"allocator.rule=centred takes scores from 0 to 1, as estimator=lsa gives them, and got {max(values):g}; "
-            "use allocator.rule=shifted, which brings any scores to that range"
-        )

@@ -6,6 +6,8 @@ N train samples, P parameters of a matrix, G (N×P) its per-sample gradients, K 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +25,8 @@ from layerif.estimators._base import (
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.scores import LayerScores
+
+_SATURATED = 0.99
 
 
 def quadratic_gain(train_train: Tensor, *, numel: int, damping: float) -> float:
@@ -74,5 +78,18 @@ class Quadratic:
             )
             for name, gram in grams.items()
         }
+        _warn_of_saturation(gains)
         values = (math.fsum(gains[param] for param in params) for params in evidence.layers.params)
         return layer_scores(self, evidence, values, "important")
+
+
+def _warn_of_saturation(gains: Mapping[str, float]) -> None:
+    """Warns where the gains of all matrices come so near 1 that they tell none apart."""
+    least = min(gains.values())
+    if least > _SATURATED:
+        warnings.warn(
+            f"the gains hardly differ: q is at least {least:.4f} in each of {len(gains)} matrices, and below 1; it "
+            "comes near 1 wherever a matrix has more parameters than there are samples; raise estimator.damping",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -517,7 +517,7 @@ def test_impossible_shapes_are_refused(settings, depth, message):
         Shape(**settings)(SCORES, deep(depth))
 
 
-# The map of OWL and DLP
+# The map of OWL, DLP and LSA
 
 
 @law
@@ -538,6 +538,19 @@ def test_shifted_sparsities_meet_any_target_within_bounds_and_keep_the_order(lay
         assert (one - other) * (s - t) >= 0
 
 
+def test_shifted_sparsities_without_clipping_are_lsas_formula():
+    errors, beta, target = [3.0, 1.0, 2.0, 5.0], 0.07, 0.6
+    importance = [1 - error / sum(errors) for error in errors]
+    low, high = min(importance), max(importance)
+    d = [(each - low) / (high - low) * 2 * beta for each in importance]
+    expected = [target + sum(d) / 4 - each for each in d]
+    layers = LayerMap(NAMES[:4], LAYERS.params[:4], (7,) * 4)
+    scores = LayerScores(NAMES[:4], tuple(importance), "important", "lsa", "f")
+    allocation = Sparsity(target=target, epsilon=beta, smoothing=False, rule="shifted")(scores, layers)
+    assert allocation.values == pytest.approx(expected, abs=1e-12)
+    assert max(allocation.values) == allocation.values[3]
+
+
 def test_shifted_sparsities_without_clipping_are_owls_formula():
     outliers, numel, target, owl_lambda = [3.0, 1.0, 2.0, 5.0], [1, 2, 3, 4], 0.6, 0.08
     x = [(d - 1) / 4 * 2 * owl_lambda for d in outliers]  # min-max to [0, 2λ]
@@ -547,41 +560,6 @@ def test_shifted_sparsities_without_clipping_are_owls_formula():
     scores = LayerScores(NAMES[:4], tuple(outliers), "important", "outlier", "f")
     allocation = Sparsity(target=target, epsilon=owl_lambda, smoothing=False, rule="shifted")(scores, layers)
     assert allocation.values == pytest.approx(expected, abs=1e-12)
-
-
-# The map of LSA
-
-
-@law
-@given(
-    layers=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 10**9)), min_size=1, max_size=20),
-    target=st.floats(0, 0.9),
-    epsilon=st.floats(0, 1),
-)
-def test_centred_sparsities_meet_any_target_and_keep_distances_where_nothing_is_clipped(layers, target, epsilon):
-    scores, numel = map(list, zip(*layers, strict=True))
-    sparsities = to_sparsity(scores, numel, target, epsilon=epsilon, rule="centred")
-    assert np.average(sparsities, weights=numel) == pytest.approx(target, abs=1e-6)
-    inside = [l for l, sparsity in enumerate(sparsities) if 0 < sparsity < 0.99]
-    for one, other in itertools.combinations(inside, 2):
-        between = 2 * epsilon * (scores[one] - scores[other])
-        assert sparsities[one] - sparsities[other] == pytest.approx(between, abs=1e-9)
-
-
-def test_centred_sparsities_without_clipping_are_lsas_formula():
-    errors, beta, target = [3.0, 1.0, 2.0, 5.0], 0.07, 0.6
-    importance = [1 - error / sum(errors) for error in errors]
-    twice = [2 * beta * each for each in importance]
-    expected = [target + sum(twice) / 4 - each for each in twice]
-    layers = LayerMap(NAMES[:4], LAYERS.params[:4], (7,) * 4)
-    scores = LayerScores(NAMES[:4], tuple(importance), "important", "lsa", "f")
-    allocation = Sparsity(target=target, epsilon=beta, smoothing=False, rule="centred")(scores, layers)
-    assert allocation.values == pytest.approx(expected, abs=1e-12)
-
-
-def test_centred_sparsities_take_shares_alone():
-    with pytest.raises(ValueError, match=r"takes scores from 0 to 1.*got 3; use allocator\.rule=shifted"):
-        to_sparsity([0.0, 3.0], [1, 1], 0.5, epsilon=0.1, rule="centred")
 
 
 # Files: every allocator has its configuration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -408,3 +409,14 @@ def test_a_blocks_gain_is_the_sum_of_its_matrices_and_no_unit_of_gradients_matte
     g = gradients["b.1.q"]
     absolute = Quadratic(damping=0.2 * float(g.square().mean()), damping_rule="absolute").score(grams(1))
     assert absolute.values[1] == pytest.approx(scores.values[1])
+
+
+def test_gains_that_tell_no_matrix_apart_are_told():
+    gradients = {name: normal(6, 4000, seed=seed) for seed, name in enumerate(LAYERS.matrices)}
+    grams = {n: MatrixGram(g @ g.T, g[:2] @ g.T, g[:2].norm(dim=1), g.shape[1]) for n, g in gradients.items()}
+    with pytest.warns(RuntimeWarning, match=r"at least 0\.99\d+ in each of 3 matrices.*raise estimator\.damping"):
+        alike = Quadratic().score(LayerGrams(LAYERS, grams, "f")).values
+    assert alike == pytest.approx((2, 1), rel=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Quadratic(damping=1000).score(LayerGrams(LAYERS, grams, "f"))
