@@ -18,7 +18,7 @@ class Lsa:
     """Scores a block by I = 1 − E/ΣE; E is the squared output error of its matrices under Wanda's mask.
 
     LSA's sparsities are `allocator=sparsity allocator.rule=shifted allocator.epsilon=0.07 allocator.smoothing=false`.
-    Its released code takes 0.04, 0.1 and 0.15 at 50, 60 and 70 %. The direction is the published one: the block with the
+    Its released code takes 0.04, 0.1 and 0.15 at 50, 60 and 70 %. The direction is the published one: the block of the
     largest error gets the most sparsity. `estimator=reversed estimator@estimator.of=lsa` turns it round.
 
     The published mask removes one weight after the other, always the one that adds least to the error. Wanda's mask

@@ -1,4 +1,4 @@
-"""The measured rise of the loss where one block alone is pruned: what loss curves predict, at the price of many passes."""
+"""The measured rise of the loss where one block alone is pruned: the dear rival of loss curves."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class Prune:
             check_source(source, here)
 
     def _tried(self, setup: Setup, module: PruneModule, record: RunRecord) -> Any:
-        """Gives the allocator, with the setting that trials on the calibration windows find where it leaves one open."""
+        """Gives the allocator, with its slope by trials on the calibration windows where it leaves that open."""
         decider, allocator = setup.decider, setup.decider.allocator
         if not isinstance(allocator, Depth) or self.allocation is not None:
             return allocator
