@@ -127,7 +127,8 @@ class Prune:
         targets(skeleton, allocation.by_name(), self.pruner)
         self._check_source(setup, allocation)
         if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and self.pruner.needs_inputs:
-            check_disjoint(self.calibration.text, setup.evaluation.text)
+            for tested in setup.evaluation.texts:
+                check_disjoint(self.calibration.text, tested)
         if self.pruner.needs_inputs:
             self._module(setup).windows()
         if decider.num_processes > 1:
