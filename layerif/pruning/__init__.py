@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from annotated_types import Ge
 from torch import Tensor
@@ -29,8 +29,6 @@ class Pruner(ABC):
             reads it: experiments of the paper take it as `allocator.epsilon`.
     """
 
-    needs_inputs: ClassVar[bool] = True
-
     n: Count | None = None
     m: Annotated[int, Ge(2), "for example 4 or 8"] | None = None
     paper_epsilon: Share = 0.1
@@ -42,10 +40,15 @@ class Pruner(ABC):
         if self.n is not None and self.m is not None and self.n >= self.m:
             raise ValueError(f"pruner.n={self.n} must be below pruner.m={self.m}: n of every m weights are kept")
 
+    @property
+    def needs_inputs(self) -> bool:
+        """True where the pruner reads the inputs of the layers, and so calibration windows."""
+        return True
+
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         """Adds the inputs of T tokens to the statistic of a linear layer, in place where there is one.
 
-        It is not called where `needs_inputs` is False, and defined by every other pruner.
+        It is not called where `needs_inputs` is False, and defined by every pruner where it can be True.
         """
         raise NotImplementedError
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from layerif.checks import check_choice
-from layerif.pruning import Pruner
 from layerif.pruning.mask import check_target, lowest, lowest_per_group, lowest_per_row, num_removed
+from layerif.pruning.swaps import MaskPruner
 
 Compare = Literal["row", "cumulative"]
 
@@ -66,7 +66,7 @@ def wanda_mask(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanda(Pruner):
+class Wanda(MaskPruner):
     """Prunes by `wanda_mask`.
 
     Args:
@@ -81,10 +81,12 @@ class Wanda(Pruner):
             raise ValueError(f"pruner.compare=cumulative has no meaning with pruner.m={self.m}; use compare=row")
 
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
+        if self.swaps:
+            return super().observe(so_far, input_TI)
         dtype = torch.promote_types(input_TI.dtype, torch.float32)
         added_I = input_TI.to(dtype).square().sum(dim=0)
         return added_I if so_far is None else so_far.add_(added_I)
 
-    def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
-        mask = wanda_mask(weight, shared, sparsity, n=n, m=self.m if n else None, compare=self.compare)
-        return weight.masked_fill(mask, 0)
+    def mask(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
+        input_sq_norm = shared.diagonal() if self.swaps else shared
+        return wanda_mask(weight, input_sq_norm, sparsity, n=n, m=self.m if n else None, compare=self.compare)
