@@ -38,7 +38,7 @@ _ADVICE = (
     "free some space, use method.offload=cpu, or set outputs=/another/folder; "
     "the same command carries on from the last finished block"
 )
-_WITHOUT_INPUTS = "use pruner=magnitude, which reads no inputs"
+_WITHOUT_INPUTS = "use pruner=magnitude without swaps, which reads no inputs"
 
 
 @dataclass
