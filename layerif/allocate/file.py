@@ -76,8 +76,8 @@ class SavedAllocation:
             )
         if matrices and self.kind != "sparsity":
             raise ValueError(
-                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only a sparsity can be given to these; name "
-                f"the {len(layers.names)} layers {layers.names[0]!r} to {layers.names[-1]!r}"
+                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only a sparsity can be given to matrices; "
+                f"name the {len(layers.names)} layers {layers.names[0]!r} to {layers.names[-1]!r}"
             )
         return "matrix" if matrices else "block"
 

@@ -77,7 +77,7 @@ def plot_allocations(allocations: Mapping[str, AllocationRecord], groups: Sequen
     A block whose matrices have values of their own has their mean.
     """
     kinds = " or ".join(dict.fromkeys(given.kind for given in allocations.values()))
-    values = {_with_budget(name, one): by_depth(one.by_block()) for name, one in allocations.items()}
+    values = {with_budget(name, one): by_depth(one.by_block()) for name, one in allocations.items()}
     told = "; ".join(
         f"{name}: {np.nanmin(one):g} to {np.nanmax(one):g}, most at blocks {', '.join(_highest(one))}"
         for name, one in zip(allocations, values.values(), strict=True)
@@ -108,21 +108,23 @@ def plot_matrices(allocations: Mapping[str, AllocationRecord]) -> Plot:
     height = top + sum(gap + _ROW * len(rows) for rows in rows_of.values()) + bottom
     figure = plt.figure(figsize=(WIDTH, height))
     left = _breadth_of(figure, [row for rows in rows_of.values() for row in rows])
-    lower, told = height - top, []
+    lower, told, is_grey = height - top, [], False
     for name, one in allocations.items():
         alike = [value for other in allocations.values() if other.kind == one.kind for value in other.values]
         depth, rows, own = depths(list(one.by_block())), rows_of[name], _ROW * len(rows_of[name])
         lower -= gap + own
         axes = figure.add_axes((left / WIDTH, lower / height, (WIDTH - left - 1.05) / WIDTH, own / height))
         axes.set_facecolor("#d0d0d0")
-        axes.set_title(shortened(_with_budget(name, one), 90), loc="left", fontsize=9)
+        axes.set_title(shortened(with_budget(name, one), 90), loc="left", fontsize=9)
         values = np.array([by_depth(of, depth) for of in tables[name].values()])
         image = _image(axes, values, rows, "viridis", (min(alike), max(alike)))
         bar = figure.add_axes((1 - 0.95 / WIDTH, lower / height, 0.2 / WIDTH, own / height))
         figure.colorbar(image, cax=bar, label=one.kind)
         spans = (f"{row} {np.nanmin(of):.3g} to {np.nanmax(of):.3g}" for row, of in zip(rows, values, strict=True))
         told.append(f"{name}: {', '.join(spans)}")
-    figure.axes[-2].set_xlabel("layer (decoder block)")
+        is_grey |= bool(np.isnan(values).any())
+    grey = "; grey: no value, because the matrix was left out" if is_grey else ""
+    figure.axes[-2].set_xlabel(f"layer (decoder block){grey}")
     figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", fontsize=11)
     return finished(figure, title, "; ".join(told))
 
@@ -279,7 +281,8 @@ def by_depth(values: Mapping[str, float], depth: Mapping[str, int] | None = None
     return found
 
 
-def _with_budget(name: str, given: AllocationRecord) -> str:
+def with_budget(name: str, given: AllocationRecord) -> str:
+    """Returns a name with the budget that an allocation spends; a mean may have many decimals, and four figures do."""
     budget = f"{given.budget:.4g}" if isinstance(given.budget, float) else given.budget
     return f"{name} (budget {budget})"
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from layerif.layers import short_names
 from layerif.record.frames import frames, runs_frame
-from layerif.record.plots import plots_of_run
+from layerif.record.plots import plots_of_run, with_budget
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 from layerif.stats import doubts
 
@@ -46,7 +46,7 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
         ranking = f"; highest: {', '.join(scores.layers[index] for index in highest)}"
     on.print(f"\n{record.decision.source}{ranking}", highlight=False, markup=False)
     values, *ranges = allocation_lines(given)
-    for line in (f"{given.kind} {values} (budget {given.budget})", *(f"  {line}" for line in ranges)):
+    for line in (with_budget(f"{given.kind} {values}", given), *(f"  {line}" for line in ranges)):
         on.print(line, highlight=False, markup=False)
     for line in _trust_lines(record.decision):
         on.print(line, highlight=False, markup=False)

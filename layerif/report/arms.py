@@ -278,7 +278,8 @@ def _factors(job: Job) -> tuple[str, str, str]:
             [section, choice, kept]
         )
     decision = job.decision if isinstance(job, RunRecord) else None
-    size = [decision.allocation.kind, decision.allocation.budget] if decision else None
+    # A budget that is not met to the last weight, because levels are steps or values were rounded, is the same size.
+    size = [decision.allocation.kind, round(decision.allocation.budget, 2)] if decision else None
     allocation, size, rest = (json.dumps(part, sort_keys=True, default=str) for part in (made, size, rest))
     return allocation, size, rest
 

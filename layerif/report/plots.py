@@ -115,10 +115,12 @@ def plot_matrix_allocations(runs: Sequence[Run]) -> tuple[Plot | None, int]:
     Returns:
         The plot, None where there is nothing to draw; and the number of arms that are left out.
     """
-    found: dict[str, AllocationRecord] = {}
+    first: dict[str, tuple[Run, AllocationRecord]] = {}
     for run, given in _distinct_allocations(runs):
         if given.is_by_matrix:
-            found.setdefault(_arm_in_full(run), given)
+            first.setdefault(_arm_in_full(run), (run, given))
+    arms = Counter(run.arm for run, _ in first.values())
+    found = {run.arm if arms[run.arm] == 1 else name: given for name, (run, given) in first.items()}
     shown = dict(itertools.islice(found.items(), _MOST_PANELS))
     return (plots.plot_matrices(shown) if shown else None), len(found) - len(shown)
 
