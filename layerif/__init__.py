@@ -9,16 +9,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Allocation", "LayerScores", "LoraMoeConfig", "Profile", "loss", "prune", "score"]  # pyright: ignore
+__all__ = ["Allocation", "Curves", "LayerScores", "LoraMoeConfig", "Profile", "curves", "loss", "prune", "score"]  # pyright: ignore
 
 PACKAGE = Path(__file__).parent
 """The folder of this package: what lies below it is ours."""
 
 _HOMES = {
     "Allocation": "layerif.allocate.allocation",
+    "Curves": "layerif.allocate.curves",
     "LayerScores": "layerif.scores",
     "LoraMoeConfig": "layerif.moe",
     "Profile": "layerif.profile",
+    "curves": "layerif.api",
     "loss": "layerif.api",
     "prune": "layerif.api",
     "score": "layerif.api",

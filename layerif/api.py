@@ -6,40 +6,45 @@ Nothing is written unless a store is given, and the model comes back as it was, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerif.allocate import Allocation
+from layerif.allocate import Allocation, Curves
 from layerif.allocate.sparsity import TargetSparsity
 from layerif.checks import check_choice, check_value
-from layerif.data.batches import LossOn, encode, token_ids
+from layerif.data.batches import LossOn, bos_of, encode, token_ids
+from layerif.data.given import GivenRows, check_apart, examples_of
 from layerif.data.render import Template
-from layerif.data.rows import AnyExample, TextExample, TokenExample, example_of
+from layerif.data.rows import AnyExample, TextExample, TokenExample
 from layerif.data.task import Splits
+from layerif.data.windows import Bos, windows_of
 from layerif.decide import Scorer
 from layerif.estimators import Estimator
+from layerif.estimators.loss_curve import LossCurve
 from layerif.files import conf_folder
+from layerif.layers import Granularity
 from layerif.models.blocks import Scope, bare, blocks, context_length, device_of
 from layerif.models.loaded import Loaded
 from layerif.models.loss import Loss, NamedLoss
 from layerif.moe.model import linears_of_blocks
+from layerif.probe.curves.measure import CurveForm
+from layerif.probe.curves.request import hash_of_windows, model_hash
+from layerif.probe.measurements import Measurements
 from layerif.probe.settings import Probe
 from layerif.probe.store import Store, Unstored
 from layerif.profile import Profile
 from layerif.progress import displayed
 from layerif.progress import progress as shown_as_done
 from layerif.pruning import Pruner, pruner_called
-from layerif.pruning.calibration import windows_of
+from layerif.pruning.source import check_source
 from layerif.pruning.targets import targets
 from layerif.pruning.walk import Walk
-
-GivenRows = Iterable[str | Mapping[str, Any]]
 
 
 def score(
@@ -100,7 +105,7 @@ def score(
             "leave loss out"
         )
     examples = {"train": examples_of(train, "train"), "validation": examples_of(validation, "validation")}
-    _check_apart(examples["train"], examples["validation"])
+    check_apart(examples["train"], examples["validation"])
     keeps = store is not None and (loss is None or isinstance(loss, NamedLoss))
     scorer = Scorer(
         model=loaded,
@@ -154,6 +159,7 @@ def prune(
     window: int = 256,
     batch_size: int = 4,
     seed: int = 0,
+    bos: Bos = "tokenizer",
     progress: bool = True,
 ) -> PreTrainedModel:
     """Removes weights from the blocks of a loaded model, in place, and returns it.
@@ -169,6 +175,9 @@ def prune(
         window: the tokens of a window.
         batch_size: the windows that the model sees at once.
         seed: chooses the windows.
+        bos: the windows that begin with BOS, which counts as one of the `window` tokens: each one where the tokenizer
+            adds BOS to a text (tokenizer), the first of the text alone (first), or none. Rows that are not texts keep
+            the BOS that each of them begins with.
         progress: show a bar.
 
     Raises:
@@ -183,20 +192,88 @@ def prune(
     aimed = targets(model, _sparsities(allocation_or_target, model), chosen)
     batches: Sequence[Tensor] = ()
     if chosen.needs_inputs:
-        ids = _calibration_ids(examples_of(calibration, "calibration"), tokenizer)
-        longest = context_length(model)
-        if longest is not None and window > longest:
-            raise ValueError(
-                f"window={window} is too long: the model reads at most {longest} tokens; use window<={longest}"
-            )
-        windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows")
-        _check_ids_below(max(max(each) for each in windows), "the calibration rows", model)
-        batches = torch.tensor(windows).split(batch_size)
+        batches = _windows(model, tokenizer, calibration, num_windows, window, batch_size, seed, bos)
+    _check_source(allocation_or_target, model, chosen, batches)
     walk = Walk(model, chosen, aimed, batches, None, device_of(model), "cpu")
     with displayed("bar" if progress else "none"):
         for index in shown_as_done(range(len(walk.blocks)), "pruning"):
             walk(index)
     return model
+
+
+def curves(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: GivenRows,
+    *,
+    kind: Literal["sparsity"] = "sparsity",
+    pruner: str | Pruner = "wanda",
+    rows: GivenRows | None = None,
+    form: CurveForm = "exact",
+    granularity: Granularity = "matrix",
+    tokens: float = 0.45,
+    num_windows: int | None = None,
+    window: int = 256,
+    batch_size: int = 4,
+    seed: int = 0,
+    bos: Bos = "tokenizer",
+    max_length: int = 128,
+    memory_gb: float | None = None,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Curves:
+    """Prices every sparsity of every matrix of a loaded model by the loss, in one gradient pass.
+
+    `curves(…).allocate(0.6)` gives the allocation of least predicted loss, which `prune` takes with the same pruner and
+    the same calibration rows.
+
+    Args:
+        model: a causal language model of transformers without an adapter, on any device. It comes back as it was.
+        tokenizer: the tokenizer of the model; None where all rows are token ids.
+        texts: the calibration rows, as `calibration` of `prune`: the pruner takes its statistics of their windows.
+        kind: what a level is.
+        pruner: whose masks are priced: magnitude, wanda or sparsegpt, or a pruner with settings of its own.
+        rows: the rows whose loss is watched, as for `score`; None: the windows of `texts`.
+        form: `exact`, or `diagonal`, which costs less.
+        granularity: a curve per matrix or per block.
+        tokens: the share of the positions that is looked at, chosen by `seed`.
+        num_windows: as for `prune`; give the same to both, and of the next four, too.
+        window: the tokens of a window.
+        batch_size: the windows that the model sees at once.
+        seed: chooses windows and positions.
+        bos: the windows that begin with BOS.
+        max_length: of `rows`, in tokens.
+        memory_gb: the memory to use beside the model and one batch; None: half of what is free (85 % on a GPU).
+        store: a folder that keeps the curves for the next call; None writes nothing.
+        progress: show a bar.
+
+    Raises:
+        ValueError: names the row, setting or matrix that cannot be used, and says what can.
+    """
+    check_choice("kind", kind, ("sparsity",))
+    loaded = Loaded(model, is_hashed=True)
+    loaded.check()
+    chosen = pruner_called(pruner) if isinstance(pruner, str) else pruner
+    estimator = LossCurve(pruner=chosen, form=form, granularity=granularity, tokens=tokens, seed=seed)
+    windows = _windows(model, tokenizer, texts, num_windows, window, batch_size, seed, bos)
+    watched = () if rows is None else examples_of(rows, "rows")
+    measurements = Measurements(
+        model=loaded,
+        tokenizer=tokenizer,
+        splits=Splits(train=watched, validation=(), test=()),
+        probe=Probe(num_train=max(len(watched), 1), max_length=max_length, batch_size=batch_size, memory_gb=memory_gb),
+        store=Unstored() if store is None else Store(Path(store)),
+        seed=seed,
+        device=device_of(model),
+    )
+    request = replace(
+        estimator.needs,
+        mask_text=_GivenWindows(windows),
+        loss_texts={"windows": 1.0} if rows is None else {"task": 1.0},
+    )
+    request.check(measurements)
+    with displayed("bar" if progress else "none"):
+        return request.take(measurements, loaded.load)[0]
 
 
 def loss(name: str, *, version: int) -> Any:
@@ -215,7 +292,7 @@ def estimator_called(name: str) -> Estimator:
     Raises:
         ValueError: there is no such estimator, or it cannot do without settings.
     """
-    return _made(name, "estimator", "estimators", lambda found: hasattr(found, "score"))
+    return _made(name, "estimator", "estimators", lambda found: hasattr(found, "needs"))
 
 
 def _made(name: str, setting: str, room: str, is_one: Any) -> Any:
@@ -230,57 +307,49 @@ def _made(name: str, setting: str, room: str, is_one: Any) -> Any:
         raise ValueError(f"{setting}={name!r} needs settings of its own: {error}; give {setting}={name}(…)") from error
 
 
-def examples_of(rows: GivenRows, part: str) -> tuple[AnyExample, ...]:
-    """Turns rows, or ready batches of them, into examples that are numbered from 0.
+@dataclass(frozen=True)
+class _GivenWindows:
+    """Windows that are cut already, in the form in which a measurement asks for them."""
 
-    Raises:
-        ValueError: there is no row, or one cannot be used; names its place.
-    """
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
-        raise ValueError(f"{part} is a {type(rows).__name__}; it must be a list of rows")
-    found = tuple(
-        example_of(row, id=f"{part} {number}", where=f"{part} row {number}")
-        for number, row in enumerate(_single_rows(rows, part))
-    )
-    if not found:
-        raise ValueError(f"{part} holds no row; an iterator that was read before is empty, so give a list of rows")
-    return found
+    given: Sequence[Tensor]
+
+    def batches(self, tokenizer: Any, max_positions: int | None = None) -> list[Tensor]:
+        return list(self.given)
 
 
-def _single_rows(rows: GivenRows, part: str) -> Iterator[Any]:
-    for item in rows:
-        ids = item.get("input_ids") if isinstance(item, Mapping) else None
-        if getattr(ids, "ndim", 1) == 2:
-            yield from _rows_of_batch(item, part)  # type: ignore[arg-type]
-        else:
-            yield item
-
-
-def _rows_of_batch(batch: Mapping[str, Tensor], part: str) -> Iterator[dict[str, Tensor]]:
-    """Takes a padded batch apart."""
-    if unknown := sorted({*batch} - {"input_ids", "attention_mask", "labels"}):
-        raise ValueError(f"a batch of {part} holds {', '.join(unknown)}; allowed: input_ids, attention_mask and labels")
-    ids = batch["input_ids"]
-    mask, labels = batch.get("attention_mask", torch.ones_like(ids)), batch.get("labels", ids)
-    if mask.shape != ids.shape or labels.shape != ids.shape:
+def _windows(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: GivenRows,
+    num_windows: int | None,
+    window: int,
+    batch_size: int,
+    seed: int,
+    bos: Bos,
+) -> Sequence[Tensor]:
+    """Cuts rows into calibration windows, as token ids (B×T each)."""
+    check_value("bos", bos, Bos)
+    ids = _calibration_ids(examples_of(rows, "calibration"), tokenizer, bos)
+    lead = bos_of(tokenizer) if tokenizer is not None and bos == "tokenizer" else ()
+    longest = context_length(model)
+    if longest is not None and window > longest:
         raise ValueError(
-            f"a batch of {part} has input_ids of shape {tuple(ids.shape)}, attention_mask of {tuple(mask.shape)} and "
-            f"labels of {tuple(labels.shape)}; they must be alike"
+            f"window={window} is too long: the model reads at most {longest} tokens; use window<={longest}"
         )
-    for of_row, ids_T, labels_T in zip(mask.bool().cpu(), ids.cpu(), labels.cpu(), strict=True):
-        yield {"input_ids": ids_T[of_row], "labels": labels_T[of_row]}
+    windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows", bos=lead)
+    _check_ids_below(max(max(each) for each in windows), "the calibration rows", model)
+    return torch.tensor(windows).split(batch_size)
 
 
-def _check_apart(train: Sequence[AnyExample], validation: Sequence[AnyExample]) -> None:
-    """Refuses validation rows that ask what train rows ask: scores would see what they are judged by."""
-    first = {example.question: example.id for example in reversed(train)}
-    shared = [example for example in validation if example.question in first]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of {len(validation)} validation rows ask the same as train rows (the first: "
-            f"{shared[0].id} and {first[shared[0].question]}), so scores would see what they are judged by; leave them "
-            "out of one of the two"
-        )
+def _check_source(given: Any, model: nn.Module, pruner: Pruner, windows: Sequence[Tensor]) -> None:
+    """Refuses an allocation by curves of another model, pruner or calibration text."""
+    if isinstance(given, Allocation) and given.source:
+        here = {
+            "model": model_hash(Loaded(model, is_hashed=True)),
+            "pruner": pruner.called,
+            "mask_text": hash_of_windows(windows) if pruner.needs_inputs else "none",
+        }
+        check_source(given.source, here)
 
 
 def _check_ids(scorer: Scorer, part: str) -> None:
@@ -312,10 +381,11 @@ def _sparsities(given: Allocation | Mapping[str, float] | float, model: nn.Modul
     return dict.fromkeys(blocks(model), given)
 
 
-def _calibration_ids(examples: Sequence[AnyExample], tokenizer: Any) -> tuple[int, ...]:
+def _calibration_ids(examples: Sequence[AnyExample], tokenizer: Any, bos: Bos) -> tuple[int, ...]:
     """Lays rows end to end; texts are joined by blank lines, as those of a calibration file are."""
     if tokenizer is not None and all(isinstance(each, TextExample) for each in examples):
-        return token_ids(tokenizer, ["\n\n".join(each.text for each in examples if isinstance(each, TextExample))])[0]
+        joined = "\n\n".join(each.text for each in examples if isinstance(each, TextExample))
+        return token_ids(tokenizer, [joined], special=bos != "none")[0]
     has_eos = tokenizer is not None and tokenizer.eos_token_id is not None
     eos = has_eos and any(not isinstance(each, TokenExample) for each in examples)
     encodings = encode(examples, tokenizer, template="plain", max_length=None, loss_on="all", eos=eos)

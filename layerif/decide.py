@@ -78,7 +78,7 @@ class Decision(Scored):
             allocation=AllocationRecord(**self.allocation.to_dict()),
             scores=scores
             and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
-            curves=None if self.curves is None else summary(self.curves, self.allocation),
+            curves=None if self.curves is None else _summary(self.curves, self.allocation),
             reliability=self.reliability,
             fidelity=self.fidelity,
             rows={part: list(ids) for part, ids in self.rows.items()},
@@ -89,7 +89,7 @@ class Decision(Scored):
 _PARTS = ("train", "validation")
 
 
-def summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
+def _summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
     """Gives the part of curves that a record keeps: the price of each level, and that of the allocation."""
     spent = curves.by_block if set(allocation.units) <= set(curves.by_block.units) else curves
     return {
@@ -108,7 +108,7 @@ def summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
 class Scorer(Measurements):
     """Measurements with an estimator."""
 
-    estimator: Estimator
+    estimator: Estimator | CurveEstimator
 
     def check(self) -> None:
         """Refuses what cannot be scored, before any pass over the data."""
@@ -129,12 +129,16 @@ class Scorer(Measurements):
         start = time.perf_counter()
         evidence, reused = self.estimator.needs.take(self, load or self.model.load)
         measured = time.perf_counter()
-        scores = None if isinstance(self.estimator, CurveEstimator) else self.estimator.score(evidence)
-        curves = self.estimator.curves(evidence) if isinstance(self.estimator, CurveEstimator) else None
+        scores = curves = None
+        if isinstance(self.estimator, CurveEstimator):
+            curves, source = self.estimator.curves(evidence), self.estimator.source
+        else:
+            scores = self.estimator.score(evidence)
+            source = scores.source
         found = Scored(
             scores=scores,
             curves=curves,
-            source=self.estimator.source if scores is None else scores.source,
+            source=source,
             seconds={"evidence": measured - start, "score": time.perf_counter() - measured},
             reused=reused,
             notes=self.estimator.needs.notes(evidence),
@@ -158,6 +162,7 @@ class Scorer(Measurements):
         )
 
     def _reliability(self, evidence: Any, num_samples: tuple[int, int]) -> float | None:
+        assert not isinstance(self.estimator, CurveEstimator)
         return split_half(self.estimator, evidence) if min(num_samples) > 1 else None
 
     def _fidelity(self, evidence: Any) -> tuple[dict[str, float] | None, tuple[str, ...]]:
@@ -173,6 +178,7 @@ class Scorer(Measurements):
         except NotCompared as why:
             probed = f"probed in {' and '.join(approximations)}"
             return None, (f"{probed}; not compared with exact float32 ({why})",)
+        assert not isinstance(self.estimator, CurveEstimator)
         num_validation, num_train = next(iter(reference.grams.values())).val_train.shape
         return {"train": num_train, "validation": num_validation, **fidelity_of(self.estimator, some, reference)}, ()
 

@@ -20,6 +20,7 @@ import layerif
 from layerif.data.batches import collate, encode
 from layerif.data.render import Example
 from layerif.data.rows import example_of
+from layerif.data.windows import cut_windows, running_ids
 from layerif.estimators.datainf import DataInf
 from layerif.models.loss import per_sample_loss
 from layerif.scores import LayerScores
@@ -230,6 +231,19 @@ def test_pruning_equals_the_command_lines_for_the_same_text(tmp_path, tiny_overr
         assert torch.equal(weight, theirs.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("bos", ["tokenizer", "first", "none"])
+def test_calibration_windows_of_texts_begin_with_bos_as_asked(bos):
+    tokenizer = tiny_tokenizer(bos=True)
+    ids, lead = running_ids(tokenizer, "\n\n".join(TEXTS), bos)
+    windows = [{"input_ids": list(each)} for each in cut_windows(ids, 16, lead)]
+    by_texts, by_ids = (
+        layerif.prune(tiny_model(), given, 0.5, calibration=rows, window=16, bos=bos, progress=False)
+        for given, rows in ((tokenizer, TEXTS), (None, windows))
+    )
+    for name, weight in by_texts.state_dict().items():
+        assert torch.equal(weight, by_ids.state_dict()[name]), name
+
+
 def nan_model():
     model = tiny_model()
     with torch.no_grad():
@@ -279,6 +293,7 @@ def test_what_cannot_be_scored_is_one_clear_error_and_harms_no_model(options, sa
         ({"calibration": []}, "calibration holds no row"),
         ({"calibration": TEXTS[:1], "window": 256}, "0 windows of 256; one is needed: use a shorter window"),
         ({"window": 5000}, "the model reads at most 512 tokens"),
+        ({"bos": "frist"}, "bos='frist' is not allowed; allowed: tokenizer, first, none (did you mean 'first'?)"),
         ({"pruner": "wonda"}, "did you mean 'wanda'"),
     ],
 )

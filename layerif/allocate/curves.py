@@ -24,10 +24,10 @@ from layerif.scores import AllocationKind
 Sense = Literal["cost", "gain"]
 Level = Annotated[float, Ge(0), Le(1)]
 MeanSparsity = Annotated[float, Ge(0), Lt(1)]
-FLOOR, CAP = 0.2, 0.9  # of a sparsity, where none is given
+FLOOR, CAP = 0.2, 0.9  # the least and the most sparsity, where none is given
 
 _TIE = 1e-9  # slopes that differ by less, relative to the steeper one, are equal: rounding alone tells them apart
-_NOTHING = 1e-12  # of the largest cost: the cost that stands for none where logarithms are taken
+_NOTHING = 1e-12  # times the largest cost: it stands for no cost where logarithms are taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,8 @@ class Curves:
         shape = (len(self.units), len(self.levels))
         if self.costs.shape != shape or self.sizes.shape != shape:
             raise ValueError(
-                f"curves of {how_many(shape[0], 'unit')} and {how_many(shape[1], 'level')} need costs and sizes of "
-                f"{shape}, got {tuple(self.costs.shape)} and {tuple(self.sizes.shape)}"
+                f"curves of {how_many(shape[0], 'unit')} and {how_many(shape[1], 'level')} must have costs and sizes "
+                f"of {shape}, got {tuple(self.costs.shape)} and {tuple(self.sizes.shape)}"
             )
         if not bool((self.sizes.diff(dim=1) > 0).all()) or any(
             after <= before for before, after in zip(self.levels, self.levels[1:], strict=False)
@@ -346,7 +346,9 @@ class Knapsack:
 
     def __call__(self, curves: Curves) -> Allocation:
         if curves.kind != "sparsity" or curves.sense != "cost":
-            raise ValueError(f"allocator=knapsack spends curves of a sparsity here, got {curves.kind} ({curves.sense})")
+            raise ValueError(
+                f"allocator=knapsack must have curves of what a sparsity costs, got {curves.kind} ({curves.sense})"
+            )
         if self.unit == "matrix" and curves.unit == "block":
             raise ValueError(
                 "allocator.unit=matrix needs curves of matrices, and these are of blocks; use "

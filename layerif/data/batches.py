@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -286,7 +285,9 @@ def _naming_the_template(tokenizer: Any, id: str) -> Iterator[None]:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_most: int | None = None, *, special: bool = True
 ) -> list[tuple[int, ...]]:
-    """Returns the ids of each text, with BOS if the tokenizer adds it, and without an EOS that it adds by itself.
+    """Returns the ids of each text, with BOS once if the tokenizer adds it, and without an EOS that it adds by itself.
+
+    A text that spells BOS at its start does not get a second one.
 
     Args:
         tokenizer: the tokenizer of the model.
@@ -314,8 +315,9 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special
     rows: Any = tokenizer(list(texts), add_special_tokens=special, **options)["input_ids"]
     if not special:
         return [tuple(ids) for ids in rows]
-    eos = tokenizer.eos_token_id
-    return [tuple(ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids) for ids in rows]
+    eos, bos = tokenizer.eos_token_id, (getattr(tokenizer, "bos_token_id", None),)
+    rows = [tuple(ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids) for ids in rows]
+    return [ids[1:] if ids[:2] == bos * 2 and bos_of(tokenizer) == bos else ids for ids in rows]
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, num: int, special: bool) -> tuple[int, ...]:
@@ -332,10 +334,10 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, num: int, special:
     return _token_ids(tokenizer, [text], special)[0]
 
 
-@lru_cache(maxsize=2)
-def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Returns the ids of one long text, remembered: a run looks at its calibration and test text several times."""
-    return token_ids(tokenizer, [text])[0]
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the tokens that the tokenizer puts before a text by itself: BOS, a few more in some families, or none."""
+    whole, plain = (token_ids(tokenizer, ["a"], special=special)[0] for special in (True, False))
+    return next((whole[:start] for start in range(len(whole)) if whole[start : start + len(plain)] == plain), ())
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:

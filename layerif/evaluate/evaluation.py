@@ -11,6 +11,7 @@ from torch import nn
 
 from layerif.checks import Count, check_choice, check_fields
 from layerif.data.rows import AnyExample
+from layerif.data.windows import Bos
 from layerif.evaluate import generation, harness, loss, options, perplexity
 from layerif.evaluate.questions import Answer, Measured, QuestionSet, has_options, require_some
 
@@ -56,6 +57,8 @@ class Evaluation:
             file.
         window: the number of tokens in a window of the perplexity.
         num_windows: the number of windows, from the start of the text; None takes all.
+        bos: the windows that begin with BOS, which counts as one of the `window` tokens: each one where the tokenizer
+            adds BOS to a text (tokenizer), the first of the text alone, as pruning papers measure (first), or none.
         lm_eval_tasks: further tasks by their names in lm-eval, for example arc_easy (lm-eval fetches them itself);
             zero_shot stands for the seven of the pruning literature, and adds their means.
     """
@@ -67,6 +70,7 @@ class Evaluation:
     text: str = "documentation"
     window: Annotated[int, Ge(2), "a window of one token has no token to predict"] = 256
     num_windows: Annotated[int, Ge(1), "null takes all windows"] | None = None
+    bos: Bos = "tokenizer"
     lm_eval_tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:

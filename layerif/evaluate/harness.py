@@ -64,7 +64,8 @@ def lm_eval(
     """Runs lm-eval on the model in memory: the examples as a local multiple-choice task, then lm-eval's own tasks.
 
     lm-eval moves blanks at the end of a prompt into the options, so its log-likelihoods may differ from those of
-    `option_accuracy` by a constant per question; the choices are the same.
+    `option_accuracy` by a constant per question; the choices are the same. A prompt begins with BOS where it does in
+    `option_accuracy`: a chat template alone decides about its prompts.
 
     Args:
         model: a causal language model.
@@ -84,29 +85,39 @@ def lm_eval(
     """
     questions_of(examples, tokenizer, template, context_length(model))
     simple_evaluate, wrapped_model = _package()
-    local, others = f"layerif_{name}", _spelt_out(tasks)
+    others = _spelt_out(tasks)
     # By default lm-eval seeds the whole process, and with it the training that may follow.
     unseeded: dict[str, Any] = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     )
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, evaluating(model), torch.inference_mode():
         manager = _all_tasks() if others else _no_tasks()
         _refuse_unknown(others, manager.all_tasks)
+        local = _local_task(Path(folder), f"layerif_{name}", examples, template, tokenizer)
+        # A chat template spells BOS itself; to other prompts the tokenizer adds it by itself (None), or does not.
+        by_bos: dict[bool | None, list[Any]] = {False if template == "chat" else None: [local]}
+        if others:
+            by_bos.setdefault(None, []).extend(others)
         try:
-            found: Any = simple_evaluate(
-                model=wrapped_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=[_local_task(Path(folder), local, examples, template, tokenizer), *others],
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=False,
-                **unseeded,
-            )
+            for add_bos, chosen in by_bos.items():
+                found: Any = simple_evaluate(
+                    model=wrapped_model(
+                        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos
+                    ),
+                    tasks=chosen,
+                    task_manager=manager,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                    **unseeded,
+                )
+                results |= found["results"]
         except OSError as error:
             raise ValueError(
                 f"lm-eval cannot read the data of {others} ({error}); it fetches them from the hub: "
                 "connect, fill its cache beforehand, or set evaluation.lm_eval_tasks=[]"
             ) from error
-    metrics = harness_metrics(found["results"])
+    metrics = harness_metrics(results)
     return metrics | zero_shot_means(metrics) if "zero_shot" in tasks else metrics
 
 

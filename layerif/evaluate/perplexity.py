@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layerif.data.batches import ids_of_text
 from layerif.data.text import text
+from layerif.data.windows import cut_windows, running_ids
 from layerif.evaluate.loss import frequency_losses
 from layerif.evaluate.questions import Measured, QuestionSet
 from layerif.models.blocks import context_length, device_of
@@ -31,9 +31,9 @@ _LARGEST_LOSS = math.log(sys.float_info.max)
 
 def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
     """Refuses a window longer than the text or the model's context, and more windows than the text holds."""
-    num_tokens = len(ids_of_text(questions.tokenizer, text(settings.text, "test")))
-    check_window(settings.window, num_tokens, max_positions)
-    available = num_tokens // settings.window
+    ids, bos = running_ids(questions.tokenizer, text(settings.text, "test"), settings.bos)
+    check_window(settings.window, len(ids), max_positions)
+    available = len(cut_windows(ids, settings.window, bos))
     if settings.num_windows is not None and settings.num_windows > available:
         raise ValueError(
             f"evaluation.num_windows={settings.num_windows} asks for more than the text {settings.text!r} holds, "
@@ -43,48 +43,61 @@ def check(settings: Evaluation, questions: QuestionSet, max_positions: int | Non
 
 def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
     """Measures the perplexity of the text; its name holds the window, and the text where it is another one."""
-    ids = ids_of_text(questions.tokenizer, text(settings.text, "test"))
-    ids = ids if settings.num_windows is None else ids[: settings.num_windows * settings.window]
+    ids, bos = running_ids(questions.tokenizer, text(settings.text, "test"), settings.bos)
     of_text = "" if settings.text == "documentation" else f"{Path(settings.text).stem}/"
-    value = perplexity(model, ids, window=settings.window, batch_size=settings.batch_size)
-    starts = range(0, len(ids) - settings.window + 1, settings.window)
-    by_frequency = frequency_losses([ids[start + 1 : start + settings.window] for start in starts])
-    name = f"{of_text}perplexity_{settings.window}"
+    name, which = f"{of_text}perplexity_{settings.window}", settings.num_windows
+    value = perplexity(model, ids, window=settings.window, num_windows=which, bos=bos, batch_size=settings.batch_size)
+    windows = cut_windows(ids, settings.window, bos)[:which]
+    by_frequency = frequency_losses([one[num_given(bos) :] for one in windows])
     return Measured({name: value}, context_free={name: math.exp(math.fsum(by_frequency) / len(by_frequency))})
 
 
-def perplexity(model: nn.Module, ids: Sequence[int], *, window: int, batch_size: int = 1) -> float:
+def perplexity(
+    model: nn.Module,
+    ids: Sequence[int],
+    *,
+    window: int,
+    num_windows: int | None = None,
+    bos: Sequence[int] = (),
+    batch_size: int = 1,
+) -> float:
     """Computes exp of the mean next-token loss (nats) over windows of exactly `window` tokens that do not overlap.
 
-    The first token of a window is not predicted, and the tokens after the last full window are not used. Perplexities
-    of different windows are different quantities.
+    The first token of a window is not predicted, nor is any of `bos`, and the tokens after the last full window are not
+    used. Perplexities of different windows are different quantities.
 
     Args:
         model: a causal language model.
         ids: the token ids of the text.
-        window: the number of tokens in a window.
+        window: the number of tokens in a window, `bos` included.
+        num_windows: the number of windows, from the start of the text; None takes all.
+        bos: the tokens that each window begins with, see `layerif.data.windows.cut_windows`.
         batch_size: the number of windows that the model reads at once.
 
     Raises:
         ValueError: the window is longer than the text or the model's context, or the loss is not finite.
     """
     check_window(window, len(ids), context_length(model))
-    num_windows = len(ids) // window
-    windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
-    total = 0.0
+    windows = torch.tensor(cut_windows(ids, window, bos)[:num_windows])
+    given, total = num_given(bos), 0.0
     with evaluating(model), torch.inference_mode():
         for input_BT in progress(windows.split(batch_size), "windows"):
             input_BT = input_BT.to(device_of(model))
-            logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, :-1].float()
-            losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, 1:].flatten(), reduction="sum")
+            logits_BTV = model(input_ids=input_BT, use_cache=False).logits[:, given - 1 : -1].float()
+            losses = F.cross_entropy(logits_BTV.flatten(0, 1), input_BT[:, given:].flatten(), reduction="sum")
             total += float(losses)
-    mean = total / (num_windows * (window - 1))
+    mean = total / windows[:, given:].numel()
     if not mean < _LARGEST_LOSS:
         raise ValueError(
             f"the text has no finite perplexity: its mean token loss is {mean}; weights or activations are not finite "
             "or far too large; look at the weights, or use a wider dtype (model.dtype=float32)"
         )
     return math.exp(mean)
+
+
+def num_given(bos: Sequence[int]) -> int:
+    """Counts the tokens at the start of a window that are not predicted: its first one, or all of `bos`."""
+    return max(1, len(bos))
 
 
 def check_window(window: int, num_tokens: int, max_positions: int | None) -> None:

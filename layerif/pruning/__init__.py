@@ -10,7 +10,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from annotated_types import Ge
 from torch import Tensor
@@ -34,8 +34,6 @@ class Pruner(ABC):
             reads it: experiments of the paper take it as `allocator.epsilon`.
     """
 
-    needs_inputs: ClassVar[bool] = True
-
     n: Count | None = None
     m: Annotated[int, Ge(2), "for example 4 or 8"] | None = None
     skip: Sequence[str] = ()
@@ -47,6 +45,11 @@ class Pruner(ABC):
             raise ValueError(f"pruner.n={self.n} needs pruner.m: n of every m weights are kept, for example n=2 m=4")
         if self.n is not None and self.m is not None and self.n >= self.m:
             raise ValueError(f"pruner.n={self.n} must be below pruner.m={self.m}: n of every m weights are kept")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Tells if the choice of weights looks at the inputs of a layer."""
+        return True
 
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         """Adds the inputs of T tokens to the statistic of a linear layer, in place where there is one.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -12,8 +10,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from layerif.checks import Count, Seed, check_fields
-from layerif.data.batches import ids_of_text
 from layerif.data.text import text
+from layerif.data.windows import Bos, running_ids, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +27,8 @@ class Calibration:
         window: the number of tokens in a window.
         batch_size: the number of windows that a model reads at once.
         seed: chooses the windows.
+        bos: the windows that begin with BOS, which counts as one of the `window` tokens: each one where the tokenizer
+            adds BOS to a text (tokenizer), the first of the text alone (first), or none.
     """
 
     text: str = "documentation"
@@ -36,6 +36,7 @@ class Calibration:
     window: Annotated[int, Ge(2)] = 256
     batch_size: Count = 4
     seed: Seed = 0
+    bos: Bos = "tokenizer"
 
     def __post_init__(self) -> None:
         check_fields(self, "method.calibration")
@@ -55,38 +56,14 @@ class Calibration:
                 f"method.calibration.window={self.window} is too long: the model reads at most {max_positions} "
                 f"tokens; use method.calibration.window<={max_positions}"
             )
-        ids = ids_of_text(tokenizer, text(self.text, "calibration"))
-        what = f"the calibration text {self.text!r}"
+        ids, bos = running_ids(tokenizer, text(self.text, "calibration"), self.bos)
         windows = windows_of(
-            ids, self.num_windows, self.window, seed=self.seed, what=what, setting="method.calibration."
+            ids,
+            self.num_windows,
+            self.window,
+            seed=self.seed,
+            what=f"the calibration text {self.text!r}",
+            setting="method.calibration.",
+            bos=bos,
         )
         return list(torch.tensor(windows).split(self.batch_size))
-
-
-def windows_of(
-    ids: Sequence[int], num_windows: int | None, window: int, *, seed: int, what: str, setting: str = ""
-) -> list[Sequence[int]]:
-    """Cuts token ids into windows that do not overlap, and chooses some of them.
-
-    Args:
-        ids: the token ids of the whole text.
-        num_windows: the number of windows; None takes all.
-        window: the number of tokens in a window.
-        seed: chooses the windows.
-        what: a name of the text, for the message.
-        setting: stands before the names of the settings in it.
-
-    Raises:
-        ValueError: the text holds too few windows.
-    """
-    available = len(ids) // window
-    wanted = available if num_windows is None else num_windows
-    if available < max(wanted, 1):
-        raise ValueError(
-            f"{what} {'have' if what.endswith('s') else 'has'} {len(ids)} tokens, {available} windows of {window}; "
-            f"{'one is needed' if num_windows is None else f'{setting}num_windows={num_windows} asks for more'}: use "
-            + (f"num_windows<={available}, " if available else "")
-            + f"a shorter {setting}window or a longer text"
-        )
-    chosen = sorted(Random(f"{seed} calibration").sample(range(available), wanted))
-    return [ids[index * window : (index + 1) * window] for index in chosen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ def magnitude_mask(
 class Magnitude(Pruner):
     """Prunes by |W_ij|, see `magnitude_mask`."""
 
-    needs_inputs: ClassVar[bool] = False
+    @property
+    def needs_inputs(self) -> bool:
+        return False
 
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         return weight.masked_fill(magnitude_mask(weight, sparsity, n=n, m=self.m if n else None), 0)

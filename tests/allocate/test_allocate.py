@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from layerif.allocate import Allocation, to_experts, to_rank, to_sparsity
+from layerif.allocate.curves import Knapsack
 from layerif.allocate.experts import Experts
 from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank
@@ -550,7 +551,14 @@ def test_shifted_sparsities_without_clipping_are_owls_formula():
 # Files: every allocator has its configuration
 
 
-ALLOCATORS = {"experts": Experts, "rank": Rank, "sparsity": Sparsity, "file": SavedAllocation, "shape": Shape}
+ALLOCATORS = {
+    "experts": Experts,
+    "rank": Rank,
+    "sparsity": Sparsity,
+    "file": SavedAllocation,
+    "shape": Shape,
+    "knapsack": Knapsack,
+}
 
 
 @pytest.mark.parametrize("stem", ALLOCATORS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from layerif.app.messages import of_the_user
+from layerif.data.batches import bos_of
 from layerif.models.blocks import blocks, layer_map
 from layerif.models.embedded import EmbeddedModel
 from layerif.models.pretrained import HubModel, LocalModel, hash_folder
@@ -177,6 +178,7 @@ def test_the_embedded_model_reads_digits_and_speaks_english(tmp_path_factory):
     model = EmbeddedModel(cache=str(cache if cache.is_dir() else tmp_path_factory.mktemp("models")))
     tokenizer = model.tokenizer()
     assert tokenizer.convert_ids_to_tokens(tokenizer("2024 a").input_ids) == ["2", "0", "2", "4", "Ġa"]
+    assert bos_of(tokenizer) == ()
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert str(tokenizer.decode(model.load()(ids).logits[0, -1].argmax())).strip() == "Paris"

@@ -32,19 +32,28 @@ from layerif.progress import progress
 
 CurveForm = Literal["exact", "diagonal"]
 
-_COPIES = 6  # of a matrix: its weight, metric, sorted metric, change, mask and pruned weight
+_COPIES = 6  # a matrix in six forms: its weight, metric, sorted metric, change, mask and pruned weight
 
 
 class Masks(Protocol):
     """The part of a pruner that says what it would change, see `layerif.pruning.Pruner`."""
 
-    needs_inputs: Any
+    @property
+    def needs_inputs(self) -> bool:
+        """Tells if the choice of weights looks at the inputs of a layer."""
+        ...
 
-    def observe(self, so_far: Any, input_TI: Tensor) -> Any: ...
+    def observe(self, so_far: Any, input_TI: Tensor) -> Any:
+        """Adds the inputs of some tokens to the statistic of a layer."""
+        ...
 
-    def prepare(self, statistic: Any, num_windows: int, *, name: str) -> Any: ...
+    def prepare(self, statistic: Any, num_windows: int, *, name: str) -> Any:
+        """Gives what matrices of the same inputs share."""
+        ...
 
-    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]: ...
+    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        """Yields the weight as pruned to each sparsity."""
+        ...
 
 
 def measure_loss_curves(
@@ -96,7 +105,7 @@ def measure_loss_curves(
     shards, batches = Shards.current(), list(loss_text.batches)
     reads_with = inputs_read_together(model, params)
     observed: dict[str, Any] = {}
-    shared: dict[str, Any] = {}  # of the matrix before: q, k and v have it in common
+    shared: dict[str, Any] = {}  # by the matrix that reads the input first: q, k and v have it in common
     longest = max(batch["input_ids"].shape[1] for _, batch in batches)
     places_V, weights_V, is_second_V = loss_text.positions(longest, tokens, seed)
     num_windows = len(loss_text.weights) if mask_windows is None else sum(map(len, mask_windows))

@@ -35,21 +35,27 @@ FEW_WINDOWS = 4  # below this the curves of a trial ranked noticeably worse
 class Windows(Protocol):
     """Chosen windows of a text, see `layerif.pruning.calibration.Calibration`."""
 
-    text: str
-    batch_size: int
-
-    def batches(self, tokenizer: Any, max_positions: int | None = None) -> list[Tensor]: ...
+    def batches(self, tokenizer: Any, max_positions: int | None = None) -> list[Tensor]:
+        """Returns the windows as token ids (B×T each)."""
+        ...
 
 
 class Prunes(Masks, Protocol):
     """A pruner, of which the levels and the name are asked, too."""
 
-    skip: Sequence[str]
+    @property
+    def skip(self) -> Sequence[str]:
+        """The matrices that stay dense."""
+        ...
 
-    def levels(self) -> tuple[float, ...]: ...
+    def levels(self) -> tuple[float, ...]:
+        """Gives the only sparsities that it can reach; empty where it can reach any."""
+        ...
 
     @property
-    def called(self) -> str: ...
+    def called(self) -> str:
+        """Its name, with the settings that its masks depend on."""
+        ...
 
 
 @dataclass(frozen=True)

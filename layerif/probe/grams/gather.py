@@ -34,7 +34,7 @@ from layerif.progress import progress
 log = logging.getLogger(__name__)
 
 IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
-Found = dict[str, Tensor]  # what is kept of one matrix, by the name of each tensor
+Found = dict[str, Tensor]  # the tensors that are kept of one matrix, by their names
 # Takes the plan, a matrix, its inputs (S×T×I), its output gradients (S×O×T) and, where asked for, its weight (O×I).
 Work = Callable[..., Found]
 
