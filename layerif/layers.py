@@ -7,6 +7,7 @@ Letter in shape suffixes: L layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from layerif.checks import did_you_mean
 
 T = TypeVar("T")
 Granularity = Literal["matrix", "block"]
+_MATRICES = ("matrix", "matrices", " or pruner.skip leaves out")  # words of a message, where layers have others
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,45 @@ def block_of(unit: str) -> str:
     return ".".join(parts[: number + 1])
 
 
+def within_block(unit: str) -> str:
+    """Gives the name of a matrix inside its block (`mlp.down_proj`); an empty text for a block."""
+    return unit.removeprefix(block_of(unit)).lstrip(".")
+
+
+def depths(blocks: Sequence[str]) -> dict[str, int]:
+    """Gives the number of each block in the model, by name: the whole number that the name ends with.
+
+    Where a name ends with none, or two end with the same one, each block's position counts.
+    """
+    ends = [block.rpartition(".")[2] for block in blocks]
+    is_numbered = all(re.fullmatch("[0-9]{1,4}", end) for end in ends)
+    numbers = [int(end) for end in ends] if is_numbered else []
+    found = numbers if len({*numbers}) == len(blocks) else range(len(blocks))
+    return dict(zip(blocks, found, strict=True))
+
+
+def kinds_of(units: Sequence[str]) -> list[str]:
+    """Gives the names that matrices have inside their blocks, each once and in the order of the model.
+
+    Not every block needs to have every matrix: a name that only later blocks have takes its place among the others.
+    """
+    found: list[str] = []
+    place, before = 0, ""
+    for unit in units:
+        block, kind = block_of(unit), within_block(unit)
+        place = place if block == before else 0
+        if kind and kind not in found:
+            found.insert(place, kind)
+        place, before = (found.index(kind) + 1 if kind else place), block
+    return found
+
+
+def short_names(kinds: Sequence[str]) -> list[str]:
+    """Gives the last part of each name, as long as these tell them apart: `down_proj` for `mlp.down_proj`."""
+    ends = [kind.rpartition(".")[2] for kind in kinds]
+    return ends if len({*ends}) == len(ends) else list(kinds)
+
+
 def is_named(param: str, patterns: Sequence[str]) -> bool:
     """Tells if a matrix is meant by one of some names.
 
@@ -117,28 +158,32 @@ def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
             )
 
 
-def in_layer_order(by_name: Mapping[str, T], layers: Sequence[str], *, source: str) -> tuple[T, ...]:
+def in_layer_order(
+    by_name: Mapping[str, T], layers: Sequence[str], *, source: str, unit: Granularity = "block"
+) -> tuple[T, ...]:
     """Gives the values of `by_name`, one for each of `layers`, in their order.
 
     Args:
         by_name: one value for each layer.
-        layers: names of the model's layers.
+        layers: names of the model's layers, or of its matrices.
         source: names the place that the values come from, for the message.
+        unit: which of the two `layers` are.
 
     Raises:
-        ValueError: for an unknown or a missing layer.
+        ValueError: for an unknown or a missing layer or matrix.
     """
+    one, several, skipped = ("layer", "layers", "") if unit == "block" else _MATRICES
     known = set(layers)
     for name in by_name:
         if name not in known:
             raise ValueError(
-                f"{source} names the layer {name!r}, which this model does not have{did_you_mean(name, layers)}; "
-                f"its {len(layers)} layers are {layers[0]!r} to {layers[-1]!r}"
+                f"{source} names the {one} {name!r}, which this model does not have{skipped}"
+                f"{did_you_mean(name, layers)}; its {len(layers)} {several} are {layers[0]!r} to {layers[-1]!r}"
             )
     missing = [name for name in layers if name not in by_name]
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} of the model's {len(layers)} layers, the first is {missing[0]!r}; "
-            "give every layer a value"
+            f"{source} lacks {len(missing)} of the model's {len(layers)} {several}, the first is {missing[0]!r}; "
+            f"give every {one} a value"
         )
     return tuple(by_name[name] for name in layers)

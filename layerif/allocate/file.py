@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from layerif.allocate.allocation import Allocation, spent_budget
+from layerif.allocate.curves import sizes_of
 from layerif.checks import check_fields, check_object, check_unique, is_finite, is_number, shown
 from layerif.files import read_json
-from layerif.layers import LayerMap, in_layer_order
+from layerif.layers import Granularity, LayerMap, in_layer_order, within_block
 from layerif.record.older import in_todays_shape
 from layerif.scores import AllocationKind, LayerScores
 
@@ -17,11 +19,13 @@ from layerif.scores import AllocationKind, LayerScores
 class SavedAllocation:
     """Reads an allocation that was written by hand or by an earlier run.
 
-    The budget is the one that the values spend.
+    The budget is the one that the values spend. An allocation that an earlier run made by curves keeps its source, so
+    that it is not spent on another model or by another pruner.
 
     Attributes:
         path: a JSON file with one of
-            {"layer name": value, …} in any order; [value, …], one per layer in the model's order;
+            {"layer name": value, …} in any order, or {"matrix name": value, …} for a sparsity;
+            [value, …], one per layer in the model's order;
             the `record.json` of an earlier run, or its `allocation` alone with "units" and "values".
         kind: the meaning of a value. A file that states its kind must agree.
     """
@@ -44,33 +48,63 @@ class SavedAllocation:
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         what = f"allocation file {self.path!r}"
-        names, values, kind = _saved_allocation(read_json(self.path, what="allocation file"), layers, what)
+        names, values, kind, source = _saved_allocation(read_json(self.path, what="allocation file"), layers, what)
         if kind not in (None, self.kind):
             raise ValueError(f"{what} allocates {kind}, not {self.kind}; use allocator.kind={kind}")
         check_unique(names, values, what=what)
-        ordered = in_layer_order(dict(zip(names, values, strict=True)), layers.names, source=what)
+        unit = self._unit(names, layers, what)
+        units, numel = sizes_of(layers, unit)
+        ordered = in_layer_order(dict(zip(names, values, strict=True)), units, source=what, unit=unit)
         for value in values:
             if not is_number(value) or not is_finite(value):
                 raise ValueError(f"{what} must hold finite numbers, got {shown(value)}")
-        sizes = layers.numel if self.kind == "sparsity" else None
+        sizes = numel if self.kind == "sparsity" else None
         try:
-            return Allocation(layers.names, self.kind, ordered, spent_budget(self.kind, ordered, sizes), sizes)
+            return Allocation(units, self.kind, ordered, spent_budget(self.kind, ordered, sizes), sizes, source)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
 
+    def _unit(self, names: Sequence[str], layers: LayerMap, what: str) -> Granularity:
+        """Tells if the names are those of blocks or of matrices, and refuses a mixture of both."""
+        blocks = [name for name in names if name in layers.names]
+        matrices = [name for name in names if name not in layers.names and within_block(name)]
+        if blocks and matrices:
+            raise ValueError(
+                f"{what} gives values to blocks ({blocks[0]}) and to matrices ({matrices[0]}), and an allocator gives "
+                f"them to one or the other; name matrices alone, or use method=prune method.allocation={self.path}, "
+                "which takes an object of both"
+            )
+        if matrices and self.kind != "sparsity":
+            raise ValueError(
+                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only a sparsity can be given to matrices; "
+                f"name the {len(layers.names)} layers {layers.names[0]!r} to {layers.names[-1]!r}"
+            )
+        return "matrix" if matrices else "block"
 
-def _saved_allocation(content: Any, layers: LayerMap, what: str) -> tuple[list[str], list[Any], str | None]:
-    """Finds names, values and, if the file states it, the kind."""
+
+def _saved_allocation(
+    content: Any, layers: LayerMap, what: str
+) -> tuple[list[str], list[Any], str | None, dict[str, str]]:
+    """Finds names, values and, if the file states them, the kind and the source."""
     if isinstance(content, list):
-        return list(layers.names), content, None
+        return list(layers.names), content, None, {}
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{what} must hold a value per layer, as an object by layer name or as a list")
     content = in_todays_shape(content, what)
     if not content.keys() & {"decision", "allocation", "values"}:
-        return list(content), list(content.values()), None
+        return list(content), list(content.values()), None, {}
     around = check_object(content.get("decision", content), what=f"decision in {what}")
     allocation = check_object(around.get("allocation", around), what=f"allocation in {what}")
     names, values = allocation.get("units", allocation.get("layers")), allocation.get("values")
     if not isinstance(names, list) or not isinstance(values, list):
         raise ValueError(f"{what} holds no allocation: it needs lists for allocation.units and allocation.values")
-    return names, values, allocation.get("kind")
+    return names, values, allocation.get("kind"), _source(allocation, what)
+
+
+def _source(allocation: dict[str, Any], what: str) -> dict[str, str]:
+    source = allocation.get("source")
+    if source is not None and (
+        not isinstance(source, dict) or any(not isinstance(part, str) for part in source.values())
+    ):
+        raise ValueError(f"allocation.source in {what} must be an object of texts; got {shown(source)}")
+    return source or {}

@@ -23,14 +23,16 @@ from layerif.adapt.train import CHECKPOINTS
 from layerif.app.schema import check
 from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
+from layerif.checks import how_many
 from layerif.data.batches import shown_text
 from layerif.data.render import Example
 from layerif.data.rows import CompletionExample
+from layerif.decide import Decider
 from layerif.files import held
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
-from layerif.record.record import FAILURE, FILE, RunRecord
-from layerif.record.text import print_run
+from layerif.record.record import FAILURE, FILE, AllocationRecord, RunRecord
+from layerif.record.text import allocation_lines, print_run
 from layerif.record.tracking import tracked
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,6 @@ def preview(setup: Setup, folder: Path) -> None:
     skeleton = setup.model.skeleton(with_adapter=probe.parameters == "lora")
     layers = setup.decider.measured_layers(skeleton)
     train, validation = setup.decider.samples()
-    allocation = setup.decider.preview()
     lines = {
         "model": f"{choices_of_run().get('model')}, {len(layers.names)} layers of {sum(everything.numel):,} parameters "
         "together",
@@ -122,8 +123,7 @@ def preview(setup: Setup, folder: Path) -> None:
         "probe": f"{sum(map(len, layers.params))} matrices ({config.probe.scope}), {sum(layers.numel):,} parameters; "
         f"{len(train)} + {len(validation)} samples, {sum(map(len, (*train, *validation))):,} tokens, "
         f"{train.num_truncated + validation.num_truncated} samples cut at {config.probe.max_length} tokens",
-        "allocation": f"{allocation.kind}, budget {allocation.budget} over {len(layers.names)} layers; "
-        f"equal scores would give {list(allocation.values)}",
+        "allocation": _spelt_preview(setup.decider),
     }
     # Making the trainer and the loggers checks their settings.
     setup.trainer(setup.fit.callbacks(folder / CHECKPOINTS), folder)
@@ -134,6 +134,16 @@ def preview(setup: Setup, folder: Path) -> None:
     width = max(map(len, lines))
     print("\n".join(f"{name:<{width}}  {line}" for name, line in lines.items()))
     print("dry run: everything above is valid, nothing was measured or trained")
+
+
+def _spelt_preview(decider: Decider) -> str:
+    """Spells the allocation that equal scores or curves would give, or the one that needs neither."""
+    allocation, spends = AllocationRecord(**decider.preview().to_dict()), decider.allocator.spends
+    blocks = how_many(len(allocation.by_block()), "layer")
+    over = f"{len(allocation.units)} matrices of {blocks}" if allocation.is_by_matrix else blocks
+    gives = "the allocator gives" if spends == "nothing" else f"equal {spends} would give"
+    values = "; ".join(allocation_lines(allocation))
+    return f"{allocation.kind}, budget {allocation.budget} over {over}; {gives} {values}"
 
 
 def _prepare_process(config: DictConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from layerif.layers import block_of, depths, within_block
 from layerif.record.names import UNTOUCHED, arm_name, has_method
 from layerif.record.record import RunRecord
 
@@ -36,13 +37,19 @@ def frames(record: RunRecord) -> dict[str, pd.DataFrame]:
 
 
 def _layers(record: RunRecord) -> pd.DataFrame:
-    """Returns one row for each unit of the allocation, with the score of its layer where there are scores."""
+    """Returns one row for each unit of the allocation, with the score of its block where there are scores.
+
+    Rows of matrices have a column `matrix`: the name inside the block.
+    """
     assert record.decision is not None
     given, scores = record.decision.allocation, record.decision.scores
-    found: dict[str, Any] = {"depth": range(len(given.units)), "layer": given.units}
+    blocks, depth = [block_of(unit) for unit in given.units], depths(list(given.by_block()))
+    found: dict[str, Any] = {"depth": [depth[block] for block in blocks], "layer": blocks}
+    if given.is_by_matrix:
+        found["matrix"] = [within_block(unit) for unit in given.units]
     if scores is not None:
         score_of = dict(zip(scores.layers, scores.values, strict=True))
-        found["score"] = [score_of.get(unit) for unit in given.units]
+        found["score"] = [score_of.get(block) for block in blocks]
     return pd.DataFrame(found | {given.kind: given.values})
 
 

@@ -15,8 +15,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from layerif.layers import depths, short_names
 from layerif.record.names import arm_name, estimator_name
 from layerif.record.record import AllocationRecord, RunRecord, ScoresRecord
 
@@ -26,6 +28,7 @@ matplotlib.rcParams |= {"svg.hashsalt": "layerif", "svg.fonttype": "none"}  # th
 # Readers with any colour vision can tell these apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDTH = 8.0  # inches; every plot is as wide
+_ROW = 0.22  # inches; the height of a row of a heat map
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def plots_of_run(record: RunRecord) -> dict[str, Plot]:
     if record.decision is None:
         return {}
     scores, given = record.decision.scores, record.decision.allocation
-    found = {"allocation": plot_allocations({arm_name(record): given})}
+    draw = plot_matrices if given.is_by_matrix else plot_allocations
+    found = {"allocation": draw({arm_name(record): given})}
     if scores is not None and len(set(scores.values)) > 1:  # constant scores say nothing
         name = f"{record.config['task']['name']} {estimator_name(record)}"
         found = {"scores": plot_scores({name: scores}), **found}
@@ -68,14 +72,18 @@ def plot_scores(profiles: Mapping[str, ScoresRecord], groups: Sequence[str] | No
 
 
 def plot_allocations(allocations: Mapping[str, AllocationRecord], groups: Sequence[str] | None = None) -> Plot:
-    """Draws the values that the layers get, one row or bar for each allocation; `groups` as for `profiles_plot`."""
+    """Draws the values of the blocks, one row or bar for each allocation; `groups` as for `profiles_plot`.
+
+    A block whose matrices have values of their own has their mean.
+    """
     kinds = " or ".join(dict.fromkeys(given.kind for given in allocations.values()))
-    values = {f"{name} (budget {one.budget})": np.array(one.values, dtype=float) for name, one in allocations.items()}
+    values = {with_budget(name, one): by_depth(one.by_block()) for name, one in allocations.items()}
     told = "; ".join(
-        f"{name}: {min(one.values):g} to {max(one.values):g}, most at blocks {', '.join(_highest(one.values))}"
-        for name, one in allocations.items()
+        f"{name}: {np.nanmin(one):g} to {np.nanmax(one):g}, most at blocks {', '.join(_highest(one))}"
+        for name, one in zip(allocations, values.values(), strict=True)
     )
-    title = f"Allocated {kinds} per layer"
+    means = " (means where matrices differ)" if any(one.is_by_matrix for one in allocations.values()) else ""
+    title = f"Allocated {kinds} per layer{means}"
     if len(values) > 4:  # bars would be as thin as hairs
         return heat_map(values, title, kinds, told)
     figure, axes = _axes(title, "layer (decoder block)", kinds)
@@ -86,6 +94,39 @@ def plot_allocations(allocations: Mapping[str, AllocationRecord], groups: Sequen
         shifted = np.arange(len(given)) + (number - (len(values) - 1) / 2) * width
         axes.bar(shifted, given, width, color=colour, label=name, edgecolor="white", linewidth=0.3)
     return finished(figure, title, told, legend_of=axes)
+
+
+def plot_matrices(allocations: Mapping[str, AllocationRecord]) -> Plot:
+    """Draws the values of the matrices, one panel for each allocation: a row for each kind of matrix, a column a block.
+
+    All panels of one kind of allocation have the same colours. Matrices without a value stay grey.
+    """
+    tables = {name: one.by_matrix() for name, one in allocations.items()}
+    rows_of = {name: short_names(list(table)) for name, table in tables.items()}
+    given_kinds = " or ".join(dict.fromkeys(one.kind for one in allocations.values()))
+    title, top, gap, bottom = f"Allocated {given_kinds} per matrix", 0.25, 0.45, 0.55  # in inches
+    height = top + sum(gap + _ROW * len(rows) for rows in rows_of.values()) + bottom
+    figure = plt.figure(figsize=(WIDTH, height))
+    left = _breadth_of(figure, [row for rows in rows_of.values() for row in rows])
+    lower, told, is_grey = height - top, [], False
+    for name, one in allocations.items():
+        alike = [value for other in allocations.values() if other.kind == one.kind for value in other.values]
+        depth, rows, own = depths(list(one.by_block())), rows_of[name], _ROW * len(rows_of[name])
+        lower -= gap + own
+        axes = figure.add_axes((left / WIDTH, lower / height, (WIDTH - left - 1.05) / WIDTH, own / height))
+        axes.set_facecolor("#d0d0d0")
+        axes.set_title(shortened(with_budget(name, one), 90), loc="left", fontsize=9)
+        values = np.array([by_depth(of, depth) for of in tables[name].values()])
+        image = _image(axes, values, rows, "viridis", (min(alike), max(alike)))
+        bar = figure.add_axes((1 - 0.95 / WIDTH, lower / height, 0.2 / WIDTH, own / height))
+        figure.colorbar(image, cax=bar, label=one.kind)
+        spans = (f"{row} {np.nanmin(of):.3g} to {np.nanmax(of):.3g}" for row, of in zip(rows, values, strict=True))
+        told.append(f"{name}: {', '.join(spans)}")
+        is_grey |= bool(np.isnan(values).any())
+    grey = "; grey: no value, because the matrix was left out" if is_grey else ""
+    figure.axes[-2].set_xlabel(f"layer (decoder block){grey}")
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", fontsize=11)
+    return finished(figure, title, "; ".join(told))
 
 
 def profiles_plot(
@@ -137,7 +178,6 @@ def heat_map(values: Mapping[str, np.ndarray], title: str, label: str, alt: str)
     names = [shortened(name, 64) for name in _told_once(list(values))]
     figure, axes = image_of_rows(rows, names, label, cmap="viridis")
     axes.set_xlabel("layer (decoder block)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, x=0.01, y=1 - 0.1 / figure.get_figheight(), ha="left", fontsize=11)
     return finished(figure, title, alt)
 
@@ -159,8 +199,7 @@ def image_of_rows(
 ) -> tuple[Figure, Axes]:
     """Draws a matrix as an image, with a name beside each row and a bar of its colours.
 
-    There may be hundreds of rows. So the names are texts, since a tick costs as much as ten of them; the margins are
-    given in inches, see `finished`; and the numbers are in single precision, since they are scaled up to the page.
+    The margins are given in inches, see `finished`.
 
     Args:
         values: the matrix.
@@ -169,20 +208,38 @@ def image_of_rows(
         cmap: the colours.
         limits: the least and the greatest value; None: those of the matrix.
     """
-    low, high = limits or (None, None)
-    height = 0.22 * len(values) + 1.1
+    height = _ROW * len(values) + 1.1
     figure = plt.figure(figsize=(WIDTH, height))
-    measure = figure.canvas.get_renderer().get_text_width_height_descent  # type: ignore[attr-defined]
-    longest = sorted(names, key=len)[-5:]
-    left = 0.15 + max(measure(name, FontProperties(size=8), False)[0] for name in longest) / figure.dpi
+    left = _breadth_of(figure, names)
     bottom, heights = 0.55 / height, (height - 0.95) / height
     axes = figure.add_axes((left / WIDTH, bottom, (WIDTH - left - 1.05) / WIDTH, heights))
-    image = axes.imshow(values.astype(np.float32), aspect="auto", cmap=cmap, vmin=low, vmax=high, interpolation="none")
-    axes.set_yticks([])
-    for row, name in enumerate(names):
-        axes.text(-0.01, row, name, size=8, ha="right", va="center", transform=axes.get_yaxis_transform())
+    image = _image(axes, values, names, cmap, limits)
     figure.colorbar(image, cax=figure.add_axes((1 - 0.95 / WIDTH, bottom, 0.2 / WIDTH, heights)), label=label)
     return figure, axes
+
+
+def _breadth_of(figure: Figure, names: Sequence[str]) -> float:
+    """Returns the breadth of the margin, in inches, that holds the names of rows."""
+    measure = figure.canvas.get_renderer().get_text_width_height_descent  # type: ignore[attr-defined]
+    longest = sorted(names, key=len)[-5:]
+    return 0.15 + max(measure(name, FontProperties(size=8), False)[0] for name in longest) / figure.dpi
+
+
+def _image(
+    axes: Axes, values: np.ndarray, names: Sequence[str], cmap: str, limits: tuple[float, float] | None
+) -> AxesImage:
+    """Draws a matrix with a name beside each row.
+
+    There may be hundreds of rows. So the names are texts, since a tick costs as much as ten of them, and the numbers
+    are in single precision, since they are scaled up to the page.
+    """
+    low, high = limits or (None, None)
+    image = axes.imshow(values.astype(np.float32), aspect="auto", cmap=cmap, vmin=low, vmax=high, interpolation="none")
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 2.5
+    for row, name in enumerate(names):
+        axes.text(-0.01, row, name, size=8, ha="right", va="center", transform=axes.get_yaxis_transform())
+    return image
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -210,8 +267,30 @@ def finished(figure: Figure, title: str, alt: str, *, legend_of: Axes | None = N
     return Plot(figure, title, alt)
 
 
-def _highest(values: Sequence[float]) -> list[str]:
-    return [str(index) for index in np.argsort(values, kind="stable")[::-1][:3]]
+def by_depth(values: Mapping[str, float], depth: Mapping[str, int] | None = None) -> np.ndarray:
+    """Returns the values of blocks at the places of their numbers; blocks without a value have NaN.
+
+    Args:
+        values: by block.
+        depth: the numbers of the blocks, see `layerif.layers.depths`; None: these blocks are all.
+    """
+    depth = depths(list(values)) if depth is None else depth
+    found = np.full(max(depth.values()) + 1, np.nan)
+    for block, value in values.items():
+        found[depth[block]] = value
+    return found
+
+
+def with_budget(name: str, given: AllocationRecord) -> str:
+    """Returns a name with the budget that an allocation spends; a mean may have many decimals, and four figures do."""
+    budget = f"{given.budget:.4g}" if isinstance(given.budget, float) else given.budget
+    return f"{name} (budget {budget})"
+
+
+def _highest(values: Sequence[float] | np.ndarray) -> list[str]:
+    """The places of the highest values; NaN is none."""
+    known = np.nan_to_num(np.array(values, dtype=float), nan=-np.inf)
+    return [str(index) for index in np.argsort(known, kind="stable")[::-1][:3]]
 
 
 def shortened(name: str, length: int) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from annotated_types import MinLen
 from layerif import PACKAGE
 from layerif.checks import is_finite, is_number
 from layerif.files import parse_json, write_text
+from layerif.layers import block_of, depths, kinds_of, within_block
 from layerif.record.job import identity
 from layerif.record.older import in_todays_shape
 
@@ -50,6 +52,42 @@ class AllocationRecord:
     budget: int | float
     sizes: list[int] | None = None
     source: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_by_matrix(self) -> bool:
+        """Tells if matrices have values of their own."""
+        return any(within_block(unit) for unit in self.units)
+
+    def by_block(self) -> dict[str, float]:
+        """Returns the value of each block, in the order of the model: the mean of its units, weighted by `sizes`."""
+        parts: dict[str, list[tuple[float, int]]] = {}
+        for unit, value, size in zip(self.units, self.values, self.sizes or [1] * len(self.units), strict=True):
+            parts.setdefault(block_of(unit), []).append((value, size))
+        order = depths(list(parts))
+        found = {}
+        for block in sorted(parts, key=lambda name: order[name]):
+            values, sizes = zip(*parts[block], strict=True)
+            total = math.fsum(value * size for value, size in parts[block])
+            found[block] = values[0] if len(values) == 1 else total / sum(sizes)
+        return found
+
+    def by_matrix(self) -> dict[str, dict[str, float]]:
+        """Returns the value of each matrix, by its name inside the block and then by block, in the order of the model.
+
+        A value of a whole block is that of its matrices without one of their own. A matrix without any is left out.
+        """
+        given = dict(zip(self.units, self.values, strict=True))
+        found: dict[str, dict[str, float]] = {}
+        blocks = list(self.by_block())
+        for kind in kinds_of(self.units):
+            found[kind] = {}
+            for block in blocks:
+                name = f"{block}.{kind}"
+                while name and name not in given:
+                    name = name.rpartition(".")[0]
+                if name:
+                    found[kind][block] = given[name]
+        return found
 
 
 @dataclass(kw_only=True)
@@ -293,7 +331,11 @@ def _check_lengths(job: Job) -> None:
     if isinstance(job, Failure) or job.decision is None:
         return
     given, scores = job.decision.allocation, job.decision.scores
-    counted = {"decision.allocation.values": (given.values, given.units)}
+    counted: dict[str, tuple[Sequence, Sequence[str]]] = {"decision.allocation.values": (given.values, given.units)}
+    if given.sizes is not None:
+        counted["decision.allocation.sizes"] = given.sizes, given.units
+        if (least := min(given.sizes, default=1)) < 1:
+            raise ValueError(f"decision.allocation.sizes holds {least}: input should be at least 1")
     if scores:
         counted["decision.scores.values"] = scores.values, scores.layers
     for key, (values, names) in counted.items():

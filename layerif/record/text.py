@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from layerif.layers import short_names
 from layerif.record.frames import frames, runs_frame
-from layerif.record.plots import plots_of_run
-from layerif.record.record import RunRecord
+from layerif.record.plots import plots_of_run, with_budget
+from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 from layerif.stats import doubts
 
 WRAPPED = ("run", "model", "arm", "from", "to", "both with", "profile", "and", "finding", "note", "command", "state")
+_AT_MOST = 12  # kinds of matrices whose ranges are spelt out: a mixture of experts has hundreds
 
 
 def console() -> Console:
@@ -43,15 +45,11 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
         highest = np.argsort(scores.values)[::-1][:3]
         ranking = f"; highest: {', '.join(scores.layers[index] for index in highest)}"
     on.print(f"\n{record.decision.source}{ranking}", highlight=False, markup=False)
-    on.print(f"{given.kind} {given.values} (budget {given.budget})", highlight=False)
-    if record.decision.samples:
-        samples = [record.decision.samples.get(part, 0) for part in ("train", "validation")]
-        of = "none" if record.decision.reliability is None else f"{record.decision.reliability:.2f}"
-        on.print(
-            f"reliability {of} (rank correlation of two halves of {samples[0]} + {samples[1]} samples)", markup=False
-        )
-        for doubt in doubts(record.decision.reliability, samples):
-            on.print(f"  warning: {doubt}", highlight=False, markup=False)
+    values, *ranges = allocation_lines(given)
+    for line in (with_budget(f"{given.kind} {values}", given), *(f"  {line}" for line in ranges)):
+        on.print(line, highlight=False, markup=False)
+    for line in _trust_lines(record.decision):
+        on.print(line, highlight=False, markup=False)
     if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
         show_table(runs_frame(record), record.config["task"]["name"], on)
     for line in _metric_lines(record.metrics):
@@ -61,6 +59,41 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
     frames(record)["layers"].to_csv(folder / "layers.csv", index=False)
     for name, plot in plots_of_run(record).items():
         plot.save(folder / f"{name}.png")
+
+
+def allocation_lines(given: AllocationRecord) -> list[str]:
+    """Spells the values of an allocation: one for each block, or the means of blocks and the ranges of matrices."""
+    spelt_values = [spelt(value) for value in given.values]
+    if not given.is_by_matrix:
+        return [f"[{', '.join(spelt_values)}]"]
+    table, number = given.by_matrix(), f"{len(spelt_values)} matrices"
+    if len(set(spelt_values)) == 1:
+        return [f"{spelt_values[0]} for each of {number}"]
+    ranges = f"{number} from {spelt(min(given.values))} to {spelt(max(given.values))}"
+    if len(table) <= _AT_MOST:
+        names = short_names(list(table))
+        of_kinds = (
+            f"{name} {spelt(min(of.values()))} to {spelt(max(of.values()))}"
+            for name, of in zip(names, table.values(), strict=True)
+        )
+        ranges = f"{ranges}: {', '.join(of_kinds)}"
+    return [f"[{', '.join(spelt(value) for value in given.by_block().values())}] as means of the blocks", ranges]
+
+
+def _trust_lines(decision: DecisionRecord) -> Iterator[str]:
+    """Spells how far a decision can be trusted: its reliability, doubts, and the prediction of curves."""
+    samples = [decision.samples.get(part, 0) for part in ("train", "validation")]
+    of = "none" if decision.reliability is None else f"{decision.reliability:.2f}"
+    if decision.curves is not None:
+        yield f"reliability {of} (rank correlation of the allocations by two halves of the samples)"
+        yield from (f"  warning: {doubt}" for doubt in doubts(None, samples))
+        change = "fall" if decision.curves.get("sense") == "gain" else "rise"
+        predicted, actual = decision.curves["predicted"], decision.curves.get("actual")
+        seen = "" if actual is None else f", actual {spelt(actual)} nats"
+        yield f"predicted {change} of the loss {spelt(predicted)} nats{seen}"
+    elif decision.samples:
+        yield f"reliability {of} (rank correlation of two halves of {samples[0]} + {samples[1]} samples)"
+        yield from (f"  warning: {doubt}" for doubt in doubts(decision.reliability, samples))
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -209,10 +209,12 @@ def _write_wandb(logger: Wandb, record: RunRecord, folder: Path, files: StoredFi
     if record.decision is not None:
         scores = record.decision.scores
         titles = {} if scores is None else {"score": f"score (higher: {scores.higher_means})"}
-        for column in found["layers"].columns[2:]:
+        layers = found["layers"]
+        for column in layers.columns.drop(["depth", "layer", "matrix"], errors="ignore"):
             title = titles.get(column, f"allocated {column}")
-            table = wandb.Table(dataframe=found["layers"])
-            shown[f"layers/{column}"] = wandb.plot.line(table, "depth", column, title=title)
+            line_of = "matrix" if "matrix" in layers and column not in titles else None  # a block has one score
+            table = wandb.Table(dataframe=layers)
+            shown[f"layers/{column}"] = wandb.plot.line(table, "depth", column, stroke=line_of, title=title)
     if shown:
         run.log(shown)
     run.summary.update(numbers(record.metrics) | {f"seconds/{name}": value for name, value in record.seconds.items()})

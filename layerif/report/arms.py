@@ -15,17 +15,13 @@ from typing import Any
 from layerif.record.frames import BEFORE, QUESTIONS, metrics_of
 from layerif.record.names import (
     UNTOUCHED,
-    allocator_choice,
     arm_name,
     called,
-    estimator_choice,
     has_method,
-    origins,
 )
 from layerif.record.record import Failure, Job, RunRecord
 from layerif.report.expected import Expected
-
-_SIZE = ("allocator.budget", "allocator.target")  # the keys that set the size of an allocation
+from layerif.report.settings import SIZE, content, flat, repeated, settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +208,7 @@ def _apart(found: Sequence[Mapping[Hashable, dict[str, object]]], columns: Seque
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
     for sections, column in zip(found, columns, strict=True):
         for key, value in itertools.chain.from_iterable(section.items() for section in sections.values()):
-            place = "" if key in _SIZE else column
+            place = "" if key in SIZE else column
             values[key, place].add(json.dumps(value, sort_keys=True, default=str))
     differing = {key for (key, _), those in values.items() if len(those) > 1}
     return [
@@ -228,7 +224,10 @@ def _columns(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
 
 def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
     """Returns the root seed of each job, and others that are swept; the root one goes where all jobs share it."""
-    every = [{key: value for key, value in flat(job.config).items() if key.endswith(".seed")} for job in jobs]
+    every = [
+        {key: value for key, value in flat(job.config).items() if key.endswith(".seed") and not key.startswith(again)}
+        for job, again in ((job, repeated(job)) for job in jobs)
+    ]
     swept = set()
     for key in {key for values in every for key in values}:
         having = [(values[key], job.seed) for values, job in zip(every, jobs, strict=True) if key in values]
@@ -259,18 +258,6 @@ def titles(jobs: Sequence[Job], section: str) -> list[str]:
     return [labels[distinct.index(one)] for one in contents]
 
 
-def content(job: Job, section: str) -> dict[str, object]:
-    """Returns the settings that make it the same model or task; the number of samples is not among them.
-
-    Args:
-        job: its record or failure.
-        section: `model` or `task`.
-    """
-    incidental = ("num_train", "num_validation", "seed")
-    settings = {key: value for key, value in job.identity["settings"][section].items() if key not in incidental}
-    return {**settings, "choice": origins(section, job.choices.get(section, ""))[-1]}
-
-
 def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
     kept: list[tuple] = []
     for item in items:
@@ -280,78 +267,21 @@ def _distinct(items: Sequence, key: Callable = lambda item: item) -> list:
     return [item for _, item in kept]
 
 
-def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
-    """Returns the configuration by section, without seeds and without settings that names already tell.
-
-    Methods, estimators, allocators and pruners are compared with their like, because the settings of another choice
-    follow from that choice.
-
-    Args:
-        job: its record or failure.
-        *sections: the sections to return; all where none is given.
-    """
-    choices = {
-        "method": job.choices.get("method", ""),
-        "pruner": job.choices.get("pruner") if _prunes(job) else None,
-        "estimator": estimator_choice(job),
-        "allocator": allocator_choice(job),
-    }
-    found: dict[Hashable, dict[str, object]] = defaultdict(dict)
-    if not sections:
-        found["choice", None] = {group: choices[group] for group in ("method", "pruner")}
-    told = _told(job)
-    for key, value in flat(job.identity["settings"]).items():
-        section = key.split(".")[0]
-        is_told = f"{key}.".startswith(told) or key.split(".")[-1] == "seed" or (key, value) == ("score_task", None)
-        if not is_told and (not sections or section in sections):
-            found[section, choices.get(section)][key] = value
-    return found
-
-
-def _told(job: Job) -> tuple[str, ...]:
-    """Returns the starts of those keys, each with a dot at its end, that names tell or that the job does not use."""
-    told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
-    told += ["estimator.aggregation.", "estimator.of.aggregation."]
-    told += [f"score_task.{key}." for key in job.identity["settings"].get("score_task") or () if key != "path"]
-    told += [f"task.{key}." for key in content(job, "task")]
-    if not _prunes(job):
-        told.append("pruner.")
-    if allocator_choice(job) in ("file", "shape"):
-        told += ["estimator.", "probe.", "allocator.shape."]
-    return tuple(told)
-
-
-def _prunes(job: Job) -> bool:
-    return job.choices.get("method") == "prune"
-
-
 def _factors(job: Job) -> tuple[str, str, str]:
     """Returns the way the allocation was made, its size, and all other settings, see `comparable`."""
     made, rest = [], []
     for (section, choice), values in settings(job).items():  # type: ignore[misc]
-        kept = {key: value for key, value in values.items() if key not in _SIZE}
+        kept = {key: value for key, value in values.items() if key not in SIZE}
         if section == "choice":
             made.append(kept.pop("method"))
         (made if section in ("method", "estimator", "probe", "allocator", "score_task") else rest).append(
             [section, choice, kept]
         )
     decision = job.decision if isinstance(job, RunRecord) else None
-    size = [decision.allocation.kind, decision.allocation.budget] if decision else None
+    # A budget that is not met to the last weight, because levels are steps or values were rounded, is the same size.
+    size = [decision.allocation.kind, round(decision.allocation.budget, 2)] if decision else None
     allocation, size, rest = (json.dumps(part, sort_keys=True, default=str) for part in (made, size, rest))
     return allocation, size, rest
-
-
-def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """Returns the values by keys as on the command line: `a.b.c`.
-
-    Args:
-        values: nested settings.
-        prefix: stands before every key.
-    """
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def labelled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +12,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from layerif.record import plots
 from layerif.record.frames import is_better, is_logarithmic
-from layerif.record.plots import COLOURS, WIDTH, Plot, finished, image_of_rows, profiles_plot, shortened
+from layerif.record.plots import COLOURS, WIDTH, Plot, by_depth, finished, image_of_rows, profiles_plot, shortened
 from layerif.record.record import AllocationRecord, RunRecord
 from layerif.report.arms import Run
 from layerif.report.tables import Results, profiles
 from layerif.stats import spearman_matrix
+
+_MOST_PANELS = 6
 
 
 def plot_results(results: Results) -> Plot | None:
@@ -96,18 +99,40 @@ def plot_correlations(records: Sequence[RunRecord]) -> Plot | None:
 
 def plot_allocation_profiles(runs: Sequence[Run]) -> Plot | None:
     """Draws each distinct allocation, called after the first run that has it."""
-    distinct: dict[tuple, tuple[Run, AllocationRecord]] = {}
+    distinct = _distinct_allocations(runs)
+    if not distinct:
+        return None
+    arms = Counter(run.arm for run, _ in distinct)
+    return plots.plot_allocations(
+        {run.arm if arms[run.arm] == 1 else _in_full(run): given for run, given in distinct},
+        [_arm_in_full(run) for run, _ in distinct],
+    )
+
+
+def plot_matrix_allocations(runs: Sequence[Run]) -> tuple[Plot | None, int]:
+    """Draws the first allocation of each arm that gives matrices values of their own, six at most.
+
+    Returns:
+        The plot, None where there is nothing to draw; and the number of arms that are left out.
+    """
+    first: dict[str, tuple[Run, AllocationRecord]] = {}
+    for run, given in _distinct_allocations(runs):
+        if given.is_by_matrix:
+            first.setdefault(_arm_in_full(run), (run, given))
+    arms = Counter(run.arm for run, _ in first.values())
+    found = {run.arm if arms[run.arm] == 1 else name: given for name, (run, given) in first.items()}
+    shown = dict(itertools.islice(found.items(), _MOST_PANELS))
+    return (plots.plot_matrices(shown) if shown else None), len(found) - len(shown)
+
+
+def _distinct_allocations(runs: Sequence[Run]) -> list[tuple[Run, AllocationRecord]]:
+    """Returns the allocations that differ, each with the first run that has it."""
+    found: dict[tuple, tuple[Run, AllocationRecord]] = {}
     for run in runs:
         if isinstance(run.job, RunRecord) and run.job.decision and not run.prefix:
             given = run.job.decision.allocation
-            distinct.setdefault((given.kind, *given.values), (run, given))
-    if not distinct:
-        return None
-    arms = Counter(run.arm for run, _ in distinct.values())
-    return plots.plot_allocations(
-        {run.arm if arms[run.arm] == 1 else _in_full(run): given for run, given in distinct.values()},
-        [_arm_in_full(run) for run, _ in distinct.values()],
-    )
+            found.setdefault((given.kind, *given.units, *given.values), (run, given))
+    return list(found.values())
 
 
 def plot_routing(runs: Sequence[Run]) -> Plot | None:
@@ -117,9 +142,8 @@ def plot_routing(runs: Sequence[Run]) -> Plot | None:
         if isinstance(run.job, RunRecord) and run.job.routing and not run.prefix:
             groups.append(_arm_in_full(run))
             decision = run.job.decision
-            blocks = decision.allocation.units if decision else list(run.job.routing)
-            shares = [_evenness(run.job.routing.get(block)) for block in blocks]
-            values[_in_full(run)] = np.array(shares)
+            blocks = [*(decision.allocation.by_block() if decision else ()), *run.job.routing]
+            values[_in_full(run)] = by_depth({block: _evenness(run.job.routing.get(block)) for block in blocks})
     if not any(np.isfinite(shares).any() for shares in values.values()):
         return None
     alt = "; ".join(

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_report(folder: Path, console: Console | None = None, *, expected: Path | None = None) -> None:
-    """Leaves report.html, report.md, report.csv and the plots of the layers in `folder`, then prints the tables.
+    """Leaves report.html, report.md, report.csv and the plots of layers in `folder`, then prints the tables.
 
     Args:
         folder: of a run or a sweep.
@@ -62,7 +62,8 @@ def write_report(folder: Path, console: Console | None = None, *, expected: Path
     fitted = fitting(published, jobs.jobs)
     runs = runs_of(jobs.jobs, fitted)  # made once, so that the page, the console and the files use the same names
     said, found = summary(jobs, runs, published), sections(jobs, runs, fitted)
-    files = [folder / name for name in ("report.html", "report.md", "report.csv", "scores.png", "allocations.png")]
+    plots = ("scores.png", "allocations.png", "matrices.png")
+    files = [folder / name for name in ("report.html", "report.md", "report.csv", *plots)]
     files[0].write_text(page(jobs.name, said, found))
     files[1].write_text(_markdown(jobs.name, said, found))
     tables.in_full(runs, every_metric=True).to_csv(files[2], index=False)

@@ -28,6 +28,7 @@ _BEYOND_USE = (
     "where its perplexity, or its loss on rows on which the untouched model does better, is beyond that of the "
     "frequencies of the very tokens that it should predict: the best guess that reads no context."
 )
+_NOT_DRAWN = "Further arms that are not drawn here: {}. The allocation.png of each run shows its own."
 _LOADS = (
     "Shares of the evaluated tokens, as means over the routers of a block: 1 is an even share, 0 an expert that no "
     "token chose. If every token takes all experts, every load is even."
@@ -309,12 +310,18 @@ def _intervals(table: pd.DataFrame) -> list[str]:
 
 
 def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
-    drawn = {
-        "scores.png": plots.plot_score_profiles(jobs.records),
-        "allocations.png": plots.plot_allocation_profiles(runs),
-        "": plots.plot_routing(runs),
-    }
-    found = [Section(title=plot.title, plot=plot, file=file) for file, plot in drawn.items() if plot is not None]
+    by_matrix, num_left_out = plots.plot_matrix_allocations(runs)
+    drawn = [
+        ("scores.png", plots.plot_score_profiles(jobs.records), ""),
+        ("allocations.png", plots.plot_allocation_profiles(runs), ""),
+        ("matrices.png", by_matrix, _NOT_DRAWN.format(num_left_out) if num_left_out else ""),
+        ("", plots.plot_routing(runs), ""),
+    ]
+    found = [
+        Section(title=plot.title, plot=plot, file=file, said=[said] if said else [])
+        for file, plot, said in drawn
+        if plot is not None
+    ]
     if len(loads := tables.loads(runs)):
         caption = "Least and most used expert, as a multiple of an even share of the tokens, and where"
         found.append(Section(title="Expert load", table=loads, caption=caption, said=[_LOADS]))

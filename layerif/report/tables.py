@@ -15,8 +15,9 @@ from layerif.record.frames import QUESTIONS, headline, is_fraction, is_logarithm
 from layerif.record.names import called, estimator_name
 from layerif.record.record import Failure, RunRecord, ScoresRecord
 from layerif.record.text import spelt
-from layerif.report.arms import Run, column_of_model, content, labelled, settings, titles
+from layerif.report.arms import Run, column_of_model, labelled, titles
 from layerif.report.expected import Expected, columns_of
+from layerif.report.settings import content, settings
 from layerif.stats import spearman_matrix, t_interval, wilson
 
 ITSELF = "itself, on disjoint halves of its samples"

@@ -1,0 +1,98 @@
+"""The settings of a job that tell it apart from others, by section and by keys as on the command line."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from layerif.record.names import allocator_choice, estimator_choice, origins
+from layerif.record.record import Job
+
+SIZE = ("allocator.budget", "allocator.target")  # the keys that set the size of an allocation
+# Settings of an estimator that repeat others, unless the user gives it its own: the pruner and the calibration windows.
+_REPEATS = {"estimator.pruner": "pruner", "estimator.mask_text": "method.calibration"}
+
+
+def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
+    """Returns the configuration by section, without seeds and without settings that names already tell.
+
+    Methods, estimators, allocators and pruners are compared with their like, because the settings of another choice
+    follow from that choice.
+
+    Args:
+        job: its record or failure.
+        *sections: the sections to return; all where none is given.
+    """
+    choices = {
+        "method": job.choices.get("method", ""),
+        "pruner": job.choices.get("pruner") if _has_pruner(job) else None,
+        "estimator": estimator_choice(job),
+        "allocator": allocator_choice(job),
+    }
+    found: dict[Hashable, dict[str, object]] = defaultdict(dict)
+    if not sections:
+        found["choice", None] = {group: choices[group] for group in ("method", "pruner")}
+    told = _told(job)
+    for key, value in flat(job.identity["settings"]).items():
+        section = key.split(".")[0]
+        is_told = f"{key}.".startswith(told) or key.split(".")[-1] == "seed" or (key, value) == ("score_task", None)
+        if not is_told and (not sections or section in sections):
+            found[section, choices.get(section)][key] = value
+    return found
+
+
+def _told(job: Job) -> tuple[str, ...]:
+    """Returns the starts of those keys, each with a dot at its end, that names tell or that the job does not use."""
+    told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
+    told += ["estimator.aggregation.", "estimator.of.aggregation."]
+    told += [f"score_task.{key}." for key in job.identity["settings"].get("score_task") or () if key != "path"]
+    told += [f"task.{key}." for key in content(job, "task")]
+    told += repeated(job)
+    if not _has_pruner(job):
+        told.append("pruner.")
+    if allocator_choice(job) in ("file", "shape"):
+        told += ["estimator.", "probe.", "allocator.shape."]
+    return tuple(told)
+
+
+def repeated(job: Job) -> tuple[str, ...]:
+    """Returns the starts of keys that repeat other settings of the job, each with a dot at its end."""
+    return tuple(f"{again}." for again, first in _REPEATS.items() if _at(job.config, again) == _at(job.config, first))
+
+
+def _at(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _has_pruner(job: Job) -> bool:
+    """Tells if the pruner matters: the method prunes, or the estimator prices its masks."""
+    is_priced = "pruner" in job.config["estimator"] and allocator_choice(job) not in ("file", "shape")
+    return job.choices.get("method") == "prune" or is_priced
+
+
+def content(job: Job, section: str) -> dict[str, object]:
+    """Returns the settings that make it the same model or task; the number of samples is not among them.
+
+    Args:
+        job: its record or failure.
+        section: `model` or `task`.
+    """
+    incidental = ("num_train", "num_validation", "seed")
+    settings = {key: value for key, value in job.identity["settings"][section].items() if key not in incidental}
+    return {**settings, "choice": origins(section, job.choices.get(section, ""))[-1]}
+
+
+def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Returns the values by keys as on the command line: `a.b.c`.
+
+    Args:
+        values: nested settings.
+        prefix: stands before every key.
+    """
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
