@@ -39,8 +39,8 @@ def check(settings: Evaluation, questions: QuestionSet, max_positions: int | Non
             beyond = f" beyond evaluation.first_window={settings.first_window}" if settings.first_window else ""
             raise ValueError(
                 f"evaluation.num_windows={settings.num_windows} asks for more than the text {name!r} holds{beyond}, "
-                f"which is {max(available, 0)} windows of {settings.window} tokens; use at most {max(available, 0)}, or "
-                "null for all"
+                f"which is {max(available, 0)} windows of {settings.window} tokens; use at most {max(available, 0)}, "
+                "or null for all"
             )
 
 
