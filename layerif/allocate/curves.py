@@ -229,7 +229,7 @@ def knapsack(
         for start, stop in itertools.pairwise(hull):
             slope = sign * (cost[stop] - cost[start]) / (size[stop] - size[start])
             segments.append((slope, number, start, stop))
-    segments.sort(key=lambda each: (each[0], each[2]))  # of equal ones, the low levels of all units first
+    segments.sort(key=lambda each: (each[0], each[2]))  # among equal ones the low levels of all units come first
     rest = budget - least
     if is_stepped:
         return _stepped(segments, costs, sizes, levels, rest, sign)

@@ -19,8 +19,8 @@ _ADVICE = {
 def check_source(source: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Refuses an allocation of curves that are of another model, pruner or mask text than those it is spent on.
 
-    SparseGPT may spend the curves of Wanda's masks, and a pruner with swaps those of its masks before them. Another loss
-    text is allowed, and the record names it.
+    SparseGPT may spend the curves of Wanda's masks, and a pruner with swaps those of its masks before them. Another
+    loss text is allowed, and the record names it.
 
     Args:
         source: of the allocation; empty where it fits anywhere.
