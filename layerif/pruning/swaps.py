@@ -173,9 +173,9 @@ def _in_groups(gram_II: Tensor, m: int) -> Search:
         change_RGMM = (-2 * weight_RGM)[..., :, None] * weight_RGM[..., None, :] * gram_GMM
         change_RGMM += kept_RI.view(shape)[..., :, None]
         change_RGMM += removed_RI.view(shape)[..., None, :]
-        best_R1 = change_RGMM.flatten(1).argmin(1, keepdim=True)
-        group_R1 = best_R1 // m**2 * m
-        return group_R1 + best_R1 // m % m, group_R1 + best_R1 % m
+        kept_R1 = change_RGMM.amin(3).flatten(1).argmin(1, keepdim=True)
+        change_RM = change_RGMM.flatten(1, 2)[torch.arange(len(kept_R1), device=kept_R1.device), kept_R1[:, 0]]
+        return kept_R1, kept_R1 // m * m + change_RM.argmin(1, keepdim=True)
 
     return search
 

@@ -102,6 +102,34 @@ class Walk:
                 self._forward(name, block)
             block.to(home)
 
+    def observed(self, index: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """Prepares the pruner for block number `index`, whose weights stay. Blocks come in order, each of them once.
+
+        Returns:
+            By layer the leader whose inputs it reads, and by leader what the pruner prepared; names are those inside
+            the block.
+
+        Raises:
+            ValueError: as in a call.
+        """
+        name = list(self.blocks)[index]
+        block = self.blocks[name]
+        home = device_of(block)
+        with torch.no_grad(), evaluating(self.model), full_precision():
+            if self._hidden is None:
+                self._capture()
+            block.to(self.device)
+            leaders, statistics = self._observe(name, block, dict(linears(block)))
+            num_windows = sum(map(len, self.batches))
+            shared = {
+                leader: self.pruner.prepare(statistics.pop(leader), num_windows, name=f"{name}.{leader}")
+                for leader in list(statistics)
+            }
+            if index + 1 < len(self.blocks):
+                self._forward(name, block)
+            block.to(home)
+        return leaders, shared
+
     @property
     def seconds_before(self) -> float:
         """The seconds that an earlier process took to prune the blocks that are replayed."""
@@ -248,7 +276,7 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
         return tensor
 
     last = list(found)[-1]
-    with _forwards(found, {name: stand_in(name) for name in found}):
+    with standing_in(found, {name: stand_in(name) for name in found}):
         for number, input_BT in enumerate(batches, 1):
             current.clear()
             with suppress(_Done):
@@ -314,7 +342,8 @@ def _cannot_capture(name: str, why: str) -> str:
 
 
 @contextmanager
-def _forwards(modules: Mapping[str, nn.Module], forwards: Mapping[str, Any]) -> Iterator[None]:
+def standing_in(modules: Mapping[str, nn.Module], forwards: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps other functions in the place of the forwards of modules while the context is open."""
     own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
     for name, module in modules.items():
         module.forward = forwards[name]

@@ -74,9 +74,9 @@ def zeros(record: RunRecord, folder: Path) -> float:
     return int(sum(table["zeros"])) / int(sum(table["parameters"]))
 
 
-@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "magnitude pruner.swaps=true"])
 def test_scores_become_sparsities_become_zeros(setup, tmp_path, pruner):
-    found = setup(f"pruner={pruner}", "allocator.target=0.47", "allocator.epsilon=0.3")
+    found = setup(*f"pruner={pruner}".split(), "allocator.target=0.47", "allocator.epsilon=0.3")
     record = pruned(found, tmp_path / "run")
     folder = tmp_path / "run"
     assert record.decision.allocation.kind == "sparsity"
