@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,7 +71,6 @@ def test_the_value_of_a_block_is_that_of_its_matrices_without_one_of_their_own()
 @pytest.mark.parametrize(("sizes", "said"), [([1] * 20, "has 20 numbers for 21 names"), ([0] * 21, "sizes holds 0")])
 def test_sizes_that_no_mean_can_be_weighted_by_are_refused(tmp_path, sizes, said):
     one = by_curves(by_matrix())
-    assert one.decision is not None
     one.decision.allocation.sizes = sizes
     one.write(tmp_path)
     with pytest.raises(ValueError, match=said):
@@ -91,7 +91,6 @@ def test_scores_of_blocks_stand_beside_each_of_their_matrices():
     run = record(
         "datainf", [True], decision={"layers": ["model.layers.0", "model.layers.1"], "scores": (1, 3), "values": (1, 2)}
     )
-    assert run.decision is not None
     run.decision.allocation = by_matrix(2)
     layers = frames(run)["layers"]
     assert layers["score"].tolist() == [1] * 7 + [3] * 7
@@ -113,9 +112,7 @@ def test_the_console_tells_blocks_and_ranges_and_not_every_matrix(tmp_path):
     assert "predicted rise of the loss 1.450 nats\n" in said
     assert len(pd.read_csv(tmp_path / "layers.csv")) == 210
 
-    assert run.decision is not None
-    assert run.decision.curves is not None
-    run.decision.curves["actual"] = 1.54
+    run.decision.curves |= {"actual": 1.54}  # type: ignore[operator]
     print_run(run, tmp_path, console := Console(record=True, width=2000))
     assert "predicted rise of the loss 1.450 nats, actual 1.540 nats\n" in console.export_text()
 
@@ -151,7 +148,7 @@ def test_the_picture_of_a_run_has_a_row_for_each_kind_and_a_column_for_each_bloc
     plot = plots_of_run(by_curves(one))["allocation"]
     of_values, bar = plot.figure.axes
     (image,) = of_values.images
-    np.testing.assert_allclose(np.ma.filled(image.get_array(), np.nan), dense(one, 30), rtol=1e-6)
+    np.testing.assert_allclose(np.ma.filled(np.ma.asarray(image.get_array()), np.nan), dense(one, 30), rtol=1e-6)
     assert [text.get_text() for text in of_values.texts] == ENDS
     assert bar.get_ylabel() == "sparsity"
     assert "grey: no value" in of_values.get_xlabel()
@@ -163,8 +160,8 @@ def test_the_picture_of_a_run_has_a_row_for_each_kind_and_a_column_for_each_bloc
 def test_an_allocation_by_block_stays_a_picture_of_bars_at_the_numbers_of_the_blocks():
     units = ["model.layers.1", "model.layers.3"]
     one = AllocationRecord(kind="sparsity", units=units, values=[0.25, 0.75], budget=0.5, sizes=[1, 1])
-    (axes,) = plot_allocations({"mine": one}).figure.axes
-    bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches if bar.get_height() > 0}
+    patches: Any = plot_allocations({"mine": one}).figure.axes[0].patches
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in patches if bar.get_height() > 0}
     assert bars == {1: 0.25, 3: 0.75}
 
 
@@ -173,9 +170,8 @@ def test_profiles_beside_one_another_have_the_means_of_blocks():
     uniform.units = [f"model.layers.{block}" for block in range(30)]
     uniform.values, uniform.sizes = [0.5] * 30, [32] * 30
     plot = plot_allocations({"curves": one, "uniform": uniform})
-    (axes,) = plot.figure.axes
-    heights = [bar.get_height() for bar in axes.patches]
-    assert heights == pytest.approx([*one.by_block().values(), *[0.5] * 30])
+    patches: Any = plot.figure.axes[0].patches
+    assert [bar.get_height() for bar in patches] == pytest.approx([*one.by_block().values(), *[0.5] * 30])
     highest = max(one.by_block(), key=lambda block: one.by_block()[block])
     assert f"most at blocks {highest.rpartition('.')[2]}, " in plot.alt
     assert "(means where matrices differ)" in plot.title

@@ -303,7 +303,6 @@ def test_wandb_draws_a_line_for_each_kind_of_matrix(tmp_path):
         pass
     found = WandbFile(tmp_path)
     layers = found.table("layers")
-    assert record.decision is not None
     assert layers["depth"].tolist() == [0] * 7 + [1] * 7 + [2] * 7
     assert layers["matrix"].tolist() == list(MATRICES) * 3
     assert layers["sparsity"].tolist() == pytest.approx(record.decision.allocation.values)
