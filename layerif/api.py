@@ -169,8 +169,9 @@ def prune(
         tokenizer: the tokenizer of the model; None where all rows are token ids.
         allocation_or_target: an allocation of sparsity (`Profile.sparsity`), sparsities by block or matrix, or one
             fraction for every matrix.
-        calibration: rows as for `score`, laid end to end and cut into windows; magnitude needs none.
-        pruner: magnitude, wanda or sparsegpt, or a pruner with settings of its own, as `Wanda(n=2, m=4)`.
+        calibration: rows as for `score`, laid end to end and cut into windows; magnitude without swaps needs none.
+        pruner: magnitude, wanda or sparsegpt, or a pruner with settings of its own, as `Wanda(n=2, m=4)`
+            or `Wanda(swaps=True)`.
         num_windows: use so many windows, chosen by `seed`; None takes all.
         window: the tokens of a window.
         batch_size: the windows that the model sees at once.

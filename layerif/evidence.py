@@ -1,4 +1,4 @@
-"""The types of evidence that estimators are given: spectra, activations, gates, Grams and influences.
+"""The types of evidence that estimators are given: spectra, activations, removals, gates, Grams and influences.
 
 Letters in shape suffixes: L layers, S samples, H hidden size, I inputs and O outputs of a linear layer, R rows, N train
 samples, M validation samples, P parameters of a matrix.
@@ -115,6 +115,22 @@ class LayerActivations:
                 f"estimator.classes={', '.join(get_args(Classes))}"
             )
         return rows_LRH.double(), labels, samples
+
+
+@dataclass(frozen=True)
+class LayerRemovals:
+    """The error that removing weights makes in the output of every matrix in `layers`, over the train samples.
+
+    Attributes:
+        layers: the blocks and their matrices.
+        errors: by parameter name, Σ over tokens of ‖Δx‖² for the inputs x of the matrix and the weights Δ (O×I) that
+            are removed.
+        fingerprint: of what was measured.
+    """
+
+    layers: LayerMap
+    errors: Mapping[str, float]
+    fingerprint: str
 
 
 @dataclass(frozen=True)

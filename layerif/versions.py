@@ -11,6 +11,8 @@ VERSIONS = {
     "ekfac": 1,
     "spectra": 1,
     "activations": 1,
+    "removals": 1,
     "gates": 2,
     "loss_curves": 1,
+    "measured_loss": 1,
 }

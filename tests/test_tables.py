@@ -364,6 +364,28 @@ def test_an_arm_is_over_an_experiment_and_the_command_line_over_both():
     assert job.estimator._target_.endswith("Exact")
 
 
+@pytest.mark.parametrize(
+    ("arm", "estimator", "allocator"),
+    [
+        ("dlp", "dlp", "sparsity"),
+        ("lsa", "lsa", "sparsity"),
+        ("mdl", "quadratic", "water_filling"),
+        ("straight_line", "datainf", "depth"),
+        ("first_block_spared", "datainf", "depth"),
+    ],
+)
+def test_an_arm_brings_its_allocator_and_keeps_the_target_of_the_sweep(arm, estimator, allocator):
+    given = ["experiment=pruning_smollm2", f"arm={arm}", "allocator.target=0.6", "outputs=/nowhere", "logger=none"]
+    job = compose("config", given, return_hydra_config=True)
+    assert (job.hydra.runtime.choices.estimator, job.hydra.runtime.choices.allocator) == (estimator, allocator)
+    layers = LayerMap(tuple(f"b.{l}" for l in range(8)), tuple((f"b.{l}.q",) for l in range(8)), (12,) * 8)
+    scores = LayerScores(layers.names, tuple(0.1 * l for l in range(8)), "important", "test", "")
+    allocation = instantiate(job.allocator)(scores, layers)
+    assert (allocation.kind, allocation.budget) == ("sparsity", 0.6)
+    if arm == "first_block_spared":
+        assert allocation.values == pytest.approx((0.2, *[4.6 / 7] * 7))
+
+
 def test_the_adapter_of_another_arm_is_the_one_of_the_same_sweep():
     trained, *_, tracin = jobs("ablation_estimator", "small=true")
     (checkpoint,) = plain(tracin)["estimator"]["checkpoints"]

@@ -2,6 +2,7 @@
 
 `to_experts`, `to_rank`, `to_sparsity` and `knapsack` are the pure functions. An allocator is a dataclass of settings
 that is called with scores and layers, or with curves, and returns an `Allocation`, which checks its own budget.
+`depth`, `shape` and `file` look at neither.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The arithmetic and the checks that allocators share: shares of a whole number and the largest remainder."""
+"""The arithmetic and the checks that allocators share.
+
+Counts: shares of a whole number and the largest remainder. Sparsities: levels whose weighted mean is the target.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 
 from layerif.checks import Count, check_value, how_many
 from layerif.layers import LayerMap, in_layer_order
@@ -16,6 +19,7 @@ from layerif.scores import SPREAD_NOISE, AllocationKind, LayerScores, smooth
 
 Shift = Literal["min", "none"]
 Beta = Annotated[float, Ge(0), "0 gives every layer the same"]
+Cap = Annotated[float, Gt(0), Lt(1), "the default is 0.9"]
 
 _TIE_NOISE = 1e-9  # in experts; fractions that lie nearer differ by rounding alone
 
@@ -50,6 +54,66 @@ def round_largest_remainder(values: list[float], shares: list[Fraction], budget:
     for l, count in zip(by_score, sorted(counts, reverse=True), strict=True):
         counts[l] = count
     return counts
+
+
+def scaled_to_mean(relative: Sequence[float], weights: Sequence[int], target: float, most: float) -> list[float]:
+    """Gives ρ_l = min(c·r_l, most) with the one c whose weighted mean is the target.
+
+    The mean stays below the target only where layers with r_l = 0 would have to make up for those at `most`.
+
+    Args:
+        relative: r, finite and at least 0.
+        weights: of the mean.
+        target: the mean, at most `most`.
+        most: the most that a layer gets.
+    """
+    wanted = target * sum(weights)
+    clipped: set[int] = set()
+    while True:
+        free = [l for l in range(len(relative)) if l not in clipped]
+        scalable = math.fsum(weights[l] * relative[l] for l in free)
+        rest = wanted - most * sum(weights[l] for l in clipped)
+        scale = max(rest, 0.0) / scalable if scalable > 0 else 0.0
+        over = [l for l in free if scale * relative[l] > most]
+        if not over:
+            return [most if l in clipped else scale * relative[l] for l in range(len(relative))]
+        clipped.update(over)
+
+
+def shifted_to_mean(steps: Sequence[float], weights: Sequence[int], target: float, most: float) -> list[float]:
+    """Gives ρ_l = clip(c + step_l, 0, most) with the one c whose weighted mean is the target; there always is one.
+
+    Args:
+        steps: the levels without c.
+        weights: of the mean.
+        target: the mean, from 0 to `most`.
+        most: the most that a layer gets.
+    """
+
+    def clipped(c: float) -> list[float]:
+        return [min(max(c + step, 0.0), most) for step in steps]
+
+    # The mean is piecewise linear in c and bends where a layer meets a bound: between two bends c is exact.
+    bends = sorted({bound - step for step in steps for bound in (0.0, most)})
+    means = [mean_of(clipped(c), weights) for c in bends]
+    above = next((index for index, value in enumerate(means) if value >= target), len(bends) - 1)
+    if above == 0 or means[above] == means[above - 1]:
+        return clipped(bends[above])
+    share = (target - means[above - 1]) / (means[above] - means[above - 1])
+    return clipped(bends[above - 1] + share * (bends[above] - bends[above - 1]))
+
+
+def mean_of(values: Sequence[float], weights: Sequence[int]) -> float:
+    """Gives the mean of the values, weighted."""
+    return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def check_feasible(target: float, most: float, setting: str) -> None:
+    """Refuses a mean sparsity above the most that a layer gets, which `setting` says."""
+    if target > most:
+        raise ValueError(
+            f"allocator.target={target} is outside the feasible range 0 to {most}; lower it, or raise {setting}"
+        )
 
 
 def oriented_values(scores: LayerScores, layers: LayerMap, kind: AllocationKind, *, smoothing: bool) -> list[float]:

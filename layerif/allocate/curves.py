@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from layerif.allocate.allocation import Allocation
-from layerif.checks import check_choice, check_fields, check_unique, check_value, how_many
+from layerif.checks import check_choice, check_fields, check_unique, how_many
 from layerif.layers import Granularity, LayerMap, block_of
 from layerif.scores import AllocationKind
 
@@ -200,8 +200,8 @@ def knapsack(
     The lower convex hull of cost over size (for gains the upper, concave one) of every unit is a row of segments. The
     segments of all units are bought in the order of their slope. Segments of equal slope share the rest of the budget
     in proportion to their size. Where levels are steps, a step that does not fit is left out, and afterwards single
-    levels are taken as long as one fits. This is the optimum for convex curves and levels without steps; for steps it
-    misses the optimum by the value of the first segment that does not fit at most.
+    levels are taken as long as one fits. This is the optimum for convex curves and levels without steps. Gains in steps
+    miss the optimum by the value of the first segment that does not fit at most.
 
     Args:
         costs: of each level of each unit.
@@ -234,23 +234,30 @@ def knapsack(
     if is_stepped:
         return _stepped(segments, costs, sizes, levels, rest, sign)
     found = [float(each[0]) for each in levels]
-    position = 0
-    while position < len(segments) and rest > 0:
-        equal = [segments[position]]
-        while position + len(equal) < len(segments) and segments[position + len(equal)][0] - equal[0][0] <= _TIE * max(
-            abs(equal[0][0]), abs(segments[position + len(equal)][0])
-        ):
-            equal.append(segments[position + len(equal)])
-        position += len(equal)
-        wanted = math.fsum(sizes[number][stop] - sizes[number][start] for _, number, start, stop in equal)
-        share = min(1.0, rest / wanted)
+    for equal in _ties(segments):
+        spans: dict[int, tuple[int, int]] = {}  # a unit may have several segments of equal slope, side by side
         for _, number, start, stop in equal:
-            low, high = levels[number][start], levels[number][stop]
+            first, last = spans.get(number, (start, stop))
+            spans[number] = min(first, start), max(last, stop)
+        wanted = math.fsum(sizes[number][stop] - sizes[number][start] for number, (start, stop) in spans.items())
+        share = min(1.0, max(rest, 0.0) / wanted)
+        for number, (start, stop) in spans.items():
             size_of_level = sizes[number][start] + share * (sizes[number][stop] - sizes[number][start])
             found[number] = _interpolated(sizes[number], levels[number], size_of_level)
-            found[number] = min(max(found[number], low), high)
         rest -= share * wanted
+        if share < 1:
+            break  # rounding may leave a rest, which must not buy more
     return found
+
+
+def _ties(segments: Sequence[tuple[float, int, int, int]]) -> Iterator[Sequence[tuple[float, int, int, int]]]:
+    """Yields the segments of equal slope together, in the order of their slope."""
+    start = 0
+    for stop in range(1, len(segments) + 1):
+        slope = segments[start][0]
+        if stop == len(segments) or segments[stop][0] - slope > _TIE * max(abs(slope), abs(segments[stop][0])):
+            yield segments[start:stop]
+            start = stop
 
 
 def _stepped(
@@ -317,9 +324,8 @@ class Knapsack:
     Attributes:
         target: the mean level: the fraction of all weights to remove.
         unit: matrix or block; None: the unit of the curves.
-        floor: the least sparsity of a unit; None: 0.2, the lowest level that is measured, or 0 where the target is
-            below.
-        cap: the most sparsity of a unit; None: 0.9, or 0 where the floor is above the target.
+        floor: the least sparsity of a unit; None: 0.2, or the target where that is lower.
+        cap: the most sparsity of a unit; None: 0.9.
     """
 
     spends: ClassVar[Literal["curves"]] = "curves"
@@ -360,9 +366,13 @@ class Knapsack:
         weights = [round(float(size) / fine.levels[-1]) for size in fine.sizes[:, -1]]
         points = [self._points(fine.levels, costs_K, low, high, fine.is_stepped) for costs_K in fine.costs.tolist()]
         levels = [[level for level, _ in each] for each in points]
-        check_value("allocator.target", self.target, MeanSparsity)
-        if fine.is_stepped:
-            self._check_steps(levels[0])
+        given = levels[0]
+        if not given or not given[0] - 1e-9 <= self.target <= min(given[-1], spent.levels[-1]) + 1e-9:
+            raise ValueError(
+                f"allocator.target={self.target} is outside the levels that allocator.floor and allocator.cap leave of "
+                f"{', '.join(f'{level:g}' for level in spent.levels)}; change one of the three, or the levels "
+                "(estimator.levels, pruner.m)"
+            )
         sizes = [[level * weight for level in each] for each, weight in zip(levels, weights, strict=True)]
         values = knapsack(
             [[cost for _, cost in each] for each in points],
@@ -376,13 +386,6 @@ class Knapsack:
             budget = math.fsum(value * size for value, size in zip(values, weights, strict=True)) / sum(weights)
         return Allocation(fine.units, "sparsity", tuple(values), budget, tuple(weights), dict(curves.source))
 
-    def _check_steps(self, levels: Sequence[float]) -> None:
-        if self.target < levels[0] - 1e-9:
-            raise ValueError(
-                f"allocator.target={self.target} is below the lowest level, {levels[0]:g}; allowed with this pruner.m: "
-                f"{', '.join(f'{level:g}' for level in levels)}; raise the target, or set allocator.floor=0"
-            )
-
     @staticmethod
     def _points(
         levels: Sequence[float], costs: Sequence[float], low: float, high: float, is_stepped: bool
@@ -394,4 +397,4 @@ class Knapsack:
         if is_stepped:
             return inside
         ends = {level: _interpolated(levels, costs, level) for level in (low, min(high, levels[-1]))}
-        return sorted({**dict(inside), **ends}.items())
+        return sorted([each for each in inside if all(abs(each[0] - end) > 1e-9 for end in ends)] + [*ends.items()])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from layerif.allocate._shares import checked_scores, oriented_values
+from layerif.allocate._shares import (
+    check_feasible,
+    checked_scores,
+    mean_of,
+    oriented_values,
+    scaled_to_mean,
+    shifted_to_mean,
+)
 from layerif.allocate.allocation import BUDGET_TOLERANCE, Allocation, checked_sizes
 from layerif.checks import check_fields, check_value
 from layerif.layers import LayerMap
@@ -39,8 +45,8 @@ def to_sparsity(
     is `max_sparsity` and the other layers make up for it, still in proportion to r. (Upstream clips without this, and
     misses the target.)
 
-    `shifted`, OWL's and DLP's: ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where nothing is
-    clipped. Where ρ_l is clipped to [0, `max_sparsity`], the other layers make up for it by a common c.
+    `shifted`, that of OWL, DLP and LSA: ρ_l = c + 2εx_l with one c for all, which is target + 2ε(x_l − mean x) where
+    nothing is clipped. Where ρ_l is clipped to [0, `max_sparsity`], the other layers make up for it by a common c.
 
     Args:
         scores: s, one per layer; a higher score gets more sparsity.
@@ -60,27 +66,17 @@ def to_sparsity(
     check_value("allocator.rule", rule, Rule)
     _check_target(target, max_sparsity)
     if rule == "shifted":
-        return _shifted([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
+        return shifted_to_mean([2 * epsilon * x for x in _min_max(values)], weights, target, max_sparsity)
     relative = [(1 - epsilon) + 2 * epsilon * x for x in _min_max(values)]
     relative = [r if r > SPREAD_NOISE else 0.0 for r in relative]  # under ε = 1 rounding must not become a share
-    wanted = target * sum(weights)
-    clipped: set[int] = set()
-    while True:
-        free = [l for l in range(len(values)) if l not in clipped]
-        scalable = math.fsum(weights[l] * relative[l] for l in free)
-        rest = wanted - max_sparsity * sum(weights[l] for l in clipped)
-        if rest <= BUDGET_TOLERANCE * sum(weights) / 2 or scalable > 0:
-            scale = max(rest, 0.0) / scalable if scalable > 0 else 0.0
-        else:  # ε = 1 leaves nothing to scale in the lowest layers
-            feasible = max_sparsity * sum(weights[l] for l in clipped) / sum(weights)
-            raise ValueError(
-                f"allocator.target={target} cannot be reached with allocator.epsilon={epsilon}: layers of the lowest "
-                f"score stay dense; feasible are 0 to {feasible:.6f}; lower the target or epsilon"
-            )
-        over = [l for l in free if scale * relative[l] > max_sparsity]
-        if not over:
-            return [max_sparsity if l in clipped else scale * relative[l] for l in range(len(values))]
-        clipped.update(over)
+    found = scaled_to_mean(relative, weights, target, max_sparsity)
+    spent = mean_of(found, weights)
+    if spent < target - BUDGET_TOLERANCE / 2:  # ε = 1 leaves nothing to scale in the lowest layers
+        raise ValueError(
+            f"allocator.target={target} cannot be reached with allocator.epsilon={epsilon}: layers of the lowest "
+            f"score stay dense; feasible are 0 to {spent:.6f}; lower the target or epsilon"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +89,8 @@ class Sparsity:
             SparseGPT.
         max_sparsity: the most that a layer gets.
         smoothing: smooth the scores over depth first, as the paper does; it needs at least 7 layers.
-        rule: `scaled` is the map of the paper and of AlphaPruning, `shifted` that of OWL (epsilon 0.08) and DLP (0.15);
-            these two do not smooth.
+        rule: `scaled` is the map of the paper and of AlphaPruning, `shifted` that of OWL (epsilon 0.08), DLP (0.15) and
+            LSA (0.07); these three do not smooth.
     """
 
     spends: ClassVar[Literal["scores"]] = "scores"
@@ -117,25 +113,6 @@ class Sparsity:
         return Allocation(layers.names, "sparsity", tuple(sparsities), self.target, layers.numel)
 
 
-def _shifted(steps: list[float], weights: list[int], target: float, max_sparsity: float) -> list[float]:
-    """Gives ρ_l = clip(c + step_l, 0, max_sparsity) with the one c that meets the target; there always is one."""
-
-    def clipped(c: float) -> list[float]:
-        return [min(max(c + step, 0.0), max_sparsity) for step in steps]
-
-    def mean(values: Sequence[float]) -> float:
-        return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
-
-    # The mean is piecewise linear in c and bends where a layer meets a bound: between two bends c is exact.
-    bends = sorted({bound - step for step in steps for bound in (0.0, max_sparsity)})
-    means = [mean(clipped(c)) for c in bends]
-    above = next((index for index, value in enumerate(means) if value >= target), len(bends) - 1)
-    if above == 0 or means[above] == means[above - 1]:
-        return clipped(bends[above])
-    share = (target - means[above - 1]) / (means[above] - means[above - 1])
-    return clipped(bends[above - 1] + share * (bends[above] - bends[above - 1]))
-
-
 def _min_max(values: list[float]) -> list[float]:
     low, high = min(values), max(values)
     if high - low <= SPREAD_NOISE * high:
@@ -145,8 +122,4 @@ def _min_max(values: list[float]) -> list[float]:
 
 def _check_target(target: float, max_sparsity: float) -> None:
     check_value("allocator.target", target, TargetSparsity)
-    if target > max_sparsity:
-        raise ValueError(
-            f"allocator.target={target} is outside the feasible range 0 to {max_sparsity}; lower it, or raise "
-            "allocator.max_sparsity"
-        )
+    check_feasible(target, max_sparsity, "allocator.max_sparsity")

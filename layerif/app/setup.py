@@ -97,9 +97,11 @@ class Setup:
         if self.scored is not self.splits:
             hashes["score_task"] = self.scored.fingerprint
         for setting in _FILES:
-            path = OmegaConf.select(self.config, setting)
-            if isinstance(path, str) and Path(path).is_file():
-                hashes[setting] = hash_file(Path(path))
+            given = OmegaConf.select(self.config, setting)
+            paths = [given] if isinstance(given, str) else list(given or ())
+            found = [hash_file(Path(path)) for path in paths if Path(path).is_file()]
+            if found:
+                hashes[setting] = " ".join(found)
         return hashes
 
     @cached_property

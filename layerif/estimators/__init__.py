@@ -6,12 +6,14 @@ needs by a request (`layerif/probe/request.py`) and scores it:
 | needs                          | evidence passed to `score`                       | estimators                       |
 |--------------------------------|--------------------------------------------------|----------------------------------|
 | `Grams()`                      | `LayerGrams` of one probe                        | datainf, exact, lissa, grad_dot, |
-|                                |                                                  | cosine, grad_norm, fisher_trace  |
+|                                |                                                  | cosine, grad_norm, fisher_trace, |
+|                                |                                                  | quadratic                        |
 | `CheckpointPasses(folders)`    | `CheckpointGrams`, a probe at every checkpoint   | tracin                           |
 | `Curvature(damping, …)`        | `LayerInfluences`, measured under its damping    | ekfac                            |
 | `Spectra()`                    | `LayerSpectra` of the weights alone              | alpha                            |
 | `Activations(epsilon)`         | `LayerActivations` of one forward pass           | outlier, dlp, block_influence,   |
 |                                |                                                  | avss, linear_probe, cca          |
+| `Removal(sparsity)`            | `LayerRemovals`: errors that a mask makes        | lsa                              |
 | `Gates(num_steps, …)`          | `LayerGates`, learned on a trained adapter       | ila                              |
 | `Nothing(files)`               | `LayerMap` of the model; no pass over data       | uniform, random, file            |
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from layerif.allocate.curves import Curves
 from layerif.checks import Count, check_fields, check_value, listed
 from layerif.compat import changes_of
-from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
+from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerRemovals, LayerSpectra, MatrixGram
 from layerif.layers import Granularity, LayerMap
 from layerif.probe.grams.request import Grams
 from layerif.probe.request import Request
@@ -31,7 +31,8 @@ from layerif.scores import Aggregation, Direction, LayerScores, aggregate
 Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
 Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
-Evidence = LayerSpectra | LayerActivations | LayerGates | LayerGrams  # evidence that keeps the layers apart
+# evidence that keeps the layers apart
+Evidence = LayerSpectra | LayerActivations | LayerRemovals | LayerGates | LayerGrams
 
 
 class CurveEstimator(ABC):
@@ -148,9 +149,8 @@ class DampedEstimator(GramEstimator):
     damping_rule: DampingRule = "relative"
 
     def relative_damping(self, gram: MatrixGram) -> float:
-        """Gives the damping, in units of the mean squared gradient entry, that makes this Gram's λ under the rule."""
-        mean_square = damping_lambda(gram.train_train, numel=gram.numel, damping=1.0)
-        return self.damping if self.damping_rule == "relative" or mean_square == 0 else self.damping / mean_square
+        """Gives `relative_damping` of this estimator's settings."""
+        return relative_damping(gram, self.damping, self.damping_rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +221,12 @@ def layer_scores(
     """
     source = described(estimator, **shown)
     return LayerScores(evidence.layers.names, tuple(values), higher_means, source, evidence.fingerprint)
+
+
+def relative_damping(gram: MatrixGram, damping: float, rule: DampingRule) -> float:
+    """Gives the damping, in units of the mean squared gradient entry, that makes this Gram's λ under the rule."""
+    mean_square = damping_lambda(gram.train_train, numel=gram.numel, damping=1.0)
+    return damping if rule == "relative" or mean_square == 0 else damping / mean_square
 
 
 def damping_lambda(train_train: Tensor, *, numel: int, damping: float) -> float:

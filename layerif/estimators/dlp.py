@@ -18,16 +18,20 @@ from layerif.scores import LayerScores
 Centre = Literal["mean", "median"]
 
 
-def relative_importance(centres: Sequence[float]) -> list[float]:
+def relative_importance(sizes: Sequence[float], what: str = "Wanda metric") -> list[float]:
     """Gives 1 − s_l/Σs of every block: numbers in [0, 1] that sum to L − 1.
 
+    Args:
+        sizes: s, one per block; a block of a small one is important.
+        what: a name of s, for the message.
+
     Raises:
-        ValueError: where all centres are zero.
+        ValueError: where all sizes are zero.
     """
-    total = math.fsum(centres)
+    total = math.fsum(sizes)
     if total == 0:
-        raise ValueError("all blocks have a Wanda metric of zero: weights or activations are zero; check the model")
-    return [1 - centre / total for centre in centres]
+        raise ValueError(f"all blocks have a {what} of zero: weights or activations are zero; check the model")
+    return [1 - size / total for size in sizes]
 
 
 @dataclass(frozen=True, kw_only=True)

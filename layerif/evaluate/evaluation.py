@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from annotated_types import Ge
 from torch import nn
 
-from layerif.checks import Count, check_choice, check_fields
+from layerif.checks import Count, Whole, check_choice, check_fields
 from layerif.data.rows import AnyExample
 from layerif.data.windows import Bos
 from layerif.evaluate import generation, harness, loss, options, perplexity
@@ -54,9 +54,10 @@ class Evaluation:
         batch_size: the number of questions or windows that a model reads at once; no result depends on it.
         max_new_tokens: the most tokens of a generated answer.
         text: the text of the perplexity: documentation (which every CPython carries), wikitext2, c4, or the path of a
-            file.
+            file; or a list of them.
         window: the number of tokens in a window of the perplexity.
-        num_windows: the number of windows, from the start of the text; None takes all.
+        first_window: the windows before it, counted from 0, are left out.
+        num_windows: the number of windows of each text; None takes all.
         bos: the windows that begin with BOS, which counts as one of the `window` tokens: each one where the tokenizer
             adds BOS to a text (tokenizer), the first of the text alone, as pruning papers measure (first), or none.
         lm_eval_tasks: further tasks by their names in lm-eval, for example arc_easy (lm-eval fetches them itself);
@@ -67,8 +68,9 @@ class Evaluation:
     before: bool = False
     batch_size: Count = 16
     max_new_tokens: Count = 128
-    text: str = "documentation"
+    text: str | Sequence[str] = "documentation"
     window: Annotated[int, Ge(2), "a window of one token has no token to predict"] = 256
+    first_window: Whole = 0
     num_windows: Annotated[int, Ge(1), "null takes all windows"] | None = None
     bos: Bos = "tokenizer"
     lm_eval_tasks: Sequence[str] = ()
@@ -77,6 +79,11 @@ class Evaluation:
         check_fields(self, "evaluation")
         for metric in self.metrics or ():
             check_choice("evaluation.metrics", metric, METRICS)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of the perplexity."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
 
     def metrics_on(self, examples: Sequence[AnyExample]) -> tuple[str, ...]:
         """Returns the metrics that are measured on these examples, in the order of METRICS."""

@@ -31,25 +31,34 @@ _LARGEST_LOSS = math.log(sys.float_info.max)
 
 def check(settings: Evaluation, questions: QuestionSet, max_positions: int | None) -> None:
     """Refuses a window longer than the text or the model's context, and more windows than the text holds."""
-    ids, bos = running_ids(questions.tokenizer, text(settings.text, "test"), settings.bos)
-    check_window(settings.window, len(ids), max_positions)
-    available = len(cut_windows(ids, settings.window, bos))
-    if settings.num_windows is not None and settings.num_windows > available:
-        raise ValueError(
-            f"evaluation.num_windows={settings.num_windows} asks for more than the text {settings.text!r} holds, "
-            f"which is {available} windows of {settings.window} tokens; use at most {available}, or null for all"
-        )
+    for name in settings.texts:
+        ids, bos = running_ids(questions.tokenizer, text(name, "test"), settings.bos)
+        check_window(settings.window, len(ids), max_positions)
+        available = len(cut_windows(ids, settings.window, bos)) - settings.first_window
+        if max(settings.num_windows or 1, 1) > available:
+            beyond = f" beyond evaluation.first_window={settings.first_window}" if settings.first_window else ""
+            raise ValueError(
+                f"evaluation.num_windows={settings.num_windows} asks for more than the text {name!r} holds{beyond}, "
+                f"which is {max(available, 0)} windows of {settings.window} tokens; use at most {max(available, 0)}, "
+                "or null for all"
+            )
 
 
 def run(settings: Evaluation, questions: QuestionSet, model: nn.Module) -> Measured:
-    """Measures the perplexity of the text; its name holds the window, and the text where it is another one."""
-    ids, bos = running_ids(questions.tokenizer, text(settings.text, "test"), settings.bos)
-    of_text = "" if settings.text == "documentation" else f"{Path(settings.text).stem}/"
-    name, which = f"{of_text}perplexity_{settings.window}", settings.num_windows
-    value = perplexity(model, ids, window=settings.window, num_windows=which, bos=bos, batch_size=settings.batch_size)
-    windows = cut_windows(ids, settings.window, bos)[:which]
-    by_frequency = frequency_losses([one[num_given(bos) :] for one in windows])
-    return Measured({name: value}, context_free={name: math.exp(math.fsum(by_frequency) / len(by_frequency))})
+    """Measures the perplexity of each text; its name holds the window, and the text where it is another one."""
+    values, context_free = {}, {}
+    for of in settings.texts:
+        ids, bos = running_ids(questions.tokenizer, text(of, "test"), settings.bos)
+        of_text = "" if of == "documentation" else f"{Path(of).stem}/"
+        name, number = f"{of_text}perplexity_{settings.window}", settings.num_windows
+        which = slice(settings.first_window, None if number is None else settings.first_window + number)
+        values[name] = perplexity(
+            model, ids, window=settings.window, which=which, bos=bos, batch_size=settings.batch_size
+        )
+        windows = cut_windows(ids, settings.window, bos)[which]
+        by_frequency = frequency_losses([one[num_given(bos) :] for one in windows])
+        context_free[name] = math.exp(math.fsum(by_frequency) / len(by_frequency))
+    return Measured(values, context_free=context_free)
 
 
 def perplexity(
@@ -57,7 +66,7 @@ def perplexity(
     ids: Sequence[int],
     *,
     window: int,
-    num_windows: int | None = None,
+    which: slice = slice(None),
     bos: Sequence[int] = (),
     batch_size: int = 1,
 ) -> float:
@@ -70,7 +79,7 @@ def perplexity(
         model: a causal language model.
         ids: the token ids of the text.
         window: the number of tokens in a window, `bos` included.
-        num_windows: the number of windows, from the start of the text; None takes all.
+        which: the windows that are read, in the order of the text.
         bos: the tokens that each window begins with, see `layerif.data.windows.cut_windows`.
         batch_size: the number of windows that the model reads at once.
 
@@ -78,7 +87,7 @@ def perplexity(
         ValueError: the window is longer than the text or the model's context, or the loss is not finite.
     """
     check_window(window, len(ids), context_length(model))
-    windows = torch.tensor(cut_windows(ids, window, bos)[:num_windows])
+    windows = torch.tensor(cut_windows(ids, window, bos)[which])
     given, total = num_given(bos), 0.0
     with evaluating(model), torch.inference_mode():
         for input_BT in progress(windows.split(batch_size), "windows"):

@@ -133,14 +133,50 @@ def observe(
                 mask_BT = batch["attention_mask"].bool().to(device)
                 seen.start([indices[row] for row in rows], [samples[row] for row in rows], mask_BT, what)
                 with hooked(seen.hooks(model), with_kwargs=True):
-                    model(
-                        input_ids=batch["input_ids"].to(device),
-                        attention_mask=mask_BT.long(),
-                        position_ids=positions_of(mask_BT),
-                        use_cache=False,
-                        logits_to_keep=1,
-                    )
+                    read_batch(model, batch["input_ids"].to(device), mask_BT)
     return seen.tensors()
+
+
+def read_batch(model: nn.Module, input_BT: Tensor, mask_BT: Tensor) -> None:
+    """Runs a batch forward for the sake of the hooks on the model; its logits are not wanted.
+
+    Args:
+        model: a causal language model.
+        input_BT: the token ids, on its device.
+        mask_BT: True where a token is real.
+    """
+    model(
+        input_ids=input_BT,
+        attention_mask=mask_BT.long(),
+        position_ids=positions_of(mask_BT),
+        use_cache=False,
+        logits_to_keep=1,
+    )
+
+
+def real_tokens(values: Tensor, mask_BT: Tensor) -> Tensor:
+    """Picks the real tokens (V×F) of (B×T×F), in float32 or better; some families (OPT) flatten samples and tokens."""
+    values_VF = values.detach().reshape(*mask_BT.shape, -1)[mask_BT]
+    return values_VF.to(torch.promote_types(values_VF.dtype, torch.float32))
+
+
+def real_inputs(param: str, given: Tensor, mask_BT: Tensor) -> Tensor:
+    """Picks the inputs (V×I) of a linear layer at the real tokens.
+
+    Args:
+        param: the name of its weight, for the message.
+        given: its inputs.
+        mask_BT: True where a token is real.
+
+    Raises:
+        ValueError: the layer does not see every token once.
+    """
+    if given.numel() != mask_BT.numel() * given.shape[-1]:
+        raise ValueError(
+            f"{param} does not see every token once, so that its inputs cannot be summed up; use an estimator "
+            "on gradients, such as datainf"
+        )
+    return real_tokens(given, mask_BT)
 
 
 class _Seen:
@@ -202,7 +238,7 @@ class _Seen:
                 self.pooled[what].setdefault(number, empty_SH)[self.indices] = mean_BH.float().cpu()
             if not self.is_counted:
                 return
-            before_VH, after_VH = self._real(before_BTH), self._real(after_BTH)
+            before_VH, after_VH = (real_tokens(each, self.mask_BT) for each in (before_BTH, after_BTH))
             if not bool(after_VH.isfinite().all()):
                 raise ValueError(
                     f"the output of block {self.layers.names[number]} is not finite; look at the weights, or load the "
@@ -220,19 +256,9 @@ class _Seen:
 
     def _linear(self, param: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if args[0].numel() != self.mask_BT.numel() * args[0].shape[-1]:
-                raise ValueError(
-                    f"{param} does not see every token once, so that its inputs cannot be summed up; use an estimator "
-                    "on gradients, such as datainf"
-                )
-            self._add(f"input_square_norms/{param}", self._real(args[0]).double().square().sum(0))
+            self._add(f"input_square_norms/{param}", real_inputs(param, args[0], self.mask_BT).double().square().sum(0))
 
         return look
-
-    def _real(self, values: Tensor) -> Tensor:
-        """Picks the real tokens (V×F) of (B×T×F); some families (OPT) flatten samples and tokens."""
-        values_VF = values.detach().reshape(*self.mask_BT.shape, -1)[self.mask_BT]
-        return values_VF.to(torch.promote_types(values_VF.dtype, torch.float32))
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -54,7 +54,7 @@ class Pruner(ABC):
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         """Adds the inputs of T tokens to the statistic of a linear layer, in place where there is one.
 
-        It is not called where `needs_inputs` is False, and defined by every other pruner.
+        It is not called where `needs_inputs` is False, and defined by every pruner where it can be True.
         """
         raise NotImplementedError
 
@@ -98,7 +98,8 @@ class Pruner(ABC):
     def called(self) -> str:
         """The name of its file, with the settings that its masks depend on: `wanda(compare=row)`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        shown = {name: value for name, value in values.items() if name not in ("paper_epsilon", "skip", "n")}
+        unseen = {"paper_epsilon", "skip", "n"} | (set() if values.get("swaps") else {"swaps", "most_swaps"})
+        shown = {name: value for name, value in values.items() if name not in unseen}
         inside = ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
         return f"{name_of_pruner(self)}({inside})"
 

@@ -1,4 +1,4 @@
-"""Magnitude pruning removes the smallest weights of each matrix. It needs no calibration windows."""
+"""Magnitude pruning removes the smallest weights of each matrix. It needs calibration windows only for swaps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerif.pruning import Pruner
 from layerif.pruning.mask import check_target, lowest, lowest_at_counts, lowest_per_group, num_removed
+from layerif.pruning.swaps import MaskPruner
 
 
 def magnitude_mask(
@@ -36,18 +36,18 @@ def magnitude_mask(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Magnitude(Pruner):
-    """Prunes by |W_ij|, see `magnitude_mask`."""
+class Magnitude(MaskPruner):
+    """Prunes by |W_ij|, see `magnitude_mask`. It reads inputs only for its swaps."""
 
     @property
     def needs_inputs(self) -> bool:
-        return False
+        return self.swaps
 
-    def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
-        return weight.masked_fill(magnitude_mask(weight, sparsity, n=n, m=self.m if n else None), 0)
+    def mask(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
+        return magnitude_mask(weight, sparsity, n=n, m=self.m if n else None)
 
     def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
-        if self.m is not None:
+        if self.m is not None or self.swaps:
             yield from super().at_levels(weight, shared, sparsities)
             return
         metric_OI = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()

@@ -6,6 +6,7 @@ curves of Wanda's masks cost a factor of six in perplexity in a trial.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _ADVICE = {
@@ -18,7 +19,8 @@ _ADVICE = {
 def check_source(source: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Refuses an allocation of curves that are of another model, pruner or mask text than those it is spent on.
 
-    SparseGPT may spend the curves of Wanda's masks. Another loss text is allowed, and the record names it.
+    SparseGPT may spend the curves of Wanda's masks, and a pruner with swaps those of its masks before them. Another loss
+    text is allowed, and the record names it.
 
     Args:
         source: of the allocation; empty where it fits anywhere.
@@ -33,6 +35,8 @@ def check_source(source: Mapping[str, str], here: Mapping[str, str]) -> None:
             continue
         if part == "model" and was.split()[0] != now.split()[0]:
             continue  # one is in memory and one in a folder: their hashes cannot be compared
+        if part == "pruner" and _without_swaps(now) == was:
+            continue
         if part == "pruner" and _kind(was) == "wanda" and _kind(now) == "sparsegpt" and _group(was) == _group(now):
             continue
         shown = f" of {was}, and this is {now}" if part == "pruner" else ""
@@ -46,3 +50,7 @@ def _kind(pruner: str) -> str:
 def _group(pruner: str) -> str:
     inside = pruner.partition("(")[2].rstrip(")").split(", ")
     return next((each for each in inside if each.startswith("m=")), "")
+
+
+def _without_swaps(pruner: str) -> str:
+    return re.sub(r",? ?swaps=True, most_swaps=\d+", "", pruner).replace("(, ", "(")

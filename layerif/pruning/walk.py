@@ -38,7 +38,7 @@ _ADVICE = (
     "free some space, use method.offload=cpu, or set outputs=/another/folder; "
     "the same command carries on from the last finished block"
 )
-_WITHOUT_INPUTS = "use pruner=magnitude, which reads no inputs"
+_WITHOUT_INPUTS = "use pruner=magnitude without swaps, which reads no inputs"
 
 
 @dataclass
@@ -121,6 +121,16 @@ class Walk:
         )
 
     def _prune(self, block_name: str, block: nn.Module) -> None:
+        for module, (weight,) in self._pruned(block_name, block, [self.targets[block_name]]):
+            module.weight.copy_(weight)
+
+    def _pruned(
+        self, block_name: str, block: nn.Module, aims: Sequence[Mapping[str, Target]]
+    ) -> Iterator[tuple[nn.Linear, list[Tensor]]]:
+        """Yields every linear layer of a block with its weight as pruned to each of several targets.
+
+        A layer is pruned when it is reached, so that the weights of one layer and one statistic are there at a time.
+        """
         modules = dict(linears(block))
         leaders = {name: name for name in modules}
         shared: dict[str, Any] = dict.fromkeys(modules)
@@ -133,11 +143,13 @@ class Walk:
                 shared[leader] = self.pruner.prepare(statistic, num_windows, name=f"{block_name}.{leader}")
             for name, module in modules.items():
                 if leaders[name] == leader:
-                    target = self.targets[block_name][name]
-                    if target.sparsity == 0:
-                        continue  # to the bit, which a solver would not keep
-                    module.weight.copy_(self.pruner(module.weight, shared[leader], target.sparsity, target.n))
+                    yield module, [self._to(module.weight, shared[leader], aim[name]) for aim in aims]
             shared[leader] = None
+
+    def _to(self, weight: Tensor, shared: Any, target: Target) -> Tensor:
+        if target.sparsity == 0:
+            return weight  # to the bit, which a solver would not keep
+        return self.pruner(weight, shared, target.sparsity, target.n)
 
     def _observe(
         self, block_name: str, block: nn.Module, modules: Mapping[str, nn.Linear]

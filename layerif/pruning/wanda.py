@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from layerif.checks import check_choice
-from layerif.pruning import Pruner
 from layerif.pruning.mask import (
     check_target,
     lowest,
@@ -22,6 +21,7 @@ from layerif.pruning.mask import (
     lowest_per_row_at_counts,
     num_removed,
 )
+from layerif.pruning.swaps import MaskPruner
 
 Compare = Literal["row", "cumulative"]
 
@@ -78,7 +78,7 @@ def _metric(weight: Tensor, input_sq_norm: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanda(Pruner):
+class Wanda(MaskPruner):
     """Prunes by `wanda_mask`.
 
     Args:
@@ -93,16 +93,18 @@ class Wanda(Pruner):
             raise ValueError(f"pruner.compare=cumulative has no meaning with pruner.m={self.m}; use compare=row")
 
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
+        if self.swaps:
+            return super().observe(so_far, input_TI)
         dtype = torch.promote_types(input_TI.dtype, torch.float32)
         added_I = input_TI.to(dtype).square().sum(dim=0)
         return added_I if so_far is None else so_far.add_(added_I)
 
-    def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
-        mask = wanda_mask(weight, shared, sparsity, n=n, m=self.m if n else None, compare=self.compare)
-        return weight.masked_fill(mask, 0)
+    def mask(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
+        input_sq_norm = shared.diagonal() if self.swaps else shared
+        return wanda_mask(weight, input_sq_norm, sparsity, n=n, m=self.m if n else None, compare=self.compare)
 
     def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
-        if self.m is not None or self.compare != "row":
+        if self.m is not None or self.compare != "row" or self.swaps:
             yield from super().at_levels(weight, shared, sparsities)
             return
         counts = [num_removed(sparsity, weight.numel()) for sparsity in sparsities]

@@ -26,7 +26,10 @@ def arm_name(job: Job) -> str:
     kind, given = allocator_choice(job), job.config["allocator"]
     if kind == "file":
         name = "allocation from file"
-    elif kind == "shape":  # this allocator needs no scores
+    elif kind == "depth":  # this allocator and the next need no scores
+        slope = "by trials" if given.get("slope") is None else f"{given['slope']:g}"
+        name = f"depth(slope={slope}, spare={given.get('spare', 0)})"
+    elif kind == "shape":
         shape = given["shape"]
         counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)
         name = f"shape({'-'.join(map(str, counts))}) {given.get('kind', 'experts')}"

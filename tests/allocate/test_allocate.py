@@ -24,11 +24,13 @@ from omegaconf import OmegaConf
 
 from layerif.allocate import Allocation, to_experts, to_rank, to_sparsity
 from layerif.allocate.curves import Knapsack
+from layerif.allocate.depth import Depth
 from layerif.allocate.experts import Experts
 from layerif.allocate.file import SavedAllocation
 from layerif.allocate.rank import Rank
 from layerif.allocate.shape import Shape
 from layerif.allocate.sparsity import Sparsity
+from layerif.allocate.water_filling import WaterFilling
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores, smooth
 
@@ -516,7 +518,7 @@ def test_impossible_shapes_are_refused(settings, depth, message):
         Shape(**settings)(SCORES, deep(depth))
 
 
-# The map of OWL and DLP
+# The map of OWL, DLP and LSA
 
 
 @law
@@ -535,6 +537,19 @@ def test_shifted_sparsities_meet_any_target_within_bounds_and_keep_the_order(lay
     assert all(0 <= sparsity <= max_sparsity for sparsity in sparsities)
     for (one, s), (other, t) in itertools.combinations(zip(scores, sparsities, strict=True), 2):
         assert (one - other) * (s - t) >= 0
+
+
+def test_shifted_sparsities_without_clipping_are_lsas_formula():
+    errors, beta, target = [3.0, 1.0, 2.0, 5.0], 0.07, 0.6
+    importance = [1 - error / sum(errors) for error in errors]
+    low, high = min(importance), max(importance)
+    d = [(each - low) / (high - low) * 2 * beta for each in importance]
+    expected = [target + sum(d) / 4 - each for each in d]
+    layers = LayerMap(NAMES[:4], LAYERS.params[:4], (7,) * 4)
+    scores = LayerScores(NAMES[:4], tuple(importance), "important", "lsa", "f")
+    allocation = Sparsity(target=target, epsilon=beta, smoothing=False, rule="shifted")(scores, layers)
+    assert allocation.values == pytest.approx(expected, abs=1e-12)
+    assert max(allocation.values) == allocation.values[3]
 
 
 def test_shifted_sparsities_without_clipping_are_owls_formula():
@@ -558,6 +573,8 @@ ALLOCATORS = {
     "file": SavedAllocation,
     "shape": Shape,
     "knapsack": Knapsack,
+    "depth": Depth,
+    "water_filling": WaterFilling,
 }
 
 

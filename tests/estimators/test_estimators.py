@@ -26,7 +26,7 @@ from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.allocate.sparsity import Sparsity
 from layerif.estimators import _base
-from layerif.estimators._base import DampedEstimator, GramEstimator, eigenbasis
+from layerif.estimators._base import CurveEstimator, DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
@@ -45,6 +45,7 @@ from layerif.evidence import (
     LayerGates,
     LayerGrams,
     LayerInfluences,
+    LayerRemovals,
     LayerSpectra,
     MatrixGram,
 )
@@ -55,6 +56,7 @@ from layerif.probe.ekfac import Curvature
 from layerif.probe.gates import Gates
 from layerif.probe.grams.request import Grams
 from layerif.probe.nothing import Nothing
+from layerif.probe.removal import Removal
 from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
 from layerif.scores import LayerScores, aggregate
@@ -78,6 +80,13 @@ def classes_of(stem: str) -> list[type[Any]]:
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if cls.__module__ == module.__name__ and hasattr(cls, "score")
     ]
+
+
+def curve_estimators_of(stem: str) -> list[type[Any]]:
+    """The classes of a file that give curves instead of scores; tests/probe/curves states their laws."""
+    module = importlib.import_module(f"layerif.estimators.{stem}")
+    own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    return [each for each in own if issubclass(each, CurveEstimator)]
 
 
 GRAM_ESTIMATORS = [cls for stem in FILES for cls in classes_of(stem) if issubclass(cls, GramEstimator)]
@@ -628,6 +637,9 @@ def evidence(needs: Request, *, alike: bool = False, order: Sequence[int] = rang
             answers=tuple("abab" * (NUM_SAMPLES // 4)),
             fingerprint="f1",
         )
+    if isinstance(needs, Removal):
+        errors = {name: float(weight.square().sum()) for name, weight in weights.items()}
+        return LayerRemovals(layers, errors, "f1")
     if isinstance(needs, Curvature):
         influences = {f"block.{l}.{name}": -of[l] for name, of in (("q", of_q), ("o", of_q)) for l in order}
         return LayerInfluences(layers, influences, "f1")
@@ -702,13 +714,15 @@ def of_yaml(stem: str) -> DictConfig:
     config: Any = OmegaConf.load(CONF / f"{stem}.yaml")
     for nested in config.pop("defaults", []):
         ((name, choice),) = nested.items()
-        config[name.partition("@")[2]] = of_yaml(choice)
-    return OmegaConf.create({"estimator": config, "seed": 0}).estimator
+        if not name.startswith("override "):  # the allocator that fits it, which is no part of it
+            config[name.partition("@")[2]] = of_yaml(choice)
+    pruner = OmegaConf.load(CONF.parent / "pruner" / "wanda.yaml")
+    return OmegaConf.create({"estimator": config, "seed": 0, "pruner": pruner}).estimator
 
 
 @pytest.mark.parametrize("stem", FILES)
 def test_every_estimator_has_a_yaml_that_binds_with_every_field(stem):
-    (cls,) = classes_of(stem)
+    (cls,) = classes_of(stem) or curve_estimators_of(stem)
     config = of_yaml(stem)
     assert {str(key) for key in config} == {"_target_", *(field.name for field in fields(cls))}
     config.update({} if cls is Reversed else REQUIRED.get(cls, {}))  # a nested choice has its own YAML

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,10 @@ from layerif.estimators.fisher_trace import FisherTrace
 from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
 from layerif.estimators.linear_probe import LinearProbe, probe_accuracy
+from layerif.estimators.lsa import Lsa
 from layerif.estimators.outlier import Outlier
-from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerSpectra, MatrixGram
+from layerif.estimators.quadratic import Quadratic, quadratic_gain
+from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerRemovals, LayerSpectra, MatrixGram
 from layerif.layers import LayerMap
 from layerif.probe.gates import gated
 from layerif.probe.spectra import Spectra
@@ -193,6 +196,15 @@ def test_dlp_of_zero_activations_is_refused():
     assert Outlier().score(zero).values == (0.0, 0.0)
 
 
+def test_lsa_is_its_definition_and_refuses_a_model_without_error():
+    errors = {"b.0.q": 3.0, "b.0.o": 4.0, "b.1.q": 1.0}
+    scores = Lsa().score(LayerRemovals(LAYERS, errors, "f"))
+    assert scores.values == pytest.approx((1 - 7 / 8, 1 - 1 / 8))
+    assert (scores.higher_means, scores.source) == ("important", "lsa(proxy=0.5)")
+    with pytest.raises(ValueError, match="have a squared output error of zero"):
+        Lsa().score(LayerRemovals(LAYERS, dict.fromkeys(errors, 0.0), "f"))
+
+
 def test_block_influence_of_an_identity_block_is_zero():
     scores = BlockInfluence().score(activations(cosines=torch.tensor([1 + 1e-9, 0.25])))
     assert scores.values == (0.0, 0.75)
@@ -347,7 +359,7 @@ def test_gradient_sizes_are_those_of_the_explicit_gradients():
     )
 
 
-@pytest.mark.parametrize("cls", [GradNorm, FisherTrace])
+@pytest.mark.parametrize("cls", [GradNorm, FisherTrace, Quadratic])
 def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
     zero = MatrixGram(torch.zeros(3, 3), torch.zeros(2, 3), torch.zeros(2), 12)
     grams = dict.fromkeys(LAYERS.matrices, zero)
@@ -356,3 +368,55 @@ def test_gradient_sizes_warn_of_zeros_and_refuse_what_is_not_finite(cls):
     broken = {**grams, "b.1.q": replace(zero, train_train=torch.full((3, 3), NAN))}
     with pytest.raises(ValueError, match=r"train_train of 'b\.1\.q' is not finite"):
         cls().score(LayerGrams(LAYERS, broken, "f"))
+
+
+@pytest.mark.parametrize("num_params", [3, 12])
+@pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
+def test_the_quadratic_gain_solves_the_damped_fisher(num_params, damping):
+    train_NP = normal(6, num_params, seed=1) + 0.5
+    fisher_PP, lam = train_NP.T @ train_NP / 6, damping * float(train_NP.square().mean())
+    mean_P = train_NP.mean(0)
+    dense = float(mean_P @ torch.linalg.solve(fisher_PP + lam * torch.eye(num_params, dtype=torch.float64), mean_P))
+    found = quadratic_gain(train_NP @ train_NP.T, numel=num_params, damping=damping)
+    assert found == pytest.approx(dense, rel=1e-9)
+    assert 0 < found < 1
+
+
+def test_the_quadratic_gain_is_twice_the_fall_that_the_damped_quadratic_model_promises():
+    train_NP = normal(6, 4, seed=2) + 0.5
+    hessian_PP = train_NP.T @ train_NP / 6 + 0.3 * float(train_NP.square().mean()) * torch.eye(4, dtype=torch.float64)
+    mean_P = train_NP.mean(0)
+    step_P = -torch.linalg.solve(hessian_PP, mean_P)
+    fall = -float(mean_P @ step_P + step_P @ hessian_PP @ step_P / 2)
+    assert quadratic_gain(train_NP @ train_NP.T, numel=4, damping=0.3) == pytest.approx(2 * fall, rel=1e-9)
+
+
+def test_a_blocks_gain_is_the_sum_of_its_matrices_and_no_unit_of_gradients_matters():
+    gradients = {name: normal(6, size, seed=size) for name, size in (("b.0.q", 12), ("b.0.o", 6), ("b.1.q", 13))}
+
+    def grams(unit: float) -> LayerGrams:
+        return LayerGrams(
+            LAYERS,
+            {n: MatrixGram(unit * g @ g.T, g[:2] @ g.T, g[:2].norm(dim=1), g.shape[1]) for n, g in gradients.items()},
+            "f",
+        )
+
+    gain = {name: quadratic_gain(g @ g.T, numel=g.shape[1], damping=0.2) for name, g in gradients.items()}
+    scores = Quadratic(damping=0.2).score(grams(1))
+    assert scores.values == pytest.approx((gain["b.0.q"] + gain["b.0.o"], gain["b.1.q"]))
+    assert scores.higher_means == "important"
+    assert Quadratic(damping=0.2).score(grams(49)).values == pytest.approx(scores.values)
+    g = gradients["b.1.q"]
+    absolute = Quadratic(damping=0.2 * float(g.square().mean()), damping_rule="absolute").score(grams(1))
+    assert absolute.values[1] == pytest.approx(scores.values[1])
+
+
+def test_gains_that_tell_no_matrix_apart_are_told():
+    gradients = {name: normal(6, 4000, seed=seed) for seed, name in enumerate(LAYERS.matrices)}
+    grams = {n: MatrixGram(g @ g.T, g[:2] @ g.T, g[:2].norm(dim=1), g.shape[1]) for n, g in gradients.items()}
+    with pytest.warns(RuntimeWarning, match=r"at least 0\.99\d+ in each of 3 matrices.*raise estimator\.damping"):
+        alike = Quadratic().score(LayerGrams(LAYERS, grams, "f")).values
+    assert alike == pytest.approx((2, 1), rel=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Quadratic(damping=1000).score(LayerGrams(LAYERS, grams, "f"))

@@ -43,7 +43,7 @@ def test_with_bos_every_token_of_the_text_is_predicted_once_and_bos_never(bos):
     assert len(losses) == 3 * places
     expected = math.exp(sum(losses) / len(losses))
     for given in (ids, [*bos, *ids]):  # a text that was tokenised as a whole begins with BOS already
-        found = perplexity(model, given, window=10, num_windows=3, bos=bos, batch_size=2)
+        found = perplexity(model, given, window=10, which=slice(3), bos=bos, batch_size=2)
         assert found == pytest.approx(expected, rel=1e-5)
 
 

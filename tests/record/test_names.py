@@ -2,7 +2,8 @@
 
 import pytest
 
-from layerif.record.names import name_in_conf, origins
+from layerif.record.names import arm_name, name_in_conf, origins
+from layerif.record.record import Failure
 
 
 def test_a_choice_is_followed_to_those_that_it_starts_from():
@@ -14,3 +15,17 @@ def test_a_choice_is_followed_to_those_that_it_starts_from():
 def test_any_other_choice_is_itself(choice):
     assert origins("model", choice) == (choice,)
     assert name_in_conf("model", choice) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"slope": None, "spare": 0}, "depth(slope=by trials, spare=0)"),
+        ({"slope": 0.01, "spare": 1}, "depth(slope=0.01, spare=1)"),
+    ],
+)
+def test_an_arm_by_depth_is_named_by_its_line(settings, name):
+    choices = {"allocator": "depth", "estimator": "datainf", "method": "prune"}
+    config = {"allocator": settings}
+    job = Failure(name="", seed=0, config=config, overrides=[], error="", traceback="", choices=choices)
+    assert arm_name(job) == name

@@ -18,6 +18,7 @@ from layerif.adapt.module import AdapterModule, check_fits
 from layerif.adapt.train import run_trainer
 from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
+from layerif.allocate.depth import Depth
 from layerif.app.methods._finetune import check_fit, fit
 from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
@@ -35,6 +36,7 @@ from layerif.pruning.module import PruneModule, given_allocation
 from layerif.pruning.semi_structured import speed_of_two_four
 from layerif.pruning.source import check_source
 from layerif.pruning.targets import matrices, targets
+from layerif.pruning.trials import least_loss
 from layerif.pruning.walk import ActivationPlace
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
@@ -125,7 +127,8 @@ class Prune:
         targets(skeleton, allocation.by_name(), self.pruner)
         self._check_source(setup, allocation)
         if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and self.pruner.needs_inputs:
-            check_disjoint(self.calibration.text, setup.evaluation.text)
+            for tested in setup.evaluation.texts:
+                check_disjoint(self.calibration.text, tested)
         if self.pruner.needs_inputs:
             self._module(setup).windows()
         if decider.num_processes > 1:
@@ -157,6 +160,9 @@ class Prune:
             evaluate(module.base_model().to(device), setup, record, "before/")
         elif "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
             evaluate(module.base_model().to(device), setup, record, "before/", only=["perplexity"])
+        allocator = self._tried(setup, module, record)
+        if allocator is not setup.decider.allocator:
+            influence = InfluenceCallback(replace(setup.decider, allocator=allocator))
         watched = self._loss_text(setup)
         dense = None if watched is None else mean_loss(module.base_model().to(device), watched)
         start = time.perf_counter()
@@ -204,6 +210,23 @@ class Prune:
                 "mask_text": "none" if windows is None else hash_of_windows(windows),
             }
             check_source(source, here)
+
+    def _tried(self, setup: Setup, module: PruneModule, record: RunRecord) -> Any:
+        """Gives the allocator, with its slope by trials on the calibration windows where it leaves that open."""
+        decider, allocator = setup.decider, setup.decider.allocator
+        if not isinstance(allocator, Depth) or self.allocation is not None:
+            return allocator
+        tried = allocator.with_each_slope(decider.units())
+        if len(tried) == 1:
+            return allocator
+        start = time.perf_counter()
+        candidates = [one.by_name() for one in allocator.candidates(decider.units())]
+        model = module.base_model().to(decider.device)
+        best, losses = least_loss(model, self.pruner, candidates, module.windows())
+        record.seconds["trials"] = time.perf_counter() - start
+        found = ", ".join(f"{one.slope:.4f}: {loss:.4f}" for one, loss in zip(tried, losses, strict=True))
+        record.notes.append(f"allocator.slope={tried[best].slope:.4f} by the loss on the calibration windows ({found})")
+        return tried[best]
 
     def _loss_text(self, setup: Setup) -> LossText | None:
         """Gives the samples whose loss the curves predict; None where no curves are spent."""

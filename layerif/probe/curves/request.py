@@ -110,7 +110,7 @@ class LossCurves(Request):
 
     def windows(self, measurements: Measurements) -> list[Tensor]:
         """Cuts the windows of the mask text (B×T each)."""
-        return self.mask_text.batches(measurements.tokenizer, _max_positions(measurements))
+        return self.mask_text.batches(measurements.tokenizer, max_positions(measurements))
 
     def loss_text(self, measurements: Measurements) -> LossText:
         """Gives the samples whose loss is watched, with their weights."""
@@ -136,12 +136,8 @@ class LossCurves(Request):
 
     def source(self, measurements: Measurements) -> dict[str, str]:
         """Says what the curves belong to, so that they are not spent elsewhere."""
-        return {
-            "model": model_hash(measurements.model),
-            "pruner": self.pruner.called,
-            "mask_text": hash_of_windows(self.windows(measurements)) if self.pruner.needs_inputs else "none",
-            "loss_text": ", ".join(f"{weight:g} {text}" for text, weight in self.loss_texts.items()),
-        }
+        texts = ", ".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in self.loss_texts.items())
+        return source_of(measurements, self.pruner, self.windows(measurements), texts)
 
     def take(self, measurements: Measurements, load: Load) -> tuple[Curves, bool]:
         store, shards = measurements.store, Shards.current()
@@ -207,6 +203,16 @@ class LossCurves(Request):
 _WAIT = "another job has the lock"
 
 
+def source_of(measurements: Measurements, pruner: Prunes, windows: Sequence[Tensor], loss_text: str) -> dict[str, str]:
+    """Says what curves belong to: the model, the pruner, the windows that it reads, and the text of the loss."""
+    return {
+        "model": model_hash(measurements.model),
+        "pruner": pruner.called,
+        "mask_text": hash_of_windows(windows) if pruner.needs_inputs else "none",
+        "loss_text": loss_text,
+    }
+
+
 def model_hash(model: Any) -> str:
     """Hashes a model's weights; what is in memory and what is in a folder are hashed in two ways."""
     kind = "folder" if hasattr(model, "skeleton") else "memory"
@@ -222,7 +228,8 @@ def _of_windows(ids_BT: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT.clone()}
 
 
-def _max_positions(measurements: Measurements) -> int | None:
+def max_positions(measurements: Measurements) -> int | None:
+    """Gives the most tokens that the model reads, without its weights; None where it has no limit."""
     skeleton: Any = getattr(measurements.model, "skeleton", measurements.model.load)
     return context_length(skeleton())
 
