@@ -229,7 +229,7 @@ def knapsack(
         for start, stop in itertools.pairwise(hull):
             slope = sign * (cost[stop] - cost[start]) / (size[stop] - size[start])
             segments.append((slope, number, start, stop))
-    segments.sort(key=lambda each: each[0])
+    segments.sort(key=lambda each: (each[0], each[2]))  # of equal ones, the low levels of all units first
     rest = budget - least
     if is_stepped:
         return _stepped(segments, costs, sizes, levels, rest, sign)
@@ -302,7 +302,7 @@ def _lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
             before, last = hull[-2], hull[-1]
             slope_to_last = (costs[last] - costs[before]) * (sizes[level] - sizes[before])
             slope_to_here = (costs[level] - costs[before]) * (sizes[last] - sizes[before])
-            if slope_to_last < slope_to_here:
+            if slope_to_last <= slope_to_here:
                 break
             hull.pop()
         hull.append(level)

@@ -87,6 +87,10 @@ class Pruner(ABC):
             else:
                 yield self(weight, shared, None, round(self.m * (1 - sparsity)))
 
+    def changes_at(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        """Yields what `at_levels` changes in the weight."""
+        yield from (pruned - weight for pruned in self.at_levels(weight, shared, sparsities))
+
     def levels(self) -> tuple[float, ...]:
         """Gives the sparsities that a pruner with m can reach; empty where it can reach any."""
         if self.m is None:

@@ -46,11 +46,6 @@ class Magnitude(MaskPruner):
     def mask(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         return magnitude_mask(weight, sparsity, n=n, m=self.m if n else None)
 
-    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
-        if self.m is not None or self.swaps:
-            yield from super().at_levels(weight, shared, sparsities)
-            return
+    def masks_at(self, weight: Tensor, shared: Any, counts: Sequence[int]) -> Iterator[Tensor]:
         metric_OI = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
-        counts = [num_removed(sparsity, weight.numel()) for sparsity in sparsities]
-        for mask in lowest_at_counts(metric_OI, counts):
-            yield weight.masked_fill(mask, 0)
+        return lowest_at_counts(metric_OI, counts)

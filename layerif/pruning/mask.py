@@ -60,7 +60,7 @@ def lowest_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterator[Tenso
 
 def lowest_per_row_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
     """Yields the masks of `lowest_per_row` for several counts, of one sorting; equal entries may change places."""
-    num_rows = len(metric_OI)
+    num_rows, width = metric_OI.shape
     ascending_OI = _sorted(metric_OI)
     for count in counts:
         each, rest = divmod(count, num_rows)
@@ -68,12 +68,15 @@ def lowest_per_row_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterat
         if rest:
             counted_O[ascending_OI[:, each].topk(rest, largest=False).indices] += 1
         threshold_O1 = ascending_OI.gather(1, (counted_O - 1).clamp(min=0)[:, None])
-        mask = (metric_OI < threshold_O1) & (counted_O > 0)[:, None]
-        is_equal = (metric_OI == threshold_O1) & (counted_O > 0)[:, None]
-        missing_O = counted_O - mask.sum(1)
-        tied = (is_equal.sum(1) > missing_O).nonzero()[:, 0]
-        is_equal[tied] &= is_equal[tied].cumsum(1) <= missing_O[tied, None]
-        yield mask | is_equal
+        next_O1 = ascending_OI.gather(1, counted_O.clamp(max=width - 1)[:, None])
+        mask = metric_OI <= threshold_O1
+        mask[counted_O == 0] = False
+        tied = ((threshold_O1 == next_O1)[:, 0] & (counted_O > 0) & (counted_O < width)).nonzero()[:, 0]
+        if len(tied):
+            below, is_equal = metric_OI[tied] < threshold_O1[tied], metric_OI[tied] == threshold_O1[tied]
+            missing_O1 = (counted_O[tied] - below.sum(1))[:, None]
+            mask[tied] = below | (is_equal & (is_equal.cumsum(1) <= missing_O1))
+        yield mask
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ together, Q points of a grid, G groups of M consecutive inputs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layerif.checks import Count
 from layerif.pruning import Pruner
-from layerif.pruning.mask import check_width
+from layerif.pruning.mask import check_width, num_removed
 
 _TOGETHER = 8  # kept weights of a row that are looked at together; the best swap is mostly one of the first eight
 _GRID = 8  # points of a row where the bound is calculated; between them it is interpolated
@@ -100,6 +100,24 @@ class MaskPruner(Pruner):
         if self.swaps:
             mask = swapped(weight, mask, shared, most=self.most_swaps, m=self.m if n else None)
         return weight.masked_fill(mask, 0)
+
+    def masks_at(self, weight: Tensor, shared: Any, counts: Sequence[int]) -> Iterator[Tensor] | None:
+        """Yields the masks of several counts of weights, of one sorting; None where each has to be made by itself."""
+        return None
+
+    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        for change in self.changes_at(weight, shared, sparsities):
+            yield weight + change  # exact: a change is 0, or the weight turned round
+
+    def changes_at(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        counts = [num_removed(sparsity, weight.numel()) for sparsity in sparsities]
+        masks = None if self.m is not None or self.swaps else self.masks_at(weight, shared, counts)
+        if masks is None:
+            yield from (pruned - weight for pruned in Pruner.at_levels(self, weight, shared, sparsities))
+            return
+        turned_OI, zero = -weight, weight.new_zeros(())
+        for mask in masks:
+            yield torch.where(mask, turned_OI, zero)
 
 
 def _swap(weight_RI: Tensor, found_RI: Tensor, gram_II: Tensor, search: Search, most: int) -> None:

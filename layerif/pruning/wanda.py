@@ -103,10 +103,5 @@ class Wanda(MaskPruner):
         input_sq_norm = shared.diagonal() if self.swaps else shared
         return wanda_mask(weight, input_sq_norm, sparsity, n=n, m=self.m if n else None, compare=self.compare)
 
-    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
-        if self.m is not None or self.compare != "row" or self.swaps:
-            yield from super().at_levels(weight, shared, sparsities)
-            return
-        counts = [num_removed(sparsity, weight.numel()) for sparsity in sparsities]
-        for mask in lowest_per_row_at_counts(_metric(weight, shared), counts):
-            yield weight.masked_fill(mask, 0)
+    def masks_at(self, weight: Tensor, shared: Any, counts: Sequence[int]) -> Iterator[Tensor] | None:
+        return None if self.compare != "row" else lowest_per_row_at_counts(_metric(weight, shared), counts)

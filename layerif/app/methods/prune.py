@@ -74,6 +74,7 @@ class Prune:
         experts: allocates the experts of `recover=lora_moe`.
         allocation: path of a JSON file with sparsities by block or matrix, in place of scores and allocator.
         save: leave the pruned model in the run's folder.
+        dense: also measure the perplexity of the dense model, where perplexity is measured at all.
         semi_structured: time torch's 2:4 format (needs CUDA).
     """
 
@@ -90,6 +91,7 @@ class Prune:
     experts: Allocator | None = None
     allocation: str | None = None
     save: bool = True
+    dense: bool = True
     semi_structured: bool = False
 
     def __post_init__(self) -> None:
@@ -158,7 +160,7 @@ class Prune:
         device = setup.decider.device
         if setup.evaluation.before:
             evaluate(module.base_model().to(device), setup, record, "before/")
-        elif "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
+        elif self.dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
             evaluate(module.base_model().to(device), setup, record, "before/", only=["perplexity"])
         allocator = self._tried(setup, module, record)
         if allocator is not setup.decider.allocator:

@@ -51,8 +51,8 @@ class Masks(Protocol):
         """Gives what matrices of the same inputs share."""
         ...
 
-    def at_levels(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
-        """Yields the weight as pruned to each sparsity."""
+    def changes_at(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
+        """Yields what pruning to each sparsity changes in the weight."""
         ...
 
 
@@ -122,16 +122,12 @@ def measure_loss_curves(
             shared[leader] = masks.prepare(seen, num_windows, name=param.removesuffix(".weight"))
         return shared[leader]
 
-    def priced(passes: Passes, matrix: Matrix, input_STI: Tensor, delta_SOT: Tensor, weight_OI: Tensor) -> Found:
+    def priced(passes: Passes, matrix: Matrix, input_STI: Tensor, delta_STO: Tensor, weight_OI: Tensor) -> Found:
         where = places_V.to(input_STI.device)
         weight_V, second_V = weights_V.to(input_STI.device), is_second_V.to(input_STI.device)
         input_VI = input_STI.flatten(0, 1)[where]
-        delta_VO = delta_SOT.mT.flatten(0, 1)[where]
-        exact = weight_OI.to(input_STI.dtype)
-        changes = (
-            pruned.to(exact.dtype) - exact
-            for pruned in masks.at_levels(weight_OI, prepared(matrix.name, input_STI), levels)
-        )
+        delta_VO = delta_STO.flatten(0, 1)[where]
+        changes = masks.changes_at(weight_OI.to(input_STI.dtype), prepared(matrix.name, input_STI), levels)
         room = max(passes.tile_bytes[matrix.name] - _fixed_bytes(matrix, input_STI.itemsize), 1.0)
         with full_precision(), torch.no_grad():
             if form == "diagonal":
@@ -143,7 +139,7 @@ def measure_loss_curves(
             return {"costs": costs_of(z_KV, weight_V, second_V)}
 
     gathering = Gathering(
-        model, batches, loss_text.names, None, partial, shards, loss, kind="curves", takes_weights=True
+        model, batches, loss_text.names, None, partial, shards, loss, kind="curves", takes_weights=True, by_token=True
     )
     found = gathering.each(
         params,

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 IndexedBatch = tuple[Sequence[int], Mapping[str, Tensor]]
 Found = dict[str, Tensor]  # the tensors that are kept of one matrix, by their names
-# Takes the plan, a matrix, its inputs (S×T×I), its output gradients (S×O×T) and, where asked for, its weight (O×I).
+# Takes the plan, a matrix, its inputs (S×T×I), its output gradients and, where asked for, its weight (O×I).
 Work = Callable[..., Found]
 
 
@@ -57,6 +57,7 @@ class Gathering:
         loss: gives the loss of each sample (B), whose gradients are measured.
         kind: the first part of the names of the files in `partial`.
         takes_weights: also hand over the weight of the matrix.
+        by_token: output gradients are (S×T×O), and not (S×O×T) as products take them.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class Gathering:
     loss: Loss = per_sample_loss
     kind: str = "grams"
     takes_weights: bool = False
+    by_token: bool = False
 
     def each(
         self,
@@ -191,7 +193,7 @@ class Gathering:
             sent_as=work if self.projection else weight.dtype,
             dtype=work,
             device=weight.device,
-            swap=side == "out",
+            swap=side == "out" and not self.by_token,
         )
 
     def _whole_weight(self, param: str) -> Tensor:

