@@ -11,6 +11,16 @@ import numpy as np
 from layerif.record.record import AllocationRecord, DecisionRecord, Failure, Job, RunRecord, ScoresRecord
 
 LAYERS = ["block.0", "block.1", "block.2", "block.3"]
+# The matrices of a block of SmolLM2, with their parameters as multiples of the smallest.
+MATRICES = {
+    "self_attn.q_proj": 3,
+    "self_attn.k_proj": 1,
+    "self_attn.v_proj": 1,
+    "self_attn.o_proj": 3,
+    "mlp.gate_proj": 8,
+    "mlp.up_proj": 8,
+    "mlp.down_proj": 8,
+}
 
 
 def choices_of(estimator: str, *, task: str = "capital", **others: str) -> dict[str, str]:
@@ -62,6 +72,34 @@ def decision_of(
         scores=ScoresRecord(layers=list(layers), values=list(scores), higher_means=higher_means) if scores else None,
         reliability=reliability,
     )
+
+
+def by_matrix(depth: int = 3, *, seed: int = 0, without: Sequence[str] = ()) -> AllocationRecord:
+    """An allocation of random sparsities to the matrices of a model; `without`: names of matrices that get none."""
+    sizes = {
+        f"model.layers.{block}.{kind}": size
+        for block in range(depth)
+        for kind, size in MATRICES.items()
+        if f"{block}.{kind}" not in without
+    }
+    values = np.random.default_rng(seed).uniform(0.2, 0.9, len(sizes)).tolist()
+    budget = float(np.average(values, weights=list(sizes.values())))
+    return AllocationRecord(
+        kind="sparsity", units=list(sizes), values=values, budget=budget, sizes=list(sizes.values())
+    )
+
+
+def by_curves(given: AllocationRecord, **options: Any) -> RunRecord:
+    """A pruned run that spent loss curves; `options` are those of `record`."""
+    one = record(
+        "loss_curve",
+        [True, False],
+        choices={"allocator": "knapsack", "method": "prune", **options.pop("choices", {})},
+        **options,
+    )
+    curves = {"kind": "sparsity", "sense": "cost", "unit": "matrix", "predicted": 1.45}
+    one.decision = DecisionRecord(source="loss_curve(form=exact)", allocation=given, curves=curves, reliability=0.93)
+    return one
 
 
 def record(

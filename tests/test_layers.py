@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerif.evidence import MatrixGram
-from layerif.layers import LayerMap, in_layer_order
+from layerif.layers import LayerMap, block_of, depths, in_layer_order, kinds_of, short_names, within_block
 
 
 def gram_of(train_NP: torch.Tensor, val_MP: torch.Tensor) -> MatrixGram:
@@ -73,3 +73,45 @@ def test_selecting_samples_equals_measuring_only_those():
     torch.testing.assert_close(selected.train_train, train_NP @ train_NP.T)
     torch.testing.assert_close(selected.val_train, val_MP @ train_NP.T)
     torch.testing.assert_close(selected.val_norms, val_MP.norm(dim=1))
+
+
+def test_an_unknown_or_missing_matrix_is_called_a_matrix():
+    matrices = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
+    unknown = r"the matrix '.*up_prj', which .* or pruner\.skip leaves out \(did you mean '.*up_proj'"
+    with pytest.raises(ValueError, match=unknown):
+        in_layer_order({"model.layers.0.mlp.up_prj": 1}, matrices, source="x.json", unit="matrix")
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's 2 matrices, the first is '.*down_proj'"):
+        in_layer_order({matrices[0]: 1}, matrices, source="x.json", unit="matrix")
+
+
+@pytest.mark.parametrize(
+    ("unit", "block", "inside"),
+    [
+        ("model.layers.12.mlp.down_proj", "model.layers.12", "mlp.down_proj"),
+        ("model.layers.1.mlp.experts.3.w1", "model.layers.1", "mlp.experts.3.w1"),
+        ("model.layers.12", "model.layers.12", ""),
+        ("lm_head", "lm_head", ""),
+    ],
+)
+def test_a_matrix_is_its_block_and_its_name_inside(unit, block, inside):
+    assert (block_of(unit), within_block(unit)) == (block, inside)
+
+
+def test_blocks_have_the_numbers_of_their_names_or_else_their_places():
+    assert depths(["h.2", "h.10"]) == {"h.2": 2, "h.10": 10}
+    assert depths(["b", "a.1"]) == {"b": 0, "a.1": 1}
+    assert depths(["left.3", "right.3"]) == {"left.3": 0, "right.3": 1}
+    assert depths(["h.99999", "h.1"]) == {"h.99999": 0, "h.1": 1}  # a picture of so many blocks would fill the memory
+
+
+def test_kinds_of_matrices_keep_the_order_of_the_model_whichever_block_lacks_some():
+    model = ["q", "k", "v", "o", "up", "down"]
+    for lacking in model:
+        first = [f"h.0.{kind}" for kind in model if kind != lacking]
+        assert kinds_of([*first, *(f"h.1.{kind}" for kind in model)]) == model
+    assert kinds_of(["h.0", "h.1"]) == []
+
+
+def test_names_are_as_short_as_tells_them_apart():
+    assert short_names(["attn.q_proj", "mlp.up_proj"]) == ["q_proj", "up_proj"]
+    assert short_names(["experts.0.w1", "experts.1.w1"]) == ["experts.0.w1", "experts.1.w1"]

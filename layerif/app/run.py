@@ -31,6 +31,7 @@ from layerif.decide import Decider
 from layerif.files import held
 from layerif.pruning.module import BLOCKS
 from layerif.record.job import choices_of_run, settings_of
+from layerif.record.plots import spelt_budget
 from layerif.record.record import FAILURE, FILE, AllocationRecord, RunRecord
 from layerif.record.text import allocation_lines, print_run
 from layerif.record.tracking import tracked
@@ -143,7 +144,7 @@ def _spelt_preview(decider: Decider) -> str:
     over = f"{len(allocation.units)} matrices of {blocks}" if allocation.is_by_matrix else blocks
     gives = "the allocator gives" if spends == "nothing" else f"equal {spends} would give"
     values = "; ".join(allocation_lines(allocation))
-    return f"{allocation.kind}, budget {allocation.budget} over {over}; {gives} {values}"
+    return f"{allocation.kind}, {spelt_budget(allocation)} over {over}; {gives} {values}"
 
 
 def _prepare_process(config: DictConfig) -> None:

@@ -133,9 +133,10 @@ def measured(record: RunRecord, prefix: str = "", *, every_metric: bool = False)
         if low is not None and high is not None:
             shown = {"accuracy": shown.pop("accuracy"), "95 % interval": f"{low:.3f} to {high:.3f}"} | shown
     is_trained, seconds = not prefix and has_method(record), record.seconds
+    only_pruned = "pruned" in record.parameters and "trainable" not in record.parameters
     return shown | {
         "questions": len(record.answers.get(f"{prefix}{QUESTIONS['accuracy']}", {})) or None,
-        "trainable": record.parameters.get("trainable") if is_trained else 0,
+        "trainable": record.parameters.get("trainable") if is_trained or only_pruned else 0,
         "evidence s": None if prefix else seconds.get("evidence"),
         "fit s": seconds.get("fit") if is_trained else None,
         "prune s": seconds.get("prune") if is_trained else None,

@@ -77,7 +77,7 @@ def plot_allocations(allocations: Mapping[str, AllocationRecord], groups: Sequen
     A block whose matrices have values of their own has their mean.
     """
     kinds = " or ".join(dict.fromkeys(given.kind for given in allocations.values()))
-    values = {with_budget(name, one): by_depth(one.by_block()) for name, one in allocations.items()}
+    values = {f"{name} ({spelt_budget(one)})": by_depth(one.by_block()) for name, one in allocations.items()}
     told = "; ".join(
         f"{name}: {np.nanmin(one):g} to {np.nanmax(one):g}, most at blocks {', '.join(_highest(one))}"
         for name, one in zip(allocations, values.values(), strict=True)
@@ -115,7 +115,7 @@ def plot_matrices(allocations: Mapping[str, AllocationRecord]) -> Plot:
         lower -= gap + own
         axes = figure.add_axes((left / WIDTH, lower / height, (WIDTH - left - 1.05) / WIDTH, own / height))
         axes.set_facecolor("#d0d0d0")
-        axes.set_title(shortened(with_budget(name, one), 90), loc="left", fontsize=9)
+        axes.set_title(shortened(f"{name} ({spelt_budget(one)})", 90), loc="left", fontsize=9)
         values = np.array([by_depth(of, depth) for of in tables[name].values()])
         image = _image(axes, values, rows, "viridis", (min(alike), max(alike)))
         bar = figure.add_axes((1 - 0.95 / WIDTH, lower / height, 0.2 / WIDTH, own / height))
@@ -281,10 +281,9 @@ def by_depth(values: Mapping[str, float], depth: Mapping[str, int] | None = None
     return found
 
 
-def with_budget(name: str, given: AllocationRecord) -> str:
-    """Returns a name with the budget that an allocation spends; a mean may have many decimals, and four figures do."""
-    budget = f"{given.budget:.4g}" if isinstance(given.budget, float) else given.budget
-    return f"{name} (budget {budget})"
+def spelt_budget(given: AllocationRecord) -> str:
+    """Spells the budget that an allocation spends; of a mean, which may have many decimals, four figures."""
+    return f"budget {given.budget:.4g}" if isinstance(given.budget, float) else f"budget {given.budget}"
 
 
 def _highest(values: Sequence[float] | np.ndarray) -> list[str]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from layerif.layers import short_names
 from layerif.record.frames import frames, runs_frame
-from layerif.record.plots import plots_of_run, with_budget
+from layerif.record.plots import plots_of_run, spelt_budget
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 from layerif.stats import doubts
 
@@ -46,12 +46,12 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
         ranking = f"; highest: {', '.join(scores.layers[index] for index in highest)}"
     on.print(f"\n{record.decision.source}{ranking}", highlight=False, markup=False)
     values, *ranges = allocation_lines(given)
-    for line in (with_budget(f"{given.kind} {values}", given), *(f"  {line}" for line in ranges)):
+    for line in (f"{given.kind} {values} ({spelt_budget(given)})", *(f"  {line}" for line in ranges)):
         on.print(line, highlight=False, markup=False)
     for line in _trust_lines(record.decision):
         on.print(line, highlight=False, markup=False)
     if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
-        show_table(runs_frame(record), record.config["task"]["name"], on)
+        show_table(_fitting(runs_frame(record), on.width), record.config["task"]["name"], on)
     for line in _metric_lines(record.metrics):
         on.print(f"  {line}", highlight=False)
     for note in record.notes:
@@ -59,6 +59,16 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
     frames(record)["layers"].to_csv(folder / "layers.csv", index=False)
     for name, plot in plots_of_run(record).items():
         plot.save(folder / f"{name}.png")
+
+
+def _fitting(frame: pd.DataFrame, width: int) -> pd.DataFrame:
+    """Returns the frame of one or two runs, with a run as a column where the rows are wider than the console."""
+    cells = [[str(name), *map(spelt, frame[name])] for name in frame.columns]
+    if sum(max(map(len, column)) + 3 for column in cells) < width:
+        return frame
+    runs = [str(name) for name in frame["run"]]
+    rows = [[name, *values] for name, *values in cells if name != "run"]
+    return pd.DataFrame(rows, columns=["", *runs])
 
 
 def allocation_lines(given: AllocationRecord) -> list[str]:

@@ -225,7 +225,7 @@ def _columns(jobs: Sequence[Job], expected: Expected | None) -> list[str]:
 def _seeds(jobs: Sequence[Job]) -> list[dict[str, object]]:
     """Returns the root seed of each job, and others that are swept; the root one goes where all jobs share it."""
     every = [
-        {key: value for key, value in flat(job.config).items() if key.endswith(".seed") and not key.startswith(again)}
+        {key: value for key, value in flat(job.config).items() if key.endswith(".seed") and key not in again}
         for job, again in ((job, repeated(job)) for job in jobs)
     ]
     swept = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from typing import Any
 
 from layerif.record.names import allocator_choice, estimator_choice, origins
 from layerif.record.record import Job
@@ -33,12 +32,13 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
     found: dict[Hashable, dict[str, object]] = defaultdict(dict)
     if not sections:
         found["choice", None] = {group: choices[group] for group in ("method", "pruner")}
-    told = _told(job)
+    told, again = _told(job), repeated(job)
     for key, value in flat(job.identity["settings"]).items():
         section = key.split(".")[0]
         is_told = f"{key}.".startswith(told) or key.split(".")[-1] == "seed" or (key, value) == ("score_task", None)
-        if not is_told and (not sections or section in sections):
-            found[section, choices.get(section)][key] = value
+        if not is_told and key not in again and (not sections or section in sections):
+            # An estimator that is told to repeat nothing differs from one that repeats, of which no key is left.
+            found[section, choices.get(section)][key] = "null" if key in _REPEATS and value is None else value
     return found
 
 
@@ -48,7 +48,6 @@ def _told(job: Job) -> tuple[str, ...]:
     told += ["estimator.aggregation.", "estimator.of.aggregation."]
     told += [f"score_task.{key}." for key in job.identity["settings"].get("score_task") or () if key != "path"]
     told += [f"task.{key}." for key in content(job, "task")]
-    told += repeated(job)
     if not _has_pruner(job):
         told.append("pruner.")
     if allocator_choice(job) in ("file", "shape"):
@@ -56,15 +55,17 @@ def _told(job: Job) -> tuple[str, ...]:
     return tuple(told)
 
 
-def repeated(job: Job) -> tuple[str, ...]:
-    """Returns the starts of keys that repeat other settings of the job, each with a dot at its end."""
-    return tuple(f"{again}." for again, first in _REPEATS.items() if _at(job.config, again) == _at(job.config, first))
-
-
-def _at(node: Any, key: str) -> Any:
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
+def repeated(job: Job) -> set[str]:
+    """Returns the keys of the job that only repeat another setting of it."""
+    every = flat(job.config)
+    found = set()
+    for again, first in _REPEATS.items():
+        has_first = any(key.startswith(f"{first}.") for key in every)
+        for key in (key for key in every if f"{key}.".startswith(f"{again}.")):
+            of = first + key.removeprefix(again)
+            if every[key] == every[of] if of in every else key == again and not has_first:
+                found.add(key)
+    return found
 
 
 def _has_pruner(job: Job) -> bool:

@@ -26,6 +26,7 @@ from layerif.record.frames import frames
 from layerif.record.record import RunRecord
 from layerif.record.text import markdown
 from layerif.record.tracking import Wandb, log_routing, tracked
+from tests.records import MATRICES, by_curves, by_matrix
 from tests.wandb_file import WandbFile
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -294,6 +295,20 @@ def test_frames_hold_what_the_record_holds():
         "loss": [1.5, 0.5],
     }
     assert found["metrics"].to_dict("list") == {"metric": ["accuracy"], "value": [1.0]}
+
+
+def test_wandb_draws_a_line_for_each_kind_of_matrix(tmp_path):
+    record = by_curves(by_matrix())
+    with tracked([Wandb(save_dir=str(tmp_path))], record, tmp_path, nothing_stored):
+        pass
+    found = WandbFile(tmp_path)
+    layers = found.table("layers")
+    assert layers["depth"].tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    assert layers["matrix"].tolist() == list(MATRICES) * 3
+    assert layers["sparsity"].tolist() == pytest.approx(record.decision.allocation.values)
+    assert found.charts.keys() == {"layers/sparsity"}
+    (chart,) = found.charts.values()
+    assert chart["panel_config"]["fieldSettings"] == {"x": "depth", "y": "sparsity", "stroke": "matrix"}
 
 
 def test_a_text_of_a_logger_cannot_break_its_table():
