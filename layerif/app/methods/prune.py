@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,23 +20,22 @@ from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.depth import Depth
 from layerif.app.methods._finetune import check_fit, fit
+from layerif.app.methods._sparsity import Refine, check_spent_here, record_rise, watched_text, with_tried_slope
 from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
-from layerif.decide import Decider
+from layerif.decide import Decider, Decision
 from layerif.files import full_disk_explained, read_json
 from layerif.models.blocks import blocks
 from layerif.models.pretrained import LocalModel
-from layerif.probe.curves.request import LossCurves, hash_of_windows, model_hash
-from layerif.probe.curves.text import LossText, mean_loss
+from layerif.probe.curves.text import mean_loss
+from layerif.probe.measurements import Load
 from layerif.pruning import Pruner
 from layerif.pruning.calibration import Calibration
 from layerif.pruning.module import PruneModule, given_allocation
 from layerif.pruning.semi_structured import speed_of_two_four
-from layerif.pruning.source import check_source
 from layerif.pruning.targets import matrices, targets
-from layerif.pruning.trials import least_loss
 from layerif.pruning.walk import ActivationPlace
 from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 
@@ -74,6 +73,8 @@ class Prune:
         experts: allocates the experts of `recover=lora_moe`.
         allocation: path of a JSON file with sparsities by block or matrix, in place of scores and allocator.
         save: leave the pruned model in the run's folder.
+        refine: `swaps` moves sparsity between matrices as long as the model comes nearer to the dense one.
+        swaps: settings of that search.
         dense: also measure the perplexity of the dense model, where perplexity is measured at all.
         semi_structured: time torch's 2:4 format (needs CUDA).
     """
@@ -90,12 +91,19 @@ class Prune:
     adapter: LoraMoeAdapter | None = None
     experts: Allocator | None = None
     allocation: str | None = None
+    refine: Literal["none", "swaps"] = "none"
+    swaps: Refine = field(default_factory=Refine)
     save: bool = True
     dense: bool = True
     semi_structured: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "method")
+        if self.refine == "swaps" and self.allocation is not None:
+            raise ValueError(
+                "method.refine=swaps starts from scores, curves or a shape, not from method.allocation; use "
+                "allocator=file allocator.kind=sparsity for a file"
+            )
         if self.recover == "none":
             return
         if self.adapter is None or (self.recover == "lora_moe" and self.experts is None):
@@ -127,12 +135,16 @@ class Prune:
             _refuse_nothing_to_allocate(self.pruner, decider)
             allocation = decider.preview()
         targets(skeleton, allocation.by_name(), self.pruner)
-        self._check_source(setup, allocation)
+        windows = self._module(setup).windows() if self.pruner.needs_inputs else []
+        check_spent_here(setup, self.pruner, windows, allocation)
         if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and self.pruner.needs_inputs:
             for tested in setup.evaluation.texts:
                 check_disjoint(self.calibration.text, tested)
-        if self.pruner.needs_inputs:
-            self._module(setup).windows()
+        if self.refine == "swaps" and self.pruner.n is not None:
+            raise ValueError(
+                f"method.refine=swaps has nothing to move with pruner.n={self.pruner.n}; use method.refine=none, or "
+                "pruner.n=null"
+            )
         if decider.num_processes > 1:
             raise ValueError(f"pruning works on one device, got {decider.num_processes}; use trainer.devices=1")
         if self.recover != "none":
@@ -156,16 +168,14 @@ class Prune:
         return {"prune": said}
 
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
-        module, influence = self._module(setup, job=record.identity), InfluenceCallback(setup.decider)
+        module = self._module(setup, job=record.identity)
         device = setup.decider.device
         if setup.evaluation.before:
             evaluate(module.base_model().to(device), setup, record, "before/")
         elif self.dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
             evaluate(module.base_model().to(device), setup, record, "before/", only=["perplexity"])
-        allocator = self._tried(setup, module, record)
-        if allocator is not setup.decider.allocator:
-            influence = InfluenceCallback(replace(setup.decider, allocator=allocator))
-        watched = self._loss_text(setup)
+        influence = InfluenceCallback(self._decider(setup, module, record, folder))
+        watched = None if self.allocation else watched_text(setup)
         dense = None if watched is None else mean_loss(module.base_model().to(device), watched)
         start = time.perf_counter()
         with recording(influence, record):
@@ -183,7 +193,7 @@ class Prune:
             _save(model, setup, folder / "model")
         model.to(device)
         if watched is not None and dense is not None:
-            _record_rise(record, dense, mean_loss(model, watched))
+            record_rise(record, dense, mean_loss(model, watched))
         if self.semi_structured:
             self._measure_two_four(model, record)
         record.notes.append(_ZEROS_ALONE)
@@ -199,42 +209,22 @@ class Prune:
             setup.model, self.pruner, self.calibration, offload=self.offload, allocation=allocation, job=job
         )
 
-    def _check_source(self, setup: Setup, allocation: Allocation) -> None:
-        """Refuses an allocation by curves of another model, pruner or mask text."""
-        decider, source = setup.decider, allocation.source
-        if decider.allocator.spends == "curves" and self.allocation is None:
-            source = decider.estimator.needs.source(decider)  # type: ignore[attr-defined]
-        if source:
-            windows = self._module(setup).windows() if self.pruner.needs_inputs else None
-            here = {
-                "model": model_hash(setup.model),
-                "pruner": self.pruner.called,
-                "mask_text": "none" if windows is None else hash_of_windows(windows),
-            }
-            check_source(source, here)
+    def _decider(self, setup: Setup, module: PruneModule, record: RunRecord, folder: Path) -> Any:
+        """Gives the function that decides: with a slope by trials, and followed by verified swaps, where asked for."""
+        if self.allocation is not None:
+            return setup.decider
+        windows = module.windows() if self.pruner.needs_inputs or self.refine == "swaps" else []
+        decider = setup.decider
+        if isinstance(decider.allocator, Depth):
+            allocator = with_tried_slope(setup, module.base_model(), self.pruner, module.windows(), record)
+            decider = replace(decider, allocator=allocator)
+        if self.refine == "none":
+            return decider
 
-    def _tried(self, setup: Setup, module: PruneModule, record: RunRecord) -> Any:
-        """Gives the allocator, with its slope by trials on the calibration windows where it leaves that open."""
-        decider, allocator = setup.decider, setup.decider.allocator
-        if not isinstance(allocator, Depth) or self.allocation is not None:
-            return allocator
-        tried = allocator.with_each_slope(decider.units())
-        if len(tried) == 1:
-            return allocator
-        start = time.perf_counter()
-        candidates = [one.by_name() for one in allocator.candidates(decider.units())]
-        model = module.base_model().to(decider.device)
-        best, losses = least_loss(model, self.pruner, candidates, module.windows())
-        record.seconds["trials"] = time.perf_counter() - start
-        found = ", ".join(f"{one.slope:.4f}: {loss:.4f}" for one, loss in zip(tried, losses, strict=True))
-        record.notes.append(f"allocator.slope={tried[best].slope:.4f} by the loss on the calibration windows ({found})")
-        return tried[best]
+        def decide(load: Load) -> Decision:
+            return self.swaps(decider(load), load(), self.pruner, windows, setup.config.seed, folder)
 
-    def _loss_text(self, setup: Setup) -> LossText | None:
-        """Gives the samples whose loss the curves predict; None where no curves are spent."""
-        needs = setup.decider.estimator.needs
-        spends = setup.decider.allocator.spends == "curves" and self.allocation is None
-        return needs.loss_text(setup.decider) if spends and isinstance(needs, LossCurves) else None
+        return decide
 
     def _given(self, skeleton: nn.Module) -> Allocation | None:
         """Reads the allocation that the user gives in place of scores and allocator; None where there is none."""
@@ -249,7 +239,7 @@ class Prune:
         if self.recover == "lora":
             return _one_expert_each(list(blocks(skeleton)))
         assert self.experts is not None
-        given = replace(decider, allocator=self.experts).preview()
+        given = replace(decider, allocator=self.experts, skip=()).preview()
         if given.kind != "experts":
             raise ValueError(
                 f"method.experts allocates {given.kind}, and recover=lora_moe spends experts; use "
@@ -277,7 +267,7 @@ class Prune:
         module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(LocalModel), **where}, one_each)
         decider = setup.decider
         if self.experts is not None:
-            decider = replace(decider, model=pruned, allocator=self.experts)
+            decider = replace(decider, model=pruned, allocator=self.experts, skip=())
         influence, sizes = InfluenceCallback(decider), record.parameters
         model = fit(setup, module, influence, record, folder)
         record.parameters = sizes | record.parameters
@@ -291,13 +281,6 @@ class Prune:
             model = _merged(model, pruned)
             _save(model, setup, folder / "recovered")
         evaluate(model.to(setup.decider.device), setup, record)
-
-
-def _record_rise(record: RunRecord, dense: float, pruned: float) -> None:
-    """Puts the loss that curves predict the rise of, and its actual rise, beside the prediction, in nats."""
-    assert record.decision is not None
-    assert record.decision.curves is not None
-    record.decision.curves |= {"dense_loss": dense, "actual": pruned - dense}
 
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
