@@ -145,7 +145,7 @@ class SparseGPT(Pruner):
         return so_far.addmm_(input_TI.t(), input_TI, alpha=2)
 
     def prepare(self, statistic: Tensor, num_windows: int, *, name: str) -> tuple[Tensor, Tensor]:
-        return inverse_factor(statistic.div_(num_windows), damping=self.damping, name=name)
+        return inverse_factor(statistic / num_windows, damping=self.damping, name=name)
 
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         factor_II, is_dead_I = shared

@@ -109,8 +109,11 @@ def measure_loss_curves(
     longest = max(batch["input_ids"].shape[1] for _, batch in batches)
     places_V, weights_V, is_second_V = loss_text.positions(longest, tokens, seed)
     num_windows = len(loss_text.weights) if mask_windows is None else sum(map(len, mask_windows))
-    if masks.needs_inputs and mask_windows is not None:
-        observed = _observed(model, params, reads_with, masks, mask_windows)
+
+    def observe(todo: Sequence[str]) -> None:
+        observed.clear()
+        if masks.needs_inputs and mask_windows is not None:
+            observed.update(_observed(model, todo, reads_with, masks, mask_windows))
 
     def prepared(param: str, input_STI: Tensor) -> Any:
         leader = reads_with[param]
@@ -151,6 +154,7 @@ def measure_loss_curves(
         memory_gb=memory_gb,
         offload=offload,
         tile_bytes=wanted_tile_bytes(device_of(model)) + _largest_fixed_bytes(model, params),
+        before_pass=observe,
     )
     names = tuple(param.removesuffix(".weight") for param in params)
     numel = [bare(model).get_parameter(param).numel() for param in params]
@@ -214,7 +218,7 @@ def _observed(
 
         return note
 
-    leaders = [param for param in params if reads_with[param] == param]
+    leaders = list(dict.fromkeys(reads_with[param] for param in params))
     hooks = [(bare(model).get_submodule(param.removesuffix(".weight")), hook(param)) for param in leaders]
     device = device_of(model)
     with hooked(hooks, before=True), evaluating(model), torch.no_grad(), full_precision():

@@ -93,6 +93,10 @@ class LossCurves(Request):
         """Tells if only the levels themselves can be had: n of m."""
         return bool(self.pruner.levels())
 
+    @property
+    def _reads_windows(self) -> bool:
+        return self.pruner.needs_inputs or WINDOWS in self.loss_texts
+
     def check(self, measurements: Measurements) -> None:
         if measurements.model.adapter:
             raise ValueError(
@@ -149,7 +153,7 @@ class LossCurves(Request):
             "matrices": list(layers.matrices),
             "pruner": self.pruner.called,
             "levels": list(self.levels),
-            "mask_text": hash_of_windows(self.windows(measurements)),
+            "windows": hash_of_windows(self.windows(measurements)) if self._reads_windows else None,
             "loss_text": {
                 text: [weight, hash_of_samples(measurements.samples()[0]) if text == TASK else None]
                 for text, weight in self.loss_texts.items()

@@ -81,6 +81,7 @@ class Gathering:
         memory_gb: float | None = None,
         offload: Offload = "auto",
         tile_bytes: float | None = None,
+        before_pass: Callable[[Sequence[str]], None] = lambda params: None,
     ) -> dict[str, Found]:
         """Hands the factors of every matrix to `work`, and gives what it returns, by matrix.
 
@@ -92,6 +93,7 @@ class Gathering:
             memory_gb: see `Probe`.
             offload: see `Probe`.
             tile_bytes: the wanted size of a tile; None takes what suits the device.
+            before_pass: called with the matrices of each pass before it begins.
 
         Raises:
             ValueError: names block and sample for a loss that is not finite, and the least that would do for a memory
@@ -114,6 +116,7 @@ class Gathering:
                 size = load.kept_bytes(load.matrices) / 1e9
                 log.info("%.2f GB of factors: %d passes, kept in %s", size, len(chosen.groups), where)
             for number, group in enumerate(chosen.groups, 1):
+                before_pass([matrix.name for matrix in group])
                 found |= self._run(chosen, group, work, f"gradients {number}/{len(chosen.groups)}")
         return {param: found[param] for param in params}
 
