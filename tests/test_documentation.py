@@ -326,7 +326,12 @@ TINY = {
     "trainer.enable_progress_bar": "false",
     "data.batch_size": "4",
 }
-FOR_PRUNING = {"method.calibration.num_windows": "2", "method.calibration.window": "16", "allocator.smoothing": "false"}
+FOR_PRUNING = {
+    "method.calibration.num_windows": "4",
+    "method.calibration.window": "16",
+    "evaluation.num_windows": "4",
+    "evaluation.window": "16",
+}
 
 
 def tiny(command: str) -> list[str]:
@@ -336,6 +341,8 @@ def tiny(command: str) -> list[str]:
         return words
     given = {word.partition("=")[0] for word in words if "=" in word}
     settings = TINY | (FOR_PRUNING if "method=prune" in words else {})
+    if "allocator=sparsity" in words:  # it smooths seven blocks or more
+        settings |= {"allocator.smoothing": "false"}
     # The tiny model has a tenth of the blocks.
     words = [
         f"allocator.budget={int(word[17:]) // 10}" if word.startswith("allocator.budget=") else word for word in words
