@@ -10,7 +10,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 .PHONY: help demo test test-all soak test-docs docs test-gpu test-ekfac lint bench bench-peers clean
 
 help:
-	@echo "make demo      score two tasks, allocate experts, fine-tune, compare (about 10 minutes on two cores)"
+	@echo "make demo      score two tasks, place experts, fine-tune; prune by three allocations (10 minutes on two cores)"
 	@echo "make test      import contract, ruff, tests"
 	@echo "make test-all  the same with the slow tests: launchers, processes, the wheel"
 	@echo "make soak      100 kills at random points, and more than 300 bad inputs"
@@ -34,9 +34,11 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/layerif -m experiment=first_light task=capital,currency method=none evaluation.before=true
-	$(BIN)/layerif -m experiment=first_light task=currency estimator=uniform,datainf
-	$(BIN)/layerif-report outputs/sweeps/first_light
+	$(BIN)/layerif -m experiment=demo task=city,currency method=none evaluation.before=true
+	$(BIN)/layerif -m experiment=demo task=city estimator=uniform,datainf
+	$(BIN)/layerif-report outputs/sweeps/demo
+	$(BIN)/layerif -m experiment=demo_pruning arm=uniform,layerif_all,curves
+	$(BIN)/layerif-report outputs/sweeps/demo_pruning
 
 test: $(READY)
 	$(BIN)/lint-imports

@@ -29,7 +29,7 @@ from layerif.probe.store import Store
 from layerif.targets import allowed_target, build
 
 # Settings that may be the path of a file. If the file's content changes, it is another job.
-_FILES = ("method.allocation", "method.calibration.text", "evaluation.text")
+_FILES = ("method.allocation", "method.calibration.text", "estimator.mask_text.text", "evaluation.text")
 
 
 class Setup:

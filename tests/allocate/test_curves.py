@@ -68,6 +68,7 @@ def test_the_budget_is_met_to_the_weight_between_floor_and_cap(seed, target, uni
     assert found.kind == "sparsity"
     assert found.budget == target
     assert all(0.2 <= value <= 0.9 for value in found.values)
+    assert found.sizes is not None
     total = sum(found.sizes)
     assert total == round(float(curves.sizes[:, -1].sum()) / 0.9)
     assert abs(math.fsum(v * n for v, n in zip(found.values, found.sizes, strict=True)) - target * total) < 1e-8 * total
@@ -164,6 +165,7 @@ def test_no_transfer_of_sparsity_between_two_units_lowers_a_convex_price(seed, t
     curves = curves_of(scales * levels**shapes, drawn.integers(100, 10**4, 5).tolist())
     found = Knapsack(target=target)(curves)
     price, generator = curves.at(found.by_name()), random.Random(second)
+    assert found.sizes is not None
     for _ in range(10):
         first, other = generator.sample(range(5), 2)
         moved, values = generator.uniform(0, 50), list(found.values)
@@ -218,7 +220,7 @@ def test_steps_never_exceed_the_budget_leave_no_step_that_fits_and_miss_the_best
     spent = sum(size[level] for size, level in zip(sizes, found, strict=True))
     assert spent <= budget
     for size, level in zip(sizes, found, strict=True):
-        assert all(size[stop] - size[level] > budget - spent for stop in range(level + 1, len(size)))
+        assert all(size[stop] - size[level] > budget - spent for stop in range(int(level) + 1, len(size)))
     price = sum(gain[level] for gain, level in zip(gains, found, strict=True))
     best = max(
         sum(gain[level] for gain, level in zip(gains, each, strict=True))
@@ -237,7 +239,7 @@ def test_steps_that_cost_never_exceed_the_budget_and_leave_no_step_that_fits(cas
     left = budget - sum(size[level] for size, level in zip(sizes, found, strict=True))
     assert left >= 0
     for size, level in zip(sizes, found, strict=True):
-        assert all(size[stop] - size[level] > left for stop in range(level + 1, len(size)))
+        assert all(size[stop] - size[level] > left for stop in range(int(level) + 1, len(size)))
 
 
 OF_4 = (0.0, 0.25, 0.5, 0.75)
@@ -249,6 +251,7 @@ def test_levels_of_m_are_levels_of_m_whose_mean_is_the_budget(seed, target):
     curves = random_curves(seed, 8, OF_4, is_stepped=True)
     found = Knapsack(target=target)(curves)
     assert {*found.values} <= {*OF_4[1:]}  # 0 is below the floor
+    assert found.sizes is not None
     mean = math.fsum(v * n for v, n in zip(found.values, found.sizes, strict=True)) / sum(found.sizes)
     assert found.budget == pytest.approx(mean, abs=1e-12)
     smallest = min((n for v, n in zip(found.values, found.sizes, strict=True) if v < 0.75), default=0)
@@ -424,7 +427,8 @@ def test_curves_of_matrices_add_up_to_those_of_blocks():
         torch.testing.assert_close(getattr(blocks, field), each[0::2] + each[1::2], rtol=1e-12, atol=0)
     assert blocks.by_half is not None
     torch.testing.assert_close(blocks.by_half.sum(0), blocks.costs, rtol=1e-12, atol=0)
-    first, second = blocks.halves or ()
+    assert blocks.halves is not None
+    first, second = blocks.halves
     torch.testing.assert_close((first.costs + second.costs) / 2, blocks.costs, rtol=1e-12, atol=0)
 
 
@@ -432,7 +436,8 @@ def test_halves_are_the_curves_of_every_other_sample():
     halves = torch.stack([random_curves(seed).costs for seed in (1, 2)])
     curves = random_curves(0).with_costs(halves)
     torch.testing.assert_close(curves.costs, halves.sum(0))
-    first, second = curves.halves or ()
+    assert curves.halves is not None
+    first, second = curves.halves
     torch.testing.assert_close(first.costs, 2 * halves[0])  # each half weighs as much as both do
     torch.testing.assert_close(second.costs, 2 * halves[1])
     assert first.halves is None
@@ -444,6 +449,7 @@ def test_halves_are_the_curves_of_every_other_sample():
 
 
 def test_a_target_outside_floor_and_cap_is_refused():
+    settings_: dict[str, Any]
     for settings_, low, high in (
         ({"target": 0.95}, 0.2, 0.9),
         ({"target": 0.1, "floor": 0.3}, 0.3, 0.9),

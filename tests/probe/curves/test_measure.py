@@ -102,11 +102,15 @@ def assert_equal(ours: Curves, theirs: Curves, tolerance: float = 1e-9) -> None:
 # The definition
 
 
+def modules_of(model: nn.Module, params: Sequence[str]) -> dict[str, Any]:
+    return {param: model.get_submodule(param.removesuffix(".weight")) for param in params}
+
+
 @contextmanager
 def a_copy_at_every_position(model: nn.Module, params: Sequence[str], length: int) -> Iterator[dict[str, Tensor]]:
     """Gives every linear layer a copy of its weight for each of `length` positions (T×O×I)."""
     copies: dict[str, Tensor] = {}
-    modules = {param: model.get_submodule(param.removesuffix(".weight")) for param in params}
+    modules = modules_of(model, params)
 
     def forward(param: str, values: Tensor) -> Tensor:
         output_TO = torch.einsum("toi,ti->to", copies[param], values.reshape(length, -1))
@@ -138,7 +142,7 @@ def gradients_of_copies(model: nn.Module, params: Sequence[str]) -> dict[str, li
 def changes_by_calling(model: nn.Module, params: Sequence[str], masks: Pruner) -> dict[str, Tensor]:
     """Gives, by matrix, the change that the pruner itself makes at each level (K×O×I), from the samples' inputs."""
     inputs: dict[str, list[Tensor]] = {param: [] for param in params}
-    modules = {param: model.get_submodule(param.removesuffix(".weight")) for param in params}
+    modules = modules_of(model, params)
     handles = [modules[param].register_forward_pre_hook(_keep(kept)) for param, kept in inputs.items()]
     with torch.no_grad():
         for row in samples():

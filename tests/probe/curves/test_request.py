@@ -48,7 +48,8 @@ def decider(decider: Decider, windows: Calibration) -> Decider:
 
 
 def with_(decider: Decider, **settings: Any) -> Decider:
-    return replace(decider, estimator=replace(decider.estimator, **settings))
+    estimator: Any = decider.estimator
+    return replace(decider, estimator=replace(estimator, **settings))
 
 
 def taken(decider: Decider) -> tuple[Curves, bool]:
