@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.allocate.curves import Curves
 from layerif.app.messages import first_of
 from layerif.app.schema import check, register
 from layerif.evidence import LayerGrams, MatrixGram
@@ -263,6 +264,36 @@ def test_the_allocator_example_is_a_working_allocator(module_of, decider):
     top = module.Top(**fields | {"number": 2})
     assert top(scores, layers).values == (1, 5, 5)
     assert sorted(replace(decider, allocator=top)().allocation.values) == [1, 5, 5]
+
+
+def some_curves() -> Curves:
+    units = ("a.0.q", "a.0.k", "a.1.q")
+    by_half = torch.tensor([[[0, 1, 2, 4.0], [0, 2, 4, 8], [0, 1, 3, 9]]] * 2, dtype=torch.float64)
+    levels = (0.0, 0.3, 0.6, 0.9)
+    sizes = torch.tensor([[10.0], [10], [20]]) * torch.tensor(levels)
+    return Curves(units, levels, by_half.sum(0), sizes, source={"pruner": "wanda"}, by_half=by_half)
+
+
+def test_the_example_of_an_estimator_of_curves_works(module_of, with_the_yaml_examples):
+    module, curves = module_of("class Guarded"), some_curves()
+    config = composed((with_the_yaml_examples, "method=prune", "estimator=guarded"))
+    assert config.allocator._target_ == "layerif.allocate.curves.Knapsack"
+    assert config.estimator._target_ == "layerif.estimators.guarded.Guarded"
+    fields = {key: config.estimator[key] for key in ("form", "granularity", "tokens", "times")}
+    guarded = module.Guarded(**fields)
+    assert guarded.source.startswith("guarded(loss_curve(")
+    priced = guarded.curves(curves)
+    factors = torch.tensor([4.0, 4.0, 1.0])
+    assert torch.equal(priced.costs, curves.costs * factors[:, None])
+    assert priced.allocate(0.5).values[2] > curves.allocate(0.5).values[2]
+
+
+def test_the_example_of_an_allocator_of_curves_works(module_of):
+    module, curves = module_of("class Partway"), some_curves()
+    partway = module.Partway(**fields_of(module, "Partway", code("yaml", "partway.Partway")))
+    bought, got = curves.allocate(0.5), partway(curves)
+    assert got.values == pytest.approx([(value + 0.5) / 2 for value in bought.values])
+    assert got.source == {"pruner": "wanda"}
 
 
 @pytest.fixture
