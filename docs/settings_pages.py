@@ -24,8 +24,8 @@ MODULES = sorted(
 GROUPS = {
     "model": "The model that is measured, and adapted or pruned.",
     "task": "The source of the rows: train and validation rows are scored and trained on, test rows are evaluated.",
-    "estimator": "The way a layer is scored.",
-    "allocator": "The way the scores are spent.",
+    "estimator": "The way a layer is scored, or the levels of a matrix are priced.",
+    "allocator": "The way scores or curves are spent.",
     "method": "The work that spends the allocation.",
     "pruner": "The way weights are chosen for removal; only `method=prune` looks at it.",
     "trainer": "Lightning's trainer.",

@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from layerif.allocate.curves import Curves
 from layerif.app.messages import first_of
 from layerif.app.schema import check, register
 from layerif.evidence import LayerGrams, MatrixGram
@@ -265,6 +266,36 @@ def test_the_allocator_example_is_a_working_allocator(module_of, decider):
     assert sorted(replace(decider, allocator=top)().allocation.values) == [1, 5, 5]
 
 
+def some_curves() -> Curves:
+    units = ("a.0.q", "a.0.k", "a.1.q")
+    by_half = torch.tensor([[[0, 1, 2, 4.0], [0, 2, 4, 8], [0, 1, 3, 9]]] * 2, dtype=torch.float64)
+    levels = (0.0, 0.3, 0.6, 0.9)
+    sizes = torch.tensor([[10.0], [10], [20]]) * torch.tensor(levels)
+    return Curves(units, levels, by_half.sum(0), sizes, source={"pruner": "wanda"}, by_half=by_half)
+
+
+def test_the_example_of_an_estimator_of_curves_works(module_of, with_the_yaml_examples):
+    module, curves = module_of("class Guarded"), some_curves()
+    config = composed((with_the_yaml_examples, "method=prune", "estimator=guarded"))
+    assert config.allocator._target_ == "layerif.allocate.curves.Knapsack"
+    assert config.estimator._target_ == "layerif.estimators.guarded.Guarded"
+    fields = {key: config.estimator[key] for key in ("form", "granularity", "tokens", "times")}
+    guarded = module.Guarded(**fields)
+    assert guarded.source.startswith("guarded(loss_curve(")
+    priced = guarded.curves(curves)
+    factors = torch.tensor([4.0, 4.0, 1.0])
+    assert torch.equal(priced.costs, curves.costs * factors[:, None])
+    assert priced.allocate(0.5).values[2] > curves.allocate(0.5).values[2]
+
+
+def test_the_example_of_an_allocator_of_curves_works(module_of):
+    module, curves = module_of("class Partway"), some_curves()
+    partway = module.Partway(**fields_of(module, "Partway", code("yaml", "partway.Partway")))
+    bought, got = curves.allocate(0.5), partway(curves)
+    assert got.values == pytest.approx([(value + 0.5) / 2 for value in bought.values])
+    assert got.source == {"pruner": "wanda"}
+
+
 @pytest.fixture
 def with_the_yaml_examples(tmp_path) -> str:
     """Writes the pages' YAML examples as a folder of choices, and returns the override that finds them."""
@@ -326,7 +357,12 @@ TINY = {
     "trainer.enable_progress_bar": "false",
     "data.batch_size": "4",
 }
-FOR_PRUNING = {"method.calibration.num_windows": "2", "method.calibration.window": "16", "allocator.smoothing": "false"}
+FOR_PRUNING = {
+    "method.calibration.num_windows": "4",
+    "method.calibration.window": "16",
+    "evaluation.num_windows": "4",
+    "evaluation.window": "16",
+}
 
 
 def tiny(command: str) -> list[str]:
@@ -336,6 +372,8 @@ def tiny(command: str) -> list[str]:
         return words
     given = {word.partition("=")[0] for word in words if "=" in word}
     settings = TINY | (FOR_PRUNING if "method=prune" in words else {})
+    if "allocator=sparsity" in words:  # it smooths seven blocks or more
+        settings |= {"allocator.smoothing": "false"}
     # The tiny model has a tenth of the blocks.
     words = [
         f"allocator.budget={int(word[17:]) // 10}" if word.startswith("allocator.budget=") else word for word in words
