@@ -143,6 +143,8 @@ def _spelt_preview(decider: Decider) -> str:
     blocks = how_many(len(allocation.by_block()), "layer")
     over = f"{len(allocation.units)} matrices of {blocks}" if allocation.is_by_matrix else blocks
     gives = "the allocator gives" if spends == "nothing" else f"equal {spends} would give"
+    if getattr(decider.allocator, "slope", 0.0) is None:
+        gives = "before the trials of allocator.slope, the allocator gives"
     values = "; ".join(allocation_lines(allocation))
     return f"{allocation.kind}, {spelt_budget(allocation)} over {over}; {gives} {values}"
 

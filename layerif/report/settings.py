@@ -9,6 +9,7 @@ from layerif.record.names import allocator_choice, estimator_choice, origins
 from layerif.record.record import Job
 
 SIZE = ("allocator.budget", "allocator.target")  # the keys that set the size of an allocation
+_WITHOUT_SCORES = ("file", "shape", "depth")  # allocators that look at neither scores nor curves
 # Settings of an estimator that repeat others, unless the user gives it its own: the pruner and the calibration windows.
 _REPEATS = {"estimator.pruner": "pruner", "estimator.mask_text": "method.calibration"}
 
@@ -50,8 +51,8 @@ def _told(job: Job) -> tuple[str, ...]:
     told += [f"task.{key}." for key in content(job, "task")]
     if not _has_pruner(job):
         told.append("pruner.")
-    if allocator_choice(job) in ("file", "shape"):
-        told += ["estimator.", "probe.", "allocator.shape."]
+    if allocator_choice(job) in _WITHOUT_SCORES:
+        told += ["estimator.", "probe.", "allocator.shape.", "allocator.slope.", "allocator.spare."]
     return tuple(told)
 
 
@@ -70,7 +71,7 @@ def repeated(job: Job) -> set[str]:
 
 def _has_pruner(job: Job) -> bool:
     """Tells if the pruner matters: the method prunes, or the estimator prices its masks."""
-    is_priced = "pruner" in job.config["estimator"] and allocator_choice(job) not in ("file", "shape")
+    is_priced = "pruner" in job.config["estimator"] and allocator_choice(job) not in _WITHOUT_SCORES
     return job.choices.get("method") == "prune" or is_priced
 
 

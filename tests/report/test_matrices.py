@@ -99,6 +99,15 @@ def test_the_pruner_of_curves_that_nothing_spends_yet_tells_arms_apart():
     assert arms(*runs) == [f"loss_curve knapsack pruner={pruner}" for pruner in ("wanda", "magnitude")]
 
 
+def test_what_goes_by_depth_alone_is_told_once_and_without_the_estimator():
+    slopes = {"slope": 0.01, "spare": 1}, {"slope": None, "spare": 0}
+    runs = [curves(own={"form": form}, allocator=slope) for form in ("exact", "diagonal") for slope in slopes]
+    for run in runs:
+        run.choices = {**run.choices, "allocator": "depth"}
+    names = ["depth(slope=0.01, spare=1)", "depth(slope=by trials, spare=0)"]
+    assert [name.removesuffix(" (1)").removesuffix(" (2)") for name in arms(*runs)] == names * 2
+
+
 def test_settings_of_the_allocator_are_in_the_name():
     names = arms(curves(), curves(allocator={"unit": "block"}))
     assert names == [f"loss_curve knapsack allocator.unit={unit}" for unit in ("null", "block")]
