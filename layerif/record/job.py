@@ -90,7 +90,7 @@ def folder_name(overrides: Iterable[str]) -> str:
         return "default"
     if len(named) <= 120 and re.fullmatch(r"[\w.,=+-]+", named):
         return named
-    # Of a path its last part is shown: the others are alike in all jobs, and would push the rest out of the name.
+    # The last part of a path is shown: the others are alike in all jobs, and would push the rest out of the name.
     shown = re.sub(r"(?<==)[^,=]*/(?=[^,/=]+(?:,|$))", "", named)
     readable = re.sub(r"[^\w.,=-]+", "-", shown)[:60].strip("-")
     return f"{readable}-{hashlib.sha256(named.encode()).hexdigest()[:10]}"
