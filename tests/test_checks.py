@@ -56,7 +56,8 @@ def settings_classes() -> Iterator[tuple[str, Any]]:
                 continue
             found = importlib.import_module(f"{package.__name__}.{module.name}")
             for _, cls in inspect.getmembers(found, is_dataclass):
-                if cls.__module__ == found.__name__:
+                is_settings = cls.__dataclass_params__.kw_only  # and no curves, nor a request for evidence
+                if cls.__module__ == found.__name__ and is_settings:
                     yield key, cls
 
 

@@ -36,9 +36,12 @@ MANDATORY: dict[tuple[str, ...], list[str]] = {
     ("estimator", "tracin"): ["estimator.checkpoints=[a,b]", "estimator.learning_rates=[1e-3,5e-4]"],
     ("allocator", "file"): ["allocator.path=allocation.json"],
     ("arm", "alphapruning"): ["method=prune", "allocator=sparsity"],
+    ("arm", "curves_and_mask_swaps"): ["method=prune"],
+    ("arm", "curves_refined"): ["method=prune"],
     ("arm", "dlp"): ["method=prune", "allocator=sparsity"],
     ("arm", "lsa"): ["method=prune", "allocator=sparsity"],
     ("arm", "owl"): ["method=prune", "allocator=sparsity"],
+    ("arm", "search_from_uniform"): ["method=prune", "allocator=sparsity"],
     ("arm", "ila"): ["model.adapter=/somewhere"],
     ("arm", "tracin"): ["estimator.checkpoints=[a]"],  # in a sweep, its own experiments stand beside it
 }
