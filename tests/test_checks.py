@@ -56,7 +56,7 @@ def settings_classes() -> Iterator[tuple[str, Any]]:
                 continue
             found = importlib.import_module(f"{package.__name__}.{module.name}")
             for _, cls in inspect.getmembers(found, is_dataclass):
-                is_settings = cls.__dataclass_params__.kw_only  # and no curves, nor a request for evidence
+                is_settings = all(each.kw_only for each in fields(cls))  # curves and requests for evidence are not
                 if cls.__module__ == found.__name__ and is_settings:
                     yield key, cls
 
