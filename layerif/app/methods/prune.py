@@ -256,7 +256,8 @@ class Prune:
         if isinstance(decider.estimator, CurveEstimator):
             raise ValueError(
                 "method.recover=lora_moe spends scores of the pruned model, and "
-                f"estimator={name_of(decider.estimator)} gives curves; use method.recover=lora, or an estimator of scores, such as datainf"
+                f"estimator={name_of(decider.estimator)} gives curves; use method.recover=lora, or an "
+                "estimator of scores, such as datainf"
             )
         given = replace(decider, allocator=self.experts, skip=()).preview()
         if given.kind != "experts":
