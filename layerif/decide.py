@@ -91,14 +91,20 @@ _PARTS = ("train", "validation")
 
 def _summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
     """Gives the part of curves that a record keeps: the price of each level, and that of the allocation."""
-    spent = curves.by_block if set(allocation.units) <= set(curves.by_block.units) else curves
+    values = allocation.by_name()
+    if set(values) <= set(curves.by_block.units):
+        curves_of_units = curves.by_block
+    else:
+        curves_of_units = curves
+        if curves.unit == "block":  # swaps of levels move sparsity between matrices, whatever they start from
+            values = AllocationRecord(**allocation.to_dict()).by_block()
     return {
         "kind": curves.kind,
         "sense": curves.sense,
         "unit": curves.unit,
         "levels": list(curves.levels),
         "everywhere": curves.costs.sum(0).tolist(),
-        "predicted": spent.at(allocation.by_name()),
+        "predicted": curves_of_units.at(values),
         "source": dict(curves.source),
         "fingerprint": curves.fingerprint,
     }
@@ -251,7 +257,7 @@ class Decider(Scorer):
         gives = "curves" if isinstance(self.estimator, CurveEstimator) else "scores"
         if self.allocator.spends in (gives, "nothing"):
             return
-        fitting = "allocator=knapsack" if gives == "curves" else "allocator=experts, rank or sparsity"
+        fitting = "allocator=knapsack" if gives == "curves" else "an allocator of scores (experts, rank, sparsity)"
         others = "an estimator of scores, such as datainf" if gives == "curves" else "estimator=loss_curve"
         raise ValueError(
             f"estimator={name_of(self.estimator)} gives {gives}, and this allocator spends {self.allocator.spends}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -40,8 +41,9 @@ class InfluenceCallback(L.Callback):
             saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
             pl_module.allocation = Allocation.from_dict(saved["hyper_parameters"]["allocation"])
             return
+        start = time.perf_counter()
         decision = self.decide(lambda: pl_module.base_model().to(trainer.strategy.root_device))
-        self.seconds = sum(decision.seconds.values())
+        self.seconds = time.perf_counter() - start
         self.decision = trainer.strategy.broadcast(decision)
         pl_module.allocation = self.decision.allocation
 

@@ -19,6 +19,7 @@ from layerif.app.methods import Method
 from layerif.data.batches import check_vocabulary
 from layerif.data.task import AnyTask, Splits
 from layerif.decide import Decider
+from layerif.estimators._base import CurveEstimator, name_of
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
@@ -86,7 +87,7 @@ class Setup:
             num_processes=trainer.world_size,
             skip=tuple(getattr(getattr(self.method, "pruner", None), "skip", ())),
         )
-        check_spent(self.method, self.decider.preview().kind)
+        check_spent(self.method, self.decider)
         if self.method.evaluates or self.evaluation.before:
             longest = context_length(self.model.skeleton())
             self.evaluation.check(self.tokenizer, self.splits.test, self.task, longest, score_task=score_task)
@@ -154,16 +155,45 @@ class Setup:
         return build(plain, key, list(self.config.get("trusted_targets") or ()), **given)
 
 
-def check_spent(method: Method, given: str) -> None:
-    """Refuses a method that cannot spend the kind of allocation that the allocator gives (experts, rank, sparsity)."""
-    if method.allocates in (None, given):
+# The allocators that spend scores or curves, by the kind of allocation that a method spends.
+_SPENDERS = {
+    "experts": {"scores": "experts"},
+    "rank": {"scores": "rank"},
+    "sparsity": {"scores": "sparsity", "curves": "knapsack"},
+}
+_ESTIMATORS = {"scores": "an estimator of scores, such as datainf", "curves": "estimator=loss_curve"}
+
+
+def check_spent(method: Method, decider: Decider) -> None:
+    """Refuses method, estimator and allocator that do not fit one another, and says which do.
+
+    Args:
+        method: spends one kind of allocation (experts, rank, sparsity), or any.
+        decider: with an estimator of scores or of curves, and an allocator that spends either, or neither.
+    """
+    if method.allocates is None:
+        decider.preview()
+        return
+    spenders = _SPENDERS[method.allocates]
+    gives = "curves" if isinstance(decider.estimator, CurveEstimator) else "scores"
+    fitting = f"allocator={spenders[gives]}" if gives in spenders else None
+    if (spends := decider.allocator.spends) not in (gives, "nothing"):
+        told = [fitting or f"{_ESTIMATORS['scores']}, with allocator={spenders['scores']}"]
+        if fitting and spends in spenders:
+            told.append(_ESTIMATORS[spends])
+        raise ValueError(
+            f"estimator={name_of(decider.estimator)} gives {gives}, and this allocator spends {spends}; with "
+            f"method={method.name} use {', or '.join(told)}"
+        )
+    given = decider.preview().kind
+    if given == method.allocates:
         return
     kinds = {file.stem: _method_class(file).allocates for file in sorted((conf_folder() / "method").glob("*.yaml"))}
     able = [name for name, kind in kinds.items() if kind == given]
+    fitting = fitting or f"allocator={spenders['scores']} with {_ESTIMATORS['scores']}"
     raise ValueError(
-        f"the allocator gives {given}, and method={method.name} spends {method.allocates}; use "
-        f"allocator={method.allocates}, or {''.join(f'method={name}, ' for name in able)}or method=none for scores and "
-        "allocation only"
+        f"the allocator gives {given}, and method={method.name} spends {method.allocates}; use {fitting}, or "
+        f"{''.join(f'method={name}, ' for name in able)}or method=none for scores and allocation only"
     )
 
 

@@ -65,16 +65,7 @@ class LossCurve(CurveEstimator):
         total = math.fsum(self._weights.values())
         if abs(total - 1) > 1e-9:
             raise ValueError(f"the weights of estimator.loss_text add up to {total:g}; give weights that add up to 1")
-        if self.levels is not None and (len(self.levels) < 3 or list(self.levels) != sorted({*self.levels})):
-            raise ValueError(
-                f"estimator.levels={list(self.levels)} must be three or more different sparsities, ascending; or null"
-            )
-        if self.levels is not None and self.masked_by.m is not None:
-            possible = ", ".join(f"{level:g}" for level in self.masked_by.levels())
-            raise ValueError(
-                f"estimator.levels={list(self.levels)} has no meaning with pruner.m={self.masked_by.m}, whose levels "
-                f"are {possible}; use estimator.levels=null"
-            )
+        check_levels(self.levels, self.masked_by)
 
     @property
     def _weights(self) -> Mapping[str, float]:
@@ -109,3 +100,19 @@ class LossCurve(CurveEstimator):
 
     def curves(self, evidence: Curves, /) -> Curves:
         return evidence
+
+
+def check_levels(levels: Sequence[float] | None, pruner: Pruner) -> None:
+    """Refuses levels that are too few for a curve, out of order, or not those that the pruner can reach."""
+    if levels is None:
+        return
+    if len(levels) < 3 or list(levels) != sorted({*levels}):
+        raise ValueError(
+            f"estimator.levels={list(levels)} must be three or more different sparsities, ascending; or null"
+        )
+    if pruner.m is not None:
+        possible = ", ".join(f"{level:g}" for level in pruner.levels())
+        raise ValueError(
+            f"estimator.levels={list(levels)} has no meaning with pruner.m={pruner.m}, whose levels are {possible}; "
+            "use estimator.levels=null"
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerif.allocate.curves import Curves, sizes_of
 from layerif.checks import Seed, check_fields
 from layerif.estimators._base import CurveEstimator, described
+from layerif.estimators.loss_curve import check_levels
 from layerif.layers import Granularity
 from layerif.probe.curves.request import WINDOWS, hash_of_windows, max_positions, source_of
 from layerif.probe.measurements import Load, Measurements
@@ -108,10 +109,7 @@ class MeasuredLoss(CurveEstimator):
 
     def __post_init__(self) -> None:
         check_fields(self, "estimator")
-        if self.levels is not None and (len(self.levels) < 3 or list(self.levels) != sorted({*self.levels})):
-            raise ValueError(
-                f"estimator.levels={list(self.levels)} must be three or more different sparsities, ascending; or null"
-            )
+        check_levels(self.levels, self.pruner)
 
     @property
     def needs(self) -> LossByBlock:

@@ -7,10 +7,11 @@ A pruner is a frozen keyword-only dataclass whose fields are its settings (see `
 from __future__ import annotations
 
 import importlib
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 from torch import Tensor
@@ -33,6 +34,8 @@ class Pruner(ABC):
         paper_epsilon: the range of sparsities over the layers that LayerIF's paper used with this pruner. Nothing here
             reads it: experiments of the paper take it as `allocator.epsilon`.
     """
+
+    inverts: ClassVar[bool] = False  # the Hessian of a layer, which takes as many tokens as the layer has inputs
 
     n: Count | None = None
     m: Annotated[int, Ge(2), "for example 4 or 8"] | None = None
@@ -67,6 +70,23 @@ class Pruner(ABC):
             name: the name of the first of these matrices, for messages.
         """
         return statistic
+
+    def check_tokens(self, num_tokens: int, num_inputs: Mapping[str, int]) -> None:
+        """Warns where the pruner inverts a matrix that so few calibration tokens leave singular.
+
+        Args:
+            num_tokens: of all calibration windows.
+            num_inputs: of each linear layer, by its name.
+        """
+        widest = max(num_inputs, key=num_inputs.__getitem__)
+        if self.inverts and num_tokens < num_inputs[widest]:
+            warnings.warn(
+                f"{type(self).__name__} has {num_tokens} calibration tokens for the {num_inputs[widest]} inputs of "
+                f"{widest}, so that its Hessian is singular and pruner.damping decides about the rest; give more or "
+                "longer calibration windows",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @abstractmethod
     def __call__(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:

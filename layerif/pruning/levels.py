@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from layerif.allocate.allocation import Allocation
 from layerif.compat import map_tensors
+from layerif.layers import is_named
 from layerif.models.blocks import device_of
 from layerif.models.memory import free_bytes
 from layerif.progress import progress
@@ -76,13 +77,18 @@ class Levels:
         return 1 if self.pruner.m is None else self.dense[name].numel() // self.pruner.m
 
     def counts(self, model: nn.Module, allocation: Allocation) -> dict[str, int]:
-        """Returns the number of weights that every matrix loses by an allocation of sparsity, by block or matrix."""
+        """Returns the number of weights that every matrix loses by an allocation of sparsity, by block or matrix.
+
+        Those that the pruner skips are not among them.
+        """
         if allocation.kind != "sparsity":
             raise ValueError(f"an allocation of {allocation.kind} cannot be refined; give one of sparsity")
         found = {}
         for block, aims in targets(model, allocation.by_name(), self.pruner).items():
             for inside, aim in aims.items():
                 name = f"{block}.{inside}"
+                if is_named(name, self.pruner.skip):
+                    continue
                 numel = self.dense[name].numel()
                 if aim.n is None:
                     assert aim.sparsity is not None

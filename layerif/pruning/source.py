@@ -39,7 +39,7 @@ def check_source(source: Mapping[str, str], here: Mapping[str, str]) -> None:
             continue
         if part == "pruner" and _kind(was) == "wanda" and _kind(now) == "sparsegpt" and _group(was) == _group(now):
             continue
-        shown = f" of {was}, and this is {now}" if part == "pruner" else ""
+        shown = f", {was}, than this one, {now}" if part == "pruner" else ""
         raise ValueError(f"the allocation was made by curves of another {part.replace('_', ' ')}{shown}; {advice}")
 
 

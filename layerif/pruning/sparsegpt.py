@@ -8,7 +8,7 @@ Letters in shape suffixes: O outputs and I inputs of a linear layer, S windows, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -129,6 +129,8 @@ class SparseGPT(Pruner):
         block_size: the number of columns of a slab.
         damping: a fraction of the mean diagonal of H, added to the diagonal.
     """
+
+    inverts: ClassVar[bool] = True
 
     block_size: Count = 128
     damping: Annotated[float, Ge(0), "SparseGPT's own is 0.01"] = 0.01

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from layerif.compat import map_tensors
 from layerif.files import full_disk_explained, is_intact, save_tensors, whole
+from layerif.layers import is_named
 from layerif.models.blocks import bare, blocks, device_of, linears
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
@@ -67,6 +68,14 @@ class Walk:
         self.blocks = blocks(self.model)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+        if self.pruner.needs_inputs:
+            num_inputs = {
+                f"{name}.{inside}": linear.in_features
+                for name, block in self.blocks.items()
+                for inside, linear in linears(block)
+                if not is_named(f"{name}.{inside}", self.pruner.skip)
+            }
+            self.pruner.check_tokens(sum(batch.numel() for batch in self.batches), num_inputs)
         self.num_finished = sum(takewhile(bool, map(self._is_finished, range(len(self.blocks)))))
         self.num_replayed = self.num_finished
         self._hidden: HiddenStates | None = None

@@ -14,9 +14,9 @@ from layerif.allocate.allocation import Allocation
 from layerif.allocate.depth import Depth
 from layerif.app.setup import Setup
 from layerif.checks import Count, Share, check_fields
-from layerif.decide import Decision
+from layerif.decide import Decider, Decision
 from layerif.estimators._base import CurveEstimator
-from layerif.probe.curves.request import LossCurves, source_of
+from layerif.probe.curves.request import WINDOWS, LossCurves, source_of
 from layerif.probe.curves.text import LossText
 from layerif.pruning import Pruner
 from layerif.pruning.levels import Levels
@@ -78,6 +78,14 @@ class Refine:
         return replace(decision, allocation=allocation, seconds=seconds, notes=(*decision.notes, note))
 
 
+def reads_windows(decider: Decider, pruner: Pruner) -> bool:
+    """Tells if the calibration windows decide about the weights to prune: by their inputs, their loss or in trials."""
+    needs, allocator = decider.estimator.needs, decider.allocator
+    if pruner.needs_inputs or (isinstance(allocator, Depth) and allocator.slope is None):
+        return True
+    return allocator.spends == "curves" and WINDOWS in getattr(needs, "loss_texts", (WINDOWS,))
+
+
 def check_spent_here(setup: Setup, pruner: Pruner, windows: Sequence[Tensor], allocation: Allocation) -> None:
     """Refuses an allocation by curves of another model, pruner or mask text.
 
@@ -85,7 +93,7 @@ def check_spent_here(setup: Setup, pruner: Pruner, windows: Sequence[Tensor], al
         setup: of the run.
         pruner: prunes.
         windows: its calibration windows (B×T each).
-        allocation: given, or a preview of the one that is decided.
+        allocation: a preview of the one that is decided.
     """
     decider, source = setup.decider, allocation.source
     if decider.allocator.spends == "curves" and isinstance(decider.estimator, CurveEstimator) and not source:

@@ -37,12 +37,14 @@ def record_decision(decision: Decision, record: RunRecord) -> None:
     """Puts a decision into the record, with its seconds, its measurements and its notes."""
     record.decision = decision.record()
     record.seconds |= decision.seconds
-    if decision.scores is None:
-        return
-    record.fingerprint = decision.scores.fingerprint
     record.notes.extend(decision.notes)
+    spent = decision.curves or decision.scores
+    if spent is None:
+        return
+    record.fingerprint = spent.fingerprint
     if decision.reused:
-        record.notes.append("scores from the store: this model and task were measured before")
+        what, of = ("scores", "model and task") if decision.curves is None else ("curves", "model and these texts")
+        record.notes.append(f"{what} from the store: this {of} were measured before")
     if decision.num_truncated:
         num_probed = sum(decision.num_samples)
         record.notes.append(f"{decision.num_truncated} of {num_probed} probed samples cut at probe.max_length")

@@ -20,12 +20,20 @@ from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.depth import Depth
 from layerif.app.methods._finetune import check_fit, fit
-from layerif.app.methods._sparsity import Refine, check_spent_here, record_rise, watched_text, with_tried_slope
+from layerif.app.methods._sparsity import (
+    Refine,
+    check_spent_here,
+    reads_windows,
+    record_rise,
+    watched_text,
+    with_tried_slope,
+)
 from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider, Decision
+from layerif.estimators._base import CurveEstimator, name_of
 from layerif.files import full_disk_explained, read_json
 from layerif.models.blocks import blocks
 from layerif.models.pretrained import LocalModel
@@ -135,9 +143,10 @@ class Prune:
             _refuse_nothing_to_allocate(self.pruner, decider)
             allocation = decider.preview()
         targets(skeleton, allocation.by_name(), self.pruner)
-        windows = self._module(setup).windows() if self.pruner.needs_inputs else []
-        check_spent_here(setup, self.pruner, windows, allocation)
-        if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and self.pruner.needs_inputs:
+        windows = self._module(setup).windows() if self._reads_windows(decider) else []
+        if self.allocation is None:
+            check_spent_here(setup, self.pruner, windows, allocation)
+        if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and windows:
             for tested in setup.evaluation.texts:
                 check_disjoint(self.calibration.text, tested)
         if self.refine == "swaps" and self.pruner.n is not None:
@@ -162,7 +171,7 @@ class Prune:
         found = matrices(setup.model.skeleton())
         numel = sum(linear.weight.numel() for linear in found.values())
         said = f"{type(self.pruner).__name__}, {len(found)} matrices of {numel:,} parameters together"
-        if self.pruner.needs_inputs:
+        if self._reads_windows(setup.decider):
             num_windows = sum(map(len, self._module(setup).windows()))
             said += f", {num_windows} calibration windows of {self.calibration.window} tokens"
         return {"prune": said}
@@ -203,6 +212,11 @@ class Prune:
             del model
             self._recover(setup, record, folder)
 
+    def _reads_windows(self, decider: Decider) -> bool:
+        if self.allocation is not None:
+            return self.pruner.needs_inputs
+        return self.refine == "swaps" or reads_windows(decider, self.pruner)
+
     def _module(self, setup: Setup, job: Any = None) -> PruneModule:
         allocation = self._given(setup.model.skeleton())
         return PruneModule(
@@ -213,10 +227,10 @@ class Prune:
         """Gives the function that decides: with a slope by trials, and followed by verified swaps, where asked for."""
         if self.allocation is not None:
             return setup.decider
-        windows = module.windows() if self.pruner.needs_inputs or self.refine == "swaps" else []
         decider = setup.decider
+        windows = module.windows() if self._reads_windows(decider) else []
         if isinstance(decider.allocator, Depth):
-            allocator = with_tried_slope(setup, module.base_model(), self.pruner, module.windows(), record)
+            allocator = with_tried_slope(setup, module.base_model(), self.pruner, windows, record)
             decider = replace(decider, allocator=allocator)
         if self.refine == "none":
             return decider
@@ -239,6 +253,12 @@ class Prune:
         if self.recover == "lora":
             return _one_expert_each(list(blocks(skeleton)))
         assert self.experts is not None
+        if isinstance(decider.estimator, CurveEstimator):
+            raise ValueError(
+                "method.recover=lora_moe spends scores of the pruned model, and "
+                f"estimator={name_of(decider.estimator)} gives curves; use method.recover=lora, or an "
+                "estimator of scores, such as datainf"
+            )
         given = replace(decider, allocator=self.experts, skip=()).preview()
         if given.kind != "experts":
             raise ValueError(
@@ -303,10 +323,12 @@ def _given_decision(allocation: Allocation) -> DecisionRecord:
 
 def _read_sparsities(file: str) -> Mapping[str, float]:
     found = read_json(file, what="method.allocation file")
-    if not isinstance(found, Mapping):
+    is_record = isinstance(found, Mapping) and bool(found.keys() & {"decision", "allocation", "values"})
+    if not isinstance(found, Mapping) or is_record:
+        what = "record" if is_record else type(found).__name__
         raise ValueError(
-            f"method.allocation file {file!r} must hold {{block or matrix: sparsity}}, got a {type(found).__name__}; "
-            "a list per block or a record is read by allocator=file allocator.kind=sparsity"
+            f"method.allocation file {file!r} must hold {{block or matrix: sparsity}}, got a {what}; a list per block "
+            "or a record is read by allocator=file allocator.kind=sparsity"
         )
     return found
 

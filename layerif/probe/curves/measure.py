@@ -47,6 +47,10 @@ class Masks(Protocol):
         """Adds the inputs of some tokens to the statistic of a layer."""
         ...
 
+    def check_tokens(self, num_tokens: int, num_inputs: Mapping[str, int]) -> None:
+        """Warns where so few tokens say too little about the inputs of a layer."""
+        ...
+
     def prepare(self, statistic: Any, num_windows: int, *, name: str) -> Any:
         """Gives what matrices of the same inputs share."""
         ...
@@ -109,6 +113,10 @@ def measure_loss_curves(
     longest = max(batch["input_ids"].shape[1] for _, batch in batches)
     places_V, weights_V, is_second_V = loss_text.positions(longest, tokens, seed)
     num_windows = len(loss_text.weights) if mask_windows is None else sum(map(len, mask_windows))
+    if masks.needs_inputs:
+        read = [batch["input_ids"] for _, batch in batches] if mask_windows is None else mask_windows
+        num_inputs = {param.removesuffix(".weight"): bare(model).get_parameter(param).shape[1] for param in params}
+        masks.check_tokens(sum(ids_BT.numel() for ids_BT in read), num_inputs)
 
     def observe(todo: Sequence[str]) -> None:
         observed.clear()

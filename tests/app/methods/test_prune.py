@@ -10,19 +10,14 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from layerif.app.schema import check, register
-from layerif.app.setup import Setup
 from layerif.data.text import text
 from layerif.evaluate.harness import zero_shot_means
 from layerif.evaluate.perplexity import perplexity
-from layerif.files import conf_folder
 from layerif.models.pretrained import LocalModel
 from layerif.pruning import walk
 from layerif.pruning.calibration import Calibration
@@ -31,6 +26,7 @@ from layerif.pruning.module import PruneModule
 from layerif.pruning.semi_structured import is_two_four, speed_of_two_four
 from layerif.pruning.targets import matrices
 from layerif.record.record import RunRecord
+from tests.app.methods.runs import pruned
 from tests.command import layerif_here, run_layerif
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -48,24 +44,8 @@ PRUNE = [
 
 
 @pytest.fixture
-def setup(tiny_overrides):
-    def make(*overrides: str) -> Setup:
-        register()
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            config = compose("config", [*tiny_overrides, *PRUNE, "logger=none", *overrides])
-        check(config)
-        return Setup(config)
-
-    return make
-
-
-def pruned(setup: Setup, folder: Path) -> RunRecord:
-    folder.mkdir(exist_ok=True)
-    record = RunRecord(name="test", seed=0, config={}, overrides=[])
-    setup.method.check(setup)
-    setup.method.run(setup, record, folder)
-    return record
+def setup(setup_of):
+    return lambda *overrides: setup_of(*PRUNE, *overrides)
 
 
 def zeros(record: RunRecord, folder: Path) -> float:
