@@ -69,8 +69,7 @@ def lowest_per_row_at_counts(metric_OI: Tensor, counts: Sequence[int]) -> Iterat
             counted_O[ascending_OI[:, each].topk(rest, largest=False).indices] += 1
         threshold_O1 = ascending_OI.gather(1, (counted_O - 1).clamp(min=0)[:, None])
         next_O1 = ascending_OI.gather(1, counted_O.clamp(max=width - 1)[:, None])
-        mask = metric_OI <= threshold_O1
-        mask[counted_O == 0] = False
+        mask = metric_OI <= threshold_O1.masked_fill(counted_O[:, None] == 0, -math.inf)
         tied = ((threshold_O1 == next_O1)[:, 0] & (counted_O > 0) & (counted_O < width)).nonzero()[:, 0]
         if len(tied):
             below, is_equal = metric_OI[tied] < threshold_O1[tied], metric_OI[tied] == threshold_O1[tied]

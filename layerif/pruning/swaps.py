@@ -115,9 +115,9 @@ class MaskPruner(Pruner):
         if masks is None:
             yield from (pruned - weight for pruned in Pruner.at_levels(self, weight, shared, sparsities))
             return
-        turned_OI, zero = -weight, weight.new_zeros(())
+        turned_OI = -weight
         for mask in masks:
-            yield torch.where(mask, turned_OI, zero)
+            yield turned_OI * mask  # on a CPU this is several times as fast as torch.where
 
 
 def _swap(weight_RI: Tensor, found_RI: Tensor, gram_II: Tensor, search: Search, most: int) -> None:

@@ -3,13 +3,14 @@
 `prices` has the formulas. A block's curve sums z over its matrices before it is squared.
 
 Letters in shape suffixes: S samples, T tokens, V the positions that are looked at, I inputs and O outputs of a linear
-layer, K levels, U units, B samples of a batch.
+layer, K levels, U units, B samples of a batch, P all positions of all samples (S·T).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,7 +33,8 @@ from layerif.progress import progress
 
 CurveForm = Literal["exact", "diagonal"]
 
-_COPIES = 6  # a matrix in six forms: its weight, metric, sorted metric, change, mask and pruned weight
+# A matrix in up to seven forms: weight, metric, sorted metric, turned weight, mask, change, and Fisher of two halves.
+_COPIES = 7
 
 
 class Masks(Protocol):
@@ -134,17 +136,18 @@ def measure_loss_curves(
         return shared[leader]
 
     def priced(passes: Passes, matrix: Matrix, input_STI: Tensor, delta_STO: Tensor, weight_OI: Tensor) -> Found:
-        where = places_V.to(input_STI.device)
+        where_V = places_V.to(input_STI.device)
         weight_V, second_V = weights_V.to(input_STI.device), is_second_V.to(input_STI.device)
-        input_VI = input_STI.flatten(0, 1)[where]
-        delta_VO = delta_STO.flatten(0, 1)[where]
+        input_PI, delta_PO = input_STI.flatten(0, 1), delta_STO.flatten(0, 1)
         changes = masks.changes_at(weight_OI.to(input_STI.dtype), prepared(matrix.name, input_STI), levels)
-        room = max(passes.tile_bytes[matrix.name] - _fixed_bytes(matrix, input_STI.itemsize), 1.0)
+        load = passes.workload
+        assert isinstance(load, CurveWorkload)
         with full_precision(), torch.no_grad():
             if form == "diagonal":
-                return {"costs": diagonal_costs(input_VI, delta_VO, weight_V, second_V, changes)}
-            rows = max(1, int(room / (matrix.num_out * input_STI.itemsize)))
-            z_KV = effects(input_VI, delta_VO, changes, rows)
+                return {"costs": diagonal_costs(input_PI, delta_PO, weight_V, second_V, changes, where_V)}
+            if load.num_copied:
+                input_PI, delta_PO = input_PI[where_V], delta_PO[where_V]
+            z_KV = effects(input_PI, delta_PO, changes, load.rows(matrix, passes.tile_bytes[matrix.name]))
             if granularity == "block":
                 return {"effects": z_KV}
             return {"costs": costs_of(z_KV, weight_V, second_V)}
@@ -156,12 +159,18 @@ def measure_loss_curves(
         params,
         priced,
         lambda todo: workload(
-            model, todo, batches, (), inputs_read_together(model, todo), None, shards.size, CurveWorkload
+            model,
+            todo,
+            batches,
+            (),
+            inputs_read_together(model, todo),
+            num_processes=shards.size,
+            kind=partial_of(curve_workload, places_V, is_second_V, len(levels), form),
         ),
         form="materialised",
         memory_gb=memory_gb,
         offload=offload,
-        tile_bytes=wanted_tile_bytes(device_of(model)) + _largest_fixed_bytes(model, params),
+        tile_bytes=curve_tile_bytes(model, params, device_of(model)),
         before_pass=observe,
     )
     names = tuple(param.removesuffix(".weight") for param in params)
@@ -190,19 +199,72 @@ def measure_loss_curves(
 
 @dataclass(frozen=True)
 class CurveWorkload(Workload):
-    """The sizes of a measurement of curves, which holds copies of a matrix instead of per-sample gradients."""
+    """The sizes of a measurement of curves, which holds copies of a matrix instead of per-sample gradients.
+
+    Attributes:
+        curve_form: `exact` or `diagonal`.
+        num_levels: the levels above 0.
+        num_positions: the positions that are looked at.
+        num_copied: the positions whose factors are copied at once; 0 where they are used as they are laid out.
+    """
+
+    curve_form: CurveForm = "exact"
+    num_levels: int = 1
+    num_positions: int = 1
+    num_copied: int = 0
+
+    def operations(self, matrix: Matrix, form: Any) -> float:
+        """Counts the operations of a matrix's prices: one product of all positions for each level, or one for all."""
+        return self.price_operations(matrix, self.curve_form)
+
+    def price_operations(self, matrix: Matrix, form: CurveForm) -> float:
+        """Counts the operations of a matrix's prices in either form."""
+        product = 2.0 * self.num_positions * matrix.num_out * matrix.num_in
+        return product * (self.num_levels if form == "exact" else 1)
+
+    def piece_bytes(self, matrix: Matrix) -> float:
+        copied = self.num_copied * (matrix.num_out + matrix.num_in) * self.work_itemsize
+        return super().piece_bytes(matrix) + copied + self._effects_bytes
 
     def least_tile_bytes(self, matrix: Matrix, form: Any) -> float:
-        return _fixed_bytes(matrix, self.work_itemsize) + float(matrix.num_out * self.work_itemsize)
+        return _fixed_bytes(matrix, self.work_itemsize) + self._row_bytes(matrix)
+
+    def rows(self, matrix: Matrix, tile_bytes: float) -> int:
+        """Counts the positions whose effects are computed together in a tile."""
+        return max(1, int((tile_bytes - _fixed_bytes(matrix, self.work_itemsize)) / self._row_bytes(matrix)))
+
+    @property
+    def _effects_bytes(self) -> float:
+        """The bytes of the effects of all levels, with their squares in float64, once whole and once by half."""
+        return self.num_levels * self.num_positions * (self.work_itemsize + 24.0) * (self.curve_form == "exact")
+
+    def _row_bytes(self, matrix: Matrix) -> float:
+        return float(min(matrix.num_out, matrix.num_in) * self.work_itemsize)
+
+
+def curve_workload(
+    places_V: Tensor, is_second_V: Tensor, num_levels: int, form: CurveForm, *args: Any, **sizes: Any
+) -> CurveWorkload:
+    """Makes the workload of curves out of the chosen positions and the sizes of the factors, see `Workload`."""
+    num_second = int(is_second_V.sum())
+    num_all = (sizes["num_train"] + sizes["num_val"]) * sizes["longest"]
+    if form == "diagonal":
+        num_copied = max(num_second, len(places_V) - num_second)
+    else:  # all positions in their order need no copy
+        num_copied = 0 if torch.equal(places_V, torch.arange(num_all)) else len(places_V)
+    return CurveWorkload(
+        *args, **sizes, curve_form=form, num_levels=num_levels, num_positions=len(places_V), num_copied=num_copied
+    )
+
+
+def curve_tile_bytes(model: nn.Module, params: Sequence[str], device: torch.device) -> float:
+    """Gives the wanted bytes of a tile: the copies of the largest matrix, and a tile of effects."""
+    weights = [bare(model).get_parameter(param) for param in params]
+    return wanted_tile_bytes(device) + max(float(_COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
 
 
 def _fixed_bytes(matrix: Matrix, itemsize: int) -> float:
     return float(_COPIES * matrix.num_out * matrix.num_in * itemsize)
-
-
-def _largest_fixed_bytes(model: nn.Module, params: Sequence[str]) -> float:
-    weights = [bare(model).get_parameter(param) for param in params]
-    return max(float(_COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
 
 
 def _of_blocks(found: Mapping[str, Found], names: Sequence[str], weights_V: Tensor, is_second_V: Tensor) -> Tensor:

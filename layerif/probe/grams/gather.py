@@ -234,7 +234,7 @@ def workload(
     reads_with: Mapping[str, str],
     projection: Projection | None = None,
     num_processes: int = 1,
-    kind: type[Workload] = Workload,
+    kind: Callable[..., Workload] = Workload,
 ) -> Workload:
     """Gives the sizes of a measurement. The model may be on the meta device, and the content of batches is not read.
 
@@ -246,7 +246,7 @@ def workload(
         reads_with: for each matrix the first that reads the same input, see `factors.inputs_read_together`.
         projection: makes the gradients smaller first.
         num_processes: the processes that share the samples.
-        kind: what is done with the factors, which needs memory of its own.
+        kind: makes the workload; what is done with the factors may need memory of its own.
     """
     width = projection.width if projection else lambda features: features
     matrices = []
