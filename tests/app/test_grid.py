@@ -96,9 +96,8 @@ def test_every_combination_inside_is_accepted_and_every_other_one_is_answered_by
             check_spent(method, tried)
             accepted.add((name, evidence, type(allocator).__name__))
             continue
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError, match=ADVISED[kind, evidence]):
             check_spent(method, tried)
-        assert ADVISED[kind, evidence] in str(refused.value), (name, estimator, allocator)
     assert ("prune", "curves", "Knapsack") in accepted
     assert not {row for row in accepted if row[2] == "Knapsack"} - {("prune", "curves", "Knapsack")}
 

@@ -240,7 +240,7 @@ def _observed(
     missing = [param for param in leaders if param not in found]
     if missing:
         raise ValueError(
-            f"no calibration token reaches {missing[0].removesuffix('.weight')}; give more calibration windows, or name "
-            "it in pruner.skip"
+            f"no calibration token reaches {missing[0].removesuffix('.weight')}; give more calibration windows, or "
+            "name it in pruner.skip"
         )
     return found
