@@ -139,7 +139,8 @@ def is_named(param: str, patterns: Sequence[str]) -> bool:
     """
     name = param.removesuffix(".weight")
     return any(
-        name == pattern or name.endswith(f".{pattern}") or name.startswith(f"{pattern}.") for pattern in patterns
+        name == pattern or name.endswith(f".{pattern}") or name.startswith(f"{pattern}.")
+        for pattern in (each.removesuffix(".weight") for each in patterns)
     )
 
 

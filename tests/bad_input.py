@@ -18,13 +18,17 @@ from typing import Any
 
 import pytest
 
+from layerif.allocate.curves import Knapsack
 from layerif.allocate.file import SavedAllocation
 from layerif.app import store
 from layerif.estimators.file import SavedScores
+from layerif.estimators.loss_curve import LossCurve
+from layerif.estimators.measured_loss import MeasuredLoss
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.models.pretrained import LocalModel
 from layerif.probe.store import MeasurementKind, Store
+from layerif.pruning.wanda import Wanda
 from layerif.report import report
 from layerif.scores import LayerScores
 from tests.command import Done, layerif_here
@@ -178,7 +182,22 @@ MORE_COMMANDS = [
     command(r"^trainer\.precision='float' is not allowed", "trainer.precision=float"),
     command(r"^trainer: ", "trainer.accelerator=tpu"),
     command(
-        r"method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,", "method=prune"
+        r"method=prune spends sparsity; use allocator=sparsity, or method=lora_equal, method=lora_moe,",
+        "method=prune",
+        "allocator=experts",
+    ),
+    command(r"method=lora spends rank; use allocator=rank with an estimator", "method=lora", "estimator=loss_curve"),
+    command(
+        r"^estimator=datainf gives scores, and this allocator spends curves; with method=prune use allocator=sparsity, "
+        r"or estimator=loss_curve$",
+        "method=prune",
+        "allocator=knapsack",
+    ),
+    command(
+        r"'dwn_proj', .* \(did you mean 'down_proj'\?\)",
+        "method=prune",
+        "estimator=loss_curve",
+        "pruner.skip=[dwn_proj]",
     ),
     command(r"/nowhere\.json", "estimator=file", "estimator.path=/nowhere.json"),
     command(r"the adapter '/nowhere' holds no adapter_config\.json", "model.adapter=/nowhere"),
@@ -295,6 +314,33 @@ PROGRAMS = [
     program(store.main, "say what to clear, one way", "--store=.", "clear"),
     program(store.main, "'ab' is the start of 0 keys", "--store=.", "clear", "ab"),
     program(store.main, "holds no measurements", "--store=a", a__b_txt="x"),
+]
+
+
+# Curves
+
+
+def made(says: str, kind: Callable[..., object], **settings: Any) -> Bad:
+    """An object of a choice with these settings."""
+    return Bad(f"{kind.__name__} {settings}", says, lambda place: kind(**settings))
+
+
+CURVES_AND_PRUNERS = [
+    made(
+        r"^the weights of estimator\.loss_text add up to 1\.1; give", LossCurve, loss_text={"windows": 0.5, "task": 0.6}
+    ),
+    made(r"^estimator\.loss_text='tsk' is not allowed; .*'task'", LossCurve, loss_text="tsk"),
+    made(r"^estimator\.loss_text\.task=0 is not allowed", LossCurve, loss_text={"windows": 1.0, "task": 0}),
+    made(r"^estimator\.masks='wonda' is not allowed; .*\(did you mean 'wanda'\?\)$", LossCurve, masks="wonda"),
+    made(r"^estimator\.form='fast' is not allowed; allowed: exact, diagonal", LossCurve, form="fast"),
+    made(r"^estimator\.tokens=0 is not allowed", LossCurve, tokens=0),
+    made(r"^estimator\.levels=\[0\.5, 0\.3, 0\.7\] must be .* ascending; or null$", LossCurve, levels=[0.5, 0.3, 0.7]),
+    made(r"^estimator\.levels=\[0\.5, 0\.7\] must be three or more", MeasuredLoss, levels=[0.5, 0.7]),
+    made(r"has no meaning with pruner\.m=4", MeasuredLoss, levels=[0.3, 0.5, 0.7], pruner=Wanda(m=4)),
+    made(r"^allocator\.target=0\.95 is outside the feasible range 0\.2 to 0\.9; change it", Knapsack, target=0.95),
+    made(r"^allocator\.target=0\.5 is outside the feasible range 0\.6 to 0\.9", Knapsack, target=0.5, floor=0.6),
+    made(r"^allocator\.unit='matrx' is not allowed; .*'matrix'", Knapsack, unit="matrx"),
+    made(r"^pruner\.n=2 needs pruner\.m", Wanda, n=2),
 ]
 
 

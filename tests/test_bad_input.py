@@ -32,7 +32,14 @@ from tests.command import Done
 from tests.records import record, written
 from tests.tiny import tiny_tokenizer
 
-OFTEN = [*bad_input.COMMANDS, *bad_input.STORES, *bad_input.ROWS[:20], *bad_input.SAVED[:12], *bad_input.MODELS[:8]]
+OFTEN = [
+    *bad_input.COMMANDS,
+    *bad_input.CURVES_AND_PRUNERS,
+    *bad_input.STORES,
+    *bad_input.ROWS[:20],
+    *bad_input.SAVED[:12],
+    *bad_input.MODELS[:8],
+]
 SELDOM = [
     *bad_input.MORE_COMMANDS,
     *bad_input.YAMLS,

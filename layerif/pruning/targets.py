@@ -43,6 +43,8 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
     check_named(tuple(found), pruner.skip)
     skipped = {name for name in found if is_named(name, pruner.skip)}
     everything, found = found, {name: module for name, module in found.items() if name not in skipped}
+    if not found:
+        raise ValueError(f"pruner.skip={list(pruner.skip)} leaves no matrix; name fewer")
     allocation = {key: each for key, each in allocation.items() if not _holds_only(key, everything, skipped)}
     keys = _keys(allocation, found)
     numel = {name: module.weight.numel() for name, module in found.items()}

@@ -72,8 +72,7 @@ class Walk:
             num_inputs = {
                 f"{name}.{inside}": linear.in_features
                 for name, block in self.blocks.items()
-                for inside, linear in linears(block)
-                if not is_named(f"{name}.{inside}", self.pruner.skip)
+                for inside, linear in self._pruned_of(name, block).items()
             }
             self.pruner.check_tokens(sum(batch.numel() for batch in self.batches), num_inputs)
         self.num_finished = sum(takewhile(bool, map(self._is_finished, range(len(self.blocks)))))
@@ -128,7 +127,7 @@ class Walk:
             if self._hidden is None:
                 self._capture()
             block.to(self.device)
-            leaders, statistics = self._observe(name, block, dict(linears(block)))
+            leaders, statistics = self._observe(name, block, self._pruned_of(name, block))
             num_windows = sum(map(len, self.batches))
             shared = {
                 leader: self.pruner.prepare(statistics.pop(leader), num_windows, name=f"{name}.{leader}")
@@ -157,6 +156,11 @@ class Walk:
             hidden, self.device if self.offload == "device" else "cpu", self.folder if self.offload == "disk" else None
         )
 
+    def _pruned_of(self, block_name: str, block: nn.Module) -> dict[str, nn.Linear]:
+        """Returns the linear layers of a block that the pruner does not skip, by their name inside the block."""
+        skip = self.pruner.skip
+        return {name: each for name, each in linears(block) if not is_named(f"{block_name}.{name}", skip)}
+
     def _prune(self, block_name: str, block: nn.Module) -> None:
         for module, (weight,) in self._pruned(block_name, block, [self.targets[block_name]]):
             module.weight.copy_(weight)
@@ -168,7 +172,7 @@ class Walk:
 
         A layer is pruned when it is reached, so that the weights of one layer and one statistic are there at a time.
         """
-        modules = dict(linears(block))
+        modules = self._pruned_of(block_name, block)
         leaders = {name: name for name in modules}
         shared: dict[str, Any] = dict.fromkeys(modules)
         if self.pruner.needs_inputs:
@@ -219,7 +223,10 @@ class Walk:
                 self._call(block_name, block, index)
         for name in modules:
             if name not in leaders:
-                raise ValueError(f"no calibration token reaches {block_name}.{name}; give more calibration windows")
+                raise ValueError(
+                    f"no calibration token reaches {block_name}.{name}; give more calibration windows, or name it in "
+                    "pruner.skip"
+                )
         for name, statistic in statistics.items():
             if not bool(statistic.isfinite().all()):
                 raise ValueError(_not_finite(f"the inputs of {block_name}.{name}"))

@@ -153,7 +153,16 @@ def measure_loss_curves(
             return {"costs": costs_of(z_KV, weight_V, second_V)}
 
     gathering = Gathering(
-        model, batches, loss_text.names, None, partial, shards, loss, kind="curves", takes_weights=True, by_token=True
+        model,
+        batches,
+        loss_text.names,
+        partial=partial,
+        shards=shards,
+        loss=loss,
+        kind="curves",
+        takes_weights=True,
+        by_token=True,
+        advice="name it in pruner.skip",
     )
     found = gathering.each(
         params,
@@ -297,6 +306,7 @@ def _observed(
     missing = [param for param in leaders if param not in found]
     if missing:
         raise ValueError(
-            f"no calibration token reaches {missing[0]}; give more calibration windows, or name it in pruner.skip"
+            f"no calibration token reaches {missing[0].removesuffix('.weight')}; give more calibration windows, or "
+            "name it in pruner.skip"
         )
     return found

@@ -26,6 +26,7 @@ Side = Literal["in", "out"]
 
 
 SIDES: tuple[Side, Side] = ("in", "out")
+ANOTHER_SCOPE = "choose another probe.scope"
 
 
 def capture_factors(
@@ -37,6 +38,7 @@ def capture_factors(
     *,
     in_step: bool = False,
     loss: Loss = per_sample_loss,
+    advice: str = ANOTHER_SCOPE,
 ) -> Factors:
     """Runs a batch forward and backward and gives the factors of every matrix, zero where there is padding.
 
@@ -50,6 +52,7 @@ def capture_factors(
         in_step: True where other processes run a batch at the same time and need this one to the end of its backward.
             An error then waits till the end, and no block is looked for.
         loss: gives the loss of each sample (B).
+        advice: what to do about a layer that cannot be measured.
 
     Raises:
         ValueError: names block and sample for a loss that is not finite, and a layer that did not run exactly once.
@@ -57,7 +60,7 @@ def capture_factors(
     found: Factors = {}
     device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found)
+    hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found, advice)
     with hooked(hooks), torch.enable_grad():
         loss_B = checked_loss(loss, model, batch)
         is_finite = bool(loss_B.isfinite().all())
@@ -72,7 +75,7 @@ def capture_factors(
         )
     if idle := [param for param in params if param not in found]:
         raise ValueError(
-            f"{idle[0]} took no part in the forward pass, so it has no gradient; choose another probe.scope"
+            f"{idle[0].removesuffix('.weight')} took no part in the forward pass, so it has no gradient; {advice}"
         )
     return found
 
@@ -105,6 +108,7 @@ def _hooks(
     mask_BT: Tensor,
     project: Callable[[Tensor, Side], Tensor],
     found: Factors,
+    advice: str,
 ) -> list[tuple[nn.Module, Callable[..., None]]]:
     # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
     # freed tensor's id may be given to another.
@@ -127,8 +131,8 @@ def _hooks(
             def take_both(delta_BTO: Tensor) -> None:
                 if param in found:
                     raise ValueError(
-                        f"{param} ran several times in one forward, and shared layers cannot be measured; choose "
-                        "another probe.scope"
+                        f"{param.removesuffix('.weight')} ran several times in one forward, and shared layers cannot "
+                        f"be measured; {advice}"
                     )
                 found[param] = input_BTI, masked(delta_BTO, "out")
 

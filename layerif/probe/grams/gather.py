@@ -24,7 +24,7 @@ from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import frozen
 from layerif.models.loss import Loss, per_sample_loss
 from layerif.models.memory import free_bytes
-from layerif.probe.grams.factors import Side, capture_factors
+from layerif.probe.grams.factors import ANOTHER_SCOPE, Side, capture_factors
 from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.grams.processes import Shards, is_spread
 from layerif.probe.grams.projection import Projection
@@ -58,6 +58,7 @@ class Gathering:
         kind: the first part of the names of the files in `partial`.
         takes_weights: also hand over the weight of the matrix.
         by_token: output gradients are (S×T×O), and not (S×O×T) as products take them.
+        advice: what to do about a layer that cannot be measured.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Gathering:
     kind: str = "grams"
     takes_weights: bool = False
     by_token: bool = False
+    advice: str = ANOTHER_SCOPE
 
     def each(
         self,
@@ -172,7 +174,7 @@ class Gathering:
                     project = self.projection or _as_it_is
                     names = [self.names[index] for index in indices]
                     factors = capture_factors(
-                        self.model, params, batch, names, project, in_step=in_step, loss=self.loss
+                        self.model, params, batch, names, project, in_step=in_step, loss=self.loss, advice=self.advice
                     )
                 except ValueError as error:
                     if not in_step:
