@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from torch import nn
+
 from layerif.evidence import CheckpointGrams
 from layerif.probe.grams.request import Grams
 from layerif.probe.measurements import Load, Measurements
-from layerif.probe.request import Part, Request
+from layerif.probe.request import Part, Planned, Request
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class CheckpointPasses(Request):
             for at in models
         ]
         return CheckpointGrams(tuple(grams for grams, _ in taken)), all(reused for _, reused in taken)
+
+    def planned(self, measurements: Measurements, skeleton: nn.Module) -> Planned | None:
+        return replace(Grams().planned(measurements, skeleton), num_models=len(self.folders))
 
     def approximations(self, measurements: Measurements) -> list[str]:
         return Grams().approximations(measurements)

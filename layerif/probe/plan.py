@@ -1,6 +1,7 @@
-"""The expected cost of a probe under each strategy, and the strategy that it would take, without running it.
+"""The expected cost of gradient passes under each strategy, and the strategy that a probe would take.
 
-Sizes come from the model's configuration; rates come from a short trial on this machine (`layerif.probe.speed`).
+An estimator's request says which passes its evidence takes (`Request.planned`); nothing of them is run here. Sizes come
+from the model's configuration; rates come from a short trial on this machine (`layerif.probe.speed`).
 Seconds are those of forward, backward, products and moving factors at these rates. Costs that come once and do not grow
 with the samples are left out (start-up, loading the model, scoring), and so is the load of other programs on the
 machine.
@@ -18,15 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from layerif.data.batches import batches
 from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.pretrained import Pretrained
-from layerif.probe.grams.gather import budget, wanted_tile_bytes, workload
+from layerif.probe.grams.gather import budget
 from layerif.probe.grams.passes import Passes, Workload, passes
-from layerif.probe.grams.products import FORMS
-from layerif.probe.grams.projection import Projection
 from layerif.probe.measurements import Measurements
+from layerif.probe.request import Planned, Request
 from layerif.probe.speed import Rates, Trial
 from layerif.probe.store import Store
 
@@ -57,30 +56,39 @@ class Strategy:
     seconds: float = 0.0
 
 
-def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
-    """Gives the workload, and every strategy with its expected cost; one is chosen, as a probe would."""
+def estimate(measurements: Measurements, request: Request) -> tuple[Planned, Workload, list[Strategy]] | None:
+    """Gives the passes of the evidence and every strategy with its expected cost; one is chosen, as a probe would.
+
+    Returns:
+        What is planned, its sizes and the strategies; None where the cost of this evidence is not known beforehand.
+    """
     probe, device = measurements.probe, torch.device(measurements.device)
     model, store = measurements.model, measurements.store
     assert isinstance(model, Pretrained)
     assert isinstance(store, Store)
     skeleton = model.skeleton(with_adapter=probe.parameters == "lora")
-    layers = measurements.measured_layers(skeleton)
-    train, validation = (list(batches(part, probe.batch_size, measurements.pad_id)) for part in measurements.samples())
-    trial = Trial(model, measurements, train[0][1])
-    projection = Projection(probe.projection, probe.projection_seed) if probe.projection else None
-    reads_with, num_processes = trial.reads_with(layers), measurements.num_processes
-    load = workload(skeleton, layers.matrices, train, validation, reads_with, projection, num_processes)
+    planned = request.planned(measurements, skeleton)
+    if planned is None:
+        return None
+    trial = Trial(model, measurements, planned)
+    load, num_processes = planned.workload(trial.reads_with()), measurements.num_processes
     weights = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.parameters())
     memory, host_memory = budget(device, probe.memory_gb, num_processes, weights)
 
     def arranged(limit: float, offload: Any) -> Passes:
         return passes(
-            load, limit, form=probe.form, offload=offload, tile_bytes=wanted_tile_bytes(device), host_memory=host_memory
+            load,
+            limit,
+            form=planned.form,
+            offload=offload,
+            tile_bytes=planned.tile_bytes,
+            host_memory=host_memory,
         )
 
     taken = arranged(memory, probe.offload)
-    rates = trial.rates(load, taken, Path(store.root))
-    sizes = _Sizes(rates, layers, sum(layer_map(skeleton, skip_unsupported=True, scope="all").numel), skeleton.config)
+    rates = trial.rates(taken, Path(store.root))
+    everything = layer_map(skeleton, skip_unsupported=True, scope="all")
+    sizes = _Sizes(rates, planned, everything, skeleton.config)
     found = []
     for name, limit, offload in (
         ("one pass", float("inf"), "none"),
@@ -98,9 +106,9 @@ def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
             continue
         if name == "one pass" and strategy.device_gb > memory / 1e9:
             why = f"needs more than the {memory / 1e9:.3g} GB of the budget"
-        elif name == "several passes" and strategy.passes == 1:
+        elif name == "several passes" and strategy.passes == planned.num_models:
             continue  # that is one pass
-        elif taken.offload == offload and len(taken.groups) == strategy.passes:
+        elif taken.offload == offload and len(taken.groups) * planned.num_models == strategy.passes:
             strategy = replace(strategy, chosen=True)
             why = "asked for" if probe.offload == offload else _WHY[name]
         elif name == "disk":
@@ -108,7 +116,7 @@ def estimate(measurements: Measurements) -> tuple[Workload, list[Strategy]]:
         else:
             why = "fits, and needs as many passes or more than what is chosen"
         found.append(replace(strategy, why=why))
-    return load, found
+    return planned, load, found
 
 
 _WHY = {
@@ -118,22 +126,22 @@ _WHY = {
 }
 
 
-def show_plan(measurements: Measurements, load: Workload, strategies: Sequence[Strategy]) -> None:
+def show_plan(planned: Planned, load: Workload, strategies: Sequence[Strategy], device: torch.device | str) -> None:
     """Prints the strategies as a table, and marks the chosen one."""
     console = Console()
-    probe = measurements.probe
+    models = f"; {planned.num_models} models, whose passes and seconds are added up" if planned.num_models > 1 else ""
     console.print(
-        f"{len(load.matrices)} matrices ({probe.parameters}, {probe.scope}); {load.num_train} + {load.num_val} samples"
-        f", {load.num_tokens:,} tokens with padding, the longest {load.longest}; device {measurements.device}"
+        f"{planned.about}, {load.num_tokens:,} tokens with padding, the longest {load.longest}; device {device}{models}"
     )
-    shapes = Table(title="inner products, by shape (outputs × inputs)")
-    for column in ("shape", "matrices", *(f"{form} GFLOP" for form in FORMS), "chosen"):
-        shapes.add_column(column, justify="left" if column in ("shape", "chosen") else "right")
     counts = Counter((matrix.num_out, matrix.num_in) for matrix in load.matrices)
     first = {(matrix.num_out, matrix.num_in): matrix for matrix in reversed(load.matrices)}
+    costs = {shape: planned.operations(load, first[shape]) for shape in counts}
+    shapes = Table(title=planned.title)
+    for column in ("shape", "matrices", *(f"{form} GFLOP" for form in next(iter(costs.values()))), "chosen"):
+        shapes.add_column(column, justify="left" if column in ("shape", "chosen") else "right")
     for shape, count in counts.items():
-        costs = [f"{count * load.operations(first[shape], form) / 1e9:,.0f}" for form in FORMS]
-        shapes.add_row(f"{shape[0]} × {shape[1]}", str(count), *costs, load.form(first[shape], probe.form))
+        spelt = [f"{count * cost / 1e9:,.0f}" for cost in costs[shape].values()]
+        shapes.add_row(f"{shape[0]} × {shape[1]}", str(count), *spelt, planned.chosen(load, first[shape]))
     console.print(shapes)
     table = Table(title="strategies")
     for column in ("strategy", "passes", "GB on device", "GB elsewhere", "TFLOP passes", "TFLOP products", "seconds"):
@@ -158,34 +166,39 @@ def show_plan(measurements: Measurements, load: Workload, strategies: Sequence[S
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Turns passes into seconds; `numel` counts all linear layers of the blocks, for the operations of a pass."""
+    """Turns passes into seconds; `everything` has all linear layers of all blocks, for the operations of a pass."""
 
     rates: Rates
-    layers: LayerMap
-    numel: int
+    planned: Planned
+    everything: LayerMap
     config: Any
 
     def strategy(self, name: str, arranged: Passes) -> Strategy:
-        load, rates, num_blocks = arranged.workload, self.rates, len(self.layers.names)
+        load, rates, planned = arranged.workload, self.rates, self.planned
+        names, numel, num_models = self.everything.names, sum(self.everything.numel), planned.num_models
+        num_blocks = len(names)
         head = self.config.vocab_size * self.config.hidden_size
-        operations = seconds = 0.0
+        operations = 2.0 * planned.forward_tokens * numel
+        seconds = planned.forward_tokens * num_blocks * rates.forward
         for group in arranged.groups:
-            first = self.layers.names.index(self.layers.block_of[group[0].name])
+            first = names.index(planned.layers.block_of[group[0].name])
             above = num_blocks - first  # the backward ends at the first block that is measured
-            operations += 2.0 * load.num_tokens * (self.numel * (1 + above / num_blocks) + 2 * head)
+            operations += 2.0 * load.num_tokens * (numel * (1 + above / num_blocks) + 2 * head)
             backward = rates.block - rates.forward
             seconds += (
                 load.num_tokens / load.num_processes * (rates.head + num_blocks * rates.forward + above * backward)
             )
+        weights = 0.0 if planned.per_weight is None else float(sum(planned.layers.numel))
         elsewhere = load.kept_bytes(load.matrices) if arranged.offload != "none" else 0.0
         speed = {"none": float("inf"), "cpu": rates.host, "disk": rates.disk}[arranged.offload]
+        divided = arranged.operations / rates.products + weights * rates.weights + 2 * elsewhere / speed
         return Strategy(
             name,
             why="",
-            passes=len(arranged.groups),
+            passes=num_models * len(arranged.groups),
             device_gb=arranged.device_bytes / 1e9,
             elsewhere_gb=elsewhere / 1e9,
-            pass_operations=operations,
-            product_operations=arranged.operations,
-            seconds=seconds + (arranged.operations / rates.products + 2 * elsewhere / speed) / load.num_processes,
+            pass_operations=num_models * operations,
+            product_operations=num_models * arranged.operations,
+            seconds=num_models * (seconds + divided / load.num_processes),
         )

@@ -7,8 +7,15 @@ request: a small frozen dataclass that derives from `Request`. An estimator name
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor, nn
+
+from layerif.layers import LayerMap
+from layerif.probe.grams.passes import Choice, Matrix, Passes, Workload
 from layerif.probe.measurements import Load, Measurements
 
 Part = Literal["train", "validation"]
@@ -16,6 +23,44 @@ Part = Literal["train", "validation"]
 
 class NotCompared(Exception):
     """Says why evidence that is not exact is not compared with exact evidence."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The gradient passes that some evidence takes, for an estimate of their cost (`layerif.probe.plan`).
+
+    Attributes:
+        about: the matrices and samples, in words.
+        layers: the blocks with the matrices that are measured.
+        scope: the matrices of a block that these are taken from, see `layer_map`.
+        batch: one of the batches.
+        workload: gives the sizes, from the first matrix that reads the same input as each one.
+        form: of the products, see `Probe`.
+        tile_bytes: the wanted size of a tile.
+        title: of the table of operations.
+        operations: gives the operations of a matrix in each form, from the sizes.
+        chosen: gives the form that a matrix is measured in.
+        rehearsal: gives the work on one matrix with a number of samples of random values, and its operations.
+        per_weight: gives work that does not grow with the samples, and the number of weights that it is done for; None
+            where there is none.
+        forward_tokens: the tokens that run forward once more.
+        num_models: the models that are measured alike.
+    """
+
+    about: str
+    layers: LayerMap
+    scope: str
+    batch: Mapping[str, Tensor]
+    workload: Callable[[Mapping[str, str]], Workload]
+    form: Choice
+    tile_bytes: float
+    title: str
+    operations: Callable[[Workload, Matrix], Mapping[str, float]]
+    chosen: Callable[[Workload, Matrix], str]
+    rehearsal: Callable[[Passes, int, torch.device], tuple[Callable[[], Any], float]]
+    per_weight: Callable[[torch.device], tuple[Callable[[], Any], int]] | None = None
+    forward_tokens: int = 0
+    num_models: int = 1
 
 
 class Request(ABC):
@@ -55,6 +100,15 @@ class Request(ABC):
         Returns:
             The evidence, and whether the store had all of it.
         """
+
+    def planned(self, measurements: Measurements, skeleton: nn.Module) -> Planned | None:
+        """Says which gradient passes the evidence takes; None where their cost is not known beforehand.
+
+        Args:
+            measurements: the model, the samples and the store.
+            skeleton: the model without its weights.
+        """
+        return None
 
     def approximations(self, measurements: Measurements) -> list[str]:
         """Names what makes the evidence differ from exact evidence in float32; empty where nothing does."""

@@ -8,22 +8,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerif.layers import LayerMap
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
 from layerif.models.pretrained import Pretrained
 from layerif.probe.grams.factors import capture_factors, inputs_read_together
-from layerif.probe.grams.passes import Passes, Workload
-from layerif.probe.grams.products import gram
+from layerif.probe.grams.passes import Passes
 from layerif.probe.measurements import Measurements
+from layerif.probe.request import Planned
 
 _MOMENT = 0.3  # seconds that a timed product has to take
 
@@ -36,6 +35,7 @@ class Rates:
         block, head: seconds of a forward and backward, for one token.
         forward: the part of `block` that the forward takes.
         products: operations a second.
+        weights: seconds for a weight, of work that does not grow with the samples.
         host, disk: bytes a second to main memory (infinite if the model is there) and to disk.
     """
 
@@ -43,6 +43,7 @@ class Rates:
     head: float
     forward: float
     products: float
+    weights: float
     host: float
     disk: float
 
@@ -50,28 +51,34 @@ class Rates:
 class Trial:
     """One and two blocks of the model's width with random weights, and one batch of the samples."""
 
-    def __init__(self, model: Pretrained, measurements: Measurements, batch: Mapping[str, Tensor]) -> None:
-        self.measurements, self.batch = measurements, batch
+    def __init__(self, model: Pretrained, measurements: Measurements, planned: Planned) -> None:
+        self.measurements, self.planned = measurements, planned
+        self.batch: Mapping[str, Tensor] = planned.batch
         self.device = torch.device(measurements.device)
         self.models = [_random_model(model, num_blocks).to(self.device) for num_blocks in (1, 2)]
 
-    def reads_with(self, layers: LayerMap) -> dict[str, str]:
+    def reads_with(self) -> dict[str, str]:
         """Gives the first matrix that reads the same input, for each matrix, as in the first block of the trial.
 
         The matrices of an adapter are taken to read apart.
         """
+        layers = self.planned.layers
         if self.measurements.probe.parameters == "lora":
             return {param: param for param in layers.matrices}
-        trial = layer_map(self.models[0], scope=self.measurements.probe.scope, skip_unsupported=True)
-        within = inputs_read_together(self.models[0], trial.params[0])
-        start = len(trial.names[0])
-        found = {}
-        for param, name in layers.block_of.items():
-            here = trial.names[0] + param[len(name) :]
-            found[param] = name + within.get(here, here)[start:]
+        trial = layer_map(self.models[0], scope=self.planned.scope, skip_unsupported=True)
+        start, found = len(trial.names[0]), {}
+        known: dict[tuple[str, ...], dict[str, str]] = {}
+        for name, params in layers.by_block.items():
+            here = tuple(trial.names[0] + param[len(name) :] for param in params)
+            if here not in known:  # blocks differ only where matrices are left out
+                present = [param for param in here if param in trial.matrices]
+                known[here] = inputs_read_together(self.models[0], present)
+            found |= {
+                param: name + known[here].get(each, each)[start:] for param, each in zip(params, here, strict=True)
+            }
         return found
 
-    def rates(self, load: Workload, taken: Passes, folder: Path) -> Rates:
+    def rates(self, taken: Passes, folder: Path) -> Rates:
         """Measures the rates of this machine; a file in `folder` times the disk."""
         num_tokens = self.batch["input_ids"].numel()
         both, forward = [], []
@@ -87,26 +94,28 @@ class Trial:
             block=block / num_tokens,
             head=max(both[0] - block, 0) / num_tokens,
             forward=min(max(forward[1] - forward[0], 0), block) / num_tokens,
-            products=self._product_rate(load, taken),
+            products=self._product_rate(taken),
+            weights=self._weight_rate(),
             host=_copy_rate(self.device),
             disk=_write_rate(folder),
         )
 
-    def _product_rate(self, load: Workload, taken: Passes) -> float:
-        """Times the products of the matrix that costs most, with as many samples as take a moment."""
-        matrix = max(load.matrices, key=lambda matrix: load.operations(matrix, taken.forms[matrix.name]))
-        form, num_samples = taken.forms[matrix.name], 8
-        total = load.num_train + load.num_val
+    def _product_rate(self, taken: Passes) -> float:
+        """Times the products of one matrix, with as many samples as take a moment."""
+        num_samples, total = 8, taken.workload.num_train + taken.workload.num_val
         while True:
             num_samples = min(num_samples, total)
-            num_val = min(load.num_val, max(1, num_samples * load.num_val // total))
-            part = replace(load, num_train=num_samples - num_val, num_val=num_val)
-            input_STI = torch.randn(num_samples, load.longest, matrix.num_in, device=self.device)
-            delta_SOT = torch.randn(num_samples, matrix.num_out, load.longest, device=self.device)
-            seconds = self._seconds(gram, form, input_STI, delta_SOT, part.num_train, taken.tile_bytes[matrix.name])
+            work, operations = self.planned.rehearsal(taken, num_samples, self.device)
+            seconds = self._seconds(work)
             if seconds > _MOMENT or num_samples == total:
-                return part.operations(matrix, form) / seconds
+                return operations / seconds
             num_samples *= 2
+
+    def _weight_rate(self) -> float:
+        if self.planned.per_weight is None:
+            return 0.0
+        work, num_weights = self.planned.per_weight(self.device)
+        return self._seconds(work) / num_weights
 
     def _seconds(self, work: Callable[..., Any], *args: Any) -> float:
         """Gives the median of three runs, after one to warm up."""

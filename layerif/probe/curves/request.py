@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerif.allocate.curves import Curves
 from layerif.checks import how_many
@@ -18,17 +19,28 @@ from layerif.data.batches import batches
 from layerif.layers import Granularity
 from layerif.models.blocks import context_length
 from layerif.models.loss import per_sample_loss
-from layerif.probe.curves.measure import CurveForm, Masks, measure_loss_curves
+from layerif.probe.curves.measure import (
+    CurveForm,
+    CurveWorkload,
+    Masks,
+    curve_tile_bytes,
+    curve_workload,
+    measure_loss_curves,
+)
+from layerif.probe.curves.prices import diagonal_costs, effects
 from layerif.probe.curves.text import LossText
+from layerif.probe.grams.gather import workload
+from layerif.probe.grams.passes import Matrix, Passes
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.measurements import Load, Measurements, hash_of, hash_of_samples
-from layerif.probe.request import Part, Request
+from layerif.probe.request import Part, Planned, Request
 from layerif.probe.store import MeasurementKind
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
 WINDOWS, TASK = "windows", "task"
+_CORNER = 1024  # rows and columns of the matrix that a plan times the pruner on
 FEW_WINDOWS = 4  # below this the curves of a trial ranked noticeably worse
 
 
@@ -142,6 +154,76 @@ class LossCurves(Request):
         """Says what the curves belong to, so that they are not spent elsewhere."""
         texts = ", ".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in self.loss_texts.items())
         return source_of(measurements, self.pruner, self.windows(measurements), texts)
+
+    def planned(self, measurements: Measurements, skeleton: nn.Module) -> Planned:
+        layers = measurements.layers().without(self.pruner.skip)
+        windows, loss_text = self.windows(measurements), self.loss_text(measurements)
+        longest = max(batch["input_ids"].shape[1] for _, batch in loss_text.batches)
+        places_V, _, is_second_V = loss_text.positions(longest, self.tokens, self.seed)
+        kind = partial(curve_workload, places_V, is_second_V, len(self.levels), self.form)
+        num_processes, device = measurements.num_processes, torch.device(measurements.device)
+
+        def operations(load: Any, matrix: Matrix) -> dict[str, float]:
+            return {form: load.price_operations(matrix, form) for form in get_args(CurveForm)}
+
+        return Planned(
+            about=f"{len(layers.matrices)} matrices that {self.pruner.called} prunes, at {len(self.levels)} levels; "
+            f"{len(loss_text.names)} samples, {len(places_V):,} positions looked at",
+            layers=layers,
+            scope="all",
+            batch=loss_text.batches[0][1],
+            workload=lambda reads_with: workload(
+                skeleton, layers.matrices, loss_text.batches, (), reads_with, num_processes=num_processes, kind=kind
+            ),
+            form="materialised",
+            tile_bytes=curve_tile_bytes(skeleton, layers.matrices, device),
+            title="prices of all levels, by shape (outputs × inputs)",
+            operations=operations,
+            chosen=lambda load, matrix: self.form,
+            rehearsal=self._rehearsal,
+            per_weight=partial(self._changes_of_a_corner, skeleton, layers.matrices),
+            forward_tokens=sum(each.numel() for each in windows) if self._observes_apart else 0,
+        )
+
+    def _rehearsal(self, passes: Passes, num_samples: int, device: torch.device) -> tuple[Callable[[], Any], float]:
+        """Gives the price of one level of the largest matrix."""
+        load = passes.workload
+        assert isinstance(load, CurveWorkload)
+        matrix = max(load.matrices, key=lambda matrix: matrix.num_out * matrix.num_in)
+        num_positions = max(2, load.num_positions * num_samples // (load.num_train + load.num_val))
+        input_VI = torch.randn(num_positions, matrix.num_in, device=device)
+        delta_VO = torch.randn(num_positions, matrix.num_out, device=device)
+        change_OI = torch.randn(matrix.num_out, matrix.num_in, device=device)
+        operations = 2.0 * num_positions * matrix.num_out * matrix.num_in
+        if self.form == "exact":
+            rows = load.rows(matrix, passes.tile_bytes[matrix.name])
+            return lambda: effects(input_VI, delta_VO, [change_OI], rows), operations
+        weights_V = torch.ones(num_positions, dtype=torch.float64, device=device)
+        is_second_V = torch.arange(num_positions, device=device) % 2 > 0
+        return lambda: diagonal_costs(input_VI, delta_VO, weights_V, is_second_V, [change_OI.clone()]), operations
+
+    def _changes_of_a_corner(
+        self, skeleton: nn.Module, params: Sequence[str], device: torch.device
+    ) -> tuple[Callable[[], Any], int]:
+        """Gives the pruner's choice at all levels in a corner of the largest matrix, which is all of a small one."""
+        num_out, num_in = max(
+            (skeleton.get_parameter(param).shape for param in params), key=lambda shape: shape.numel()
+        )
+        corner_OI = torch.randn(min(num_out, _CORNER), min(num_in, _CORNER), device=device)
+        input_TI = torch.randn(2 * corner_OI.shape[1], corner_OI.shape[1], device=device)
+
+        def choose() -> None:
+            statistic = self.pruner.observe(None, input_TI) if self.pruner.needs_inputs else None
+            shared = self.pruner.prepare(statistic, 1, name="a trial") if self.pruner.needs_inputs else None
+            for _ in self.pruner.changes_at(corner_OI, shared, self.levels):
+                pass
+
+        return choose, corner_OI.numel()
+
+    @property
+    def _observes_apart(self) -> bool:
+        """Tells if the pruner's windows are not the samples whose loss is watched."""
+        return self.pruner.needs_inputs and set(self.loss_texts) != {WINDOWS}
 
     def take(self, measurements: Measurements, load: Load) -> tuple[Curves, bool]:
         store, shards = measurements.store, Shards.current()

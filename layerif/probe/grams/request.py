@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerif.data.batches import batches
 from layerif.evidence import LayerGrams
 from layerif.models.loss import per_sample_loss
+from layerif.probe.grams.gather import wanted_tile_bytes, workload
 from layerif.probe.grams.measure import gram_in, measure, tensors_of
+from layerif.probe.grams.passes import Passes
 from layerif.probe.grams.processes import Shards, spread
+from layerif.probe.grams.products import FORMS, gram
 from layerif.probe.grams.projection import Projection
 from layerif.probe.measurements import Load, Measurements
-from layerif.probe.request import NotCompared, Part, Request
+from layerif.probe.request import NotCompared, Part, Planned, Request
 from layerif.probe.store import MeasurementKind, layers_in
 from layerif.versions import VERSIONS
 
@@ -57,6 +60,30 @@ class Grams(Request):
             shards.share(grams)
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
+
+    def planned(self, measurements: Measurements, skeleton: nn.Module) -> Planned:
+        probe, num_processes = measurements.probe, measurements.num_processes
+        layers = measurements.measured_layers(skeleton)
+        train, validation = (
+            list(batches(part, probe.batch_size, measurements.pad_id)) for part in measurements.samples()
+        )
+        projection = Projection(probe.projection, probe.projection_seed) if probe.projection else None
+        samples = " + ".join(str(len(part)) for part in measurements.samples())
+        return Planned(
+            about=f"{len(layers.matrices)} matrices ({probe.parameters}, {probe.scope}); {samples} samples",
+            layers=layers,
+            scope=probe.scope,
+            batch=train[0][1],
+            workload=lambda reads_with: workload(
+                skeleton, layers.matrices, train, validation, reads_with, projection, num_processes
+            ),
+            form=probe.form,
+            tile_bytes=wanted_tile_bytes(torch.device(measurements.device)),
+            title="inner products, by shape (outputs × inputs)",
+            operations=lambda load, matrix: {form: load.operations(matrix, form) for form in FORMS},
+            chosen=lambda load, matrix: load.form(matrix, probe.form),
+            rehearsal=_rehearsal,
+        )
 
     def approximations(self, measurements: Measurements) -> list[str]:
         size = measurements.probe.projection
@@ -115,6 +142,18 @@ def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
         loss=measurements.loss or per_sample_loss,
         names=[f"{part} row {row.id}" for part in Grams.parts for row in measurements.chosen(part)],
     )
+
+
+def _rehearsal(passes: Passes, num_samples: int, device: torch.device) -> tuple[Callable[[], Any], float]:
+    """Gives the products of the matrix that costs most."""
+    load = passes.workload
+    matrix = max(load.matrices, key=lambda matrix: load.operations(matrix, passes.forms[matrix.name]))
+    form, tile = passes.forms[matrix.name], passes.tile_bytes[matrix.name]
+    num_val = min(load.num_val, max(1, num_samples * load.num_val // (load.num_train + load.num_val)))
+    part = replace(load, num_train=num_samples - num_val, num_val=num_val)
+    input_STI = torch.randn(num_samples, load.longest, matrix.num_in, device=device)
+    delta_SOT = torch.randn(num_samples, matrix.num_out, load.longest, device=device)
+    return lambda: gram(form, input_STI, delta_SOT, part.num_train, tile), part.operations(matrix, form)
 
 
 def _pack(grams: LayerGrams) -> tuple[dict[str, Tensor], dict[str, str]]:

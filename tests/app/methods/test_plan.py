@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
+from layerif.models.pretrained import LocalModel
 from tests.command import layerif_here
 
 
@@ -35,3 +38,43 @@ def test_too_small_a_budget_is_refused_with_the_least(tiny_overrides, tmp_path):
     done = layerif_here([*tiny_overrides, "method=none", "probe.memory_gb=1e-7"], tmp_path)
     assert done.returncode == 1
     assert re.search(r"layerif: 1e-07 GB for the probe .* are too few: model\.layers\.\d\S+ alone needs", done.stderr)
+
+
+@pytest.mark.parametrize("form", ["exact", "diagonal"])
+def test_the_plan_of_loss_curves_is_what_their_measurement_does(form, tiny_overrides, model_folder, tmp_path):
+    mask_text = "estimator.mask_text={_target_:layerif.pruning.calibration.Calibration,num_windows:8,window:16}"
+    small = [*tiny_overrides, "estimator=loss_curve", mask_text, f"estimator.form={form}", "probe.memory_gb=4e-4"]
+    planned = layerif_here([*small, "method=plan", f"hydra.run.dir={tmp_path / 'plan'}"], tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert "prices of all levels" in planned.stdout
+    assert "inner products" not in planned.stdout
+    strategies = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    (chosen,) = [strategy for strategy in strategies if strategy["chosen"]]
+    assert chosen["name"] == "several passes"
+    assert chosen["device_gb"] <= 4e-4
+    assert chosen["seconds"] > 0
+    num_positions, num_products = 8 * 7, 8 if form == "exact" else 1  # 7 of 16 tokens
+    num_weights = sum(LocalModel(path=str(model_folder)).layers().numel)
+    assert chosen["product_operations"] == 2 * num_positions * num_products * num_weights
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+    done = layerif_here([*small, "method=none", f"hydra.run.dir={tmp_path / 'run'}"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"(\d+) passes", done.stdout + done.stderr)[1]) == chosen["passes"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (["estimator=dlp"], "no plan: the evidence of estimator=dlp is neither the Grams nor the loss curves"),
+        (["estimator=measured_loss"], "no plan: the evidence of estimator=measured_loss is neither"),
+        (["estimator=uniform"], "nothing to plan: estimator=uniform measures nothing"),
+        (["allocator=depth"], "nothing to plan: the allocator spends neither scores nor curves"),
+    ],
+)
+def test_evidence_of_another_kind_gets_no_plan_of_grams(choices, said, tiny_overrides, tmp_path):
+    planned = layerif_here([*tiny_overrides, *choices, "method=plan", f"hydra.run.dir={tmp_path / 'plan'}"], tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert said in planned.stdout
+    assert "GFLOP" not in planned.stdout
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text()) == []
