@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -51,7 +51,8 @@ class InfluenceCallback(L.Callback):
         if self.decision is None:
             return {}
         scores = self.decision.scores.to_dict() if self.decision.scores else None
-        return {**asdict(self.decision), "scores": scores, "allocation": self.decision.allocation.to_dict()}
+        plain = asdict(replace(self.decision, curves=None))  # nothing that is fine-tuned is decided by curves
+        return {**plain, "scores": scores, "allocation": self.decision.allocation.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
