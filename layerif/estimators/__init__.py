@@ -13,7 +13,7 @@ needs by a request (`layerif/probe/request.py`) and scores it:
 | `Spectra()`                    | `LayerSpectra` of the weights alone              | alpha                            |
 | `Activations(epsilon)`         | `LayerActivations` of one forward pass           | outlier, dlp, block_influence,   |
 |                                |                                                  | avss, linear_probe, cca          |
-| `Removal(sparsity)`            | `LayerRemovals`: errors that a mask makes        | lsa                              |
+| `Removal(sparsity, mask)`      | `LayerRemovals`: errors that a mask makes        | lsa                              |
 | `Gates(num_steps, …)`          | `LayerGates`, learned on a trained adapter       | ila                              |
 | `Nothing(files)`               | `LayerMap` of the model; no pass over data       | uniform, random, file            |
 

@@ -10,6 +10,7 @@ from layerif.estimators._base import layer_scores
 from layerif.estimators.dlp import relative_importance
 from layerif.evidence import LayerRemovals
 from layerif.probe.removal import Removal
+from layerif.pruning.wanda import wanda_mask
 from layerif.scores import LayerScores
 
 
@@ -35,7 +36,7 @@ class Lsa:
 
     @property
     def needs(self) -> Removal:
-        return Removal(self.proxy)
+        return Removal(self.proxy, wanda_mask)
 
     def score(self, evidence: LayerRemovals, /) -> LayerScores:
         errors = [math.fsum(evidence.errors[param] for param in params) for params in evidence.layers.params]

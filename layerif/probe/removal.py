@@ -25,8 +25,9 @@ from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
 from layerif.progress import progress
-from layerif.pruning.wanda import wanda_mask
 from layerif.versions import VERSIONS
+
+Mask = Callable[[Tensor, Tensor, float], Tensor]
 
 REMOVALS: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("removals", "removal passes")
 
@@ -40,11 +41,13 @@ class Removal(Request):
 
     Attributes:
         sparsity: the share of each matrix' weights that its mask removes.
+        mask: Wanda's: takes a weight (O×I), the squared norms of its inputs (I) and the sparsity.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ("train",)
 
     sparsity: float
+    mask: Mask
 
     def take(self, measurements: Measurements, load: Load) -> tuple[LayerRemovals, bool]:
         layers, samples = measurements.layers(), measurements.samples()[0]
@@ -58,6 +61,7 @@ class Removal(Request):
                 samples,
                 seen.input_square_norms,
                 sparsity=self.sparsity,
+                mask=self.mask,
                 batch_size=measurements.probe.batch_size,
                 pad_id=measurements.pad_id,
             ),
@@ -77,6 +81,7 @@ def removal_errors(
     input_square_norms: Mapping[str, Tensor],
     *,
     sparsity: float,
+    mask: Mask,
     batch_size: int = 8,
     pad_id: int = 0,
 ) -> dict[str, Tensor]:
@@ -91,6 +96,7 @@ def removal_errors(
         samples: the samples.
         input_square_norms: by parameter name, Σ over the tokens of x_j² (I), for the masks.
         sparsity: the share of each matrix' weights that its mask removes.
+        mask: see `Removal`.
         batch_size: the samples that the model sees at once.
         pad_id: the token that fills shorter samples.
 
@@ -106,7 +112,7 @@ def removal_errors(
         kept = {}
         for param in layers.matrices:
             weight = bare(model).get_parameter(param)
-            kept[param] = ~wanda_mask(weight, input_square_norms[param].to(weight.device), sparsity)
+            kept[param] = ~mask(weight, input_square_norms[param].to(weight.device), sparsity)
         for _, batch in progress(list(batches(samples, batch_size, pad_id)), "removals"):
             mask_BT = batch["attention_mask"].bool().to(device)
             hooks = [

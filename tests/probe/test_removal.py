@@ -14,6 +14,7 @@ from layerif.models.blocks import layer_map
 from layerif.probe import activations, removal
 from layerif.probe.activations import observe
 from layerif.probe.removal import removal_errors
+from layerif.pruning.wanda import wanda_mask
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -27,7 +28,7 @@ def errors(model, *, sparsity: float = 0.5, **options) -> dict[str, torch.Tensor
     layers = layer_map(model, scope="all", skip_unsupported=True)
     seen = observe(model, layers, samples(), [None] * 6, epsilon=0.1)
     norms = {param: seen[f"input_square_norms/{param}"] for param in layers.matrices}
-    return removal_errors(model, layers, samples(), norms, sparsity=sparsity, **options)
+    return removal_errors(model, layers, samples(), norms, sparsity=sparsity, mask=wanda_mask, **options)
 
 
 def by_pairs(weight_OI: torch.Tensor, input_VI: torch.Tensor, sparsity: float) -> float:
