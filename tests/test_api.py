@@ -331,6 +331,13 @@ assert "torch" not in sys.modules
 from layerif import Allocation, LoraMoeConfig, Profile, loss, prune, score
 import layerif.estimators.datainf, layerif.pruning.wanda
 assert sorted(layerif.__all__) == [name for name in dir(layerif) if name in layerif.__all__]
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+texts = [{{"input_ids": [(7 * row + 3 * token) % 32 for token in range(8)]}} for row in range(4)]
+allocation = layerif.curves(model, None, texts, window=8, progress=False).allocate(0.5)
+layerif.prune(model, None, allocation, calibration=texts, window=8, progress=False)
+assert sum(int((linear.weight == 0).sum()) for linear in model.model.layers.modules() if hasattr(linear, "in_features"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

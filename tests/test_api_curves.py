@@ -132,7 +132,7 @@ def test_curves_are_not_spent_on_another_model_or_by_another_pruner_or_text():
     for said, options in {
         "another pruner, wanda(compare=row), than this one, magnitude()": {"pruner": "magnitude"},
         "another mask text; use the same calibration windows": {"texts": TEXTS[::-1]},
-        "another model, so measure them again": {"model": tiny_model(seed=1)},
+        "another model; measure them again for this one": {"model": tiny_model(seed=1)},
         "another pruner, wanda(compare=row), than this one, wanda(m=4": {"pruner": Wanda(m=4)},
     }.items():
         other = options.pop("model", model)
@@ -189,7 +189,9 @@ def test_a_matrix_without_inputs_is_left_out_by_name():
     model = with_idle_matrix()
     given = curves_of(model, pruner=skip).allocate(0.5)
     assert len(given.units) == 21
-    with pytest.raises(ValueError, match=r"no calibration token reaches model\.layers\.1\.mlp\.idle; give .* skip"):
+    with pytest.raises(
+        ValueError, match=r"no calibration token reaches model\.layers\.1\.mlp\.idle; give .*pruner\.skip"
+    ):
         pruned(0.5, with_idle_matrix())
     zeros = num_zeros(pruned(given, model, pruner=skip))
     assert zeros["model.layers.1.mlp.idle"] == 0

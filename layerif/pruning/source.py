@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 _ADVICE = {
-    "model": "the curves are of another model, so measure them again for this one",
+    "model": "measure them again for this one",
     "pruner": "use estimator.masks=null, or the pruner that the curves are of",
     "mask_text": "use the same calibration windows for curves and pruning, or measure the curves again",
 }

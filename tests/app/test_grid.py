@@ -73,7 +73,7 @@ def test_every_combination_inside_is_accepted_and_every_other_one_is_answered_by
     estimators: list[Any] = [GradDot(), LossCurve(mask_text=windows), MeasuredLoss(mask_text=windows)]
     allocators: list[tuple[str, Any]] = [
         ("experts", Experts()),
-        ("experts", Shape(shape="2468")),
+        ("experts", Shape(shape=[1, 2, 3])),
         ("experts", WaterFilling(kind="experts")),
         ("rank", Rank()),
         ("rank", Shape(shape=[1, 2, 3], kind="rank")),
