@@ -54,7 +54,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class CompletionExample:
-    """A prompt and the text that should follow it; two are the same if their prompts are, or without any their texts."""
+    """A prompt and the text that should follow it; two are the same if their prompts are, or else their completions."""
 
     id: str
     prompt: str

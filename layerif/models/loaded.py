@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from layerif.layers import LayerMap
@@ -117,7 +118,7 @@ class Loaded:
             {
                 name: {part: getattr(module, part, None) for part in parts}
                 for name, module in self.model.named_modules()
-                if isinstance(module, BaseTunerLayer)
+                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
             }
         )
 
