@@ -5,9 +5,8 @@ Nothing is written unless a store is given, and the model comes back as it was, 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +16,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerif.allocate import Allocation, Curves
 from layerif.allocate.sparsity import TargetSparsity
-from layerif.checks import check_choice, check_value
-from layerif.data.batches import LossOn, bos_of, encode, token_ids
-from layerif.data.given import GivenRows, check_apart, examples_of
+from layerif.checks import Count, called_as_arguments, check_choice, check_value
+from layerif.data.batches import Encodings, LossOn, bos_of, encode, token_ids
+from layerif.data.given import (
+    GivenRows,
+    check_apart,
+    check_ids,
+    check_tokenizer,
+    check_tokens,
+    check_tokens_apart,
+    examples_of,
+)
 from layerif.data.render import Template
 from layerif.data.rows import AnyExample, TextExample, TokenExample
 from layerif.data.task import Splits
 from layerif.data.windows import Bos, windows_of
 from layerif.decide import Scorer
-from layerif.estimators import Estimator
+from layerif.estimators import Estimator, estimator_of_scores
 from layerif.estimators.loss_curve import LossCurve
-from layerif.files import conf_folder
 from layerif.layers import Granularity
 from layerif.models.blocks import Scope, bare, blocks, context_length, device_of
 from layerif.models.loaded import Loaded
@@ -46,7 +52,11 @@ from layerif.pruning.source import check_source
 from layerif.pruning.targets import targets
 from layerif.pruning.walk import Walk
 
+# What the settings of the probe are called here.
+_PROBE = ("scope", "num_train", "num_validation", "max_length", "batch_size", "template", "loss_on", "memory_gb")
 
+
+@called_as_arguments("probe", _PROBE)
 def score(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -98,7 +108,12 @@ def score(
     """
     loaded = Loaded(model, is_hashed=store is not None)
     loaded.check()
-    chosen = estimator_called(estimator) if isinstance(estimator, str) else estimator
+    check_tokenizer(tokenizer)
+    chosen = estimator_of_scores(estimator)
+    if loss is not None and not callable(loss):
+        raise ValueError(
+            f"loss is {loss!r}; give a function (model, batch) -> the loss of each sample, or leave it out"
+        )
     if loss is not None and not chosen.needs.takes_loss:
         raise ValueError(
             f"the estimator {type(chosen).__name__} measures no loss of yours; use one on Grams, such as datainf, or "
@@ -106,7 +121,7 @@ def score(
         )
     examples = {"train": examples_of(train, "train"), "validation": examples_of(validation, "validation")}
     check_apart(examples["train"], examples["validation"])
-    keeps = store is not None and (loss is None or isinstance(loss, NamedLoss))
+    keeps = loss is None or isinstance(loss, NamedLoss)
     scorer = Scorer(
         model=loaded,
         tokenizer=tokenizer,
@@ -121,15 +136,17 @@ def score(
             batch_size=batch_size,
             memory_gb=memory_gb,
         ),
-        store=Store(Path(store)) if store is not None and keeps else Unstored(),
+        store=_store(store if keeps else None),
         seed=seed,
         device=device_of(model),
         loss=loss,
         estimator=chosen,
     )
     scorer.check()
-    for part in examples:
-        _check_ids(scorer, part)
+    samples = scorer.samples()
+    for part, encodings in zip(examples, samples, strict=True):
+        _check_samples(scorer, part, encodings)
+    check_tokens_apart(*samples, {part: [each.id for each in scorer.chosen(part)] for part in examples}, max_length)
     with displayed("bar" if progress else "none"):
         scored, evidence = scorer.scored()
     assert scored.scores is not None
@@ -187,6 +204,9 @@ def prune(
     """
     loaded = Loaded(model)
     loaded.check()
+    loaded.check_finite()
+    check_tokenizer(tokenizer)
+    check_value("batch_size", batch_size, Count)
     if loaded.adapter:
         raise ValueError("the model has an adapter of PEFT; merge it first: model = model.merge_and_unload()")
     chosen = pruner_called(pruner) if isinstance(pruner, str) else pruner
@@ -202,6 +222,7 @@ def prune(
     return model
 
 
+@called_as_arguments("probe", ("max_length", "batch_size", "memory_gb"))
 def curves(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -254,6 +275,8 @@ def curves(
     check_choice("kind", kind, ("sparsity",))
     loaded = Loaded(model, is_hashed=True)
     loaded.check()
+    check_tokenizer(tokenizer)
+    check_value("batch_size", batch_size, Count)
     chosen = pruner_called(pruner) if isinstance(pruner, str) else pruner
     estimator = LossCurve(pruner=chosen, form=form, granularity=granularity, tokens=tokens, seed=seed)
     windows = _windows(model, tokenizer, texts, num_windows, window, batch_size, seed, bos)
@@ -263,7 +286,7 @@ def curves(
         tokenizer=tokenizer,
         splits=Splits(train=watched, validation=(), test=()),
         probe=Probe(num_train=max(len(watched), 1), max_length=max_length, batch_size=batch_size, memory_gb=memory_gb),
-        store=Unstored() if store is None else Store(Path(store)),
+        store=_store(store),
         seed=seed,
         device=device_of(model),
     )
@@ -273,6 +296,7 @@ def curves(
         loss_texts={"windows": 1.0} if rows is None else {"task": 1.0},
     )
     request.check(measurements)
+    _check_samples(measurements, "train", measurements.samples()[0])
     with displayed("bar" if progress else "none"):
         return request.take(measurements, loaded.load)[0]
 
@@ -287,25 +311,10 @@ def loss(name: str, *, version: int) -> Any:
     return lambda function: NamedLoss(name, version, function)
 
 
-def estimator_called(name: str) -> Estimator:
-    """Makes the estimator of a name, with its default settings.
-
-    Raises:
-        ValueError: there is no such estimator, or it cannot do without settings.
-    """
-    return _made(name, "estimator", "estimators", lambda found: hasattr(found, "needs"))
-
-
-def _made(name: str, setting: str, room: str, is_one: Any) -> Any:
-    """Finds the dataclass of a choice by its file, as the laws of the rooms do."""
-    check_choice(setting, name, sorted(file.stem for file in (conf_folder() / setting).glob("*.yaml")))
-    module = importlib.import_module(f"layerif.{room}.{name}")
-    own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
-    chosen = next(each for each in own if is_dataclass(each) and is_one(each))
-    try:
-        return chosen()
-    except TypeError as error:
-        raise ValueError(f"{setting}={name!r} needs settings of its own: {error}; give {setting}={name}(…)") from error
+def _store(folder: str | Path | None) -> Store | Unstored:
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"store={str(folder)!r} is a file; give a folder, which is made where there is none")
+    return Unstored() if folder is None else Store(Path(folder))
 
 
 @dataclass(frozen=True)
@@ -338,7 +347,7 @@ def _windows(
             f"window={window} is too long: the model reads at most {longest} tokens; use window<={longest}"
         )
     windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows", bos=lead)
-    _check_ids_below(max(max(each) for each in windows), "the calibration rows", model)
+    check_ids(max(max(each) for each in windows), "the calibration rows", _num_embeddings(model))
     return torch.tensor(windows).split(batch_size)
 
 
@@ -353,20 +362,14 @@ def _check_source(given: Any, model: nn.Module, pruner: Pruner, windows: Sequenc
         check_source(given.source, here)
 
 
-def _check_ids(scorer: Scorer, part: str) -> None:
-    samples = scorer.samples()[0 if part == "train" else 1]
-    for sample, example in zip(samples, scorer.chosen(part), strict=True):
-        _check_ids_below(max(sample.input_ids), example.id, scorer.model.load())
+def _check_samples(measurements: Measurements, part: str, samples: Encodings) -> None:
+    model = measurements.model.load()
+    chosen, longest = measurements.chosen(part), context_length(model)
+    check_tokens(samples, chosen, num_embeddings=_num_embeddings(model), longest=longest)
 
 
-def _check_ids_below(largest: int, what: str, model: Any) -> None:
-    """Refuses token ids that the model has no embedding for."""
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if largest >= num_embeddings:
-        raise ValueError(
-            f"{what}: the token id {largest} is beyond the vocabulary; the model has embeddings for the ids below "
-            f"{num_embeddings}, so give the tokenizer that the model was trained with"
-        )
+def _num_embeddings(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def _sparsities(given: Allocation | Mapping[str, float] | float, model: nn.Module) -> Mapping[str, float]:

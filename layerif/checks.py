@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
@@ -213,6 +215,43 @@ def _parts(hint: Any) -> tuple[Any, list[Any], str]:
     inner, bounds, advice = _parts(kind)
     bounds = [*bounds, *(extra for extra in extras if type(extra) in _BOUNDS)]
     return inner, bounds, next((extra for extra in extras if isinstance(extra, str)), advice)
+
+
+@contextmanager
+def called_as_arguments(where: str, names: Sequence[str]) -> Iterator[None]:
+    """Names settings in messages as the arguments that they are here: `num_train` in place of `probe.num_train`.
+
+    Args:
+        where: the part of the command line's names before the dot.
+        names: the settings that are arguments.
+    """
+    try:
+        yield
+    except (ValueError, MemoryError) as error:
+        said = re.sub(rf"\b{where}\.({'|'.join(names)})\b", r"\1", str(error))
+        if type(error) not in (ValueError, MemoryError) or said == str(error):
+            raise
+        raise type(error)(said) from error
+
+
+def made(kind: Callable[..., Any], called: str, **settings: Any) -> Any:
+    """Makes a dataclass of settings, and refuses by name what is not one of them.
+
+    Args:
+        kind: the dataclass.
+        called: the function that takes the settings, for the message.
+        **settings: the settings.
+
+    Raises:
+        ValueError: names the nearest setting, and lists all.
+    """
+    allowed = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
+    for name in settings:
+        if name not in allowed:
+            raise ValueError(
+                f"{called} takes no {name!r}{did_you_mean(name, allowed)}; its settings are {', '.join(allowed)}"
+            )
+    return kind(**settings)
 
 
 def require(module: str, extra: str = "lab") -> Any:

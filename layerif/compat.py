@@ -7,6 +7,7 @@ they override methods that PEFT asks its methods to override.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,11 @@ def add_peft_type(name: str) -> None:
     PeftType._value2member_map_[name] = member
     if hasattr(PeftType, "_hashable_values_"):  # Python 3.13 looks `value in PeftType` up there
         PeftType._hashable_values_.append(name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def quieten_peft() -> None:
+    """Ignores the warning of a deprecated name that PEFT asks of every model. Read from peft 0.21.2."""
+    warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:

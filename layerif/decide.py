@@ -193,9 +193,9 @@ class Scorer(Measurements):
         for part, num in zip(("train", "validation"), num_samples, strict=True):
             asked = getattr(self.probe, f"num_{part}")
             if 0 < num < asked:
-                notes.append(f"probe.num_{part}={asked} asked for, the task has {num}")
+                notes.append(f"num_{part}={asked} asked for, and there are {num} {part} rows")
             if num == 1:
-                notes.append(f"one {part} sample ranks nothing reliably: give the task more {part} rows")
+                notes.append(f"one {part} sample ranks nothing reliably: give more {part} rows")
         return tuple(notes)
 
 

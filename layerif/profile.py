@@ -13,7 +13,7 @@ from layerif.allocate import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
 from layerif.allocate.sparsity import Sparsity
-from layerif.checks import require
+from layerif.checks import made, require
 from layerif.estimators import Estimator
 from layerif.estimators._base import GramEstimator
 from layerif.estimators._reliability import bootstrap_scores, rank_intervals, ranks
@@ -124,7 +124,7 @@ class Profile:
             budget: the experts of all blocks together; None: 5 per block.
             settings: of `layerif.allocate.experts.Experts`.
         """
-        return Experts(budget=budget, **settings)(self.scores, self.layers)
+        return made(Experts, "experts", budget=budget, **settings)(self.scores, self.layers)
 
     def rank(self, budget: int | None = None, **settings: Any) -> Allocation:
         """Spends the scores on LoRA ranks.
@@ -133,7 +133,7 @@ class Profile:
             budget: the ranks of all blocks together; None: 8 per block.
             settings: of `layerif.allocate.rank.Rank`.
         """
-        return Rank(budget=budget, **settings)(self.scores, self.layers)
+        return made(Rank, "rank", budget=budget, **settings)(self.scores, self.layers)
 
     def sparsity(self, target: float, **settings: Any) -> Allocation:
         """Spends the scores on sparsities.
@@ -145,7 +145,7 @@ class Profile:
         """
         if len(self.layers.names) < 7:
             settings = {"smoothing": False} | settings
-        return Sparsity(target=target, **settings)(self.scores, self.layers)
+        return made(Sparsity, "sparsity", target=target, **settings)(self.scores, self.layers)
 
     def lora_config(
         self,
@@ -153,7 +153,7 @@ class Profile:
         *,
         scaling: float = 2.0,
         lora_dropout: float = 0.05,
-        target_modules: Sequence[str] | None = None,
+        target_modules: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> LoraConfig:
         """Gives PEFT's configuration of a LoRA with a rank by block.
@@ -162,12 +162,12 @@ class Profile:
             budget: the ranks of all blocks together; None: 8 per block.
             scaling: α/r, the same in every block.
             lora_dropout: dropout on the adapter's input.
-            target_modules: names of linear layers; None: all of the blocks.
+            target_modules: names of linear layers, or a text as PEFT takes it (`all-linear`); None: all of the blocks.
             settings: of `layerif.allocate.rank.Rank`.
         """
-        given = self.rank(budget, **settings).by_name()
+        ranks = made(Rank, "lora_config", budget=budget, **settings)(self.scores, self.layers)
         targets = target_modules or self.target_modules
-        return lora_of_ranks(given, targets, scaling=scaling, lora_dropout=lora_dropout)
+        return lora_of_ranks(ranks.by_name(), targets, scaling=scaling, lora_dropout=lora_dropout)
 
     def moe_config(self, budget: int | None = None, *, allocator: dict[str, Any] | None = None, **settings: Any) -> Any:
         """Gives the configuration of a mixture of LoRA experts, with a number of experts by block.
@@ -180,7 +180,7 @@ class Profile:
             settings: of `layerif.moe.LoraMoeConfig`.
         """
         experts = self.experts(budget, **(allocator or {})).by_name()
-        return LoraMoeConfig(num_experts=experts, task_type="CAUSAL_LM", **settings)
+        return made(LoraMoeConfig, "moe_config", num_experts=experts, task_type="CAUSAL_LM", **settings)
 
     def save(self, path: str | Path) -> None:
         """Writes the scores as JSON, which `estimator=file` and `layerif.scores.LayerScores.from_dict` read."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,6 +34,7 @@ TEXTS = [
     for colour in ["red", "blue", "old"]
 ]
 TRAIN, VALIDATION = TEXTS[:10], TEXTS[10:]
+LONG = " ".join(TEXTS * 20)
 
 
 def scored(model=None, train=TRAIN, validation=VALIDATION, *, tokenizer: Any = TOKENIZER, **options):
@@ -118,6 +120,44 @@ def test_a_model_in_a_wrapper_of_peft_is_scored_with_its_adapter_and_keeps_it():
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
 
 
+@pytest.mark.parametrize("adapted", [["q_proj", "v_proj"], "all-linear"])
+def test_a_model_with_an_adapter_gives_the_same_targets_for_the_next_one(adapted):
+    wrapped = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=adapted))
+    assert scored(wrapped).target_modules == scored().target_modules
+    assert len(scored().target_modules) == 7
+
+
+def test_a_store_answers_for_the_same_configuration_and_state_of_the_adapter_alone(tmp_path):
+    wrapped: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    num_found = []
+
+    def score_it():
+        again = [scored(wrapped, estimator="grad_dot", store=tmp_path).scores.values for _ in range(2)]
+        assert again[0] == again[1] == scored(wrapped, estimator="grad_dot").scores.values
+        num_found.append(len(list(tmp_path.rglob("*.safetensors"))))
+
+    score_it()
+    with wrapped.disable_adapter():
+        score_it()
+    wrapped.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    score_it()
+    wrapped.config.sliding_window = 4
+    score_it()
+    assert num_found == [1, 2, 3, 4]
+
+
+def test_padded_rows_and_batches_of_arrays_are_read_as_the_rows_themselves():
+    batches = [{name: each.numpy() for name, each in batch.items()} for batch in batches_of(TRAIN)]
+    expected = scored().scores.values
+    assert scored(train=batches).scores.values == pytest.approx(expected, rel=1e-5)
+    padded = [
+        {name: each[row].tolist() for name, each in batch.items() if name != "labels"}
+        for batch in batches_of(TRAIN)
+        for row in range(len(batch["input_ids"]))
+    ]
+    assert scored(train=padded).scores.values == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["exact", "grad_dot", "fisher_trace", "uniform", "random", "block_influence", "alpha"])
 def test_an_estimator_is_called_by_its_file(name):
     found = scored(estimator=name)
@@ -197,6 +237,10 @@ def test_configurations_of_adapters_spend_the_budget_on_the_model():
     moe = get_peft_model(copy.deepcopy(model), found.moe_config(9, r=2))
     assert sum(found.experts(9).values) == 9
     assert any("lora_moe" in name for name, _ in moe.named_parameters())
+    assert found.lora_config(12, target_modules="all-linear").target_modules == "all-linear"
+    for ask in (found.rank, found.lora_config):
+        with pytest.raises(ValueError, match=r"takes no 'betaa' \(did you mean 'beta'\?\)"):
+            ask(12, betaa=2)
 
 
 def test_pruning_reaches_its_target_in_place_and_by_any_form_of_it():
@@ -244,6 +288,11 @@ def test_calibration_windows_of_texts_begin_with_bos_as_asked(bos):
         assert torch.equal(weight, by_ids.state_dict()[name]), name
 
 
+def by_row(model, batch):
+    rows = range(len(batch["input_ids"]))
+    return torch.cat([per_sample_loss(model, {name: each[row, None] for name, each in batch.items()}) for row in rows])
+
+
 def nan_model():
     model = tiny_model()
     with torch.no_grad():
@@ -270,7 +319,25 @@ def nan_model():
         ({"loss": lambda model, batch: per_sample_loss(model, batch).mean()}, "the loss gave shape () for 8 samples"),
         ({"loss": lambda model, batch: per_sample_loss(model, batch).detach()}, "the loss gave numbers without"),
         ({"loss": lambda model, batch: per_sample_loss(model, batch) * float("inf")}, "is not finite"),
-        ({"num_train": 0}, "probe.num_train=0 is not allowed"),
+        ({"loss": lambda model, batch: per_sample_loss(model, batch) + per_sample_loss(model, batch)},
+         "the loss ran the model more than once; call it once for the whole batch"),
+        ({"loss": lambda model, batch: by_row(model, batch)}, "call it once for the whole batch"),
+        ({"loss": lambda model, batch: torch.ones(len(batch["input_ids"]), requires_grad=True)},
+         "the loss does not depend on any measured matrix"),
+        ({"loss": "mean"}, "loss is 'mean'; give a function"),
+        ({"estimator": "loss_curve"}, "gives curves, not scores; use layerif.curves"),
+        ({"estimator": "measured_loss"}, "gives curves, not scores; use layerif.curves"),
+        ({"estimator": None}, "estimator is a NoneType; give the name of one"),
+        ({"estimator": DataInf}, "estimator is the class DataInf; give the name of one"),
+        ({"tokenizer": "gpt2"}, "tokenizer is a str; give one of transformers, as from AutoTokenizer.from_pretrained('gp"),
+        ({"store": __file__}, "is a file; give a folder"),
+        ({"train": pd.DataFrame({"text": TRAIN})}, "its rows are frame.to_dict('records')"),
+        ({"train": [LONG], "max_length": 600}, "train 0 has 600 tokens, and the model reads at most 512; use max_length<=512"),
+        ({"validation": [f"{TRAIN[0]} and more"], "max_length": 5},
+         "1 of 1 validation rows have the same token ids as train rows, as the model reads them, cut at max_length=5 (the "
+         "first: validation 0 and train 0)"),
+        ({"num_train": 0}, "num_train=0 is not allowed"),
+        ({"memory_gb": 1e-9}, "memory_gb"),
         ({"model": torch.nn.Linear(2, 2)}, "the model is a Linear; give a causal language model"),
         ({"model": tiny_model().model}, "which has no head that predicts the next token"),
         ({"model": torch.nn.Module.to(copy.deepcopy(tiny_model()), "meta")}, "the model is on the meta device"),
@@ -295,14 +362,21 @@ def test_what_cannot_be_scored_is_one_clear_error_and_harms_no_model(options, sa
         ({"window": 5000}, "the model reads at most 512 tokens"),
         ({"bos": "frist"}, "bos='frist' is not allowed; allowed: tokenizer, first, none (did you mean 'first'?)"),
         ({"pruner": "wonda"}, "did you mean 'wanda'"),
+        ({"batch_size": 0}, "batch_size=0 is not allowed; allowed: a whole number of at least 1"),
+        ({"model": nan_model(), "pruner": "magnitude"}, "model.layers.1.mlp.up_proj.weight holds values that are not"),
     ],
 )
 def test_what_cannot_be_pruned_is_one_clear_error(options, said):
-    model = tiny_model()
+    model = options.pop("model", None) or tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     given = options.pop("allocation", 0.5)
     with pytest.raises(ValueError, match=re.escape(said)):
         layerif.prune(model, TOKENIZER, given, **{"calibration": TEXTS, "window": 16, "progress": False} | options)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert all(torch.equal(model.state_dict()[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+
+def test_a_model_with_an_adapter_and_an_allocation_of_experts_are_not_pruned():
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge it first"):
         layerif.prune(adapted, TOKENIZER, 0.5, calibration=TEXTS, progress=False)
     with pytest.raises(ValueError, match=r"the allocation is of experts; pruning needs one of sparsity"):

@@ -5,17 +5,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from peft import get_peft_model
 from peft.utils import PeftType
 from torch import nn
 from torch.utils.data import DataLoader
 
 from layerif import compat
 from layerif.models.pretrained import HubModel
+from layerif.moe import LoraMoeConfig
+from tests.tiny import tiny_model
+
+
+def test_peft_asks_for_a_deprecated_name_and_the_warning_of_it_is_ignored():
+    for is_quiet in (False, True):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            if is_quiet:
+                compat.quieten_peft()
+            get_peft_model(tiny_model(), LoraMoeConfig(num_experts=1))
+        assert any("is_gradient_checkpointing" in str(each.message) for each in found) != is_quiet
 
 
 class Line(L.LightningModule):

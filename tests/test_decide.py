@@ -321,7 +321,7 @@ def test_a_fixed_step_that_diverges_on_part_of_the_samples_leaves_a_warning_and_
 
 def test_a_single_sample_is_said_to_rank_nothing(decider):
     found = replace(decider, splits=replace(decider.splits, validation=decider.splits.validation[:1]))()
-    assert "one validation sample ranks nothing reliably: give the task more validation rows" in found.notes
+    assert "one validation sample ranks nothing reliably: give more validation rows" in found.notes
     assert not any("ranks nothing" in note for note in decider().notes)
 
 

@@ -30,6 +30,7 @@ _LOCK = re.compile(rf"(?P<name>{_KEY}|[^.].*-[0-9a-f]{{12}})\.lock")
 _UNFINISHED = re.compile(
     rf"\.(?:(?P<measurement>{_KEY})\.(?:safetensors\.\d+|partial)|(?P<model>.+-[0-9a-f]{{12}})\.\w+)"
 )
+_DEFAULT = Path("outputs/store")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -145,6 +146,10 @@ def entries(store: Path) -> tuple[list[Entry], int]:
     Raises:
         ValueError: the store is not a folder.
     """
+    if store == _DEFAULT and not store.exists():
+        raise ValueError(
+            f"there is no {store} below {Path.cwd()}; name the store with --store FOLDER (store=… of a run)"
+        )
     if not store.is_dir():
         raise ValueError(f"{str(store)!r} is not a folder; give the store with --store=FOLDER (store=… of a run)")
     found: dict[tuple[str, str], Entry] = {}
@@ -336,7 +341,7 @@ def _duration(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="layerif-store", description="List and clear the store of measurements.")
-    parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="its folder (outputs/store)")
+    parser.add_argument("--store", type=Path, default=_DEFAULT, help="its folder (outputs/store)")
     after = argparse.ArgumentParser(add_help=False)  # so that --store may also stand after the command
     after.add_argument("--store", type=Path, default=argparse.SUPPRESS, help="its folder (outputs/store)")
     commands = parser.add_subparsers(dest="command", title="commands")

@@ -218,8 +218,9 @@ def _conversation(example: ChatExample, tokenizer: Any, loss_on: LossOn | None) 
     is known or `loss_on=output` asks for the last message.
     """
     messages = list(example.messages)
-    marks = re.search(r"{%-?\s*generation", tokenizer.chat_template or "") is not None
     with _naming_the_template(tokenizer, example.id):
+        # A tokenizer may have several templates by name; this gives the one that it uses.
+        marks = re.search(r"{%[-+]?\s*generation", tokenizer.get_chat_template()) is not None
         found = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
         )

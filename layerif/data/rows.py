@@ -10,7 +10,8 @@ A row is a text, or a mapping with the columns of one kind:
 |                     |                             | every token                                                 |
 | `ChatExample`       | `prompt` and `completion`   | the messages of the completion                              |
 |                     | as lists of messages        |                                                             |
-| `TokenExample`      | `input_ids`, maybe `labels` | the tokens whose label is not -100                          |
+| `TokenExample`      | `input_ids`, maybe `labels` | the tokens whose label is not -100; those that an           |
+|                     |                             | `attention_mask` hides are left out of the row              |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -52,7 +54,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class CompletionExample:
-    """A prompt and the text that should follow it; two are the same if their prompts are."""
+    """A prompt and the text that should follow it; two are the same if their prompts are, or else their completions."""
 
     id: str
     prompt: str
@@ -61,7 +63,7 @@ class CompletionExample:
     @property
     def question(self) -> str:
         """A text that is equal for rows that ask the same."""
-        return folded(self.prompt)
+        return folded(self.prompt) or folded(self.completion)
 
     @property
     def output(self) -> str:
@@ -71,7 +73,7 @@ class CompletionExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation; two are the same if all before the last answer is.
+    """A conversation; two are the same if all before the last answer is, or without any the answer.
 
     Args:
         id: names the row.
@@ -87,7 +89,7 @@ class ChatExample:
     def question(self) -> str:
         """A text that is equal for rows that ask the same."""
         answers = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
-        asked = self.messages[: self.num_prompt or (answers[-1] if answers else None)]
+        asked = self.messages[: self.num_prompt or (answers[-1] if answers else None)] or self.messages
         return folded(json.dumps([dict(message) for message in asked], sort_keys=True))
 
 
@@ -164,7 +166,8 @@ def _completion_example(row: Mapping[str, Any], id: str, where: str) -> Completi
         return CompletionExample(
             id, _text(prompt, "prompt", where, may_be_empty=True), _text(completion, "completion", where)
         )
-    before, after = (_messages(row[column], column, where) for column in ("prompt", "completion"))
+    before = _messages(prompt, "prompt", where, may_be_empty=True)
+    after = _messages(completion, "completion", where)
     return ChatExample(id, before + after, len(before))
 
 
@@ -185,7 +188,16 @@ def _token_example(row: Mapping[str, Any], id: str, where: str) -> TokenExample:
                 f"{where}: label {position} is {label}, and the token there is {token}; a label is the token itself, "
                 f"or {IGNORED} where the token does not count"
             )
-    return TokenExample(id, ids, labels)
+    if row.get("attention_mask") is None:
+        return TokenExample(id, ids, labels)
+    mask = _whole_numbers(row["attention_mask"], "attention_mask", where)
+    if len(mask) != len(ids):
+        raise ValueError(f"{where}: attention_mask has {len(mask)} entries for {len(ids)} input_ids; give one for each")
+    if wrong := {*mask} - {0, 1}:
+        raise ValueError(f"{where}: attention_mask holds {min(wrong)}; allowed: 1 for a token, 0 for padding")
+    if not any(mask):
+        raise ValueError(f"{where}: attention_mask hides every token; leave the row out")
+    return TokenExample(id, tuple(compress(ids, mask)), tuple(compress(labels, mask)))
 
 
 _MAKERS = {
@@ -210,8 +222,8 @@ def _text(value: object, column: str, where: str, *, may_be_empty: bool = False)
     return value
 
 
-def _messages(value: object, column: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+def _messages(value: object, column: str, where: str, *, may_be_empty: bool = False) -> tuple[Message, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not (value or may_be_empty):
         raise ValueError(f"{where}: {column} must be a list of messages, got {shown(value)}")
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

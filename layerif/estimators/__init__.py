@@ -32,8 +32,12 @@ To add a kind of evidence, write `layerif/probe/x.py` with its request, a type i
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import is_dataclass
 from typing import Any, Protocol
 
+from layerif.checks import check_choice
+from layerif.files import conf_folder
 from layerif.probe.request import Request
 from layerif.scores import LayerScores
 
@@ -49,3 +53,39 @@ class Estimator(Protocol):
     def score(self, evidence: Any, /) -> LayerScores:
         """Scores every layer."""
         ...
+
+
+def estimator_called(name: str) -> Any:
+    """Makes the estimator of a name, with its default settings.
+
+    Raises:
+        ValueError: there is no such estimator, or it cannot do without settings.
+    """
+    check_choice("estimator", name, sorted(file.stem for file in (conf_folder() / "estimator").glob("*.yaml")))
+    module = importlib.import_module(f"layerif.estimators.{name}")
+    own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    chosen = next(each for each in own if is_dataclass(each) and hasattr(each, "needs"))
+    try:
+        return chosen()
+    except TypeError as error:
+        raise ValueError(f"estimator={name!r} needs settings of its own: {error}; give estimator={name}(…)") from error
+
+
+def estimator_of_scores(given: Any) -> Estimator:
+    """Gives the estimator that a name stands for, or the estimator itself.
+
+    Raises:
+        ValueError: it is neither, or an estimator of curves.
+    """
+    if isinstance(given, type) or not (isinstance(given, str) or hasattr(given, "needs")):
+        got = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"estimator is {got}; give the name of one, such as 'datainf', or one with settings, such as DataInf()"
+        )
+    found = estimator_called(given) if isinstance(given, str) else given
+    if not hasattr(found, "score"):
+        raise ValueError(
+            f"the estimator {type(found).__name__} gives curves, not scores; use layerif.curves for a model in memory, "
+            "or an estimator of scores, such as datainf"
+        )
+    return found

@@ -65,7 +65,7 @@ def lm_eval(
 
     lm-eval moves blanks at the end of a prompt into the options, so its log-likelihoods may differ from those of
     `option_accuracy` by a constant per question; the choices are the same. A prompt begins with BOS where it does in
-    `option_accuracy`: a chat template alone decides about its prompts.
+    `option_accuracy`: a chat template alone decides about its prompts. lm-eval's own tasks get the chat template, too.
 
     Args:
         model: a causal language model.
@@ -95,18 +95,24 @@ def lm_eval(
         manager = _all_tasks() if others else _no_tasks()
         _refuse_unknown(others, manager.all_tasks)
         local = _local_task(Path(folder), f"layerif_{name}", examples, template, tokenizer)
-        # A chat template spells BOS itself; to other prompts the tokenizer adds it by itself (None), or does not.
-        by_bos: dict[bool | None, list[Any]] = {False if template == "chat" else None: [local]}
-        if others:
-            by_bos.setdefault(None, []).extend(others)
+        # A chat template spells BOS itself; to other prompts the tokenizer adds it by itself (None), or does not. Our
+        # prompts are in the template already, so lm-eval applies it to its own tasks alone.
+        is_chat = template == "chat"
+        calls = [([local], False), (others, True)] if is_chat else [([local, *others], False)]
         try:
-            for add_bos, chosen in by_bos.items():
+            for chosen, is_applied in calls:
+                if not chosen:
+                    continue
                 found: Any = simple_evaluate(
                     model=wrapped_model(
-                        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos
+                        pretrained=model,
+                        tokenizer=tokenizer,
+                        batch_size=batch_size,
+                        add_bos_token=False if is_chat else None,
                     ),
                     tasks=chosen,
                     task_manager=manager,
+                    apply_chat_template=is_applied,
                     bootstrap_iters=0,
                     log_samples=False,
                     **unseeded,

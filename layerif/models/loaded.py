@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from layerif.layers import LayerMap
@@ -57,6 +60,18 @@ class Loaded:
                     "or offload"
                 )
 
+    def check_finite(self) -> None:
+        """Refuses weights that are not finite.
+
+        Raises:
+            ValueError: names the first of them.
+        """
+        for name, tensor in self.model.named_parameters():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"{name} holds values that are not finite; load the model again, in float32 if it was converted"
+                )
+
     def location(self) -> tuple[str, None]:
         """Returns a name to show, in place of a folder."""
         return type(bare(self.model)).__name__, None
@@ -85,7 +100,27 @@ class Loaded:
     def fingerprint(self) -> dict[str, str]:
         """Returns everything about the model that changes a measurement."""
         weights = self._weights if self.is_hashed else "not hashed"
-        return {"weights": weights, "adapter": self.adapter or "none", "dtype": self.dtype}
+        return {"weights": weights, "adapter": self._state_of_adapter(), "dtype": self.dtype, "config": self._config()}
+
+    def _config(self) -> str:
+        """Hashes the configuration, which decides how the weights are used (`rope_theta`, `sliding_window`)."""
+        config: Any = bare(self.model).config
+        unseen = ("_name_or_path", "transformers_version")
+        content = {name: value for name, value in config.to_dict().items() if name not in unseen}
+        return _hash_of(content)
+
+    def _state_of_adapter(self) -> str:
+        """Hashes what each layer of an adapter does with its weights; `none` where there is no adapter."""
+        if self.adapter is None:
+            return "none"
+        parts = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+        return _hash_of(
+            {
+                name: {part: getattr(module, part, None) for part in parts}
+                for name, module in self.model.named_modules()
+                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+            }
+        )
 
     def layers(self) -> LayerMap:
         """Returns all blocks with all their linear layers, by the names that they have without an adapter."""
@@ -122,6 +157,10 @@ class Loaded:
             f"the checkpoint {checkpoint!r} cannot be measured for a model in memory; use the command line with "
             "model=local model.path=/folder"
         )
+
+
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ model = get_peft_model(model, LoraMoeConfig(num_experts={"model.layers.0": 2, "m
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-from layerif.compat import add_peft_type
+from layerif.compat import add_peft_type, quieten_peft
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.model import LoraMoeModel
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 
+quieten_peft()
 add_peft_type("LORA_MOE")
 if PeftType("LORA_MOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="lora_moe", config_cls=LoraMoeConfig, model_cls=LoraMoeModel)

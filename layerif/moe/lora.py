@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 
 def lora_of_ranks(
-    ranks: Mapping[str, int], target_modules: Sequence[str], *, scaling: float, lora_dropout: float
+    ranks: Mapping[str, int], target_modules: str | Sequence[str], *, scaling: float, lora_dropout: float
 ) -> LoraConfig:
     """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
 
@@ -17,7 +17,7 @@ def lora_of_ranks(
 
     Args:
         ranks: by block name.
-        target_modules: names of linear layers.
+        target_modules: names of linear layers, or a text as PEFT takes it.
         scaling: α/r of every block.
         lora_dropout: dropout on the adapter's input.
     """
@@ -28,6 +28,6 @@ def lora_of_ranks(
         rank_pattern=pattern,
         alpha_pattern={block: scaling * rank for block, rank in pattern.items()},
         lora_dropout=lora_dropout,
-        target_modules=list(target_modules),
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         task_type="CAUSAL_LM",
     )

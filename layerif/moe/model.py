@@ -115,7 +115,7 @@ def linears_of_blocks(model: nn.Module) -> list[str]:
         f"{block_name}.{name}": name
         for block_name, block in blocks(model).items()
         for name, module in _outside_adapters(block)
-        if isinstance(module, nn.Linear | LoraMoeLinear)
+        if isinstance(getattr(module, "base_layer", module), nn.Linear)  # an adapter layer holds the linear layer
     }
     if not inside:
         raise ValueError(

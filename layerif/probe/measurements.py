@@ -83,6 +83,11 @@ class Measurements:
         examples = getattr(self.splits, part)
         return [examples[row] for row in self.rows(part)]
 
+    def names(self, part: str) -> list[str]:
+        """Names the chosen rows for messages; an id that begins with the part, as `train 4` does, says it already."""
+        ids = [example.id for example in self.chosen(part)]
+        return [f"row {id}" if id.startswith((part, "rows ")) else f"{part} row {id}" for id in ids]
+
     def rows(self, part: str) -> list[int]:
         """Gives the positions of the chosen rows in their split. A smaller choice is a subset of a larger one."""
         order = list(range(len(getattr(self.splits, part))))

@@ -158,3 +158,18 @@ def test_a_chat_template_that_is_not_used_is_a_note_and_the_record_names_the_row
     assert record.decision is not None
     assert len(record.decision.rows["train"]) == 3
     assert record.decision.rows["validation"] == [f"validation-{number}" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt_completion"])
+def test_the_scores_are_those_of_the_python_road_to_the_bit(given, tmp_path, kind):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import layerif
+
+    record = run_layerif(given(kind, "method=none", "estimator=datainf"), tmp_path)
+    assert record.decision is not None
+    model, tokenizer = (each.from_pretrained(tmp_path / "model") for each in (AutoModelForCausalLM, AutoTokenizer))
+    train, validation = (rows_of(kind, part, count) for part, count in (("train", 12), ("validation", 6)))
+    found = layerif.score(model, tokenizer, train, validation, progress=False)
+    assert list(found.scores.values) == record.decision.scores.values
+    assert found.reliability == record.decision.reliability

@@ -210,7 +210,7 @@ def test_what_was_measured_is_in_the_record(tiny_overrides, tmp_path):
     shutil.copy(rows / "test.jsonl", rows / "dev.jsonl")
     record = run_layerif([*tiny_overrides, f"task.path={rows}", "method=none"], tmp_path)
     assert record.decision.samples == {"train": 20, "validation": 8}
-    assert "probe.num_train=300 asked for, the task has 20" in record.notes
+    assert "num_train=300 asked for, and there are 20 train rows" in record.notes
     assert any("also holds dev.jsonl, which no part reads" in note for note in record.notes)
     assert record.inputs.keys() >= {"rows", "weights", "dtype", "adapter"}
 

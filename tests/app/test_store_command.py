@@ -207,6 +207,13 @@ def test_a_missing_folder_is_said_as_such_before_anything_heavy_is_loaded(tmp_pa
     assert done.stdout.split() == ["False", "False"]
 
 
+def test_the_default_store_that_is_not_there_is_said_with_the_option_that_names_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([])
+    assert f"there is no outputs/store below {tmp_path}; name it with --store FOLDER" in capsys.readouterr().err
+
+
 def test_the_headers_version_is_the_stores(store):
     headers = [entry.header for entry in entries(store)[0] if entry.header]
     assert {header["version"] for header in headers} == {str(VERSIONS["store"])}

@@ -89,6 +89,35 @@ def test_a_conversation_counts_what_its_template_marks_and_everything_where_it_m
     assert cut.is_truncated
 
 
+def test_tokens_that_a_mask_hides_are_not_part_of_the_row():
+    padded = {"input_ids": [1, 1, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1], "labels": [-100, -100, -100, 6, 7]}
+    assert encoded(padded, None) == encoded({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, None)
+    assert row({"input_ids": [5, 6, 1], "attention_mask": [1, 1, 0]}).question == row({"input_ids": [5, 6]}).question
+
+
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_a_mark_counts_whatever_blanks_its_tag_leaves(sign):
+    marked = chatting(MARKED.replace("{% generation", f"{{%{sign} generation"))
+    assert counted(encoded({"messages": TALK}, marked), marked) == "fourfive"
+
+
+def test_of_several_templates_by_name_the_tokenizers_own_choice_is_used():
+    named, alone = chatting({"default": MARKED, "tool_use": PLAIN}), chatting(MARKED)
+    assert encoded({"messages": TALK}, named) == encoded({"messages": TALK}, alone)
+    with pytest.raises(ValueError, match="the chat template cannot spell example 7"):
+        encoded({"messages": TALK}, chatting({"tool_use": PLAIN}))
+
+
+def test_a_completion_without_a_prompt_counts_as_a_whole_and_is_told_apart_by_itself():
+    plain = chatting(PLAIN)
+    without = {"prompt": [], "completion": TALK[:2]}
+    assert counted(encoded(without, plain), plain).startswith("<user>two")
+    assert row(without).question != row({"prompt": [], "completion": TALK[2:]}).question
+    first, second = ({"prompt": "", "completion": text} for text in ("a text", "another"))
+    assert counted(encoded(first)) == "a text"
+    assert row(first).question != row(second).question
+
+
 def test_the_chat_template_stands_around_a_prompt_and_the_tokenizer_adds_nothing_to_it():
     tokenizer = chatting(PLAIN)
     sample = encoded({"prompt": "two plus two", "completion": "four"}, tokenizer, template="chat")
@@ -148,6 +177,9 @@ def test_rows_are_the_same_by_what_they_ask():
         ({"input_ids": [1, True]}, "row 7: input_ids must hold whole numbers, got True"),
         ({"input_ids": [1, -1]}, "row 7: input_ids holds -1"),
         ({"input_ids": [1, 2], "labels": [1]}, "row 7: labels has 1 entries for 2 input_ids"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "row 7: attention_mask has 1 entries for 2 input_ids"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "row 7: attention_mask hides every token"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "row 7: attention_mask holds 2; allowed: 1 for a token"),
         ({"input_ids": [1, 2], "labels": [1, 3]}, "row 7: label 1 is 3, and the token there is 2"),
     ],
 )

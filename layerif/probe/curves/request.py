@@ -145,7 +145,7 @@ class LossCurves(Request):
                 samples = measurements.samples()[0]
                 chosen = batches(samples, measurements.probe.batch_size, measurements.pad_id)
                 found += [([start + index for index in indices], batch) for indices, batch in chosen]
-                names += [f"train row {example.id}" for example in measurements.chosen("train")]
+                names += measurements.names("train")
             number = len(names) - start
             weights.append(torch.full((number,), weight / number, dtype=torch.float64))
         return LossText(found, torch.cat(weights), names)

@@ -60,7 +60,8 @@ def capture_factors(
     found: Factors = {}
     device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found, advice)
+    is_given = loss is not per_sample_loss
+    hooks = _hooks(model, params, batch["attention_mask"].bool(), project, found, advice, is_given)
     with hooked(hooks), torch.enable_grad():
         loss_B = checked_loss(loss, model, batch)
         is_finite = bool(loss_B.isfinite().all())
@@ -72,6 +73,10 @@ def capture_factors(
         raise ValueError(
             f"the loss of {sample} is not finite{where}; look at that row and at the weights, or load the model in "
             "float32 (model.dtype=float32)"
+        )
+    if is_given and not found:
+        raise ValueError(
+            "the loss does not depend on any measured matrix; compute it from the outputs of the model that it is given"
         )
     if idle := [param for param in params if param not in found]:
         raise ValueError(
@@ -109,10 +114,12 @@ def _hooks(
     project: Callable[[Tensor, Side], Tensor],
     found: Factors,
     advice: str,
+    is_given: bool,
 ) -> list[tuple[nn.Module, Callable[..., None]]]:
     # q, k and v read the same tensor: what is kept of it is made once. The entry keeps the original alive, since a
     # freed tensor's id may be given to another.
     shared: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: set[str] = set()
 
     def masked(values: Tensor, side: Side) -> Tensor:
         # Some families (OPT) flatten samples and tokens. Where, not a product: padded positions may hold NaN.
@@ -122,6 +129,9 @@ def _hooks(
     def forward_hook(param: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
             original = inputs[0]
+            if is_given:
+                _check_call(original.numel() // original.shape[-1], mask_BT.numel(), param in seen)
+                seen.add(param)
             if id(original) not in shared:
                 shared[id(original)] = original, masked(original, "in")
             input_BTI = shared[id(original)][1]
@@ -141,6 +151,17 @@ def _hooks(
         return note
 
     return [(_module(model, param), forward_hook(param)) for param in params]
+
+
+def _check_call(num_tokens: int, num_in_batch: int, is_again: bool) -> None:
+    """Refuses a loss of the caller's that does not run the model once on the whole batch."""
+    if is_again:
+        raise ValueError("the loss ran the model more than once; call it once for the whole batch")
+    if num_tokens != num_in_batch:
+        raise ValueError(
+            f"the loss ran the model on {num_tokens} tokens of the {num_in_batch} of the batch, padding included; call "
+            "it once for the whole batch"
+        )
 
 
 def _module(model: nn.Module, param: str) -> nn.Module:

@@ -140,7 +140,7 @@ def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
         partial=measurements.store.partial(key),
         fingerprint=key,
         loss=measurements.loss or per_sample_loss,
-        names=[f"{part} row {row.id}" for part in Grams.parts for row in measurements.chosen(part)],
+        names=[name for part in Grams.parts for name in measurements.names(part)],
     )
 
 
