@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerif.app.growth import check_growth
 from layerif.app.schema import check_plain
 from layerif.checks import check_file_name
 from layerif.files import check_yaml, conf_folder
@@ -118,6 +119,7 @@ def check_composed(config: DictConfig, given: Mapping[str, Any], num_overrides: 
     Raises:
         ValueError: says which setting, and what is allowed.
     """
+    check_growth(_as_texts(OmegaConf.to_container(config)))
     hydra = config.hydra
     if len(hydra.overrides.task) + len(hydra.overrides.hydra) != num_overrides:
         raise ValueError("hydra.overrides stands in a YAML; take it out, only the command line gives overrides")

@@ -165,6 +165,15 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
+FORMAT = "hydra: {job_logging: {formatters: {simple: {format: '${recipe.i}'}}}}\n"
+
+
+def growth(reference: str) -> str:
+    """A YAML of 1.5 kB in which each of a chain of settings names the one before ten times."""
+    chain = zip("abcdefgh", "bcdefghi", strict=True)
+    levels = "".join(f"  {name}: '{reference.replace('KEY', before) * 10}'\n" for before, name in chain)
+    return f"recipe:\n  a: {'x' * 1000}\n{levels}  k_a: a\n{FORMAT}"
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -173,8 +182,19 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]\n", r"inf entries"),
         ("a: " + "x" * 300_000, r"has 300,003 bytes; allowed"),
         ("a: " + "[" * 400 + "]" * 400, "is nested too deeply"),
+        (growth("${recipe.KEY}"), r"characters once its interpolations are spelt out; allowed: 1,000,000"),
+        (growth("${ .KEY }"), r"once its interpolations are"),
+        (growth("${recipe[KEY]}"), r"once its interpolations are"),
+        (growth('${oc.select:"recipe.KEY", x}'), r"once its interpolations are"),
+        (growth("${recipe.KEY}").replace("${recipe.a}", "${recipe.${.k_a}}"), r"once its interpolations are"),
+        (growth("${oc.create:{x:${recipe.KEY}}}"), r"does not say which setting it stands for; allowed"),
+        (growth("${recipe.KEY}").replace("${recipe.a}", "${recipe.${.${.k_b}}}"), r"does not say which setting"),
+        ("".join(f"k{n}: ${{k{n - 1}}}\n" for n in range(2000, 0, -1)), r"too long a chain of interpolations"),
     ],
-    ids=["bomb", "cycle", "large", "deep"],
+    ids=[
+        *("bomb", "cycle", "large", "deep", "interpolations", "relative", "brackets", "resolver", "inner", "created"),
+        *("unclear", "chain"),
+    ],
 )
 def test_a_yaml_that_would_fill_the_memory_is_refused(compose, text, message):
     with pytest.raises(ValueError, match=message):
@@ -183,6 +203,14 @@ def test_a_yaml_that_would_fill_the_memory_is_refused(compose, text, message):
 
 def test_aliases_as_people_use_them_are_read(compose):
     assert compose("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]").b == {"x": 1, "y": 2}
+
+
+def test_interpolations_as_people_use_them_are_read(compose):
+    sizes = "sizes: {small: {r: 2}, large: {r: 8}}\nsize: small\nalso: ${size}\n"
+    config = compose(
+        sizes + "r: ${sizes.${also}.r}\nt: '${look_up:${size},{small:a},b} \\${x}'\nu: ${oc.decode:${oc.env:NOBODY,1}}"
+    )
+    assert (config.r, config.t, config.u) == (2, "a ${x}", 1)
 
 
 def test_a_file_that_is_not_a_text_is_named(tmp_path):
