@@ -44,6 +44,6 @@ def _unplanned(estimator: str, is_measured: bool, spends: str) -> str:
     if not is_measured:
         return f"nothing to plan: estimator={estimator} measures nothing"
     return (
-        f"no plan: the evidence of estimator={estimator} is neither the Grams nor the loss curves of a gradient pass; its "
-        "passes, memory and seconds are not known beforehand"
+        f"no plan: the evidence of estimator={estimator} is neither the Grams nor the loss curves of a gradient pass; "
+        "its passes, memory and seconds are not known beforehand"
     )
