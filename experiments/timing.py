@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import resource
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,6 +46,23 @@ def reading(tensors: Iterable[torch.Tensor]) -> float:
     """Returns the seconds that one read of all tensors takes, as the best of five sums over them in one piece."""
     whole = torch.cat([tensor.flatten() for tensor in tensors])
     return min(seconds(whole.sum) for _ in range(5))
+
+
+def resident_mb() -> float:
+    """Returns the megabytes of main memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def reset_peak() -> None:
+    """Lets the kernel count the peak anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> float:
+    """Returns the most megabytes of main memory that this process held since `reset_peak`."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def check_plausible(name: str, measured: float, least: float = 0.0) -> None:

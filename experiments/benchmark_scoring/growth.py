@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from experiments.timing import machine, timed
+from experiments.timing import machine, peak_mb, reset_peak, resident_mb, timed
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.probe.grams.factors import capture_factors
@@ -99,14 +98,14 @@ def point(
     layers = layer_map(model)
     both = samples(train, tokens, seed=0), samples(validation, tokens, seed=1)
     measure(model, layers, samples(1, 8, seed=2), samples(1, 8, seed=3))  # lets libraries allocate what they need once
-    before = _resident_mb()
-    _reset_peak()
+    before = resident_mb()
+    reset_peak()
     with frozen(model):  # every forward and backward needs this, however little is kept of it
         capture_factors(model, [layers.params[0][0]], both[0][0][1], [""] * 8)
-    batch = _peak_mb() - before
-    _reset_peak()
+    batch = peak_mb() - before
+    reset_peak()
     found = [timed(lambda: measure(model, layers, *both, memory_gb=memory_gb))[1]]
-    peak = _peak_mb() - before
+    peak = peak_mb() - before
     found += [timed(lambda: measure(model, layers, *both, memory_gb=memory_gb))[1] for _ in range(rounds - 1)]
     return {"seconds": statistics.median(found), "peak_mb": peak, "batch_mb": batch}
 
@@ -170,21 +169,6 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     memory.set(xscale="log", yscale="log", xlabel="probe.memory_gb, as MB", ylabel="MB", title="peak memory")
     memory.legend(frameon=False)
     figure.savefig(file, dpi=120)
-
-
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
-
-
-def _reset_peak() -> None:
-    """Lets the kernel count the peak anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mb() -> float:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 if __name__ == "__main__":
