@@ -21,6 +21,7 @@ import pytest
 from layerif.allocate.curves import Knapsack
 from layerif.allocate.file import SavedAllocation
 from layerif.app import store
+from layerif.app.methods._sparsity import Refine
 from layerif.estimators.file import SavedScores
 from layerif.estimators.loss_curve import LossCurve
 from layerif.estimators.measured_loss import MeasuredLoss
@@ -340,6 +341,7 @@ CURVES_AND_PRUNERS = [
     made(r"^allocator\.target=0\.95 is outside the feasible range 0\.2 to 0\.9; change it", Knapsack, target=0.95),
     made(r"^allocator\.target=0\.5 is outside the feasible range 0\.6 to 0\.9", Knapsack, target=0.5, floor=0.6),
     made(r"^allocator\.unit='matrx' is not allowed; .*'matrix'", Knapsack, unit="matrx"),
+    made(r"^method\.swaps\.forwards=0 is not allowed; allowed: a whole number of at least 1", Refine, forwards=0),
     made(r"^pruner\.n=2 needs pruner\.m", Wanda, n=2),
 ]
 

@@ -298,7 +298,6 @@ def check(setup: Setup) -> None:
     [
         ("pruner=magnitude estimator.masks=wanda", r"another pruner, wanda\(compare=row\), than this one, magnitude"),
         ("estimator.masks=sparsegpt", r"another pruner, sparsegpt\(.*\), than this one, wanda\(compare=row\); use "),
-        ("allocator.target=0.95", r"0\.95 is outside the feasible range 0\.2 to 0\.9; change it, or allocator\.floor"),
         ("pruner.m=4 allocator.target=0.8", r"0\.8 is outside the levels .* leave of 0, 0\.25, 0\.5, 0\.75; change"),
         ("pruner.m=4 pruner.n=2 allocator.target=0.5", r"leaves nothing to allocate; use estimator=uniform"),
         ("pruner.m=4 estimator.levels=[0.25,0.5,0.75]", r"whose levels are 0\.25, 0\.5, 0\.75; use estimator\.levels"),
@@ -314,7 +313,6 @@ def check(setup: Setup) -> None:
         ("method.refine=swaps pruner=magnitude method.calibration.text=/nowhere", r"'/nowhere' cannot be read"),
         ("method.refine=swaps method.allocation={text}", r"starts from scores, curves or a shape"),
         ("method.refine=swaps pruner.m=4 pruner.n=2 allocator.target=0.5", r"leaves nothing to allocate"),
-        ("method.swaps.forwards=0", r"method\.swaps\.forwards=0 is not allowed"),
         ("estimator.granularity=block allocator.unit=matrix", r"needs curves of matrices, and these are of blocks"),
         ("pruner.skip=[model.layers]", r"pruner\.skip=\['model\.layers'\] leaves no matrix"),
     ],
@@ -345,7 +343,7 @@ def test_arms_of_curves_and_of_nothing_share_a_sweep(tiny_overrides, tmp_path):
     folder = tmp_path / "deep"
     tiny_model(num_hidden_layers=7).save_pretrained(folder)  # smoothing takes seven layers
     tiny_tokenizer().save_pretrained(folder)
-    sweep = ["-m", "arm=curves,first_block_spared,uniform", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    sweep = ["-m", "arm=curves,uniform", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     others = [*tiny_overrides, "method=prune", "allocator.target=0.6", *SIZES, *QUICK, "logger=none"]
     done = layerif_here([*sweep, *others, f"model.path={folder}"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -355,7 +353,6 @@ def test_arms_of_curves_and_of_nothing_share_a_sweep(tiny_overrides, tmp_path):
     }
     assert {arm: record.choices["allocator"] for arm, record in records.items()} == {
         "curves": "knapsack",
-        "first_block_spared": "depth",
         "uniform": "sparsity",
     }
     for record in records.values():
