@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerif.layers import LayerMap
+from layerif.models.blocks import Scope
 from layerif.probe.grams.passes import Choice, Matrix, Passes, Workload
 from layerif.probe.measurements import Load, Measurements
 
@@ -49,7 +50,7 @@ class Planned:
 
     about: str
     layers: LayerMap
-    scope: str
+    scope: Scope
     batch: Mapping[str, Tensor]
     workload: Callable[[Mapping[str, str]], Workload]
     form: Choice
