@@ -18,7 +18,7 @@ _KEY = r"[^\\{}():,\s'\"$]+"
 _LOOKING_UP = r"(?:hydra|oc\.select|oc\.deprecated|oc\.dict\.keys|oc\.dict\.values)"
 _OPENS = re.compile(r"\$\{\s*")
 _SETTING = re.compile(rf"\$\{{\s*({_KEY})\s*\}}")
-# What may follow on an opening: the name of a setting, a resolver that looks one up, or another resolver. Of the others
+# Openings are followed by the name of a setting, a resolver that looks one up, or another resolver. Of the others
 # `oc.decode` and `oc.create` read texts as interpolations, so theirs may come from the environment alone.
 _NAMED = re.compile(rf"(?:({_LOOKING_UP})\s*:\s*['\"]?)?({_KEY})['\"]?\s*[,}}]")
 _CALLED = re.compile(

@@ -117,10 +117,10 @@ def check_vocabulary(examples: Sequence[AnyExample], num_embeddings: int) -> Non
             )
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Any], id: str) -> str:
-    """Returns messages in the tokenizer's chat template, up to where the assistant begins to answer."""
+def chat_text(tokenizer: Any, messages: Sequence[Any], id: str, *, is_asked: bool = True) -> str:
+    """Returns messages in the tokenizer's chat template; if `is_asked`, up to where the assistant begins to answer."""
     with _naming_the_template(tokenizer, id):
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_asked)
 
 
 def encode(
@@ -131,6 +131,7 @@ def encode(
     max_length: int | None,
     loss_on: LossOn | None = None,
     eos: bool,
+    at_most: int | None = None,
 ) -> Encodings:
     """Turns every example into token ids, in the order of the examples.
 
@@ -147,6 +148,7 @@ def encode(
             `layerif.data.rows`; all of a question's.
         eos: append the end-of-text token, before samples are cut; not to conversations, which their template ends, nor
             to token ids.
+        at_most: the most tokens that the caller accepts; what comes of a longer sample only tells that it is longer.
 
     Raises:
         ValueError: a sample has no token left to learn, or the tokenizer has no end-of-text token or chat template.
@@ -161,7 +163,8 @@ def encode(
             "the tokenizer has no end-of-text token to append; give its tokenizer_config.json an eos_token"
         )
     texts = [each for each in worded if not isinstance(each, ChatExample)]
-    of_texts = iter(_texts(texts, tokenizer, template, max_length))
+    needed = max_length if at_most is None else at_most
+    of_texts = iter(_texts(texts, tokenizer, template, needed))
     samples = []
     for example in examples:
         if isinstance(example, TokenExample):
@@ -169,12 +172,13 @@ def encode(
             marked = None if all(given) or loss_on == "all" else given
             spelt = _Spelt(example.input_ids, 0 if marked is None else given.index(True) if any(given) else 0, marked)
         elif isinstance(example, ChatExample):
-            spelt = _conversation(example, tokenizer, loss_on)
+            spelt = _conversation(example, tokenizer, loss_on, needed)
         else:
             prompt_length, ids = next(of_texts)
             end: Any = (tokenizer.eos_token_id,) if eos and tokenizer is not None else ()
             spelt = _Spelt(ids + end, prompt_length, None)
-        samples.append(_cut(example, spelt, max_length, loss_on))
+        is_refused = at_most is not None and len(spelt.ids) > at_most
+        samples.append(Encoded(spelt.ids, 0) if is_refused else _cut(example, spelt, max_length, loss_on))
     return Encodings(samples)
 
 
@@ -211,27 +215,29 @@ def _texts(
     return [(num_shared(prompt, whole), whole) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
-def _conversation(example: ChatExample, tokenizer: Any, loss_on: LossOn | None) -> _Spelt:
+def _conversation(example: ChatExample, tokenizer: Any, loss_on: LossOn | None, at_most: int | None) -> _Spelt:
     """Spells a conversation by the tokenizer's chat template.
 
     Where the template marks what the assistant says, that counts. Where it does not, everything does, unless the prompt
-    is known or `loss_on=output` asks for the last message.
+    is known or `loss_on=output` asks for the last message. Marks need the whole conversation, however long.
     """
     messages = list(example.messages)
     with _naming_the_template(tokenizer, example.id):
         # A tokenizer may have several templates by name; this gives the one that it uses.
-        marks = re.search(r"{%[-+]?\s*generation", tokenizer.get_chat_template()) is not None
-        found = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
-        )
-    ids = tuple(found["input_ids"])
-    if example.num_prompt is None and marks and loss_on != "all":
-        counted = tuple(bool(each) for each in found["assistant_masks"])
+        marks = _MARKS.search(tokenizer.get_chat_template()) is not None
+    if example.num_prompt is None and loss_on != "all" and marks:
+        with _naming_the_template(tokenizer, example.id):
+            found = tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        ids, counted = tuple(found["input_ids"]), tuple(map(bool, found["assistant_masks"]))
         return _Spelt(ids, counted.index(True) if any(counted) else len(ids), counted)
-    if example.num_prompt is None and loss_on != "output":
-        return _Spelt(ids, 0, None)
+    text = chat_text(tokenizer, messages, example.id, is_asked=False)
     asked = messages[: example.num_prompt if example.num_prompt is not None else -1]
-    prompt = token_ids(tokenizer, [chat_text(tokenizer, asked, example.id)], special=False)[0] if asked else ()
+    if not asked or (example.num_prompt is None and loss_on != "output"):
+        return _Spelt(token_ids(tokenizer, [text], at_most, special=False)[0], 0, None)
+    texts = [chat_text(tokenizer, asked, example.id), text]
+    prompt, ids = token_ids(tokenizer, texts, at_most, special=False)
     return _Spelt(ids, num_shared(prompt, ids), None)
 
 
@@ -306,6 +312,7 @@ def token_ids(
     ]
 
 
+_MARKS = re.compile(r"{%[-+]?\s*generation")
 _LONG = 64  # characters for each id that is wanted; an id stands for about four
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le, Lt
@@ -18,8 +18,9 @@ from layerif.estimators._base import CurveEstimator
 from layerif.layers import Granularity
 from layerif.probe.curves.measure import CurveForm
 from layerif.probe.curves.request import TASK, WINDOWS, LossCurves
-from layerif.pruning import Pruner, pruner_called
+from layerif.pruning import Pruner, name_of_pruner, pruner_called
 from layerif.pruning.calibration import Calibration
+from layerif.pruning.swaps import MaskPruner
 from layerif.pruning.wanda import Wanda
 
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -33,8 +34,8 @@ class LossCurve(CurveEstimator):
         form: `exact` squares the effect of the whole change at each position; `diagonal` adds the squares of single
             weights' effects, which costs less.
         granularity: a curve per matrix, or per block.
-        masks: the pruner whose masks are priced; None: `pruner`. Another pruner must not spend these curves, except
-            that SparseGPT may spend Wanda's where they are named here.
+        masks: the pruner whose masks are priced, before any swaps; None: `pruner`, with its swaps. Another pruner must
+            not spend these curves, except that SparseGPT may spend Wanda's where they are named here.
         pruner: the pruner that the curves are for.
         mask_text: the windows that this pruner takes its statistics of; None: 16 windows of 256 tokens of the embedded
             documentation.
@@ -74,8 +75,10 @@ class LossCurve(CurveEstimator):
     @property
     def masked_by(self) -> Pruner:
         """The pruner whose masks are priced."""
-        if self.masks is None or self.masks == self.pruner.called.partition("(")[0]:
+        if self.masks is None:
             return self.pruner
+        if self.masks == name_of_pruner(self.pruner):
+            return replace(self.pruner, swaps=False) if isinstance(self.pruner, MaskPruner) else self.pruner
         return pruner_called(self.masks, n=self.pruner.n, m=self.pruner.m, skip=self.pruner.skip)
 
     @property

@@ -119,7 +119,13 @@ def encoded_rows(questions: QuestionSet, max_positions: int | None) -> Sequence[
     # A question with one output counts that; any other row says itself what counts.
     loss_on = "output" if isinstance(questions.examples[0], Example) else None
     found = encode(
-        questions.examples, questions.tokenizer, template=template, max_length=None, loss_on=loss_on, eos=False
+        questions.examples,
+        questions.tokenizer,
+        template=template,
+        max_length=None,
+        loss_on=loss_on,
+        eos=False,
+        at_most=max_positions,
     )
     for example, row in zip(questions.examples, found, strict=True):
         check_length(len(row), max_positions, example)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +18,11 @@ from layerif.data.batches import (
     token_ids,
 )
 from layerif.data.render import Example
+from layerif.data.rows import example_of
+from layerif.evaluate.loss import encoded_rows
+from layerif.evaluate.questions import QuestionSet
 from layerif.models.loss import per_sample_loss
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import shipped_task, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -96,20 +101,59 @@ def test_truncation_that_leaves_nothing_to_learn_is_refused():
         encode(EXAMPLES, TOKENIZER, template="plain", max_length=1, eos=True)
 
 
-def test_a_text_of_many_megabytes_is_tokenised_as_far_as_it_is_used(monkeypatch):
-    text, tokenised = "Which of these? " * 700_000, []
-    expected = token_ids(TOKENIZER, [text[:10_000]])[0][:65]
-    whole = TOKENIZER.__class__.__call__
+@pytest.fixture
+def tokenised(monkeypatch):
+    """Gathers the number of characters of every text that a tokenizer is given."""
+    found, whole = [], TOKENIZER.__class__.__call__
 
     def counted(self, texts, **options):
-        tokenised.extend(map(len, texts))
+        found.extend(map(len, [texts] if isinstance(texts, str) else texts))
         return whole(self, texts, **options)
 
     monkeypatch.setattr(TOKENIZER.__class__, "__call__", counted)
+    return found
+
+
+def test_a_text_of_many_megabytes_is_tokenised_as_far_as_it_is_used(tokenised):
+    text = "Which of these? " * 700_000
+    expected = token_ids(TOKENIZER, [text[:10_000]])[0][:65]
+    tokenised.clear()
     short, long = token_ids(TOKENIZER, ["Which?", text], at_most=64)
     assert long == expected
     assert short == token_ids(TOKENIZER, ["Which?"])[0]
     assert sum(tokenised) < 10_000
+
+
+TEXT = "Which of these? " * 70_000
+TALK = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": TEXT}]}
+SPOKEN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [TEXT, {"prompt": "Which?", "completion": TEXT}, {"prompt": TEXT, "completion": TEXT}, TALK],
+    ids=["text", "completion", "prompt", "chat"],
+)
+def test_a_row_of_a_megabyte_is_refused_by_the_metric_loss_without_reading_it_all(tokenised, monkeypatch, row):
+    monkeypatch.setattr(TOKENIZER, "chat_template", SPOKEN)
+    questions = QuestionSet([example_of(row, id="7", where="row 7")], shipped_task("capital"), TOKENIZER)
+    with pytest.raises(ValueError, match="7 takes more than 64 tokens with its answer, the model reads at most 64"):
+        encoded_rows(questions, 64)
+    assert sum(tokenised) < 10_000
+
+
+@pytest.mark.parametrize("loss_on", [None, "output"])
+def test_a_conversation_of_a_megabyte_is_tokenised_as_far_as_it_is_used(tokenised, monkeypatch, loss_on):
+    monkeypatch.setattr(TOKENIZER, "chat_template", SPOKEN)
+    options: Any = {"template": "plain", "eos": False, "loss_on": loss_on}
+    (sample,) = encode([example_of(TALK, id="7", where="row 7")], TOKENIZER, max_length=64, **options)
+    assert sum(tokenised) < 10_000
+    (whole,) = encode([example_of(TALK, id="7", where="row 7")], TOKENIZER, max_length=None, **options)
+    assert sample.input_ids == whole.input_ids[:64]
+    assert (sample.prompt_length, sample.loss_from) == (whole.prompt_length, whole.loss_from)
+    assert sample.is_truncated
+    spelt: Any = TOKENIZER.apply_chat_template(TALK["messages"], tokenize=True, return_dict=True)
+    assert whole.input_ids == tuple(spelt["input_ids"])
 
 
 def test_a_tokenizer_that_appends_its_end_token_gives_one_end_only():
