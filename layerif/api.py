@@ -52,7 +52,7 @@ from layerif.pruning.source import check_source
 from layerif.pruning.targets import targets
 from layerif.pruning.walk import Walk
 
-# What the settings of the probe are called here.
+# The settings of the probe that are arguments here.
 _PROBE = ("scope", "num_train", "num_validation", "max_length", "batch_size", "template", "loss_on", "memory_gb")
 
 

@@ -334,7 +334,8 @@ def nan_model():
         ({"train": pd.DataFrame({"text": TRAIN})}, "its rows are frame.to_dict('records')"),
         ({"train": [LONG], "max_length": 600}, "train 0 has 600 tokens, and the model reads at most 512; use"),
         ({"validation": [f"{TRAIN[0]} and more"], "max_length": 5},
-         "1 of 1 validation rows have the same token ids as train rows, as the model reads them, cut at max_length=5"),
+         "1 of 1 validation rows have the same token ids as train rows, as the model reads them, cut at max_length=5 "
+         "(the first: validation 0 and train 0)"),
         ({"num_train": 0}, "num_train=0 is not allowed"),
         ({"memory_gb": 1e-9}, "memory_gb"),
         ({"model": torch.nn.Linear(2, 2)}, "the model is a Linear; give a causal language model"),

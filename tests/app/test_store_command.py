@@ -211,7 +211,7 @@ def test_the_default_store_that_is_not_there_is_said_with_the_option_that_names_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main([])
-    assert f"there is no outputs/store below {tmp_path}; name it with --store FOLDER" in capsys.readouterr().err
+    assert f"there is no outputs/store below {tmp_path}; name the store with --store FOLDER" in capsys.readouterr().err
 
 
 def test_the_headers_version_is_the_stores(store):

@@ -1,9 +1,11 @@
 """lm-eval gives the same accuracy, and is refused on rows that are learned or scored from."""
 
+import copy
 import random
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,29 @@ def test_lm_eval_on_the_same_questions_gives_the_same_accuracy_and_the_same_choi
         ]
         chosen.shuffle(agreed)
         assert lm_eval(model, TOKENIZER, agreed, name="tiny", template=template)["lm_eval/layerif_tiny/acc"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("plain", [(["layerif_tiny", "mrpc"], False, None)]),
+        ("chat", [(["layerif_tiny"], False, False), (["mrpc"], True, False)]),
+    ],
+)
+def test_the_chat_template_is_applied_once_to_our_questions_and_to_lm_evals_own_tasks(monkeypatch, template, expected):
+    calls = []
+
+    def evaluate(*, model, tasks, apply_chat_template, **options):
+        named = [task if isinstance(task, str) else task["task"] for task in tasks]
+        calls.append((named, apply_chat_template, model["add_bos_token"]))
+        return {"results": {}}
+
+    monkeypatch.setattr("layerif.evaluate.harness._package", lambda: (evaluate, dict))
+    monkeypatch.setattr("layerif.evaluate.harness._all_tasks", lambda: SimpleNamespace(all_tasks=["mrpc"]))
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    lm_eval(tiny_model(), tokenizer, EXAMPLES, name="tiny", template=template, tasks=["mrpc"])
+    assert calls == expected
 
 
 def test_lm_eval_metrics_are_kept_whatever_their_filter():
