@@ -138,18 +138,22 @@ def test_a_row_that_spells_bos_itself_does_not_get_a_second_one():
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [("alpaca", {None: ["ours", "arc_easy"]}), ("chat with BOS", {False: ["ours"], None: ["arc_easy"]})],
+    [
+        ("alpaca", [(None, False, ["ours", "arc_easy"])]),
+        ("chat with BOS", [(False, False, ["ours"]), (False, True, ["arc_easy"])]),
+    ],
 )
-def test_a_chat_template_decides_about_bos_in_its_own_prompts_alone(asked, expected, monkeypatch):
+def test_a_chat_template_decides_about_bos_and_stands_around_prompts_once(asked, expected, monkeypatch):
     tokenizer, template, _ = given(asked)
-    wrapped = {}
+    calls = []
 
-    def evaluated(*, model, tasks, **_):
-        wrapped[model["add_bos_token"]] = ["ours" if isinstance(each, dict) else each for each in tasks]
-        return {"results": {name: {"acc,none": 0.5} for name in wrapped[model["add_bos_token"]]}}
+    def evaluated(*, model, tasks, apply_chat_template, **_):
+        names = ["ours" if isinstance(each, dict) else each for each in tasks]
+        calls.append((model["add_bos_token"], apply_chat_template, names))
+        return {"results": {name: {"acc,none": 0.5} for name in names}}
 
     monkeypatch.setattr(harness, "_package", lambda: (evaluated, dict))
     monkeypatch.setattr(harness, "_all_tasks", lambda: SimpleNamespace(all_tasks=["arc_easy"]))
     found = lm_eval(tiny_model(), tokenizer, EXAMPLES, name="tiny", template=template, tasks=["arc_easy"])
-    assert wrapped == expected
+    assert calls == expected
     assert found == {"lm_eval/ours/acc": 0.5, "lm_eval/arc_easy/acc": 0.5}
