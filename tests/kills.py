@@ -133,14 +133,17 @@ class Work:
         assert ended.code == 0, ended.said
         return result(folder), ended.points
 
-    def killed(self, folder: Path, points: int, chosen: Random, *, damage: bool) -> tuple[dict[str, Any], list[Any]]:
-        """Kills it once to three times, then lets it finish.
+    def killed(
+        self, folder: Path, points: int, chosen: Random, *, damage: bool, most: int
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Kills it once or more often, then lets it finish.
 
         Args:
             folder: where it works.
             points: how many an undisturbed run has.
             chosen: chooses the kills.
             damage: also flips a bit of one file that the killed run left for the next.
+            most: the most times that it is killed.
 
         Returns:
             Its result, and the points of the kills with the files that were damaged after them.
@@ -150,7 +153,7 @@ class Work:
         ended = command(self.arguments(folder), folder, kill_at=chosen.randint(1, points))
         while ended.killed:
             kills.append(flipped(folder, chosen) if damage else "")
-            again = len(kills) < 3 and chosen.random() < 0.5
+            again = len(kills) < most and chosen.random() < 0.5
             ended = command(self.arguments(folder), folder, kill_at=chosen.randint(1, points) if again else None)
         assert ended.code == 0, (kills, ended.said)
         return result(folder), kills
@@ -189,6 +192,7 @@ WORKS = {
             "estimator=uniform",
             "pruner=sparsegpt",
             "method.offload=disk",
+            "evaluation.num_windows=4",
             *_PRUNING,
         )
     ),

@@ -10,6 +10,8 @@ from tests.kills import WORKS, Work
 
 MANY = {"fit": 23, "prune": 23, "probe": 23, "sweep": 23, "diagnose": 8}
 
+FEW = ("fit", "prune", "probe", "sweep")
+
 
 @pytest.fixture(scope="module")
 def undisturbed(model_folder, task_folder, tmp_path_factory):
@@ -34,10 +36,13 @@ def undisturbed(model_folder, task_folder, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["prune", "probe", pytest.param("fit", marks=pytest.mark.slow), pytest.param("sweep", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("name", FEW)
+def test_killed_once_and_given_again_the_result_is_the_same(undisturbed, tmp_path, name, record_property):
+    survives(undisturbed(name), tmp_path, f"{name} once", record_property, most=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEW)
 def test_killed_anywhere_and_given_again_the_result_is_the_same(undisturbed, tmp_path, name, record_property):
     survives(undisturbed(name), tmp_path, name, record_property)
 
@@ -48,9 +53,9 @@ def test_killed_often(undisturbed, tmp_path, name, number, record_property):
     survives(undisturbed(name), tmp_path, f"{name} {number}", record_property, damage=number % 2 == 1)
 
 
-def survives(undisturbed, tmp_path, seed, record_property, *, damage=False):
+def survives(undisturbed, tmp_path, seed, record_property, *, damage=False, most=3):
     work, expected, points = undisturbed
-    found, kills = work.killed(tmp_path / "killed", points, Random(seed), damage=damage)
+    found, kills = work.killed(tmp_path / "killed", points, Random(seed), damage=damage, most=most)
     # Curves go with their file, as the run says. A measurement is checked where it is read, and maybe nobody reads it.
     lost = tuple(damaged for damaged in kills if damaged.startswith("store"))
     lost += ("metrics.csv", "routing.csv") if any("curves.jsonl" in damaged for damaged in kills) else ()

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -166,7 +167,8 @@ class Pretrained(ABC):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-        if "/" not in self.attention:  # a kernel of the hub, which transformers looks up
+        # A name with a slash is a kernel of the hub, which transformers looks up by the package `kernels`.
+        if "/" not in self.attention or find_spec("kernels") is None:
             check_choice("model.attention", self.attention, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()))
         where, revision = self.location()
         if (file := Path(where, "config.json")).is_file():

@@ -205,6 +205,13 @@ def test_best_without_a_validation_says_what_to_do(tiny_overrides, tmp_path):
     assert "fit.keep=best found no validation to choose by" in done.stderr
 
 
+def test_a_training_that_ends_before_its_first_step_does_not_pass_for_done(tiny_overrides, tmp_path):
+    done = layerif_here([*tiny_overrides, "estimator=uniform", "+trainer.max_time='00:00:00:00'"], tmp_path)
+    assert done.returncode == 1
+    assert "training ended before its first step; is there a limit of time among trainer's settings?" in done.stderr
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
 def test_what_was_measured_is_in_the_record(tiny_overrides, tmp_path):
     rows = shutil.copytree(tiny_overrides[3].partition("=")[2], tmp_path / "rows")
     shutil.copy(rows / "test.jsonl", rows / "dev.jsonl")

@@ -245,6 +245,14 @@ def test_an_unknown_attention_is_refused_without_weights(model_folder):
     )
 
 
+def test_an_attention_of_the_hub_is_refused_without_the_package_that_loads_it(model_folder, monkeypatch):
+    monkeypatch.setattr("layerif.models.pretrained.find_spec", lambda name: None)
+    model = LocalModel(path=str(model_folder), attention="kernels-community/flash-attn")
+    refused(model, r"model\.attention='kernels-community/flash-attn' is not allowed; allowed: eager, ", by="check")
+    monkeypatch.setattr("layerif.models.pretrained.find_spec", lambda name: name == "kernels")
+    model.check()
+
+
 def test_the_vocabulary_holds_the_ids_of_the_tokenizer(tmp_path):
     tiny_model("llama", vocab_size=200).save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()

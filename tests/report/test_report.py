@@ -234,6 +234,12 @@ def test_a_record_is_written_whole_and_read_back_equal(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_a_record_of_an_estimator_that_nobody_ships_is_read_and_named(tmp_path):
+    write_report(written(tmp_path, [record("nosuch", [True] * 3), record("uniform", [True] * 3)]), Console(quiet=True))
+    assert "| nosuch experts |" in (tmp_path / "report.md").read_text()
+    assert set(pd.read_csv(tmp_path / "report.csv")["run"]) == {"uniform experts", "nosuch experts"}
+
+
 def test_half_written_and_foreign_records_are_named_and_left_out(tmp_path):
     for name, content in (("half", '{"name": "x", "se'), ("foreign", '{"hello": 1}')):
         (tmp_path / name).mkdir()

@@ -18,6 +18,7 @@ from layerif.data.batches import Encoded, Encodings
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses, schedule
 from layerif.diagnose.retrainings import Retrainings
+from layerif.diagnose.text import report_markdown
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.lissa import Lissa
@@ -308,3 +309,8 @@ def test_the_command_writes_the_report_its_pictures_and_its_record(tiny_override
     assert len(record.decision.scores.values) == len(report["stability"]["ranks"]) == 3
     assert record.answers == {}
     assert not (tmp_path / "run" / "checkpoints").exists()
+    others = json.loads(json.dumps(report).replace("datainf", "<script>x</script>[a](http://others)"))
+    page = report_markdown(others)
+    assert "&lt;script>x&lt;/script>[a]\\(http://others)" in page
+    assert "<script" not in page
+    assert "](" not in page
