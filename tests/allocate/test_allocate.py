@@ -594,5 +594,5 @@ def test_every_yaml_is_an_allocator():
     assert sorted(stem for stem, config in files.items() if "_target_" in config) == sorted(ALLOCATORS)
     for config in files.values():  # or a variant of one
         if "_target_" not in config:
-            base = ALLOCATORS[config["defaults"][0]]
+            base = ALLOCATORS[config.defaults[0]]
             assert set(map(str, config)) - {"defaults"} <= {field.name for field in fields(base)}
