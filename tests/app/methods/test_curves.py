@@ -41,10 +41,24 @@ def setup(setup_of):
     return lambda *overrides: setup_of(*CURVES, *overrides)
 
 
+def curves_in(record: RunRecord) -> dict[str, Any]:
+    """What the record keeps of curves."""
+    assert record.decision is not None
+    assert record.decision.curves is not None
+    return record.decision.curves
+
+
+def sizes_in(record: RunRecord) -> list[int]:
+    """The weights of the units that sparsity was given to."""
+    assert record.decision is not None
+    assert record.decision.allocation.sizes is not None
+    return record.decision.allocation.sizes
+
+
 def assert_budget(record: RunRecord, target: float = 0.6) -> None:
     """All matrices that are pruned lose exactly the target, to the weight."""
     given = record.decision.allocation
-    counted = sum(given.sizes)
+    counted = sum(sizes_in(record))
     assert given.budget == pytest.approx(target, abs=0.5 / counted + 1e-9)
     assert record.parameters["zero"] == math.floor(target * counted + 0.5)
 
@@ -52,7 +66,7 @@ def assert_budget(record: RunRecord, target: float = 0.6) -> None:
 def test_curves_are_measured_spent_to_the_weight_and_told(setup, tmp_path):
     found = setup()
     record = pruned(found, tmp_path / "run")
-    given, told = record.decision.allocation, record.decision.curves
+    given, told = record.decision.allocation, curves_in(record)
     assert len(given.units) == 21
     assert len(set(given.values)) > 10
     assert_budget(record)
@@ -132,14 +146,14 @@ def test_every_form_of_curves_meets_the_budget(setup, tmp_path, overrides, num_u
     given = record.decision.allocation
     assert len(given.units) == num_units
     assert_budget(record)
-    assert record.decision.curves["predicted"] > 0
+    assert curves_in(record)["predicted"] > 0
     low, high = found.decider.allocator.range
     assert all(low - 1e-9 <= value <= high + 1e-9 for value in given.values)
     skipped = [name for name in dense if is_named(name, found.method.pruner.skip)]
     assert all(record.sparsity[name] == float((dense[name] == 0).double().mean()) for name in skipped)
     has_task = "task" in overrides
     assert (record.decision.samples.get("train") == 20) == has_task
-    assert ("actual" in record.decision.curves) == ("measured_loss" not in overrides)
+    assert ("actual" in curves_in(record)) == ("measured_loss" not in overrides)
     assert record.decision.reliability is None or -1 <= record.decision.reliability <= 1
 
 
@@ -149,10 +163,10 @@ def test_n_of_m_is_chosen_by_curves_and_never_above_the_budget(setup, tmp_path, 
     given = record.decision.allocation
     assert set(given.values) <= {0.25, 0.5, 0.75}
     assert len(set(given.values)) > 1
-    smallest = min(size for value, size in zip(given.values, given.sizes, strict=True) if value < 0.75) / 4
-    assert 0.6 - smallest / sum(given.sizes) < given.budget <= 0.6
+    smallest = min(size for value, size in zip(given.values, sizes_in(record), strict=True) if value < 0.75) / 4
+    assert 0.6 - smallest / sum(sizes_in(record)) < given.budget <= 0.6
     assert record.metrics["sparsity"] == pytest.approx(given.budget, abs=1e-12)
-    assert record.decision.curves["levels"] == [0.0, 0.25, 0.5, 0.75]
+    assert curves_in(record)["levels"] == [0.0, 0.25, 0.5, 0.75]
 
 
 REFINED = [*QUICK, "method.refine=swaps", "method.swaps.forwards=8", "method.swaps.num_windows=2"]
@@ -165,7 +179,7 @@ def test_swaps_of_levels_start_from_curves_and_carry_on_after_a_kill(setup, tmp_
     assert "of 8 swaps of levels were kept; KL to the dense model on 2 windows" in note
     assert whole.seconds["refine"] > 0
     assert whole.decision.allocation.source["pruner"] == "wanda(compare=row)"
-    assert whole.decision.curves["actual"] > 0
+    assert curves_in(whole)["actual"] > 0
     real, tried = refine._tried, []
 
     def die(*arguments):
@@ -202,10 +216,10 @@ def test_swaps_of_levels_keep_to_what_the_pruner_may_do(setup, tmp_path, overrid
     record = pruned(found, tmp_path / "run")
     given = record.decision.allocation
     assert record.metrics["sparsity"] * record.parameters["pruned"] == pytest.approx(
-        given.budget * sum(given.sizes), abs=0.5 + 1e-6
+        given.budget * sum(sizes_in(record)), abs=0.5 + 1e-6
     )
     assert given.budget <= 0.6 + 1e-4
-    assert record.decision.curves["predicted"] > 0
+    assert curves_in(record)["predicted"] > 0
     for name, sparsity in record.sparsity.items():
         if is_named(name, found.method.pruner.skip):
             assert sparsity == dense[name]
@@ -244,14 +258,14 @@ def test_curves_without_pruning_are_decided_and_recorded(setup_of, tmp_path):
     found.method.run(found, record, tmp_path)
     assert record.decision.allocation.kind == "sparsity"
     assert len(record.decision.allocation.units) == 21
-    assert record.decision.curves.keys() == KEYS - {"dense_loss", "actual"}
+    assert curves_in(record).keys() == KEYS - {"dense_loss", "actual"}
     assert record.metrics == {}
 
 
 def test_recovery_by_lora_after_curves_keeps_every_zero(setup, tmp_path):
     record = pruned(setup("method.recover=lora", "trainer.max_steps=1", "method.dense=false"), tmp_path / "run")
     assert record.recovery["decision"] is None
-    assert record.decision.curves["actual"] != 0
+    assert curves_in(record)["actual"] != 0
     assert {"pruned/perplexity_40", "perplexity_40"} <= record.metrics.keys()
     before, after = (
         matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)) for name in ("model", "recovered")
