@@ -25,7 +25,7 @@ print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.plat
 def test_three_hundred_runs_of_five_hundred_answers_are_reported_in_seconds(tmp_path, record_property):
     rng = np.random.default_rng(0)
     runs = [
-        record("datainf", rng.random(500) < 0.5 + arm / 50, seed=seed, settings={"allocator.beta": float(arm)})
+        record("datainf", list(rng.random(500) < 0.5 + arm / 50), seed=seed, settings={"allocator.beta": float(arm)})
         for arm in range(10)
         for seed in range(30)
     ]
