@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -81,6 +82,13 @@ class LossByBlock(Request):
         levels = (0.0, *self.levels)
         sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor(levels, dtype=torch.float64)
         costs_UK = torch.cat([torch.zeros(len(units), 1, dtype=torch.float64), tensors["costs"].clamp(min=0)], dim=1)
+        if falls := int((tensors["costs"] < 0).sum()):
+            warnings.warn(
+                f"pruning one block alone lowered the loss in {falls} of {tensors['costs'].numel()} trials; this counts "
+                "as no cost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         source = self.source(measurements)
         curves = Curves(
             units, levels, costs_UK, sizes_UK, unit="block", source=source, fingerprint=key, is_stepped=self.is_stepped

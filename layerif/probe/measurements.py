@@ -10,11 +10,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,17 @@ from layerif.models.blocks import layer_map
 from layerif.models.loaded import Loaded
 from layerif.models.loss import Loss, NamedLoss
 from layerif.models.pretrained import Pretrained
-from layerif.probe.grams.processes import Shards
+from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.settings import Probe
 from layerif.probe.store import MeasurementKind, Store, Unstored
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Load = Callable[[], nn.Module]
+
+_WAIT = "another job has the lock"  # the first process tells it to the others as long as it waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,40 @@ class Measurements:
         if reused:
             log.info("scores from the store: %s %s… were taken before", kind.folder, key[:12])
         return tensors, key, reused
+
+    def by_all(
+        self, kind: MeasurementKind[T], description: Mapping[str, Any], measure: Callable[[str], T]
+    ) -> tuple[T, bool]:
+        """Lets all processes measure together, unless the store has the measurement, which the first one asks.
+
+        Args:
+            kind: the kind of measurement.
+            description: everything that determines the measurement.
+            measure: makes it, given its key; called in every process, or in none.
+
+        Returns:
+            The measurement, and whether the store had it.
+        """
+        shards = Shards.current()
+        if shards.rank > 0:
+            while (told := shards.share(None)[0]) == _WAIT:
+                pass
+            return (measure(self.store.key(description)), False) if told is None else (told, True)
+
+        def compute(key: str) -> T:
+            shards.share(None)  # all begin to measure
+            return measure(key)
+
+        # Another job may hold the lock for longer than the other processes would wait without a message.
+        store = replace(self.store, while_waiting=lambda: shards.share(_WAIT))
+        found, reused = store.kept(kind, description, compute, about=self.about())
+        if reused:
+            shards.share(found)
+        return found, reused
+
+    def divided(self, load: Load) -> nn.Module:
+        """Gives the model as all processes measure it: its weights spread over them where no device can hold it."""
+        return spread(self.model.load(), self.device) if self.is_spread else load()
 
     def measured_layers(self, model: nn.Module) -> LayerMap:
         """Gives the blocks with the matrices that the probe measures."""

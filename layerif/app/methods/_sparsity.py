@@ -103,14 +103,14 @@ def check_spent_here(setup: Setup, pruner: Pruner, windows: Sequence[Tensor], al
         check_source(source, source_of(decider, pruner, windows, ""))
 
 
-def with_tried_slope(setup: Setup, model: nn.Module, pruner: Pruner, windows: Sequence[Tensor], record: RunRecord):
-    """Gives the allocator, with its slope by trials on the calibration windows where it leaves that open."""
-    decider, allocator = setup.decider, setup.decider.allocator
-    tried = allocator.with_each_slope(decider.units()) if isinstance(allocator, Depth) else []
-    if len(tried) < 2:
-        return allocator
+def with_tried_slope(
+    setup: Setup, allocator: Depth, model: nn.Module, pruner: Pruner, windows: Sequence[Tensor], record: RunRecord
+) -> Depth:
+    """Gives an allocator that leaves its slope open the one that does best in trials on the calibration windows."""
+    decider = setup.decider
+    tried = allocator.with_each_slope(decider.units())
     start = time.perf_counter()
-    candidates = [one(None, decider.units()).by_name() for one in tried]  # type: ignore[arg-type]
+    candidates = [each.by_name() for each in allocator.candidates(decider.units())]
     best, losses = least_loss(model.to(decider.device), pruner, candidates, windows)
     record.seconds["trials"] = time.perf_counter() - start
     found = ", ".join(f"{one.slope:.4f}: {loss:.4f}" for one, loss in zip(tried, losses, strict=True))

@@ -229,8 +229,8 @@ class Prune:
             return setup.decider
         decider = setup.decider
         windows = module.windows() if self._reads_windows(decider) else []
-        if isinstance(decider.allocator, Depth):
-            allocator = with_tried_slope(setup, module.base_model(), self.pruner, windows, record)
+        if isinstance(decider.allocator, Depth) and decider.allocator.slope is None:
+            allocator = with_tried_slope(setup, decider.allocator, module.base_model(), self.pruner, windows, record)
             decider = replace(decider, allocator=allocator)
         if self.refine == "none":
             return decider

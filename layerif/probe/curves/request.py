@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol, get_args
 
@@ -31,7 +31,6 @@ from layerif.probe.curves.prices import diagonal_costs, effects
 from layerif.probe.curves.text import LossText
 from layerif.probe.grams.gather import workload
 from layerif.probe.grams.passes import Matrix, Passes
-from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.measurements import Load, Measurements, hash_of, hash_of_samples
 from layerif.probe.request import Part, Planned, Request
 from layerif.probe.store import MeasurementKind
@@ -226,7 +225,6 @@ class LossCurves(Request):
         return self.pruner.needs_inputs and set(self.loss_texts) != {WINDOWS}
 
     def take(self, measurements: Measurements, load: Load) -> tuple[Curves, bool]:
-        store, shards = measurements.store, Shards.current()
         layers = measurements.layers().without(self.pruner.skip)
         description = {
             "model": measurements.model.fingerprint(),
@@ -246,13 +244,9 @@ class LossCurves(Request):
         }
         source = self.source(measurements)
 
-        def compute(key: str) -> Curves:
-            shards.share(None)  # all begin to measure
-            return measured(key)
-
         def measured(key: str) -> Curves:
             probe = measurements.probe
-            model = spread(measurements.model.load(), measurements.device) if measurements.is_spread else load()
+            model = measurements.divided(load)
             log.info("loss curves: %d matrices, %s", len(layers.matrices), source["loss_text"])
             return measure_loss_curves(
                 model,
@@ -274,19 +268,10 @@ class LossCurves(Request):
                 fingerprint=key,
             )
 
-        if shards.rank > 0:
-            while (told := shards.share(None)[0]) == _WAIT:
-                pass
-            return (told, True) if told is not None else (measured(store.key(description)), False)
-        waiting = replace(store, while_waiting=lambda: shards.share(_WAIT))
-        curves, reused = waiting.kept(LOSS_CURVES, description, compute, about=measurements.about())
+        curves, reused = measurements.by_all(LOSS_CURVES, description, measured)
         if reused:
-            shards.share(curves)
             log.info("loss curves from the store: %s… were measured before", curves.fingerprint[:12])
         return curves, reused
-
-
-_WAIT = "another job has the lock"
 
 
 def source_of(measurements: Measurements, pruner: Prunes, windows: Sequence[Tensor], loss_text: str) -> dict[str, str]:

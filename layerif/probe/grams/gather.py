@@ -146,7 +146,7 @@ class Gathering:
             try:
                 made = work(passes, matrix, input_STI, delta_SOT, *own)
                 mine[matrix.name] = {name: tensor.cpu() for name, tensor in made.items()}
-            except ValueError as error:  # the other processes wait for this one to send its factors
+            except Exception as error:  # the other processes wait for this one to send its factors
                 if self.shards.size == 1:
                     raise
                 failure = error

@@ -17,7 +17,6 @@ from layerif.models.loss import per_sample_loss
 from layerif.probe.grams.gather import wanted_tile_bytes, workload
 from layerif.probe.grams.measure import gram_in, measure, tensors_of
 from layerif.probe.grams.passes import Passes
-from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.products import FORMS, gram
 from layerif.probe.grams.projection import Projection
 from layerif.probe.measurements import Load, Measurements
@@ -26,9 +25,6 @@ from layerif.probe.store import MeasurementKind, layers_in
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
-
-# The first process asks the store, and tells the others meanwhile; at last it sends them the Grams, or None.
-_WAIT, _NOT_STORED = "another job has the lock", None
 
 
 @dataclass(frozen=True)
@@ -42,22 +38,11 @@ class Grams(Request):
         measurements.check_adapter_of_lora()
 
     def take(self, measurements: Measurements, load: Load) -> tuple[LayerGrams, bool]:
-        probe, store, shards = measurements.probe, measurements.store, Shards.current()
+        probe = measurements.probe
         projection = [probe.projection, probe.projection_seed] if probe.projection else None
         description = measurements.description(probe=VERSIONS["probe"], projection=projection)
-        if shards.rank > 0:
-            stored = _from_the_first(shards)
-            return (stored, True) if stored else (_measured(measurements, load, store.key(description)), False)
-
-        def compute(key: str) -> LayerGrams:
-            shards.share(_NOT_STORED)  # all begin to measure
-            return _measured(measurements, load, key)
-
-        # Another job may hold the lock for longer than the other processes would wait without a message.
-        store = replace(store, while_waiting=lambda: shards.share(_WAIT))
-        grams, reused = store.kept(GRAMS, description, compute, about=measurements.about())
+        grams, reused = measurements.by_all(GRAMS, description, lambda key: _measured(measurements, load, key))
         if reused:
-            shards.share(grams)
             log.info("scores from the store: %s… was measured before, no gradient pass", grams.fingerprint[:12])
         return grams, reused
 
@@ -115,16 +100,9 @@ class Grams(Request):
         return evidence.select(*rows), reference
 
 
-def _from_the_first(shards: Shards) -> LayerGrams | None:
-    """Waits for the Grams that the first process finds in the store; None where all processes are to measure them."""
-    while (told := shards.share(None)[0]) == _WAIT:
-        pass
-    return told
-
-
 def _measured(measurements: Measurements, load: Load, key: str) -> LayerGrams:
     probe = measurements.probe
-    model = spread(measurements.model.load(), measurements.device) if measurements.is_spread else load()
+    model = measurements.divided(load)
     layers = measurements.measured_layers(model)
     train, validation = measurements.samples()
     log.info("gradient pass: %d + %d samples in %d layers", len(train), len(validation), len(layers.names))
