@@ -26,6 +26,7 @@ from layerif.estimators.datainf import DataInf
 from layerif.models.loss import per_sample_loss
 from layerif.scores import LayerScores
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.unharmed import assert_unharmed_by
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = [
@@ -89,20 +90,7 @@ def test_every_form_of_the_same_rows_gives_the_same_scores():
 
 
 def test_the_model_comes_back_as_it_was():
-    model = tiny_model().train()
-    model.get_input_embeddings().weight.requires_grad_(False)
-    model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    needed = {name: p.requires_grad for name, p in model.named_parameters()}
-    scored(model)
-    assert all(module.training for module in model.modules())
-    assert needed == {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name]), name
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert_unharmed_by(scored)
 
 
 def test_a_model_in_a_wrapper_of_peft_is_scored_with_its_adapter_and_keeps_it():

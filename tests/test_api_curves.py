@@ -16,6 +16,7 @@ from layerif.pruning import pruner_called
 from layerif.pruning.targets import matrices
 from layerif.pruning.wanda import Wanda
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.unharmed import assert_unharmed_by
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = [
@@ -49,20 +50,7 @@ def test_curves_of_a_pruner_are_spent_by_it_to_the_weight(pruner):
 
 
 def test_the_model_comes_back_as_it_was():
-    model = tiny_model().train()
-    model.get_input_embeddings().weight.requires_grad_(False)
-    model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    needed = {name: p.requires_grad for name, p in model.named_parameters()}
-    curves_of(model, rows=["a b c d", "b c d e"], form="diagonal")
-    assert all(module.training for module in model.modules())
-    assert needed == {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name]), name
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert_unharmed_by(lambda model: curves_of(model, rows=["a b c d", "b c d e"], form="diagonal"))
 
 
 def test_rows_are_another_loss_text_and_another_unit_is_a_sum_or_a_measurement():

@@ -83,9 +83,9 @@ class LossByBlock(Request):
         sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor(levels, dtype=torch.float64)
         costs_UK = torch.cat([torch.zeros(len(units), 1, dtype=torch.float64), tensors["costs"].clamp(min=0)], dim=1)
         if falls := int((tensors["costs"] < 0).sum()):
+            trials = tensors["costs"].numel()
             warnings.warn(
-                f"pruning one block alone lowered the loss in {falls} of {tensors['costs'].numel()} trials; this counts "
-                "as no cost",
+                f"pruning one block alone lowered the loss in {falls} of {trials} trials; this counts as no cost",
                 RuntimeWarning,
                 stacklevel=2,
             )

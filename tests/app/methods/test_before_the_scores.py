@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from layerif.app.schema import check, register
-from layerif.app.setup import Setup
-from layerif.files import conf_folder
 from tests.command import layerif_here
 
 SPARSITY = ["allocator=sparsity", "allocator.smoothing=false"]
 
 
 @pytest.fixture
-def setup(tiny_overrides):
-    def make(*overrides: str) -> Setup:
-        register()
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            config = compose("config", [*tiny_overrides, "logger=none", *overrides])
-        check(config)
-        return Setup(config)
-
-    return make
+def setup(setup_of):
+    return setup_of
 
 
 @pytest.mark.parametrize(
