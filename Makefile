@@ -90,6 +90,7 @@ bench: $(READY)
 	$(BIN)/python experiments/benchmark_scoring/growth.py
 	$(BIN)/python experiments/benchmark_scoring/large.py
 	$(BIN)/python experiments/benchmark_pruning/run.py
+	$(BIN)/python experiments/benchmark_pruning/swaps.py
 	$(BIN)/python experiments/benchmark_curves/run.py
 
 clean:
