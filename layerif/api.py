@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layerif.allocate import Allocation, Curves
 from layerif.allocate.sparsity import TargetSparsity
 from layerif.checks import Count, called_as_arguments, check_choice, check_value
-from layerif.data.batches import Encodings, LossOn, bos_of, encode, token_ids
+from layerif.data.batches import Encodings, LossOn, encode
 from layerif.data.given import (
     GivenRows,
     check_apart,
@@ -30,6 +30,7 @@ from layerif.data.given import (
 from layerif.data.render import Template
 from layerif.data.rows import AnyExample, TextExample, TokenExample
 from layerif.data.task import Splits
+from layerif.data.tokens import bos_of, token_ids
 from layerif.data.windows import Bos, windows_of
 from layerif.decide import Scorer
 from layerif.estimators import Estimator, estimator_of_scores

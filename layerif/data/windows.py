@@ -11,7 +11,7 @@ from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
-from layerif.data.batches import bos_of, token_ids
+from layerif.data.tokens import bos_of, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from layerif.data.batches import Encoded, num_shared, output_text, prompt_text, token_ids
+from layerif.data.batches import Encoded, output_text, prompt_text
 from layerif.data.render import Example, Template
 from layerif.data.rows import AnyExample, CompletionExample
+from layerif.data.tokens import num_shared, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

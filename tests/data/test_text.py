@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from layerif.data.batches import token_ids
 from layerif.data.text import check_disjoint, documentation_text, text
+from layerif.data.tokens import token_ids
 from layerif.pruning.calibration import Calibration
 from tests.tiny import tiny_tokenizer
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from layerif.data.batches import bos_of, token_ids
+from layerif.data.tokens import bos_of, token_ids
 from layerif.data.windows import cut_windows, running_ids, windows_of
 from layerif.pruning.calibration import Calibration
 from tests.tiny import tiny_tokenizer

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from layerif.data.batches import encode, token_ids
+from layerif.data.batches import encode
 from layerif.data.render import Example
 from layerif.data.rows import example_of
 from layerif.data.task import Splits
+from layerif.data.tokens import token_ids
 from layerif.evaluate import harness
 from layerif.evaluate.generation import generation_accuracy
 from layerif.evaluate.harness import lm_eval

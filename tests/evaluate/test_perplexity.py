@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from layerif.data.batches import token_ids
+from layerif.data.tokens import token_ids
 from layerif.data.windows import cut_windows
 from layerif.evaluate.evaluation import Evaluation
 from layerif.evaluate.perplexity import perplexity

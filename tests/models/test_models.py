@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from layerif.app.messages import of_the_user
-from layerif.data.batches import bos_of
+from layerif.data.tokens import bos_of
 from layerif.models.blocks import blocks, layer_map
 from layerif.models.embedded import EmbeddedModel
 from layerif.models.pretrained import HubModel, LocalModel, hash_folder
