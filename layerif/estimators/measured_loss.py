@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Gt, Lt
@@ -42,6 +42,8 @@ class LossByBlock(Request):
         levels: the sparsities above 0, ascending.
         granularity: the units of the curves.
     """
+
+    reads_windows: ClassVar[bool] = True
 
     pruner: Pruner
     mask_text: Calibration

@@ -72,11 +72,13 @@ class Request(ABC):
             and has `halves`; evidence of `train` alone cannot be taken apart again.
         is_measured: False where the evidence costs nothing.
         takes_loss: True where the evidence is measured with `Measurements.loss`.
+        reads_windows: True where the evidence is measured on calibration windows of a text.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ()
     is_measured: ClassVar[bool] = True
     takes_loss: ClassVar[bool] = False
+    reads_windows: ClassVar[bool] = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from layerif.app.setup import Setup
 from layerif.checks import Count, Share, check_fields
 from layerif.decide import Decider, Decision
 from layerif.estimators._base import CurveEstimator
-from layerif.probe.curves.request import WINDOWS, LossCurves, source_of
+from layerif.probe.curves.request import LossCurves, source_of
 from layerif.probe.curves.text import LossText
 from layerif.pruning import Pruner
 from layerif.pruning.levels import Levels
@@ -80,10 +80,10 @@ class Refine:
 
 def reads_windows(decider: Decider, pruner: Pruner) -> bool:
     """Tells if the calibration windows decide about the weights to prune: by their inputs, their loss or in trials."""
-    needs, allocator = decider.estimator.needs, decider.allocator
+    allocator = decider.allocator
     if pruner.needs_inputs or (isinstance(allocator, Depth) and allocator.slope is None):
         return True
-    return allocator.spends == "curves" and WINDOWS in getattr(needs, "loss_texts", (WINDOWS,))
+    return allocator.spends != "nothing" and decider.estimator.needs.reads_windows
 
 
 def check_spent_here(setup: Setup, pruner: Pruner, windows: Sequence[Tensor], allocation: Allocation) -> None:

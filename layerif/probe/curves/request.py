@@ -105,7 +105,8 @@ class LossCurves(Request):
         return bool(self.pruner.levels())
 
     @property
-    def _reads_windows(self) -> bool:
+    def reads_windows(self) -> bool:  # type: ignore[override]
+        """Tells if the windows choose the weights or are a text whose loss is watched."""
         return self.pruner.needs_inputs or WINDOWS in self.loss_texts
 
     def check(self, measurements: Measurements) -> None:
@@ -233,7 +234,7 @@ class LossCurves(Request):
             "matrices": list(layers.matrices),
             "pruner": self.pruner.called,
             "levels": list(self.levels),
-            "windows": hash_of_windows(self.windows(measurements)) if self._reads_windows else None,
+            "windows": hash_of_windows(self.windows(measurements)) if self.reads_windows else None,
             "loss_text": {
                 text: [weight, hash_of_samples(measurements.samples()[0]) if text == TASK else None]
                 for text, weight in self.loss_texts.items()
