@@ -16,7 +16,13 @@ from layerif.checks import check_choice, check_unique, is_finite, is_number
 
 Aggregation = Literal["all", "positive", "top25"]
 Direction = Literal["undertrained", "important"]
-AllocationKind = Literal["experts", "rank", "sparsity"]
+AllocationKind = Literal["experts", "rank", "sparsity", "bits", "blocks", "layers"]
+
+_TURNED_ROUND: Mapping[AllocationKind, Direction] = {
+    "sparsity": "important",
+    "bits": "undertrained",
+    "blocks": "undertrained",
+}
 
 SPREAD_NOISE = 1e-12  # times the largest value; a smaller spread is the rounding of equal scores
 
@@ -30,8 +36,8 @@ class LayerScores:
     Attributes:
         layers: the names of the layers.
         values: one for each layer.
-        higher_means: `undertrained` (give more experts, rank and sparsity) or `important` (give more experts and rank,
-            but less sparsity).
+        higher_means: `undertrained` (train it, give it more experts, rank and sparsity, but fewer bits, and drop it
+            first) or `important` (train it, give it more experts, rank and bits, but less sparsity, and keep it).
         source: the estimator that made the scores.
         fingerprint: of what was measured.
     """
@@ -52,13 +58,13 @@ class LayerScores:
                 )
 
     def oriented(self, kind: AllocationKind) -> tuple[float, ...]:
-        """Gives the values as `to_experts`, `to_rank` and `to_sparsity` take them: a higher one gets more of `kind`.
+        """Gives the values as `to_experts`, `to_rank`, `to_sparsity` and their like take them: a higher one gets more.
 
-        Only important layers under sparsity are turned round, to max − s, or to 0 where the values differ by rounding
-        alone. All other values stay as they are.
+        Important layers under sparsity, and undertrained ones under bits and blocks, are turned round, to max − s, or
+        to 0 where the values differ by rounding alone. All other values stay as they are.
         """
         check_choice("kind", kind, get_args(AllocationKind))
-        if kind == "sparsity" and self.higher_means == "important":
+        if self.higher_means == _TURNED_ROUND.get(kind):
             highest = max(self.values)
             if highest - min(self.values) <= SPREAD_NOISE * highest:
                 return (0.0,) * len(self.values)

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from layerif.allocate.sparsity import Sparsity
 from layerif.files import read_json
 from layerif.layers import LayerMap
-from layerif.scores import LayerScores, aggregate, smooth
+from layerif.scores import AllocationKind, Direction, LayerScores, aggregate, smooth
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "pruning_scores.json").read_text())
 SCORES = LayerScores(("a", "b", "c"), (1.0, 0.0, 4.0), "undertrained", "datainf", "abc")
@@ -102,11 +103,13 @@ def test_scores_survive_json():
     assert LayerScores.from_dict(json.loads(json.dumps(SCORES.to_dict()))) == SCORES
 
 
-@pytest.mark.parametrize("kind", ["experts", "rank", "sparsity"])
-def test_only_important_layers_under_sparsity_are_turned_round(kind):
-    assert SCORES.oriented(kind) == SCORES.values
-    expected = (3.0, 4.0, 0.0) if kind == "sparsity" else SCORES.values
-    assert replace(SCORES, higher_means="important").oriented(kind) == expected
+@pytest.mark.parametrize("kind", get_args(AllocationKind))
+def test_important_layers_lose_less_and_undertrained_ones_are_worth_less_as_they_are(kind):
+    turned_round = (3.0, 4.0, 0.0)
+    by_direction = {"sparsity": "important", "bits": "undertrained", "blocks": "undertrained"}
+    for direction in get_args(Direction):
+        expected = turned_round if by_direction.get(kind) == direction else SCORES.values
+        assert replace(SCORES, higher_means=direction).oriented(kind) == expected
 
 
 @pytest.mark.parametrize("direction", ["important", "undertrained"])

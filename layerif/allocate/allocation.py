@@ -10,7 +10,8 @@ from typing import Any, get_args
 from layerif.checks import check_choice, check_unique, is_number
 from layerif.scores import AllocationKind
 
-BUDGET_TOLERANCE = 1e-6  # as a fraction of all parameters, for a sparsity
+BUDGET_TOLERANCE = 1e-6  # allowed error of a mean that is weighted by parameters
+MEANS: tuple[AllocationKind, ...] = ("sparsity", "bits")  # kinds whose budget is such a mean, and not a sum of counts
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,12 @@ class Allocation:
     Attributes:
         units: names of blocks or matrices.
         kind: the meaning of a value.
-        values: a count per unit (experts, rank), or the fraction of the unit's parameters to remove (sparsity).
-        budget: the sum of the counts, or the parameter-weighted mean of the sparsities. It is checked on construction:
-            counts exactly, a mean to 1e-6.
-        sizes: parameters per unit, the weights of that mean; only for a sparsity.
+        values: a count per unit (experts, rank), the fraction of the unit's parameters to remove (sparsity), the bits
+            of each of its weights (bits), or 1 for a unit that stays (blocks) or is trained (layers), and 0 for one that
+            does not or is not.
+        budget: the sum of the counts, or the parameter-weighted mean of sparsities or bits. It is checked on
+            construction: counts exactly, a mean to 1e-6.
+        sizes: parameters per unit, the weights of that mean; only for sparsity and bits.
         source: what the values belong to, by part (the model, the pruner, the text of its masks), where they must not
             be spent elsewhere; empty where they fit anywhere.
 
@@ -41,16 +44,12 @@ class Allocation:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, get_args(AllocationKind))
         check_unique(self.units, self.values, what=f"{self.kind} values")
-        allowed = "a fraction in [0, 1]" if self.kind == "sparsity" else "a whole number >= 1"
+        allowed = _ALLOWED[self.kind]
         for unit, value in zip(self.units, self.values, strict=True):
-            if self.kind == "sparsity":
-                valid = is_number(value) and 0 <= value <= 1
-            else:
-                valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not valid:
+            if not is_allowed(self.kind, value):
                 raise ValueError(f"{self.kind} of {unit!r} must be {allowed}, got {value!r}")
         spent = spent_budget(self.kind, self.values, self.sizes)
-        if abs(spent - self.budget) > (BUDGET_TOLERANCE if self.kind == "sparsity" else 0):
+        if abs(spent - self.budget) > (BUDGET_TOLERANCE if self.kind in MEANS else 0):
             raise ValueError(
                 f"the {self.kind} values spend a budget of {spent}, not the {self.budget} they were given; "
                 f"give budget={spent}, or other values"
@@ -84,9 +83,30 @@ class Allocation:
         )
 
 
+_ALLOWED: Mapping[AllocationKind, str] = {
+    "experts": "a whole number >= 1",
+    "rank": "a whole number >= 1",
+    "sparsity": "a fraction in [0, 1]",
+    "bits": "a number above 0 and at most 32",
+    "blocks": "0 or 1",
+    "layers": "0 or 1",
+}
+
+
+def is_allowed(kind: AllocationKind, value: Any) -> bool:
+    """Tells if a unit can have this value."""
+    if not is_number(value) or (kind not in MEANS and not isinstance(value, int)):
+        return False
+    if kind == "sparsity":
+        return 0 <= value <= 1
+    if kind == "bits":
+        return 0 < value <= 32
+    return value in (0, 1) if kind in ("blocks", "layers") else value >= 1
+
+
 def spent_budget(kind: AllocationKind, values: Sequence[float], sizes: Sequence[int] | None = None) -> int | float:
-    """Gives the sum of counts, or the mean of sparsities weighted by `sizes`."""
-    if kind != "sparsity":
+    """Gives the sum of counts, or the mean of sparsities or bits weighted by `sizes`."""
+    if kind not in MEANS:
         return sum(int(value) for value in values)
     weights = checked_sizes(sizes, len(values))
     return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
@@ -96,6 +116,6 @@ def checked_sizes(sizes: Sequence[int] | None, num_units: int) -> list[int]:
     """Gives the sizes as a list, and refuses them unless there is one for each unit, at least 1."""
     if sizes is None or len(sizes) != num_units or not all(size > 0 for size in sizes):
         raise ValueError(
-            f"a sparsity needs sizes, the number of parameters (at least 1) of each of {num_units} units; got {sizes}"
+            f"a mean needs sizes, the number of parameters (at least 1) of each of {num_units} units; got {sizes}"
         )
     return [int(size) for size in sizes]

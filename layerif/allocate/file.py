@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from layerif.allocate.allocation import Allocation, spent_budget
+from layerif.allocate.allocation import MEANS, Allocation, spent_budget
 from layerif.allocate.curves import sizes_of
 from layerif.checks import check_fields, check_object, check_unique, is_finite, is_number, shown
 from layerif.files import read_json
@@ -24,7 +24,7 @@ class SavedAllocation:
 
     Attributes:
         path: a JSON file with one of
-            {"layer name": value, …} in any order, or {"matrix name": value, …} for a sparsity;
+            {"layer name": value, …} in any order, or {"matrix name": value, …} for sparsity and bits;
             [value, …], one per layer in the model's order;
             the `record.json` of an earlier run, or its `allocation` alone with "units" and "values".
         kind: the meaning of a value. A file that states its kind must agree.
@@ -58,7 +58,7 @@ class SavedAllocation:
         for value in values:
             if not is_number(value) or not is_finite(value):
                 raise ValueError(f"{what} must hold finite numbers, got {shown(value)}")
-        sizes = numel if self.kind == "sparsity" else None
+        sizes = numel if self.kind in MEANS else None
         try:
             return Allocation(units, self.kind, ordered, spent_budget(self.kind, ordered, sizes), sizes, source)
         except ValueError as error:
@@ -74,9 +74,10 @@ class SavedAllocation:
                 f"them to one or the other; name matrices alone, or use method=prune method.allocation={self.path}, "
                 "which takes an object of both"
             )
-        if matrices and self.kind != "sparsity":
+        if matrices and self.kind not in MEANS:
             raise ValueError(
-                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only a sparsity can be given to matrices; "
+                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only {' and '.join(MEANS)} can be given to "
+                f"matrices; "
                 f"name the {len(layers.names)} layers {layers.names[0]!r} to {layers.names[-1]!r}"
             )
         return "matrix" if matrices else "block"

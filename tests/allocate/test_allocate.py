@@ -345,6 +345,8 @@ def test_an_allocation_checks_its_budget_on_construction():
         Allocation(("a", "b"), "sparsity", (0.2, 0.6), 0.3, (1, 1))
     with pytest.raises(ValueError, match="needs sizes"):
         Allocation(("a", "b"), "sparsity", (0.2, 0.6), 0.4)
+    assert Allocation(("a", "b"), "bits", (8.5, 4.5), 5.5, (1, 3)).budget == 5.5
+    assert Allocation(("a", "b", "c"), "blocks", (1, 0, 1), 2).budget == 2
 
 
 @pytest.mark.parametrize(
@@ -353,6 +355,10 @@ def test_an_allocation_checks_its_budget_on_construction():
         ("experts", (0, 4), "experts of 'a' must be a whole number >= 1, got 0"),
         ("rank", (1.5, 2.5), r"rank of 'a' must be a whole number >= 1, got 1\.5"),
         ("sparsity", (0.5, 1.5), r"sparsity of 'b' must be a fraction in \[0, 1\]"),
+        ("bits", (4.5, 0), "bits of 'b' must be a number above 0 and at most 32, got 0"),
+        ("bits", (33.0, 4.5), "bits of 'a' must be a number above 0 and at most 32"),
+        ("blocks", (1, 2), "blocks of 'b' must be 0 or 1, got 2"),
+        ("layers", (True, 1), "layers of 'a' must be 0 or 1, got True"),
         ("heads", (1, 3), "experts, rank, sparsity"),
         ("experts", (4,), "1 for 2 layers"),
     ],

@@ -85,7 +85,11 @@ def test_what_the_pruner_skips_is_neither_needed_nor_allowed(tmp_path):
         ({**HALF_OF_BLOCKS, "model.layers.1.mlp": 0.2}, "sparsity", "an allocator gives them to one or the other"),
         ({**HALF, f"{UP}s": 0.5}, "sparsity", rf"did you mean '{UP}'\?\); its 21 matrices are"),
         ({unit: 0.5 for unit in UNITS if unit != UP}, "sparsity", rf"lacks 1 of .* 21 matrices, the first is '{UP}'"),
-        (dict.fromkeys(UNITS, 2), "rank", r"gives rank to matrices .*only a sparsity.*3 layers 'model\.layers\.0' to"),
+        (
+            dict.fromkeys(UNITS, 2),
+            "rank",
+            r"gives rank to matrices .*only sparsity and bits.*3 layers 'model\.layers\.0' to",
+        ),
         (dict.fromkeys(UNITS, 1.5), "sparsity", r"sparsity of '.*\.0\.self_attn\.q_proj' must be a fraction"),
         ({"allocation": {**allocation().to_dict(), "source": ["a"]}}, "sparsity", r"allocation\.source in .*object of"),
         ({"allocation": {**allocation().to_dict(), "source": {"a": 1}}}, "sparsity", r"of texts; got \{'a': 1\}"),
