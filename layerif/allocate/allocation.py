@@ -22,8 +22,7 @@ class Allocation:
         units: names of blocks or matrices.
         kind: the meaning of a value.
         values: a count per unit (experts, rank), the fraction of the unit's parameters to remove (sparsity), the bits
-            of each of its weights (bits), or 1 for a unit that stays (blocks) or is trained (layers), and 0 for one that
-            does not or is not.
+            of each of its weights (bits), or 1 for a unit that stays (blocks) or is trained (layers), else 0.
         budget: the sum of the counts, or the parameter-weighted mean of sparsities or bits. It is checked on
             construction: counts exactly, a mean to 1e-6.
         sizes: parameters per unit, the weights of that mean; only for sparsity and bits.
