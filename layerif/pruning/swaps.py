@@ -78,8 +78,8 @@ class MaskPruner(Pruner):
     Args:
         swaps: lower the error of the outputs by exact swaps, see `swapped`. The pruner then observes the Gram matrix of
             the inputs.
-        most_swaps: the most swaps of a row. In SmolLM2 at 60 % the first 25 bring between two thirds and nearly all of
-            what any number brings on other text; the time grows with their number.
+        most_swaps: the most swaps of a row. In four matrices of SmolLM2 at 60 % the first 25 bring 0.82 to all of what
+            100 bring on other text; the time grows with their number.
     """
 
     swaps: bool = False
