@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -72,11 +74,12 @@ def answers(right: list[bool]) -> dict[str, dict[str, bool]]:
     return {"options": {f"q{number}": bool(answer) for number, answer in enumerate(right)}}
 
 
-def composed(*overrides: str) -> Any:
+def composed(*overrides: str, hydra: bool = False) -> Any:
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose("config", [*overrides, "outputs=/nowhere", "logger=none"])
-    check(config)
+        config = compose("config", [*overrides, "outputs=/nowhere", "logger=none"], return_hydra_config=hydra)
+    if not hydra:
+        check(config)
     return config
 
 
@@ -85,6 +88,23 @@ def test_every_arm_composes_and_binds():
     configs = [composed("experiment=expert_allocation_smollm2", *arm, "seed=2") for arm in arms]
     assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) == 10
     assert [config.estimator.seed for config in configs if "seed" in config.estimator] == [2]
+
+
+@pytest.mark.parametrize("experiment", ["sparsity_smollm2", "sparsity_7b"])
+def test_every_arm_of_pruning_composes_and_binds(experiment):
+    command = (EXPERIMENTS / "sparsity_smollm2" / "run.sh").read_text()
+    swept = composed(f"experiment={experiment}", hydra=True).hydra.sweeper.params
+    texts = [
+        swept.arm,
+        *re.findall(r"arms?=(?:\$arms)?([a-z_,]+)", command if experiment == "sparsity_smollm2" else ""),
+    ]
+    arms = sorted({arm for text in texts for arm in text.split(",") if arm})
+    given = ["model.name=org/name"] if experiment == "sparsity_7b" else []
+    configs = [composed(f"experiment={experiment}", f"arm={arm}", *given) for arm in arms]
+    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) > 7
+    for config in configs:
+        assert config.method._target_.endswith("Prune")
+        assert config.allocator._target_.rpartition(".")[2] in ("Sparsity", "Depth", "WaterFilling", "Knapsack")
 
 
 def test_the_profiles_are_of_every_estimator_that_needs_no_more():
@@ -211,44 +231,57 @@ def test_the_loops_are_the_definition_of_datainf(loop):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_pruned_models_are_compared_with_uniform_by_question_and_by_windows(tmp_path):
-    plot = plot_of("pruning_smollm2")
-    rng = np.random.default_rng(0)
-    found: dict[tuple[str, int], tuple[list[bool], float]] = {}
-    for pruner, seeds in (("magnitude", 1), ("wanda", 3)):
-        for seed in range(seeds):
-            uniform = (rng.random(80) < 0.4).tolist()
-            better = [answer or bool(rng.random() < 0.4) for answer in uniform]
-            for estimator, right, loss in (("uniform", uniform, 30.0), ("datainf", better, 24.0)):
-                found[f"{pruner} {estimator}", seed] = right, loss + seed
-                folder = tmp_path / "runs" / f"{pruner}-{estimator}-{seed}"
-                folder.mkdir(parents=True)
-                RunRecord(
-                    name="pruning",
-                    seed=0,
-                    overrides=[],
-                    choices=choices_of(estimator, method="prune", pruner=pruner),
-                    config={
-                        "allocator": {"target": 0.5, "epsilon": 0.1},
-                        "method": {"calibration": {"seed": seed}},
-                    },
-                    decision=decision_of(
-                        [0.4, 0.5, 0.6], scores=(), layers=["0", "1", "2"], kind="sparsity", budget=0.5
-                    ),
-                    metrics={"sparsity": 0.5, "perplexity_256": loss + seed},
-                    answers=answers(right),
-                ).write(folder)
-    plot.draw(tmp_path / "runs", tmp_path)
-    assert {"results.md", "results.png", "sparsity.png"} <= {file.name for file in tmp_path.iterdir()}
-    runs = plot.table([RunRecord.read(file.parent) for file in (tmp_path / "runs").glob("*/record.json")])
-    alone, three = plot.against_uniform(runs).to_dict("records")
-    assert (alone["pruner"], alone["seeds"], alone["perplexity ratio"]) == ("magnitude", 1, "0.80")
-    assert (three["pruner"], three["seeds"]) == ("wanda", 3)
-    gains = [np.mean(found["wanda datainf", s][0]) - np.mean(found["wanda uniform", s][0]) for s in range(3)]
-    assert three["accuracy difference"].startswith(f"{np.mean(gains):+.2f} (")
-    assert np.isnan(alone["p of the ratio"])  # a single seed decides nothing
-    assert three["p of the ratio"] < 0.05
-    assert max(alone["p of the difference"], three["p of the difference"]) < 0.05
+def test_pruned_models_are_compared_with_uniform_at_the_same_calibration_choice(tmp_path):
+    plot = plot_of("sparsity_smollm2")
+    rng, ratios = np.random.default_rng(0), {}
+    sweep, results = tmp_path / "sweep", tmp_path / "results"
+    results.mkdir()
+
+    def pruned(arm: str, seed: int, perplexity: float, *, m: int | None = None, **metrics: float) -> None:
+        (folder := sweep / f"{arm}-{seed}-{m}").mkdir(parents=True)
+        RunRecord(
+            name="pruning",
+            seed=seed,
+            overrides=[],
+            choices=choices_of("uniform", method="prune", arm=arm),
+            config={
+                "allocator": {"target": 0.6},
+                "pruner": {"m": m},
+                "method": {"calibration": {"num_windows": 16}},
+                "task": {"name": "city"},
+            },
+            decision=decision_of([0.4, 0.6, 0.8], scores=(), layers=["0", "1", "2"], kind="sparsity", budget=0.6),
+            metrics={"perplexity_256": perplexity, **metrics},
+        ).write(folder)
+
+    for seed in range(5):
+        uniform, ratios[seed] = 80 + 10 * rng.random(), 0.7 + 0.02 * rng.random()
+        pruned("uniform", seed, uniform, loss=6.0 + seed)
+        pruned("curves", seed, uniform * ratios[seed], loss=5.5 + seed + 0.01 * rng.random())
+        pruned("random", seed, uniform * (0.9 + 0.2 * rng.random()), loss=6.0 + seed + rng.normal())
+    pruned("uniform", 0, 50.0, m=4)
+    pruned("curves", 0, 40.0, m=4)
+    plot.draw([sweep], results)
+    assert {file.name for file in results.iterdir()} == {"runs.csv", "results.md", "results.png", "sparsity.png"}
+    runs = pd.read_csv(results / "runs.csv")
+    (main, few), found = zip(*plot.families(runs), strict=True)
+    assert main == plot.MAIN == "wanda, 60 %, city"
+    by = {(each.arm, each.metric): each for each in plot.compared(found[0], "uniform")}
+    logs = np.log(list(ratios.values()))
+    half = 2.776 * logs.std(ddof=1) / np.sqrt(5)
+    expected = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+    assert by["curves", "documentation"].cell == "{:.2f} ({:.2f} to {:.2f}) *".format(*expected)
+    assert by["curves", "loss"].cell.startswith("-0.49 (") or by["curves", "loss"].cell.startswith("-0.50 (")
+    assert not by["random", "documentation"].cell.endswith("*")
+    (alone,) = plot.compared(found[1], "uniform")
+    assert (few, alone.setting, alone.cell) == ("other pruners, sparsities and windows", "wanda, n of 4, 60 %", "0.80")
+    # A later piece on another machine adds its runs, and a run that is there anew replaces the earlier one.
+    (tmp_path / "sweep").rename(tmp_path / "earlier")
+    pruned("curves", 0, 44.0, m=4)
+    plot.draw([sweep], results)
+    later = pd.read_csv(results / "runs.csv").set_index(plot.KEYS)["value"]
+    assert len(later) == len(runs)
+    assert later["wanda, n of 4, 60 %", "curves", 0, "documentation"] == 44.0
 
 
 # Whose scores place the experts

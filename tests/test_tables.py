@@ -385,7 +385,7 @@ def test_an_arm_is_over_an_experiment_and_the_command_line_over_both():
     ],
 )
 def test_an_arm_brings_its_allocator_and_keeps_the_target_of_the_sweep(arm, estimator, allocator):
-    given = ["experiment=pruning_smollm2", f"arm={arm}", "allocator.target=0.6", "outputs=/nowhere", "logger=none"]
+    given = ["experiment=sparsity_smollm2", f"arm={arm}", "allocator.target=0.6", "outputs=/nowhere", "logger=none"]
     job = compose("config", given, return_hydra_config=True)
     assert (job.hydra.runtime.choices.estimator, job.hydra.runtime.choices.allocator) == (estimator, allocator)
     layers = LayerMap(tuple(f"b.{l}" for l in range(8)), tuple((f"b.{l}.q",) for l in range(8)), (12,) * 8)

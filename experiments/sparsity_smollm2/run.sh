@@ -1,0 +1,32 @@
+#!/bin/sh
+# Runs the experiment on the embedded model, or with --full on models of 7B. If it is stopped, the same command carries on;
+# finished jobs are not run twice. Further arguments are settings for every job, such as trainer=gpu.
+set -e
+here=$(dirname "$0")
+if [ "$1" = --full ]; then
+    shift
+    layerif -m experiment=sparsity_7b "$@"
+    layerif-report outputs/sweeps/sparsity_7b
+    exit
+fi
+[ -f outputs/texts/plays.txt ] || python "$here/texts.py" # two texts of another kind, and rows of the calibration text
+
+sweep() { layerif -m experiment=sparsity_smollm2 "$@"; }
+# Wanda at 60 %: the main grid, the other arms, and curves of tasks.
+sweep "$@"
+sweep seed=0,1 arm=reversed,random,owl,alphapruning,dlp,lsa,mdl,measured_loss,curves_block,layerif_of_text,curves_and_mask_swaps "$@"
+sweep seed=0 arm=curves_refined,search_from_uniform "$@"
+sweep seed=0,1,2 arm=curves_of_city,curves_of_region,curves_mixed "$@"
+sweep seed=0,1,2 task=region arm=uniform,curves,curves_of_city,curves_of_region,curves_mixed "$@"
+
+# Other sparsities and pruners, and fewer windows, on the documentation alone.
+others() { sweep name=sparsity_smollm2_others 'evaluation.metrics=[perplexity]' 'evaluation.text=[documentation]' "$@"; }
+arms=uniform,first_block_spared,straight_line,layerif_all,curves
+others seed=0,1,2 allocator.target=0.5,0.7 arm=$arms "$@"
+others seed=0,1,2 pruner=sparsegpt allocator.target=0.6,0.7 arm=$arms,curves_of_wanda "$@"
+others seed=0 pruner=magnitude arm=uniform,layerif_all,curves "$@"
+others seed=0,1,2 pruner.m=4,8 allocator.target=0.5 arm=uniform,layerif_all,curves "$@"
+others seed=0,1,2 method.calibration.num_windows=4,8 arm=uniform,curves "$@"
+
+layerif-report outputs/sweeps/sparsity_smollm2
+layerif-report outputs/sweeps/sparsity_smollm2_others
