@@ -12,21 +12,24 @@ fi
 [ -f outputs/texts/plays.txt ] || python "$here/texts.py" # two texts of another kind, and rows of the calibration text
 
 sweep() { layerif -m experiment=sparsity_smollm2 "$@"; }
-# Wanda at 60 %: the main grid, the other arms, and curves of tasks.
+# Wanda at 60 %: the main grid, then the other arms.
 sweep "$@"
-sweep seed=0,1 arm=reversed,random,owl,alphapruning,dlp,lsa,mdl,measured_loss,curves_block,layerif_of_text,curves_and_mask_swaps "$@"
-sweep seed=0 arm=curves_refined,search_from_uniform "$@"
-sweep seed=0,1,2 arm=curves_of_city,curves_of_region,curves_mixed "$@"
-sweep seed=0,1,2 task=region arm=uniform,curves,curves_of_city,curves_of_region,curves_mixed "$@"
+sweep seed=0,1 arm=reversed,random,owl,alphapruning,dlp,lsa,mdl,measured_loss,curves_block,layerif_of_text "$@"
+sweep seed=0 arm=curves_and_mask_swaps,curves_refined,search_from_uniform "$@"
+
+# Curves of tasks: is a task helped by its own, and what do they cost on the documentation?
+tasks() { sweep name=sparsity_smollm2_tasks 'evaluation.text=[documentation]' seed=0,1,2 "$@"; }
+tasks task=city arm=curves_of_city,curves_of_region,curves_mixed "$@"
+tasks task=region arm=uniform,curves,curves_of_city,curves_of_region,curves_mixed "$@"
 
 # Other sparsities and pruners, and fewer windows, on the documentation alone.
 others() { sweep name=sparsity_smollm2_others 'evaluation.metrics=[perplexity]' 'evaluation.text=[documentation]' "$@"; }
-arms=uniform,first_block_spared,straight_line,layerif_all,curves
+arms=uniform,first_block_spared,layerif_all,curves
 others seed=0,1,2 allocator.target=0.5,0.7 arm=$arms "$@"
 others seed=0,1,2 pruner=sparsegpt allocator.target=0.6,0.7 arm=$arms,curves_of_wanda "$@"
 others seed=0 pruner=magnitude arm=uniform,layerif_all,curves "$@"
 others seed=0,1,2 pruner.m=4,8 allocator.target=0.5 arm=uniform,layerif_all,curves "$@"
 others seed=0,1,2 method.calibration.num_windows=4,8 arm=uniform,curves "$@"
 
-layerif-report outputs/sweeps/sparsity_smollm2
-layerif-report outputs/sweeps/sparsity_smollm2_others
+python "$here/plot.py"
+for which in "" _tasks _others; do layerif-report outputs/sweeps/sparsity_smollm2$which; done
