@@ -7,13 +7,12 @@ curves, which say what the loss pays for each level. An allocator spends one or 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layerif.allocate import Allocation, Allocator, CurveAllocator, Curves, FixedAllocator
-from layerif.allocate.curves import equal_curves
+from layerif.allocate import Allocation, Allocator, CurveAllocator, Curves, EitherAllocator, FixedAllocator, Spans
 from layerif.estimators import Estimator
 from layerif.estimators._base import CurveEstimator, name_of
 from layerif.estimators._reliability import fidelity_of, split_half
@@ -57,7 +56,7 @@ class Scored:
     reliability: float | None = None
     fidelity: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
-    curves: Curves | None = None
+    curves: Curves | Spans | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +88,18 @@ class Decision(Scored):
 _PARTS = ("train", "validation")
 
 
-def _summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
+def _summary(curves: Curves | Spans, allocation: Allocation) -> dict[str, Any]:
     """Gives the part of curves that a record keeps: the price of each level, and that of the allocation."""
     values = allocation.by_name()
+    if isinstance(curves, Spans):
+        return curves.summary(values)
     if set(values) <= set(curves.by_block.units):
         curves_of_units = curves.by_block
     else:
         curves_of_units = curves
         if curves.unit == "block":  # swaps of levels move sparsity between matrices, whatever they start from
             values = AllocationRecord(**allocation.to_dict()).by_block()
+    prices = dict(zip(curves.units, curves.costs[:, 0].tolist(), strict=True)) if curves.kind == "blocks" else None
     return {
         "kind": curves.kind,
         "sense": curves.sense,
@@ -107,6 +109,7 @@ def _summary(curves: Curves, allocation: Allocation) -> dict[str, Any]:
         "predicted": curves_of_units.at(values),
         "source": dict(curves.source),
         "fingerprint": curves.fingerprint,
+        **({} if prices is None else {"prices": prices}),
     }
 
 
@@ -208,7 +211,7 @@ class Decider(Scorer):
         skip: the matrices that get nothing, and that budgets do not count, see `layerif.layers.is_named`.
     """
 
-    allocator: Allocator | CurveAllocator | FixedAllocator
+    allocator: Allocator | CurveAllocator | EitherAllocator | FixedAllocator
     skip: tuple[str, ...] = ()
 
     def units(self) -> LayerMap:
@@ -230,13 +233,12 @@ class Decider(Scorer):
             )
         found, _ = self.scored(load)
         start = time.perf_counter()
-        if self.allocator.spends == "curves":
-            assert found.curves is not None
-            allocation = self.allocator(found.curves)
-            found = replace(found, reliability=_agreement_of_halves(self.allocator, found.curves))
+        if found.curves is not None:
+            allocation = self._spent(found.curves)
+            found = replace(found, reliability=_agreement_of_halves(self._spent, found.curves))
         else:
             assert found.scores is not None
-            allocation = self.allocator(_without_skipped(found.scores, self.units()), self.units())
+            allocation = self._spent(_without_skipped(found.scores, self.units()))
         seconds = {**found.seconds, "allocate": time.perf_counter() - start}
         seconds["evidence"] += previewed
         return Decision(**{**vars(found), "seconds": seconds, "allocation": allocation})
@@ -246,19 +248,29 @@ class Decider(Scorer):
         self._check_pair()
         self.check()
         layers = self.units()
-        if self.allocator.spends == "curves":
-            needs: Any = self.estimator.needs
-            return self.allocator(equal_curves(layers, needs.granularity, (0.0, *needs.levels), needs.is_stepped))
-        equal = LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", "equal", "none")
-        return self.allocator(equal, layers)
+        if isinstance(self.estimator, CurveEstimator) and self.allocator.spends != "nothing":
+            return self._spent(self.estimator.equal(layers))
+        shown = name_of(self.estimator)
+        return self._spent(LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", shown, "none"))
+
+    def _spent(self, given: LayerScores | Curves | Spans) -> Allocation:
+        """Calls the allocator with what it takes."""
+        allocator: Any = self.allocator
+        return allocator(given) if allocator.spends == "curves" else allocator(given, self.units())
 
     def _check_pair(self) -> None:
         """Refuses an allocator that cannot spend what the estimator gives."""
         gives = "curves" if isinstance(self.estimator, CurveEstimator) else "scores"
-        if self.allocator.spends in (gives, "nothing"):
+        if self.allocator.spends in (gives, "either", "nothing"):
             return
-        fitting = "allocator=knapsack" if gives == "curves" else "an allocator of scores (experts, rank, sparsity)"
-        others = "an estimator of scores, such as datainf" if gives == "curves" else "estimator=loss_curve"
+        fitting = "an allocator of scores (experts, rank, sparsity, bits, blocks, layers)"
+        if isinstance(self.estimator, CurveEstimator):
+            fitting = "allocator=blocks" if self.estimator.kind == "blocks" else "allocator=knapsack"
+        others = (
+            "an estimator of scores, such as datainf"
+            if gives == "curves"
+            else "an estimator of curves (loss_curve, bits_curve)"
+        )
         raise ValueError(
             f"estimator={name_of(self.estimator)} gives {gives}, and this allocator spends {self.allocator.spends}; "
             f"use {fitting}, or {others}"
@@ -272,11 +284,11 @@ class Decider(Scorer):
         return {path: hash_folder(Path(path)) if Path(path).is_dir() else hash_file(Path(path)) for path in paths}
 
 
-def _agreement_of_halves(allocator: CurveAllocator, curves: Curves) -> float | None:
+def _agreement_of_halves(spent: Callable[[Any], Allocation], curves: Curves | Spans) -> float | None:
     """Compares the allocations by two halves of the samples; None where one of them is even."""
     if curves.halves is None:
         return None
-    first, second = (allocator(half).values for half in curves.halves)
+    first, second = (spent(half).values for half in curves.halves)
     return None if len({*first}) == 1 or len({*second}) == 1 else spearman(first, second)
 
 

@@ -1,7 +1,7 @@
-"""The types of evidence that estimators are given: spectra, activations, removals, gates, Grams and influences.
+"""The types of evidence that estimators are given: spectra, activations, removals, skips, gates, Grams and influences.
 
 Letters in shape suffixes: L layers, S samples, H hidden size, I inputs and O outputs of a linear layer, R rows, N train
-samples, M validation samples, P parameters of a matrix.
+samples, M validation samples, P parameters of a matrix, U units that can be left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layerif.checks import check_choice
-from layerif.layers import LayerMap, T
+from layerif.layers import LayerMap, T, Unit
 
 Classes = Literal["truth", "answer"]
 
@@ -130,6 +130,31 @@ class LayerRemovals:
 
     layers: LayerMap
     errors: Mapping[str, float]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class LayerSkips:
+    """The predicted changes of the loss if a unit, a block or one of its two parts, is left out.
+
+    With r what the unit adds to the hidden state, γ the gradient of a window's mean loss there and z = −γᵀr:
+
+    Attributes:
+        units: the names of the units.
+        numel: the weights of each.
+        unit: `block` or `sublayer`.
+        first: Σ z over the tokens, averaged over the windows, as each half of the windows adds to it (2×U), in nats.
+        second: ½·T·Σ z² over the tokens, averaged in the same way (2×U), for T counted tokens of a window.
+        source: the model and the text.
+        fingerprint: of what was measured.
+    """
+
+    units: tuple[str, ...]
+    numel: tuple[int, ...]
+    unit: Unit
+    first: Tensor
+    second: Tensor
+    source: Mapping[str, str]
     fingerprint: str
 
 

@@ -17,7 +17,12 @@ from layerif.checks import did_you_mean
 
 T = TypeVar("T")
 Granularity = Literal["matrix", "block"]
-_MATRICES = ("matrix", "matrices", " or pruner.skip leaves out")  # words of a message, where layers have others
+Unit = Literal["block", "sublayer"]  # a block, or its attention or MLP alone
+_WORDS = {  # in messages, by unit
+    "block": ("layer", "layers", ""),
+    "matrix": ("matrix", "matrices", " or pruner.skip leaves out"),
+    "sublayer": ("sublayer", "sublayers", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,34 @@ def within_block(unit: str) -> str:
     return unit.removeprefix(block_of(unit)).lstrip(".")
 
 
+def sublayers(layers: LayerMap) -> dict[str, int]:
+    """Gives the attention and the MLP of every block by name, each with the weights in it.
+
+    Raises:
+        ValueError: the matrices of a block belong to other parts than these two.
+    """
+    assert layers.matrix_numel is not None
+    sizes = dict(zip(layers.matrices, layers.matrix_numel, strict=True))
+    found: dict[str, int] = {}
+    for block, params in layers.by_block.items():
+        parts: dict[str, int] = {}
+        for param in params:
+            name = f"{block}.{param.removeprefix(f'{block}.').partition('.')[0]}"
+            parts[name] = parts.get(name, 0) + sizes[param]
+        if [is_attention(name.rpartition(".")[2]) for name in parts] not in ([True, False], [False, True]):
+            names = ", ".join(name.rpartition(".")[2] for name in parts)
+            raise ValueError(
+                f"block {block!r} has {names} where an attention and an MLP are needed; use allocator.unit=block"
+            )
+        found |= parts
+    return found
+
+
+def is_attention(name: str) -> bool:
+    """Tells if a module inside a block belongs to its attention, by its name there."""
+    return "attn" in name or "attention" in name
+
+
 def depths(blocks: Sequence[str]) -> dict[str, int]:
     """Gives the number of each block in the model, by name: the whole number that the name ends with.
 
@@ -160,20 +193,20 @@ def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
 
 
 def in_layer_order(
-    by_name: Mapping[str, T], layers: Sequence[str], *, source: str, unit: Granularity = "block"
+    by_name: Mapping[str, T], layers: Sequence[str], *, source: str, unit: Granularity | Unit = "block"
 ) -> tuple[T, ...]:
     """Gives the values of `by_name`, one for each of `layers`, in their order.
 
     Args:
         by_name: one value for each layer.
-        layers: names of the model's layers, or of its matrices.
+        layers: names of the model's layers, of its matrices, or of the attention and MLP of its layers.
         source: names the place that the values come from, for the message.
-        unit: which of the two `layers` are.
+        unit: which of the three `layers` are.
 
     Raises:
-        ValueError: for an unknown or a missing layer or matrix.
+        ValueError: for an unknown or a missing one.
     """
-    one, several, skipped = ("layer", "layers", "") if unit == "block" else _MATRICES
+    one, several, skipped = _WORDS[unit]
     known = set(layers)
     for name in by_name:
         if name not in known:

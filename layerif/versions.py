@@ -15,4 +15,7 @@ VERSIONS = {
     "gates": 2,
     "loss_curves": 1,
     "measured_loss": 1,
+    "format_errors": 1,
+    "skips": 1,
+    "spans": 1,
 }

@@ -14,18 +14,20 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from layerif.allocate.curves import Knapsack
+from layerif.allocate.curves import Knapsack, equal_curves
 from layerif.allocate.file import SavedAllocation
-from layerif.app import store
+from layerif.app import export, store
 from layerif.app.methods._sparsity import Refine
+from layerif.estimators.bits_curve import BitsCurve
 from layerif.estimators.file import SavedScores
 from layerif.estimators.loss_curve import LossCurve
 from layerif.estimators.measured_loss import MeasuredLoss
 from layerif.files import conf_folder
+from layerif.formats import formats_called
 from layerif.layers import LayerMap
 from layerif.models.pretrained import LocalModel
 from layerif.probe.store import MeasurementKind, Store
@@ -169,6 +171,25 @@ COMMANDS = [
     command(r"^hydra\.run\.dir='a\\x00b' is not allowed", yaml=OURS + r'hydra: {run: {dir: "a\0b"}}'),
     command(r"^hydra\.launcher=None is not allowed; allowed: launcher=NAME", "-m", "hydra.launcher=null"),
 ]
+LAYERS_TO_TRAIN = [
+    command(r"^allocator\.keep=0 is not allowed; allowed: a finite number above 0", "method=full", "allocator.keep=0"),
+    command(r"^allocator\.keep=0\.1 of 3 layers keeps none; use a whole", "method=full", "allocator.keep=0.1"),
+    command(r"^allocator\.keep=4 is more than the 3 layers that there are", "method=full", "allocator.keep=4"),
+    command(
+        r"^the allocator gives rank, and method=full spends layers; use allocator=layers, or method=lora, or ",
+        "method=full",
+        "allocator=rank",
+    ),
+    command(
+        r"^the allocator gives layers, and method=prune spends sparsity; use .*method=full, method=lora, method=lora",
+        "method=prune",
+        "allocator=layers",
+    ),
+    command(r"^method\.equal_parameters=true is for allocator=layers", "method=lora", "method.equal_parameters=true"),
+    command(r"^method\.r=4 is for allocator=layers", "method=lora", "method.r=4"),
+    command(r"^method\.num_experts=4 is for allocator=layers", "method.num_experts=4"),
+    command(r"^method=full trains the weights themselves, and model\.dtype=bf", "method=full", "model.dtype=bfloat16"),
+]
 MORE_COMMANDS = [
     command(r"^budget=2 cannot give 3 layers 1 expert each; use allocator\.budget>=3", "allocator.budget=2"),
     command(r"^task\.path=/nowhere is not a folder", "task.path=/nowhere"),
@@ -187,12 +208,41 @@ MORE_COMMANDS = [
         "method=prune",
         "allocator=experts",
     ),
-    command(r"method=lora spends rank; use allocator=rank with an estimator", "method=lora", "estimator=loss_curve"),
+    command(
+        r"method=lora spends rank or layers; use allocator=rank or allocator=layers with an estimator",
+        "method=lora",
+        "estimator=loss_curve",
+    ),
     command(
         r"^estimator=datainf gives scores, and this allocator spends curves; with method=prune use allocator=sparsity, "
         r"or estimator=loss_curve$",
         "method=prune",
         "allocator=knapsack",
+    ),
+    command(
+        r"^estimator=loss_curve prices sparsity, and method=drop spends blocks; use an estimator of scores",
+        "method=drop",
+        "estimator=loss_curve",
+    ),
+    command(
+        r"^allocator\.keep=3 keeps all of 3 blocks; use a whole number from 1 to 2",
+        "method=drop",
+        "allocator.keep=3",
+    ),
+    command(r"^allocator\.keep=0 is not allowed; allowed: a finite number above 0", "method=drop", "allocator.keep=0"),
+    command(
+        r"^allocator\.unit=sublayer cannot be spent: estimator=datainf scores blocks",
+        "method=drop",
+        "allocator.keep=2",
+        "allocator.unit=sublayer",
+    ),
+    command(
+        r"^method\.search=greedy takes allocator\.keep and allocator\.unit.*; use allocator=blocks",
+        "method=drop",
+        "method.search=greedy",
+        "allocator=position",
+        "allocator.kind=blocks",
+        "allocator.keep=2",
     ),
     command(
         r"'dwn_proj', .* \(did you mean 'down_proj'\?\)",
@@ -208,7 +258,10 @@ MORE_COMMANDS = [
     command(
         r"^method\.warmup_steps=-5 is not allowed; allowed: a whole number of at least 0", "method.warmup_steps=-5"
     ),
-    command(r"the allocator gives rank, and method=lora_moe spends experts; use allocator=experts", "allocator=rank"),
+    command(
+        r"the allocator gives rank, and method=lora_moe spends experts or layers; use allocator=experts or allocator=l",
+        "allocator=rank",
+    ),
     command(r"^trainer\.gradient_clip_val=-1 is not allowed; allowed: at least 0", "trainer.gradient_clip_val=-1"),
     command(r"^data\.seed=-1 is not allowed", "data.seed=-1"),
     command(r"^probe\.projection_seed=4294967296 is not allowed", "probe.projection_seed=4294967296"),
@@ -303,6 +356,10 @@ def paths() -> Iterator[Bad]:
             yield command(f"(?i){says}", *others, f"{setting}={given}")
 
 
+# The record of a run of full fine-tuning, and its folder without a configuration.
+RAN = {"version": 2, "name": "a", "seed": 0, "choices": {"method": "full"}, "config": {}, "overrides": []}
+LEFT = {"a__record_json": RAN, "a__model__config_json": "{}"}
+
 PROGRAMS = [
     program(report.main, "'nowhere' is not a folder", "nowhere"),
     program(report.main, "'a\\.txt' is a file: give the folder", "a.txt", a_txt=""),
@@ -315,15 +372,31 @@ PROGRAMS = [
     program(store.main, "say what to clear, one way", "--store=.", "clear"),
     program(store.main, "'ab' is the start of 0 keys", "--store=.", "clear", "ab"),
     program(store.main, "holds no measurements", "--store=a", a__b_txt="x"),
+    program(export.main, "'nowhere' is not a folder; give that of", "nowhere", "--to=merged"),
+    program(export.main, "'a\\.txt' is not a folder", "a.txt", "--to=merged", a_txt=""),
+    program(export.main, r"it has no record\.json \(did you mean 'a/b'\?\)", "a", "--to=merged", a__b__record_json="5"),
+    program(export.main, "its run failed", "a", "--to=merged", a__failure_json="{}"),
+    program(export.main, "not a readable record", "a", "--to=merged", a__record_json="5"),
+    program(export.main, r"--to='merge'.*did you mean 'merged'", "a", "--to=merge", a__record_json=RAN),
+    program(export.main, "'b' is there already", "a", "--to=merged", "--into=b", a__record_json=RAN, b__c_txt=""),
+    program(export.main, "method=full, which left nothing to hand over", "a", "--to=merged", a__record_json=RAN),
+    program(export.main, r"config\.yaml is missing", "a", "--to=merged", **LEFT),
 ]
 
 
 # Curves
 
 
-def made(says: str, kind: Callable[..., object], **settings: Any) -> Bad:
+def made(says: str, kind: Callable[..., object], /, **settings: Any) -> Bad:
     """An object of a choice with these settings."""
     return Bad(f"{kind.__name__} {settings}", says, lambda place: kind(**settings))
+
+
+def spent(*, kind: Literal["sparsity", "bits"] = "sparsity", **settings: Any) -> None:
+    """Curves of a model with one matrix, spent by a knapsack with these settings."""
+    layers = LayerMap(("a.0",), (("a.0.up.weight",),), (64,), (64,))
+    levels = (0.0, 0.5, 0.9) if kind == "sparsity" else tuple(each.bits for each in formats_called("gguf"))
+    Knapsack(**settings)(equal_curves(layers, "matrix", levels, kind == "bits", kind))
 
 
 CURVES_AND_PRUNERS = [
@@ -338,8 +411,18 @@ CURVES_AND_PRUNERS = [
     made(r"^estimator\.levels=\[0\.5, 0\.3, 0\.7\] must be .* ascending; or null$", LossCurve, levels=[0.5, 0.3, 0.7]),
     made(r"^estimator\.levels=\[0\.5, 0\.7\] must be three or more", MeasuredLoss, levels=[0.5, 0.7]),
     made(r"has no meaning with pruner\.m=4", MeasuredLoss, levels=[0.3, 0.5, 0.7], pruner=Wanda(m=4)),
-    made(r"^allocator\.target=0\.95 is outside the feasible range 0\.2 to 0\.9; change it", Knapsack, target=0.95),
-    made(r"^allocator\.target=0\.5 is outside the feasible range 0\.6 to 0\.9", Knapsack, target=0.5, floor=0.6),
+    made(r"^allocator\.target=0\.95 is outside the feasible range 0\.2 to 0\.9; change it", spent, target=0.95),
+    made(r"^allocator\.target=0\.5 is outside the feasible range 0\.6 to 0\.9", spent, target=0.5, floor=0.6),
+    made(r"^allocator\.target=5\.0 is not allowed; allowed: a finite number below 1", spent, target=5.0),
+    made(r"^allocator\.target=9\.0 is outside the feasible range 4\.25 to 8\.5 bits", spent, kind="bits", target=9.0),
+    made(r"^allocator\.target=0\.5 is outside the feasible range 4\.25 to 8\.5 bits", spent, kind="bits"),
+    made(r"^method\.formats='Q4_00' is not allowed; .*\(did you mean 'Q4_0'\?\)$", BitsCurve, formats=["Q4_00"]),
+    made(
+        r"^method\.formats names Q4_0 and INT4_ASYM, which both take 4\.5 bits",
+        BitsCurve,
+        formats=["INT4_ASYM", "Q4_0"],
+    ),
+    made(r"^method\.formats=\[\] names none; give gguf, all, or some of", BitsCurve, formats=[]),
     made(r"^allocator\.unit='matrx' is not allowed; .*'matrix'", Knapsack, unit="matrx"),
     made(r"^method\.swaps\.forwards=0 is not allowed; allowed: a whole number of at least 1", Refine, forwards=0),
     made(r"^pruner\.n=2 needs pruner\.m", Wanda, n=2),

@@ -34,6 +34,7 @@ from tests.tiny import tiny_tokenizer
 
 OFTEN = [
     *bad_input.COMMANDS,
+    *bad_input.LAYERS_TO_TRAIN,
     *bad_input.CURVES_AND_PRUNERS,
     *bad_input.STORES,
     *bad_input.ROWS[:20],
@@ -87,7 +88,7 @@ def sentence(give: Callable[[], object]) -> str | None:
         assert done.returncode in (1, 2)
         (said,) = done.stderr.strip().splitlines()
         name, _, said = said.partition(": ")
-        assert name in ("layerif", "layerif-report", "layerif-store")
+        assert name in ("layerif", "layerif-report", "layerif-store", "layerif-export")
     assert "\n" not in said
     assert len(said) < 10_000
     return said

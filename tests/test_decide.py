@@ -21,6 +21,7 @@ from layerif.estimators.cca import Cca
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.dlp import Dlp
 from layerif.estimators.ekfac import Ekfac
+from layerif.estimators.ends import Ends
 from layerif.estimators.file import SavedScores
 from layerif.estimators.grad_norm import GradNorm
 from layerif.estimators.ila import Ila
@@ -65,6 +66,7 @@ TOLD = {
     Ila: {"num_steps": 3},
     LinearProbe: {"folds": 2},
     Outlier: {"multiple": 2.0},
+    Ends: {"number": 1},
 }
 
 

@@ -31,6 +31,7 @@ from layerif.files import conf_folder
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores
 from layerif.targets import ENTRY_POINTS, registered_modules
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -357,7 +358,7 @@ TINY = {
     "trainer.enable_progress_bar": "false",
     "data.batch_size": "4",
 }
-FOR_PRUNING = {
+FOR_TEXT = {
     "method.calibration.num_windows": "4",
     "method.calibration.window": "16",
     "evaluation.num_windows": "4",
@@ -371,7 +372,7 @@ def tiny(command: str) -> list[str]:
     if words[0] != "layerif":
         return words
     given = {word.partition("=")[0] for word in words if "=" in word}
-    settings = TINY | (FOR_PRUNING if "method=prune" in words else {})
+    settings = TINY | (FOR_TEXT if {"method=prune", "method=quantise"} & {*words} else {})
     if "allocator=sparsity" in words:  # it smooths seven blocks or more
         settings |= {"allocator.smoothing": "false"}
     # The tiny model has a tenth of the blocks.
@@ -390,13 +391,21 @@ def test_the_marked_commands_compose_as_tiny_runs():
 @pytest.mark.docs
 @pytest.mark.parametrize("page", list(dict.fromkeys(page for page, _ in MARKED)))
 def test_the_marked_commands_of_a_page_run(page, model_folder, task_folder, tmp_path, with_the_example_package):
-    programs = {"layerif": "layerif", "layerif-report": "layerif.report", "layerif-store": "layerif.app.store"}
+    programs = {
+        "layerif": "layerif",
+        "layerif-report": "layerif.report",
+        "layerif-store": "layerif.app.store",
+        "layerif-export": "layerif.app.export",
+    }
     places = (str(with_the_example_package), str(EXAMPLE_PACKAGE), str(ROOT), os.environ.get("PYTHONPATH"))
     path = os.pathsep.join(filter(None, places))
+    wide = tmp_path / "wide"  # the blocks of number formats divide its rows
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
     for command in [command for other, text in MARKED if other == page for command in commands(text, "layerif")]:
+        folder = wide if "method=quantise" in command else model_folder
         name, *words = (
-            word.replace("/models/mine", str(model_folder)).replace("/data/mine", str(task_folder))
-            for word in tiny(command)
+            word.replace("/models/mine", str(folder)).replace("/data/mine", str(task_folder)) for word in tiny(command)
         )
         done = subprocess.run(
             [sys.executable, "-m", programs[name], *words],

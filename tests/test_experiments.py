@@ -21,8 +21,9 @@ from layerif.app.schema import check, register
 from layerif.evidence import LayerGrams, MatrixGram
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
-from layerif.record.record import RunRecord
+from layerif.record.record import AllocationRecord, DecisionRecord, RunRecord
 from tests.records import choices_of, decision_of, record, written
+from tests.tiny import tiny_model
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 LAYERS = [f"model.layers.{number}" for number in range(6)]
@@ -99,12 +100,60 @@ def test_every_arm_of_pruning_composes_and_binds(experiment):
         *re.findall(r"arms?=(?:\$arms)?([a-z_,]+)", command if experiment == "sparsity_smollm2" else ""),
     ]
     arms = sorted({arm for text in texts for arm in text.split(",") if arm})
-    given = ["model.name=org/name"] if experiment == "sparsity_7b" else []
-    configs = [composed(f"experiment={experiment}", f"arm={arm}", *given) for arm in arms]
+    configs = [composed(f"experiment={experiment}", f"arm={arm}") for arm in arms]
     assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) > 7
     for config in configs:
         assert config.method._target_.endswith("Prune")
         assert config.allocator._target_.rpartition(".")[2] in ("Sparsity", "Depth", "WaterFilling", "Knapsack")
+
+
+def test_every_arm_of_layers_to_train_composes_and_has_its_own_layers():
+    run = loaded("layers_to_train_smollm2", "run")
+    assert len(run.ARMS) == 13
+    found = {}
+    for arm, settings in run.ARMS.items():
+        config = composed("experiment=layers_to_train_smollm2", *(each.format(runs="/runs") for each in settings))
+        found[arm] = config
+        share = {"all": 1.0, "half": 0.5, "quarter": 0.25}[arm.split()[1]]
+        assert (config.allocator.keep, type(config.allocator.keep)) == (share, float)
+        assert config.method._target_.endswith("Lora" if arm.startswith("lora") else "Full")
+        assert config.method.get("equal_parameters", True)
+    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in found.values()}) == 13
+    compared = {arm for pair in loaded("layers_to_train_smollm2", "results").AMONG for arm in pair}
+    assert compared < set(found)
+
+
+def test_losses_of_some_layers_are_held_against_those_of_all_by_the_stated_rule(tmp_path):
+    results = loaded("layers_to_train_smollm2", "results")
+    rng = np.random.default_rng(0)
+    loss = {f"q{number}": float(value) for number, value in enumerate(rng.normal(2, 1, 40))}
+    beyond = {"lora all": 0.0, "lora half last": 0.3, "lora half layerif": 0.01}
+    by_arm = {}
+    for arm, more in beyond.items():
+        for seed in range(3):
+            rows = {row: value + more + 0.001 * float(rng.normal()) for row, value in loss.items()}
+            name, metrics = f"{arm.replace(' ', '_')}-{seed}", {"loss": float(np.mean(list(rows.values())))}
+            training = {"seconds_per_step": 1.0 + more, "memory_gb": 2.0, "memory_of": "process"}
+            more_fields: dict[str, Any] = {"losses": {"loss": rows}, "metrics": metrics | {"accuracy": 0.5}}
+            written = write(
+                tmp_path / "made", arm, seed=seed, parameters={"trainable": 9}, training=training, **more_fields
+            )
+            (tmp_path / "runs" / name).mkdir(parents=True)
+            written.write(tmp_path / "runs" / name)
+    untouched = write(tmp_path / "made", "untouched", metrics={"before/loss": metrics["loss"] + 1.0})
+    (tmp_path / "runs" / "untouched").mkdir()
+    untouched.write(tmp_path / "runs" / "untouched")
+    by_arm, before = results.read(tmp_path / "runs")
+    assert results.costs(by_arm).set_index("arm")["s a step"].to_dict() == {a: 1.0 + m for a, m in beyond.items()}
+    table = results.compared(by_arm, before).set_index(["arm", "against"])
+    assert set(table.index) == {
+        ("lora half last", "lora all"),
+        ("lora half layerif", "lora all"),
+        ("lora half layerif", "lora half last"),
+    }
+    assert table.loc[("lora half last", "lora all"), "difference"] == pytest.approx(0.3, abs=0.01)
+    assert table["as good"].tolist()[:2] == [False, True]
+    assert table["differs"].all()
 
 
 def test_the_profiles_are_of_every_estimator_that_needs_no_more():
@@ -279,7 +328,7 @@ def test_pruned_models_are_compared_with_uniform_at_the_same_calibration_choice(
     (tmp_path / "sweep").rename(tmp_path / "earlier")
     pruned("curves", 0, 44.0, m=4)
     plot.draw([sweep], results)
-    later = pd.read_csv(results / "runs.csv").set_index(plot.KEYS)["value"]
+    later = pd.read_csv(results / "runs.csv").set_index(plot.KEYS)["value"].to_dict()
     assert len(later) == len(runs)
     assert later["wanda, n of 4, 60 %", "curves", 0, "documentation"] == 44.0
 
@@ -366,3 +415,50 @@ def test_fresh_grams_are_equal_and_share_no_memory():
     copied = timing.fresh(given).grams["a.weight"]
     assert torch.equal(copied.train_train, gram.train_train)
     assert copied.train_train.data_ptr() != gram.train_train.data_ptr()
+
+
+# Depth
+
+
+def depth_record(arm: str, kept: list[int], losses: dict[str, dict[str, float]] | None = None) -> RunRecord:
+    prices = dict(zip(LAYERS, [0.1, 0.5, 0.2, 0.3, 0.6, 0.4], strict=True))
+    return RunRecord(
+        name="depth",
+        seed=0,
+        overrides=[],
+        config={"task": {"name": "city"}, "allocator": {"keep": 0.5}},
+        choices=choices_of("uniform", arm=arm),
+        losses=losses or {},
+        decision=DecisionRecord(
+            source=arm,
+            allocation=AllocationRecord(kind="blocks", units=LAYERS, values=kept, budget=sum(kept)),
+            curves={"prices": prices} if arm == "skip_curve" else None,
+        ),
+    )
+
+
+def test_depth_pairs_windows_and_compares_with_the_greedy_order():
+    intervals = loaded("depth_smollm2", "intervals")
+    others_W = np.linspace(3.0, 4.0, 12)
+    same = intervals.ratio(others_W + 0.1, others_W)
+    assert (same.value, same.low, same.high) == pytest.approx((np.exp(0.1),) * 3)
+    assert intervals.ratio(others_W).low < np.exp(others_W.mean()) < intervals.ratio(others_W).high
+    runs = [
+        depth_record("spaced_blocks", [1, 0, 1, 0, 1, 0], losses={"loss": {"a": 1.0, "b": 3.0}}),
+        depth_record("skip_curve", [0, 1, 0, 0, 1, 1]),
+        depth_record("greedy", [0, 1, 0, 1, 1, 0]),
+    ]
+    shown = intervals.table(runs, {id(run): others_W for run in runs})
+    assert shown["ratio to spaced_blocks"].tolist() == ["1.00 (1.00 to 1.00)"] * 3
+    assert shown.set_index("arm")["loss of rows"]["spaced_blocks"].startswith("2.00 (1.00 to 3.00)")
+    orders = {("city", 0.5): [LAYERS[0], LAYERS[2], LAYERS[5]]}
+    agreed = intervals.agreement(runs, orders).set_index("arm")
+    assert agreed["shared"].to_dict() == pytest.approx({"spaced_blocks": 1 / 3, "skip_curve": 2 / 3})
+    assert agreed["rank correlation"]["skip_curve"] == pytest.approx(1.0)
+    model = tiny_model("llama", num_hidden_layers=6)
+    windows = torch.arange(3, 43).reshape(2, 20)
+    with_all = intervals.window_losses(model, [], windows)
+    without_some = intervals.window_losses(model, intervals.left_out(runs[0]), windows)
+    assert with_all.shape == without_some.shape == (2,)
+    assert not np.allclose(with_all, without_some)
+    assert np.array_equal(intervals.window_losses(model, [], windows), with_all)

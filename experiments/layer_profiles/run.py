@@ -17,9 +17,21 @@ from pathlib import Path
 from layerif.files import conf_folder
 
 TASKS = ("capital", "currency", "demonym", "region")
-# `uniform` is flat, `reversed` turns another estimator round, `ekfac` needs a package that does not come with this one,
-# and `ila` weighs an adapter (arm=ila). Estimators with a setting to fill in, such as `tracin`, are left out as well.
-APART = ("uniform", "reversed", "ekfac", "ila")
+# `uniform` is flat, `ends` knows nothing but depth, estimators of curves give no scores, `reversed` turns another
+# estimator round, `ekfac` needs a package that does not come with this one, and `ila` weighs an adapter (arm=ila).
+# Estimators with a setting to fill in, such as `tracin`, are left out as well.
+APART = (
+    "uniform",
+    "ends",
+    "loss_curve",
+    "measured_loss",
+    "bits_curve",
+    "skip_curve",
+    "angular",
+    "reversed",
+    "ekfac",
+    "ila",
+)
 ESTIMATORS = [
     file.stem
     for file in sorted(conf_folder().glob("estimator/*.yaml"))

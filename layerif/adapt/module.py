@@ -1,9 +1,8 @@
-"""The module that Lightning fits: a frozen model with an adapter that follows an allocation."""
+"""The module that Lightning fits: a frozen model, of which an adapter or some layers are trained by an allocation."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MethodType
@@ -12,12 +11,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layerif.adapt.adapters import Adapter, adapter_of
+from layerif.adapt.adapters import Adapter
+from layerif.adapt.kinds import tuning_of
 from layerif.adapt.sizes import adapted_shapes, check_memory, num_parameters, too_large_rank
+from layerif.adapt.tuning import Tuning
 from layerif.allocate.allocation import Allocation
 from layerif.checks import did_you_mean
 from layerif.models.blocks import blocks
@@ -28,13 +29,14 @@ from layerif.targets import build
 
 
 class AdapterModule(L.LightningModule):
-    """A frozen model with an adapter that follows an allocation.
+    """A frozen model, of which an adapter or some layers are trained as an allocation says.
 
     The loss is the mean over the batch of the per-sample loss, plus the adapter's penalties. The optimiser is AdamW.
-    Checkpoints hold the adapter alone, its settings, the model's configuration and the allocation.
+    Checkpoints hold the trained weights alone, the settings, the model's configuration and the allocation. There is no
+    backward pass below the first block in which anything is trained, because nothing there asks for a gradient.
 
     Args:
-        adapter: the kind of adapter with its settings, or what a checkpoint holds of them.
+        tuning: the kind of fine-tuning with its settings, or what a checkpoint holds of them.
         model: the model's configuration with its `_target_`, so that a checkpoint can rebuild it.
         allocation: None until the influence callback decides.
 
@@ -47,26 +49,27 @@ class AdapterModule(L.LightningModule):
 
     def __init__(
         self,
-        adapter: Adapter | Mapping[str, Any],
+        tuning: Tuning | Mapping[str, Any],
         model: Mapping[str, Any],
         allocation: Allocation | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # the checkpoint leaves out the frozen base
-        self.adapter = adapter if isinstance(adapter, Adapter) else adapter_of(adapter)
+        self.tuning = tuning if isinstance(tuning, Tuning) else tuning_of(tuning)
         self.save_hyperparameters(
-            {"adapter": self.adapter.saved(), "model": dict(model), "allocation": None},
+            {"tuning": self.tuning.saved(), "model": dict(model), "allocation": None},
             logger=False,  # the run logs its whole configuration
         )
         self._allocation: Allocation | None = None
         if allocation is not None:
             self.allocation = allocation if isinstance(allocation, Allocation) else Allocation.from_dict(allocation)
         self.model: nn.Module | None = None
+        self._is_ready = False  # the model is ready to be trained
         self.compared: dict[str, int] = {}  # parameters of the model that this one is a baseline of, for the record
         if on_top_of := model.get("adapter"):
             raise ValueError(
-                f"an adapter to train cannot build on model.adapter={on_top_of!r}; merge that adapter into a folder of "
-                "its own (PEFT's merge_and_unload) and use model=local, or score it with method=none"
+                f"fine-tuning cannot build on model.adapter={on_top_of!r}; merge that adapter into a folder of its own "
+                "(PEFT's merge_and_unload) and use model=local, or score it with method=none"
             )
 
     @classmethod
@@ -80,7 +83,7 @@ class AdapterModule(L.LightningModule):
 
     @property
     def allocation(self) -> Allocation | None:
-        """The allocation that the adapter follows."""
+        """The allocation that the training follows."""
         return self._allocation
 
     @allocation.setter
@@ -89,14 +92,14 @@ class AdapterModule(L.LightningModule):
         self.hparams["allocation"] = given.to_dict()
 
     def base_model(self) -> nn.Module:
-        """Loads the bare model once. The callback scores it before `configure_model` wraps it."""
+        """Loads the bare model once. The callback scores it before `configure_model` makes it ready to be trained."""
         if self.model is None:
             self.model = build(self.hparams["model"], "model", self.trusted_targets).load()
         assert self.model is not None
         return self.model
 
     def configure_model(self) -> None:
-        if isinstance(self.model, PeftModel):
+        if self._is_ready:
             return
         if self.allocation is None:
             raise ValueError(
@@ -104,21 +107,17 @@ class AdapterModule(L.LightningModule):
                 "or add an InfluenceCallback to the trainer"
             )
         base = self.base_model()
-        config = self.adapter.peft_config(base, self.allocation)
-        shapes = adapted_shapes(base, self.adapter.target_modules)
-        if too_large := too_large_rank(shapes, self.adapter.capacities(base, self.allocation)):
-            # Equal scores asked for less, so this is what these scores ask for: a waste and no error.
-            warnings.warn(f"{too_large}; what the scores give it beyond that is wasted", RuntimeWarning, stacklevel=2)
-        self.compared = self.adapter.compared(base, self.allocation)
-        if self.adapter.gradient_checkpointing:
+        self.compared = self.tuning.compared(base, self.allocation)
+        if self.tuning.gradient_checkpointing:
             _checkpoint_blocks(base)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.adapter.seed)
-            self.model = get_peft_model(base, config)  # type: ignore[arg-type]
+            torch.manual_seed(self.tuning.seed)
+            self.model = self.tuning.put_on(base, self.allocation)
+        self._is_ready = True
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is then a function of the seed and the step alone, so that a resumed run equals an uninterrupted one.
-        torch.manual_seed(self.adapter.seed * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        torch.manual_seed(self.tuning.seed * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         assert self.model is not None
@@ -131,7 +130,7 @@ class AdapterModule(L.LightningModule):
             )
         num_samples = len(batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=num_samples)
-        for name, (weight, penalty) in self.adapter.penalties(self.model).items():
+        for name, (weight, penalty) in self.tuning.penalties(self.model).items():
             self.log(f"train/{name}", penalty, batch_size=num_samples)
             loss = loss + weight * penalty
         return loss
@@ -154,7 +153,7 @@ class AdapterModule(L.LightningModule):
         self.log("validation/loss", losses.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self.adapter
+        settings = self.tuning
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
@@ -165,16 +164,17 @@ class AdapterModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
-        checkpoint["state_dict"] = get_peft_model_state_dict(self.model)
+        checkpoint["state_dict"] = self.tuning.trained(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         saved = Allocation.from_dict(checkpoint["hyper_parameters"]["allocation"])
         if saved != self.allocation:  # the checkpoint's weights fit the checkpoint's allocation
-            self.model = self.model.unload()  # type: ignore[operator]
+            self.model, self._is_ready = self.tuning.taken_off(self.model), False
             self.allocation = saved
             self.configure_model()
-        set_peft_model_state_dict(self.model, checkpoint["state_dict"])
+        assert self.model is not None
+        self.tuning.restore(self.model, checkpoint["state_dict"])
 
 
 def check_fits(
@@ -210,7 +210,9 @@ def check_fits(
                 f"{', '.join(linears)} (null: all of them)"
             )
     shapes, capacities = adapted_shapes(skeleton, adapter.target_modules), adapter.capacities(skeleton, allocation)
-    larger_by = [f"{where}.r", budget] if hasattr(adapter, "r") else [budget]
+    larger_by = [budget] if allocation.kind != "layers" else [f"{where}.num_experts"] * hasattr(adapter, "num_experts")
+    if getattr(adapter, "r", None) is not None or allocation.kind == "layers":
+        larger_by = [f"{where}.r", *larger_by]
     fewer = f"or name fewer layers in {where}.target_modules"
     if too_large := too_large_rank(shapes, capacities):
         is_given = {each.rank for each in capacities.values()} == {getattr(adapter, "r", None)}

@@ -1,4 +1,4 @@
-"""Training curves of losses, learning rate, seconds per step and routing, which a resumed run continues."""
+"""Training curves of losses, learning rate, seconds per step and routing, which a resumed run continues; its cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from layerif.compat import logged_step, set_logged_step
 from layerif.files import whole
+from layerif.models.memory import PeakMemory
 from layerif.moe import measure_usage
 from layerif.moe.usage import UsageMeter, usage_by_block
 from layerif.record.tracking import log_again, log_routing
@@ -31,6 +33,9 @@ class TrainingCurves(L.Callback):
     the checkpoint). The checkpoint holds the number of rows, their checksum and the seconds of fitting before it, and
     the routers' use since the last row.
 
+    The cost of training is that of this process alone: the seconds of a step, and the memory before and after each
+    backward pass, where it is at its highest.
+
     Args:
         file: of the rows, one JSON object a line.
     """
@@ -41,6 +46,8 @@ class TrainingCurves(L.Callback):
         self._expected: str | None = None  # the checksum of the rows before the checkpoint
         self._step = 0
         self._seconds = self._begun = self._fit_begun = 0.0
+        self._of_steps: list[float] = []
+        self._memory: PeakMemory | None = None
         self._measuring = ExitStack()
         self._meter: UsageMeter | None = None
         self._usage: dict[tuple[str, ...], Tensor] = {}  # the meter's sums at the checkpoint
@@ -66,6 +73,7 @@ class TrainingCurves(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
+        self._memory = PeakMemory(pl_module.device)
         if not trainer.loggers:
             return
         self._meter = self._measuring.enter_context(measure_usage(pl_module.model, with_grad=True))
@@ -84,11 +92,18 @@ class TrainingCurves(L.Callback):
             return
         self._step = trainer.global_step
         pl_module.log("train/seconds", self._seconds)
+        self._of_steps.append(self._seconds)
         self._seconds = 0.0
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and self._step % every == 0:
             self._log_routing(trainer, pl_module)
             self._keep_logged(trainer, "train/")
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+        self._look()
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._look()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.loggers and trainer.state.fn == "fit":
@@ -99,6 +114,17 @@ class TrainingCurves(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._measuring.close()
+
+    def cost(self) -> dict[str, Any]:
+        """Returns the median of the seconds of a step, and the peak of the memory; empty where there was no step."""
+        if not self._of_steps or self._memory is None:
+            return {}
+        memory = {"memory_gb": self._memory.gigabytes, "memory_of": self._memory.of}
+        return {"seconds_per_step": median(self._of_steps), **memory}
+
+    def _look(self) -> None:
+        if self._memory is not None:
+            self._memory.look()
 
     def _log_routing(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert self._meter is not None

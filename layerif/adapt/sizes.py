@@ -18,7 +18,7 @@ _BYTES = 4 * 4  # a trained parameter, its gradient and AdamW's two moments, in 
 
 
 class Capacity(NamedTuple):
-    """The experts of a block, one in plain LoRA, and the rank of each."""
+    """The experts of a block, one in plain LoRA, and the rank of each; 0 of either for a block without an adapter."""
 
     experts: int
     rank: int
@@ -71,12 +71,13 @@ def too_large_rank(shapes: Shapes, capacities: Mapping[str, Capacity]) -> str | 
     return None
 
 
-def check_memory(num_trained: int, free: float, *, advice: str) -> None:
-    """Refuses an adapter whose training needs more memory than there is.
+def check_memory(num_trained: int, free: float, *, advice: str, what: str = "the adapter") -> None:
+    """Refuses a training that needs more memory than there is.
 
     Args:
-        num_trained: its parameters.
+        num_trained: the parameters that are trained.
         free: bytes.
+        what: has them.
         advice: says what to do.
 
     Raises:
@@ -85,7 +86,7 @@ def check_memory(num_trained: int, free: float, *, advice: str) -> None:
     needed = _BYTES * num_trained
     if needed > free:
         raise ValueError(
-            f"the adapter would have {_count(num_trained)} parameters, whose training takes "
+            f"{what} would have {_count(num_trained)} parameters, whose training takes "
             f"{_count(needed // 10**9)} GB (the weights, their gradients and AdamW's two moments in float32), and "
             f"{free / 1e9:.3g} GB are free; {advice}"
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning: the trainer's callbacks, the choice of the adapter to keep, and carrying on after a killed run."""
+"""Fine-tuning: the trainer's callbacks, the choice of the weights to keep, and carrying on after a killed run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def train(
     *,
     measure_validation: bool = False,
 ) -> Any:
-    """Fine-tunes the adapter, and carries on where a killed run of the same job stopped in this folder.
+    """Fine-tunes the adapter or the layers, and carries on where a killed run of the same job stopped in this folder.
 
     Args:
         module: made, not yet fitted.
@@ -86,8 +86,8 @@ def train(
         influence: decides the allocation where the module has none.
         fit: which adapter to keep.
         make_trainer: makes the trainer with these callbacks.
-        record: gets seconds, parameters and notes.
-        folder: the run's; the adapter is saved in it.
+        record: gets seconds, the cost of training, parameters and notes.
+        folder: the run's; the adapter or the model is written into it.
         measure_validation: puts the validation loss of the kept adapter into the record.
 
     Returns:
@@ -105,6 +105,7 @@ def train(
         raise ValueError(
             f"training ended before its first step; is there a limit of time among trainer's settings? {_UNTRAINED}"
         )
+    record.training = curves.cost()
     record.seconds["fit"] = curves.seconds_before + time.perf_counter() - start - influence.seconds
     for part, encodings in (("training", data.train), ("validation", data.validation)):
         if encodings.num_truncated:
@@ -120,15 +121,21 @@ def train(
         "trainable": sum(numel for numel, is_trained in sizes if is_trained),
         **module.compared,
     }
-    if trainer.is_global_zero:
-        advice = "free some space and give the same command again, which carries on after the last step"
-        with full_disk_explained(f"the adapter to {folder / 'adapter'}", advice):
-            # A killed run may have left some; PEFT would take up its model card.
-            for left in (folder / "adapter", *folder.glob(".adapter.*")):
-                shutil.rmtree(left, ignore_errors=True)
-            with whole(folder / "adapter") as unfinished:
-                model.save_pretrained(unfinished)
+    if trainer.is_global_zero and module.tuning.is_written:
+        _write(module, data, folder)
     return model.to(trainer.strategy.root_device)
+
+
+def _write(module: AdapterModule, data: TaskDataModule, folder: Path) -> None:
+    name = module.tuning.leaves
+    advice = "free some space and give the same command again, which carries on after the last step"
+    with full_disk_explained(f"the {name} to {folder / name}", advice):
+        # A killed run may have left some; PEFT would take up its model card.
+        for left in (folder / name, *folder.glob(f".{name}.*")):
+            shutil.rmtree(left, ignore_errors=True)
+        with whole(folder / name) as unfinished:
+            assert module.model is not None
+            module.tuning.write(module.model, data.tokenizer, unfinished)
 
 
 def check_training(trainer: L.Trainer, data: TaskDataModule, fit: Fit, *, measure_validation: bool = False) -> None:

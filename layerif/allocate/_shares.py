@@ -1,6 +1,7 @@
 """The arithmetic and the checks that allocators share.
 
-Counts: shares of a whole number and the largest remainder. Sparsities: levels whose weighted mean is the target.
+Counts: shares of a whole number and the largest remainder. Sparsities: levels whose weighted mean is the target. Units
+that are kept: their number, as a whole number or as a share.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from layerif.scores import SPREAD_NOISE, AllocationKind, LayerScores, smooth
 Shift = Literal["min", "none"]
 Beta = Annotated[float, Ge(0), "0 gives every layer the same"]
 Cap = Annotated[float, Gt(0), Lt(1), "the default is 0.9"]
+Keep = Annotated[float, Gt(0), "a whole number is a number of blocks, and a fraction a share of them"]
 
 _TIE_NOISE = 1e-9  # in experts; fractions that lie nearer differ by rounding alone
 
@@ -106,6 +108,41 @@ def shifted_to_mean(steps: Sequence[float], weights: Sequence[int], target: floa
 def mean_of(values: Sequence[float], weights: Sequence[int]) -> float:
     """Gives the mean of the values, weighted."""
     return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def number_to_keep(keep: float, num_units: int, *, unit: str = "layer", all_allowed: bool = True) -> int:
+    """Reads `allocator.keep`: a whole number of units, or a share of them, which is rounded to the nearest, halves up.
+
+    Args:
+        keep: 1 is one unit, and 1.0 all of them.
+        num_units: the units that there are.
+        unit: names one of them in messages.
+        all_allowed: allow to keep all.
+
+    Returns:
+        A number from 1 to `num_units`.
+
+    Raises:
+        ValueError: no unit would be kept, more than there are, or all where that is not allowed.
+    """
+    check_value("allocator.keep", keep, Keep)
+    units, most = how_many(num_units, unit), num_units if all_allowed else num_units - 1
+    if most < 1:
+        raise ValueError(f"a model with {units} has none to spare; leaving some out needs a model of at least two")
+    advice = f"use a whole number from 1 to {most}, or a share such as 0.5"
+    if isinstance(keep, int):
+        number = keep
+    elif keep > 1:
+        raise ValueError(f"allocator.keep={keep} is neither a whole number nor a share of {units}; {advice}")
+    else:
+        number = math.floor(Fraction(str(keep)) * num_units + Fraction(1, 2))  # the decimal that was given, exactly
+    if number < 1:
+        raise ValueError(f"allocator.keep={keep} of {units} keeps none; {advice}")
+    if number > num_units:
+        raise ValueError(f"allocator.keep={keep} is more than the {units} that there are; {advice}")
+    if number > most:
+        raise ValueError(f"allocator.keep={keep} keeps all of {units}; {advice}")
+    return number
 
 
 def check_feasible(target: float, most: float, setting: str) -> None:

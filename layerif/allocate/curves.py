@@ -5,9 +5,7 @@ Letters in shape suffixes: U units (matrices or blocks), K levels.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -16,17 +14,15 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from layerif.allocate.allocation import Allocation
-from layerif.checks import check_choice, check_fields, check_unique, how_many
-from layerif.layers import Granularity, LayerMap, block_of
+from layerif.allocate._hulls import Sense, interpolated, knapsack
+from layerif.allocate.allocation import MEANS, Allocation, spent_budget
+from layerif.checks import check_choice, check_fields, check_unique, check_value, how_many
+from layerif.layers import Granularity, LayerMap, Unit, block_of, sublayers
 from layerif.scores import AllocationKind
 
-Sense = Literal["cost", "gain"]
-Level = Annotated[float, Ge(0), Le(1)]
-MeanSparsity = Annotated[float, Ge(0), Lt(1)]
+Level = Annotated[float, Ge(0), Le(32)]  # a fraction of the weights, or bits
 FLOOR, CAP = 0.2, 0.9  # the least and the most sparsity, where none is given
 
-_TIE = 1e-9  # slopes that differ by less, relative to the steeper one, are equal: rounding alone tells them apart
 _NOTHING = 1e-12  # times the largest cost: it stands for no cost where logarithms are taken
 
 
@@ -36,12 +32,14 @@ class Curves:
 
     Attributes:
         units: names of matrices or of blocks.
-        levels: the levels, ascending: fractions of the weights for a sparsity.
+        levels: the levels, ascending: fractions of the weights for a sparsity, bits of each weight for bits, 0 and 1
+            for blocks, where 1 keeps.
         costs: in nats, for each unit and level (U×K).
-        sizes: what a level spends of the budget (U×K), ascending: the number of weights to remove for a sparsity.
+        sizes: what a level spends of the budget (U×K), ascending: the number of weights to remove for a sparsity, the
+            bits of all weights for bits.
         kind: what a level is.
-        sense: `cost` where a higher level costs, `gain` where it pays.
-        unit: whether units are matrices or blocks.
+        sense: `cost` where `costs` are rises of the loss, `gain` where they are falls.
+        unit: whether units are matrices, blocks, or the attention and MLP of blocks.
         source: what the curves belong to, by part: the model, the pruner, the text of its masks, the text of the loss.
         fingerprint: of the measurement.
         is_stepped: only the levels themselves can be had, and nothing between two of them.
@@ -58,7 +56,7 @@ class Curves:
     sizes: Tensor
     kind: AllocationKind = "sparsity"
     sense: Sense = "cost"
-    unit: Granularity = "matrix"
+    unit: Granularity | Unit = "matrix"
     source: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = "none"
     is_stepped: bool = False
@@ -88,7 +86,8 @@ class Curves:
         """Spends the curves.
 
         Args:
-            target: the mean level, weighted by the size of the units: the fraction of all weights to remove.
+            target: the mean level, weighted by the size of the units: the fraction of all weights to remove, or the
+                bits of a weight.
             unit: `matrix` or `block`; None: the unit of the curves. Curves of matrices add up to curves of blocks.
             settings: `floor` and `cap`, see `Knapsack`.
         """
@@ -104,10 +103,7 @@ class Curves:
 
     @cached_property
     def by_block(self) -> Curves:
-        """The curves of the blocks: the sums over each block's matrices.
-
-        The sum leaves out what the matrices of a block do together; `granularity=block` measures that.
-        """
+        """The curves of the blocks: sums over matrices, without what those of a block do together (`granularity`)."""
         blocks = list(dict.fromkeys(map(block_of, self.units)))
         rows = torch.tensor([blocks.index(block_of(unit)) for unit in self.units])
 
@@ -162,18 +158,33 @@ class Curves:
         fine = self.finer
         total = 0.0
         for unit, costs_K in zip(fine.units, fine.costs.tolist(), strict=True):
-            total += _interpolated(fine.levels, costs_K, values[unit])
+            total += interpolated(fine.levels, costs_K, values[unit])
         return total
 
 
-def equal_curves(layers: LayerMap, unit: Granularity, levels: Sequence[float], is_stepped: bool = False) -> Curves:
-    """Gives curves that cost the same for each weight, which a knapsack spends evenly: to try a request."""
+def with_base(kind: AllocationKind, levels: Sequence[float]) -> tuple[float, ...]:
+    """Gives all levels of a curve whose prices at some levels are known: a sparsity of 0 costs nothing."""
+    return (0.0, *levels) if kind == "sparsity" else tuple(levels)
+
+
+def equal_curves(
+    layers: LayerMap,
+    unit: Granularity,
+    levels: Sequence[float],
+    is_stepped: bool = False,
+    kind: AllocationKind = "sparsity",
+) -> Curves:
+    """Gives curves that cost the same for each weight, which a knapsack spends evenly: to try a request.
+
+    A sparsity costs in proportion. Each further bit leaves a quarter of the cost, as it does of a squared error.
+    """
     names, numel = sizes_of(layers, unit)
-    sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor(levels, dtype=torch.float64)
-    return Curves(names, tuple(levels), sizes_UK / sizes_UK.sum(), sizes_UK, unit=unit, is_stepped=is_stepped)
+    weights_U1, levels_K = torch.tensor(numel, dtype=torch.float64)[:, None], torch.tensor(levels, dtype=torch.float64)
+    costs_UK = weights_U1 / weights_U1.sum() * (0.25**levels_K if kind == "bits" else levels_K)
+    return Curves(names, tuple(levels), costs_UK, weights_U1 * levels_K, kind=kind, unit=unit, is_stepped=is_stepped)
 
 
-def sizes_of(layers: LayerMap, unit: Granularity) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def sizes_of(layers: LayerMap, unit: Granularity | Unit) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Gives the names of the units, and the weights of each.
 
     Raises:
@@ -183,196 +194,80 @@ def sizes_of(layers: LayerMap, unit: Granularity) -> tuple[tuple[str, ...], tupl
         return layers.names, layers.numel
     if layers.matrix_numel is None:
         raise ValueError("these layers do not say how large each matrix is; take them of a model (layer_map)")
+    if unit == "sublayer":
+        found = sublayers(layers)
+        return tuple(found), tuple(found.values())
     return tuple(name.removesuffix(".weight") for name in layers.matrices), layers.matrix_numel
-
-
-def knapsack(
-    costs: Sequence[Sequence[float]],
-    sizes: Sequence[Sequence[float]],
-    levels: Sequence[Sequence[float]],
-    budget: float,
-    *,
-    sense: Sense = "cost",
-    is_stepped: bool = False,
-) -> list[float]:
-    """Gives each unit a level, so that the levels spend a budget and cost least (or gain most) together.
-
-    The lower convex hull of cost over size (for gains the upper, concave one) of every unit is a row of segments. The
-    segments of all units are bought in the order of their slope. Segments of equal slope share the rest of the budget
-    in proportion to their size. Where levels are steps, a step that does not fit is left out, and afterwards single
-    levels are taken as long as one fits. This is the optimum for convex curves and levels without steps. Gains in steps
-    miss the optimum by the value of the first segment that does not fit at most.
-
-    Args:
-        costs: of each level of each unit.
-        sizes: what each level spends, ascending.
-        levels: the levels of each unit; the first is what the unit has at least.
-        budget: what all units spend together: exactly where levels are not steps, otherwise at most.
-        sense: whether costs are costs or gains.
-        is_stepped: only the levels themselves can be had.
-
-    Returns:
-        The level of each unit.
-
-    Raises:
-        ValueError: the lowest levels spend more than the budget, or the highest spend less, where there are no steps.
-    """
-    sign = -1.0 if sense == "gain" else 1.0
-    least = math.fsum(each[0] for each in sizes)
-    most = math.fsum(each[-1] for each in sizes)
-    slack = 1e-9 * max(abs(most), 1.0)
-    if budget < least - slack or (budget > most + slack and not is_stepped):
-        raise ValueError(f"a budget of {budget} is not allowed; allowed: {least} to {most}")
-    segments: list[tuple[float, int, int, int]] = []
-    for number, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
-        hull = _lower_hull([sign * each for each in cost], size)
-        for start, stop in itertools.pairwise(hull):
-            slope = sign * (cost[stop] - cost[start]) / (size[stop] - size[start])
-            segments.append((slope, number, start, stop))
-    segments.sort(key=lambda each: (each[0], each[2]))  # among equal ones the low levels of all units come first
-    rest = budget - least
-    if is_stepped:
-        return _stepped(segments, costs, sizes, levels, rest, sign)
-    found = [float(each[0]) for each in levels]
-    for equal in _ties(segments):
-        spans: dict[int, tuple[int, int]] = {}  # a unit may have several segments of equal slope, side by side
-        for _, number, start, stop in equal:
-            first, last = spans.get(number, (start, stop))
-            spans[number] = min(first, start), max(last, stop)
-        wanted = math.fsum(sizes[number][stop] - sizes[number][start] for number, (start, stop) in spans.items())
-        share = min(1.0, max(rest, 0.0) / wanted)
-        for number, (start, stop) in spans.items():
-            size_of_level = sizes[number][start] + share * (sizes[number][stop] - sizes[number][start])
-            found[number] = _interpolated(sizes[number], levels[number], size_of_level)
-        rest -= share * wanted
-        if share < 1:
-            break  # rounding may leave a rest, which must not buy more
-    return found
-
-
-def _ties(segments: Sequence[tuple[float, int, int, int]]) -> Iterator[Sequence[tuple[float, int, int, int]]]:
-    """Yields the segments of equal slope together, in the order of their slope."""
-    start = 0
-    for stop in range(1, len(segments) + 1):
-        slope = segments[start][0]
-        if stop == len(segments) or segments[stop][0] - slope > _TIE * max(abs(slope), abs(segments[stop][0])):
-            yield segments[start:stop]
-            start = stop
-
-
-def _stepped(
-    segments: Sequence[tuple[float, int, int, int]],
-    costs: Sequence[Sequence[float]],
-    sizes: Sequence[Sequence[float]],
-    levels: Sequence[Sequence[float]],
-    rest: float,
-    sign: float,
-) -> list[float]:
-    """Buys whole segments as long as they fit, and then single steps."""
-    at = [0] * len(levels)
-    room = rest * (1 + 1e-12) + 1e-9
-    for _, number, start, stop in segments:
-        size = sizes[number][stop] - sizes[number][start]
-        if at[number] == start and size <= room:
-            at[number] = stop
-            room -= size
-    while True:
-        steps = [
-            (
-                sign * (costs[number][stop] - costs[number][here]) / (sizes[number][stop] - sizes[number][here]),
-                number,
-                stop,
-            )
-            for number, here in enumerate(at)
-            for stop in range(here + 1, len(levels[number]))
-            if sizes[number][stop] - sizes[number][here] <= room
-        ]
-        if not steps:
-            return [levels[number][here] for number, here in enumerate(at)]
-        _, number, stop = min(steps)
-        room -= sizes[number][stop] - sizes[number][at[number]]
-        at[number] = stop
-
-
-def _lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
-    """Gives the levels on the lower convex hull of cost over size, the first and the last among them."""
-    hull: list[int] = []
-    for level in range(len(costs)):
-        while len(hull) > 1:
-            before, last = hull[-2], hull[-1]
-            slope_to_last = (costs[last] - costs[before]) * (sizes[level] - sizes[before])
-            slope_to_here = (costs[level] - costs[before]) * (sizes[last] - sizes[before])
-            if slope_to_last <= slope_to_here:
-                break
-            hull.pop()
-        hull.append(level)
-    return hull
-
-
-def _interpolated(points: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Gives the value of a polygon at a point; outside it the first or the last value."""
-    for low, high, before, after in zip(points, points[1:], values, values[1:], strict=False):
-        if at <= high:
-            return before + (after - before) * min(max((at - low) / (high - low), 0.0), 1.0)
-    return values[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knapsack:
     """Spends curves, by `knapsack`: each unit gets the level at which the loss pays least in all.
 
+    Bits are steps, so that their mean stays at or below the target. More bits that do not lower the price of a unit
+    are not bought.
+
     Attributes:
-        target: the mean level: the fraction of all weights to remove.
+        target: the mean level: the fraction of all weights to remove, or the bits of a weight.
         unit: matrix or block; None: the unit of the curves.
-        floor: the least sparsity of a unit; None: 0.2, or the target where that is lower.
-        cap: the most sparsity of a unit; None: 0.9.
+        floor: the least of a unit; None: the sparsity 0.2, or the target where that is lower, or the fewest bits.
+        cap: the most of a unit; None: the sparsity 0.9, or the most bits.
     """
 
     spends: ClassVar[Literal["curves"]] = "curves"
 
-    target: MeanSparsity = 0.5
+    target: Level = 0.5
     unit: Granularity | None = None
     floor: Level | None = None
-    cap: Annotated[float, Gt(0), Lt(1)] | None = None
+    cap: Annotated[float, Gt(0), Le(32)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "allocator")
-        low, high = self.range
+
+    def range(self, curves: Curves) -> tuple[float, float]:
+        """Gives the least and the most that a unit gets.
+
+        Raises:
+            ValueError: the target lies outside, or no unit can have it.
+        """
+        least, most = min(FLOOR, self.target), CAP
+        if curves.kind == "bits":
+            least, most = curves.levels[0], curves.levels[-1]
+        elif curves.kind == "sparsity":
+            check_value("allocator.target", self.target, Annotated[float, Lt(1)])
+            check_value("allocator.cap", most if self.cap is None else self.cap, Annotated[float, Lt(1)])
+        low, high = least if self.floor is None else self.floor, most if self.cap is None else self.cap
         if not low <= self.target <= high:
             raise ValueError(
-                f"allocator.target={self.target} is outside the feasible range {low} to {high}; change it, or "
-                "allocator.floor or allocator.cap"
+                f"allocator.target={self.target} is outside the feasible range {low:g} to {high:g}"
+                f"{' bits' * (curves.kind == 'bits')}; change it, or allocator.floor or allocator.cap"
             )
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The least and the most that a unit gets."""
-        low = min(FLOOR, self.target) if self.floor is None else self.floor
-        return low, CAP if self.cap is None else self.cap
+        return low, high
 
     def __call__(self, curves: Curves) -> Allocation:
-        if curves.kind != "sparsity" or curves.sense != "cost":
-            raise ValueError(
-                f"allocator=knapsack must have curves of what a sparsity costs, got {curves.kind} ({curves.sense})"
-            )
+        if curves.kind not in MEANS or curves.sense != "cost":
+            got = f"{curves.kind} ({curves.sense})" + "; use allocator=blocks" * (curves.kind == "blocks")
+            raise ValueError(f"allocator=knapsack must have curves of what a sparsity or bits cost, got {got}")
         if self.unit == "matrix" and curves.unit == "block":
             raise ValueError(
                 "allocator.unit=matrix needs curves of matrices, and these are of blocks; use "
                 "estimator.granularity=matrix, or allocator.unit=block"
             )
+        low, high = self.range(curves)
         spent = curves.by_block if self.unit == "block" and curves.unit == "matrix" else curves
         fine = spent.finer
-        low, high = self.range
         weights = [round(float(size) / fine.levels[-1]) for size in fine.sizes[:, -1]]
         points = [self._points(fine.levels, costs_K, low, high, fine.is_stepped) for costs_K in fine.costs.tolist()]
-        levels = [[level for level, _ in each] for each in points]
-        given = levels[0]
+        given = [level for level, _ in points[0]]
         if not given or not given[0] - 1e-9 <= self.target <= min(given[-1], spent.levels[-1]) + 1e-9:
             raise ValueError(
                 f"allocator.target={self.target} is outside the levels that allocator.floor and allocator.cap leave of "
                 f"{', '.join(f'{level:g}' for level in spent.levels)}; change one of the three, or the levels "
-                "(estimator.levels, pruner.m)"
+                f"({'estimator.formats' if curves.kind == 'bits' else 'estimator.levels, pruner.m'})"
             )
+        if curves.kind == "bits":
+            points = [_falling(each) for each in points]
+        levels = [[level for level, _ in each] for each in points]
         sizes = [[level * weight for level in each] for each, weight in zip(levels, weights, strict=True)]
         values = knapsack(
             [[cost for _, cost in each] for each in points],
@@ -381,10 +276,8 @@ class Knapsack:
             self.target * sum(weights),
             is_stepped=fine.is_stepped,
         )
-        budget = self.target
-        if fine.is_stepped:
-            budget = math.fsum(value * size for value, size in zip(values, weights, strict=True)) / sum(weights)
-        return Allocation(fine.units, "sparsity", tuple(values), budget, tuple(weights), dict(curves.source))
+        budget = spent_budget(curves.kind, values, weights) if fine.is_stepped else self.target
+        return Allocation(fine.units, curves.kind, tuple(values), budget, tuple(weights), dict(curves.source))
 
     @staticmethod
     def _points(
@@ -396,5 +289,14 @@ class Knapsack:
         ]
         if is_stepped:
             return inside
-        ends = {level: _interpolated(levels, costs, level) for level in (low, min(high, levels[-1]))}
+        ends = {level: interpolated(levels, costs, level) for level in (low, min(high, levels[-1]))}
         return sorted([each for each in inside if all(abs(each[0] - end) > 1e-9 for end in ends)] + [*ends.items()])
+
+
+def _falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Leaves out levels that cost no less than a lower one."""
+    found = list(points[:1])
+    for level, cost in points[1:]:
+        if cost < found[-1][1]:
+            found.append((level, cost))
+    return found

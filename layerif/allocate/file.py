@@ -10,7 +10,7 @@ from layerif.allocate.allocation import MEANS, Allocation, spent_budget
 from layerif.allocate.curves import sizes_of
 from layerif.checks import check_fields, check_object, check_unique, is_finite, is_number, shown
 from layerif.files import read_json
-from layerif.layers import Granularity, LayerMap, in_layer_order, within_block
+from layerif.layers import Granularity, LayerMap, Unit, in_layer_order, within_block
 from layerif.record.older import in_todays_shape
 from layerif.scores import AllocationKind, LayerScores
 
@@ -24,7 +24,8 @@ class SavedAllocation:
 
     Attributes:
         path: a JSON file with one of
-            {"layer name": value, …} in any order, or {"matrix name": value, …} for sparsity and bits;
+            {"layer name": value, …} in any order, or {"matrix name": value, …} for sparsity and bits, or
+            {"name of an attention or MLP": value, …} for blocks;
             [value, …], one per layer in the model's order;
             the `record.json` of an earlier run, or its `allocation` alone with "units" and "values".
         kind: the meaning of a value. A file that states its kind must agree.
@@ -64,8 +65,8 @@ class SavedAllocation:
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
 
-    def _unit(self, names: Sequence[str], layers: LayerMap, what: str) -> Granularity:
-        """Tells if the names are those of blocks or of matrices, and refuses a mixture of both."""
+    def _unit(self, names: Sequence[str], layers: LayerMap, what: str) -> Granularity | Unit:
+        """Tells if the names are those of blocks, of matrices or of parts of blocks, and refuses a mixture."""
         blocks = [name for name in names if name in layers.names]
         matrices = [name for name in names if name not in layers.names and within_block(name)]
         if blocks and matrices:
@@ -74,6 +75,8 @@ class SavedAllocation:
                 f"them to one or the other; name matrices alone, or use method=prune method.allocation={self.path}, "
                 "which takes an object of both"
             )
+        if matrices and self.kind == "blocks":
+            return "sublayer"
         if matrices and self.kind not in MEANS:
             raise ValueError(
                 f"{what} gives {self.kind} to matrices ({matrices[0]}), and only {' and '.join(MEANS)} can be given to "

@@ -24,6 +24,11 @@ def layerif_store() -> None:
     _call("layerif.app.store")
 
 
+def layerif_export() -> None:
+    """Runs `layerif-export`."""
+    _call("layerif.app.export")
+
+
 def _call(module: str) -> None:
     missing = [name for name in LABORATORY if find_spec(name) is None]
     if missing:

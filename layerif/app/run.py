@@ -28,9 +28,10 @@ from layerif.data.batches import shown_text
 from layerif.data.render import Example
 from layerif.data.rows import CompletionExample
 from layerif.decide import Decider
+from layerif.estimators._base import CurveEstimator
 from layerif.files import held
 from layerif.pruning.module import BLOCKS
-from layerif.record.job import choices_of_run, settings_of
+from layerif.record.job import choices_of_run, is_same_job, settings_of
 from layerif.record.plots import spelt_budget
 from layerif.record.record import FAILURE, FILE, AllocationRecord, RunRecord
 from layerif.record.text import allocation_lines, print_run
@@ -76,7 +77,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         inputs=setup.inputs(),
     )
     before = _record_in(folder)
-    is_same = before is not None and before.identity == record.identity
+    is_same = before is not None and is_same_job(before.identity, record.identity)
     if before is not None and is_same and config.rerun is not True and not (folder / FAILURE).exists():
         log.info("already done and not run again (rerun=true would run it): %s", folder / FILE)
         _remove_parts(folder)  # there if the run was killed right after it wrote its record
@@ -141,8 +142,10 @@ def _spelt_preview(decider: Decider) -> str:
     """Spells the allocation that equal scores or curves would give, or the one that needs neither."""
     allocation, spends = AllocationRecord(**decider.preview().to_dict()), decider.allocator.spends
     blocks = how_many(len(allocation.by_block()), "layer")
-    over = f"{len(allocation.units)} matrices of {blocks}" if allocation.is_by_matrix else blocks
-    gives = "the allocator gives" if spends == "nothing" else f"equal {spends} would give"
+    parts = "sublayers" if allocation.kind == "blocks" else "matrices"
+    over = f"{len(allocation.units)} {parts} of {blocks}" if allocation.is_by_matrix else blocks
+    evidence = "curves" if isinstance(decider.estimator, CurveEstimator) else "scores"
+    gives = "the allocator gives" if spends == "nothing" else f"equal {evidence} would give"
     if getattr(decider.allocator, "slope", 0.0) is None:
         gives = "before the trials of allocator.slope, the allocator gives"
     values = "; ".join(allocation_lines(allocation))
@@ -168,8 +171,8 @@ def _check_method(setup: Setup) -> None:
     if setup.config.get("objective") == "validation/loss" and not setup.method.fine_tunes:
         raise ValueError(
             "objective=validation/loss is a figure of a fine-tuned model, and this method fine-tunes none; use "
-            "method=lora_moe (or lora, lora_equal, or prune with method.recover), or objective=reliability for scores "
-            "alone"
+            "method=lora_moe (or lora, lora_equal, full, or prune or drop with method.recover), or "
+            "objective=reliability for scores alone"
         )
 
 

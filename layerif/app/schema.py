@@ -91,7 +91,7 @@ def from_conf(choice: str, *overrides: str) -> Any:
     plain: Any = OmegaConf.to_container(config[group], resolve=True)
     check_plain(plain, group)
     _check_kinds({group: plain})
-    _check_nodes({group: plain}, trusted)
+    check_nodes({group: plain}, trusted)
     return build(plain, group, trusted)
 
 
@@ -130,7 +130,7 @@ def check(config: DictConfig) -> None:
             f"score_task={shown(scored)} stands where a whole task belongs; say +task@score_task={name}, which puts "
             "that task there, or score_task=null for scores on the task's own rows"
         )
-    _check_nodes(plain, plain.get("trusted_targets") or ())
+    check_nodes(plain, plain.get("trusted_targets") or ())
 
 
 def check_plain(node: Any, path: str = "") -> None:
@@ -210,7 +210,16 @@ def check_root(config: DictConfig) -> None:
     check_file_name("name", config.get("name", "default"), below="outputs/sweeps")
 
 
-def _check_nodes(plain: Mapping[str, Any], trusted: Sequence[str]) -> None:
+def check_nodes(plain: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
+    """Binds every `_target_` of plain settings to its signature.
+
+    Args:
+        plain: settings by root key, with their interpolations resolved.
+        trusted: as for `layerif.targets.allowed_target`.
+
+    Raises:
+        ValueError: as from `check`.
+    """
     for path, node in nodes_with_target(plain):
         _check_node(path, node, trusted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +28,17 @@ from layerif.models.memory import free_bytes
 from layerif.models.pretrained import Pretrained
 from layerif.probe.settings import Probe
 from layerif.probe.store import Store
+from layerif.scores import AllocationKind
 from layerif.targets import allowed_target, build
 
 # Settings that may be the path of a file. If the file's content changes, it is another job.
-_FILES = ("method.allocation", "method.calibration.text", "estimator.mask_text.text", "evaluation.text")
+_FILES = (
+    "method.allocation",
+    "method.calibration.text",
+    "estimator.mask_text.text",
+    "estimator.calibration.text",
+    "evaluation.text",
+)
 
 
 class Setup:
@@ -160,41 +168,71 @@ _SPENDERS = {
     "experts": {"scores": "experts"},
     "rank": {"scores": "rank"},
     "sparsity": {"scores": "sparsity", "curves": "knapsack"},
+    "bits": {"scores": "bits", "curves": "knapsack"},
+    "blocks": {"scores": "blocks", "curves": "blocks"},
+    "layers": {"scores": "layers"},
 }
-_ESTIMATORS = {"scores": "an estimator of scores, such as datainf", "curves": "estimator=loss_curve"}
+_SCORED = "an estimator of scores, such as datainf"
+_PRICED: Mapping[AllocationKind, str] = {
+    "sparsity": "estimator=loss_curve",
+    "bits": "estimator=bits_curve",
+    "blocks": "estimator=skip_curve or angular",
+}
 
 
 def check_spent(method: Method, decider: Decider) -> None:
     """Refuses method, estimator and allocator that do not fit one another, and says which do.
 
     Args:
-        method: spends one kind of allocation (experts, rank, sparsity), or any.
+        method: spends one kind of allocation (experts, rank, sparsity, bits, blocks, layers), several, or any.
         decider: with an estimator of scores or of curves, and an allocator that spends either, or neither.
     """
-    if method.allocates is None:
+    kinds = _kinds_spent(method)
+    if not kinds:
         decider.preview()
         return
-    spenders = _SPENDERS[method.allocates]
-    gives = "curves" if isinstance(decider.estimator, CurveEstimator) else "scores"
-    fitting = f"allocator={spenders[gives]}" if gives in spenders else None
-    if (spends := decider.allocator.spends) not in (gives, "nothing"):
-        told = [fitting or f"{_ESTIMATORS['scores']}, with allocator={spenders['scores']}"]
-        if fitting and spends in spenders:
-            told.append(_ESTIMATORS[spends])
+    estimator, spends = decider.estimator, decider.allocator.spends
+    gives = "curves" if isinstance(estimator, CurveEstimator) else "scores"
+    is_spent = not isinstance(estimator, CurveEstimator) or estimator.kind in kinds
+    fitting = _spenders(kinds, gives) if is_spent else ""
+    scored = f"{_SCORED}, with {_spenders(kinds, 'scores')}"
+    priced = [_PRICED[kind] for kind in kinds if kind in _PRICED]
+    if spends not in (gives, "either", "nothing"):
+        told = [fitting or scored]
+        if fitting and _spenders(kinds, spends) not in ("", fitting):
+            told += priced if spends == "curves" else [_SCORED]
         raise ValueError(
-            f"estimator={name_of(decider.estimator)} gives {gives}, and this allocator spends {spends}; with "
+            f"estimator={name_of(estimator)} gives {gives}, and this allocator spends {spends}; with "
             f"method={method.name} use {', or '.join(told)}"
         )
-    given = decider.preview().kind
-    if given == method.allocates:
+    if spends != "nothing" and not is_spent:
+        assert isinstance(estimator, CurveEstimator)
+        raise ValueError(
+            f"estimator={name_of(estimator)} prices {estimator.kind}, and method={method.name} spends "
+            f"{' or '.join(kinds)}; use {', or '.join([scored, *priced])}"
+        )
+    is_other = decider.allocator.spends == "either" and decider.allocator.kind not in kinds
+    given = decider.allocator.kind if is_other else decider.preview().kind  # type: ignore[union-attr]
+    if given in kinds:
         return
-    kinds = {file.stem: _method_class(file).allocates for file in sorted((conf_folder() / "method").glob("*.yaml"))}
-    able = [name for name, kind in kinds.items() if kind == given]
-    fitting = fitting or f"allocator={spenders['scores']} with {_ESTIMATORS['scores']}"
+    methods = {file.stem: _method_class(file) for file in sorted((conf_folder() / "method").glob("*.yaml"))}
+    able = [name for name, other in methods.items() if given in _kinds_spent(other)]
+    fitting = fitting or f"{_spenders(kinds, 'scores')} with {_SCORED}"
     raise ValueError(
-        f"the allocator gives {given}, and method={method.name} spends {method.allocates}; use {fitting}, or "
+        f"the allocator gives {given}, and method={method.name} spends {' or '.join(kinds)}; use {fitting}, or "
         f"{''.join(f'method={name}, ' for name in able)}or method=none for scores and allocation only"
     )
+
+
+def _kinds_spent(method: Method | type[Method]) -> tuple[AllocationKind, ...]:
+    """Gives the kinds of allocation that a method spends; none where any will do."""
+    allocates = method.allocates
+    return (allocates,) if isinstance(allocates, str) else allocates or ()
+
+
+def _spenders(kinds: Sequence[AllocationKind], evidence: str) -> str:
+    """Lists the allocators that turn scores, or curves, into these kinds; empty where there is none."""
+    return " or ".join(f"allocator={_SPENDERS[kind][evidence]}" for kind in kinds if evidence in _SPENDERS[kind])
 
 
 def check_unseen(scored: Splits, splits: Splits) -> None:

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from layerif.app.messages import explain, of_the_user
 from layerif.app.schema import check_root
 from layerif.files import InUse
-from layerif.record.job import choices_of_run, identity, settings_of, tracking_of
+from layerif.record.job import choices_of_run, identity, is_same_job, settings_of, tracking_of
 from layerif.record.record import FAILURE, FILE, Failure, RunRecord
 
 log = logging.getLogger(__name__)
@@ -297,7 +297,7 @@ def _failed_before(config: DictConfig, folder: Path) -> str:
         log.warning("%s; the job runs again", error)
         return ""
     now = HydraConfig.get().overrides.task
-    is_same = failure.identity == identity(choices_of_run(), settings_of(config))
+    is_same = is_same_job(failure.identity, identity(choices_of_run(), settings_of(config)))
     return failure.error if is_same and tracking_of(failure.overrides) == tracking_of(now) else ""
 
 

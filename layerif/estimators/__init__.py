@@ -15,7 +15,10 @@ needs by a request (`layerif/probe/request.py`) and scores it:
 |                                |                                                  | avss, linear_probe, cca          |
 | `Removal(sparsity, mask)`      | `LayerRemovals`: errors that a mask makes        | lsa                              |
 | `Gates(num_steps, …)`          | `LayerGates`, learned on a trained adapter       | ila                              |
-| `Nothing(files)`               | `LayerMap` of the model; no pass over data       | uniform, random, file            |
+| `Nothing(files)`               | `LayerMap` of the model; no pass over data       | uniform, random, ends, file      |
+
+Estimators of curves give these in place of scores: loss_curve and bits_curve (`LossCurves`), measured_loss
+(`LossByBlock`), skip_curve (`Skips`), angular (`SpanAngles`).
 
 `reversed` wraps any other estimator and needs what that one needs.
 

@@ -12,21 +12,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Gt
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerif.allocate.curves import Curves
+from layerif.allocate.curves import Curves, equal_curves, with_base
+from layerif.allocate.spans import Spans
 from layerif.checks import Count, check_fields, check_value, listed
 from layerif.compat import changes_of
 from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerRemovals, LayerSpectra, MatrixGram
 from layerif.layers import Granularity, LayerMap
 from layerif.probe.grams.request import Grams
 from layerif.probe.request import Request
-from layerif.scores import Aggregation, Direction, LayerScores, aggregate
+from layerif.scores import Aggregation, AllocationKind, Direction, LayerScores, aggregate
 
 Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
 Normalisation = Literal["none", "numel"]
@@ -36,7 +37,13 @@ Evidence = LayerSpectra | LayerActivations | LayerRemovals | LayerGates | LayerG
 
 
 class CurveEstimator(ABC):
-    """An estimator that prices levels instead of scoring layers. Subclasses are dataclasses."""
+    """An estimator that prices levels instead of scoring layers. Subclasses are dataclasses.
+
+    Attributes:
+        kind: the kind of allocation whose levels are priced.
+    """
+
+    kind: ClassVar[AllocationKind] = "sparsity"
 
     @property
     @abstractmethod
@@ -49,8 +56,14 @@ class CurveEstimator(ABC):
         return described(self)
 
     @abstractmethod
-    def curves(self, evidence: Any, /) -> Curves:
+    def curves(self, evidence: Any, /) -> Curves | Spans:
         """Gives the price of every level of every unit."""
+
+    def equal(self, layers: LayerMap) -> Curves | Spans:
+        """Gives curves that tell no unit from another, so that a request can be tried before anything is measured."""
+        needs: Any = self.needs
+        levels = with_base(self.kind, needs.levels)
+        return equal_curves(layers, needs.granularity, levels, needs.is_stepped, self.kind)
 
 
 class InfluenceEstimator:

@@ -59,18 +59,8 @@ class LossCurve(CurveEstimator):
 
     def __post_init__(self) -> None:
         check_fields(self, "estimator")
-        for text, weight in self._weights.items():
-            check_choice("estimator.loss_text", text, (WINDOWS, TASK))
-            if not isinstance(weight, int | float) or not 0 < weight <= 1:
-                raise ValueError(f"estimator.loss_text.{text}={weight} is not allowed; allowed: above 0, and at most 1")
-        total = math.fsum(self._weights.values())
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"the weights of estimator.loss_text add up to {total:g}; give weights that add up to 1")
+        weights_of_texts(self.loss_text)
         check_levels(self.levels, self.masked_by)
-
-    @property
-    def _weights(self) -> Mapping[str, float]:
-        return {self.loss_text: 1.0} if isinstance(self.loss_text, str) else self.loss_text
 
     @property
     def masked_by(self) -> Pruner:
@@ -85,9 +75,9 @@ class LossCurve(CurveEstimator):
     def needs(self) -> LossCurves:
         pruner = self.masked_by
         return LossCurves(
-            pruner=pruner,
+            changes=pruner,
             mask_text=self.mask_text or Calibration(seed=self.seed),
-            loss_texts=dict(sorted(self._weights.items())),
+            loss_texts=weights_of_texts(self.loss_text),
             levels=tuple(self.levels or pruner.levels() or LEVELS),
             form=self.form,
             granularity=self.granularity,
@@ -97,12 +87,34 @@ class LossCurve(CurveEstimator):
 
     @property
     def source(self) -> str:
-        texts = "+".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in sorted(self._weights.items()))
         by = f"form={self.form}, granularity={self.granularity}, masks={self.masked_by.called}"
-        return f"loss_curve({by}, loss_text={texts})"
+        return f"loss_curve({by}, loss_text={spelt_texts(self.loss_text)})"
 
     def curves(self, evidence: Curves, /) -> Curves:
         return evidence
+
+
+def weights_of_texts(loss_text: str | Mapping[str, float]) -> dict[str, float]:
+    """Gives the weight of each text whose loss is watched, in the order of their names.
+
+    Raises:
+        ValueError: names the text that is unknown or has no part in the mixture.
+    """
+    given = {loss_text: 1.0} if isinstance(loss_text, str) else loss_text
+    for text, weight in given.items():
+        check_choice("estimator.loss_text", text, (WINDOWS, TASK))
+        if not isinstance(weight, int | float) or not 0 < weight <= 1:
+            raise ValueError(f"estimator.loss_text.{text}={weight} is not allowed; allowed: above 0, and at most 1")
+    total = math.fsum(given.values())
+    if abs(total - 1) > 1e-9:
+        raise ValueError(f"the weights of estimator.loss_text add up to {total:g}; give weights that add up to 1")
+    return dict(sorted(given.items()))
+
+
+def spelt_texts(loss_text: str | Mapping[str, float]) -> str:
+    """Spells the texts whose loss is watched, with their weights."""
+    weights = weights_of_texts(loss_text)
+    return "+".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in weights.items())
 
 
 def check_levels(levels: Sequence[float] | None, pruner: Pruner) -> None:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Gt, Lt
@@ -43,6 +43,7 @@ class LossByBlock(Request):
         granularity: the units of the curves.
     """
 
+    kind: ClassVar[Literal["sparsity"]] = "sparsity"
     reads_windows: ClassVar[bool] = True
 
     pruner: Pruner

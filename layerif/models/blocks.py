@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from layerif.layers import LayerMap
+from layerif.layers import LayerMap, is_attention
 from layerif.models.quantised import refuse_quantised_block
 
 Scope = Literal["attention", "mlp", "all"]
@@ -89,7 +89,7 @@ def layer_map(
 
 
 def _in_scope(name: str, scope: Scope) -> bool:
-    return scope == "all" or (scope == "attention") == ("attn" in name or "attention" in name)
+    return scope == "all" or (scope == "attention") == is_attention(name)
 
 
 def _adapters(block: nn.Module) -> tuple[str, ...]:

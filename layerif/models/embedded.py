@@ -33,10 +33,10 @@ class EmbeddedModel(Pretrained):
     file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
     def weights_hash(self) -> str:
-        return hash_file(self._gguf())
+        return hash_file(self.gguf())
 
     def location(self) -> tuple[str, str | None]:
-        gguf = self._gguf()
+        gguf = self.gguf()
         folder = Path(self.cache) / f"{gguf.stem}-{hash_file(gguf)[:12]}"
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,8 @@ class EmbeddedModel(Pretrained):
                     self._convert(gguf, folder)
         return str(folder), None
 
-    def _gguf(self) -> Path:
+    def gguf(self) -> Path:
+        """Finds the GGUF file of the package."""
         spec = importlib.util.find_spec(self.package)  # not imported, because the import starts a chat tool
         file = Path((spec.submodule_search_locations or [""])[0]) / self.file if spec else None
         if file is None or not file.is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from layerif.checks import Count, Share, check_choice, check_fields
 from layerif.files import conf_folder
+from layerif.scores import AllocationKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,19 @@ class Pruner(ABC):
             raise ValueError(f"pruner.n={self.n} must be below pruner.m={self.m}: n of every m weights are kept")
 
     @property
+    def kind(self) -> AllocationKind:
+        """The meaning of a level."""
+        return "sparsity"
+
+    @property
     def needs_inputs(self) -> bool:
         """Tells if the choice of weights looks at the inputs of a layer."""
         return True
+
+    @property
+    def observes_gram(self) -> bool:
+        """Tells if the statistic of a layer is the Gram matrix of its inputs, which takes the most memory."""
+        return False
 
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         """Adds the inputs of T tokens to the statistic of a linear layer, in place where there is one.

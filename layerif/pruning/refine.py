@@ -11,10 +11,8 @@ Letters in shape suffixes: B windows of a batch, T tokens, V words of the vocabu
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +26,6 @@ from torch import Tensor, nn
 
 from layerif.allocate.allocation import Allocation, spent_budget
 from layerif.checks import Count, Seed, Share, check_arguments
-from layerif.files import write_text
 from layerif.models.blocks import bare, blocks, device_of
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
@@ -36,6 +33,7 @@ from layerif.progress import progress
 from layerif.pruning.levels import Levels, check_main_memory
 from layerif.pruning.targets import matrices
 from layerif.pruning.walk import standing_in
+from layerif.record.search import read_state, write_state
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,8 @@ def refined(
             "step, or a wider range"
         )
     job = _job(search, levels, first, windows)
-    reached = None if state is None else _read(state, job)
+    known = None if state is None else read_state(state, job)
+    reached = None if known is None else _State(**known)
     with torch.no_grad(), evaluating(model), full_precision(), _dense_again(found, levels):
         distance = _Distance(model, windows)
         for name, count in (reached.counts if reached else first).items():
@@ -136,7 +135,7 @@ def refined(
             reached = _tried(found, levels, distance, reached, move)
             reached = replace(reached, tried=number + 1, seconds=seconds_before + time.perf_counter() - begun)
             if state is not None:
-                _write(state, job, reached)
+                write_state(state, job, asdict(reached))
     return Refinement(
         allocation=_allocation(start, reached.counts, search.sizes),
         kl_before=reached.before / distance.num_tokens,
@@ -298,27 +297,3 @@ def _job(search: _Search, levels: Levels, first: Mapping[str, int], windows: Seq
     for tensor in (*rows, *levels.windows, *windows):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(file: Path, job: str, reached: _State) -> None:
-    content = {"job": job, **asdict(reached)}
-    write_text(file, json.dumps({**content, "checksum": _checksum(content)}) + "\n")
-
-
-def _read(file: Path, job: str) -> _State | None:
-    """Reads the state that `_write` left; None where that is missing, damaged or of another search."""
-    try:
-        content = json.loads(file.read_bytes())
-        if content.pop("checksum") != _checksum(content):
-            raise ValueError("its checksum does not match its content")
-        is_ours = content.pop("job") == job
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{file} is damaged and the search begins anew: {error}", stacklevel=3)
-        return None
-    return _State(**content) if is_ours else None
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -24,13 +24,14 @@ def check_source(source: Mapping[str, str], here: Mapping[str, str]) -> None:
 
     Args:
         source: of the allocation; empty where it fits anywhere.
-        here: the model, the pruner and the mask text where it is spent, as `LossCurves.source` gives them.
+        here: the model, the pruner and the mask text where it is spent, as `LossCurves.source` gives them; a part that
+            plays no part is left out.
 
     Raises:
         ValueError: names the part that differs.
     """
     for part, advice in _ADVICE.items():
-        was, now = source.get(part, ""), here[part]
+        was, now = source.get(part, ""), here.get(part, "none")
         if was in ("", now) or now == "none" or was == "none":
             continue
         if part == "model" and was.split()[0] != now.split()[0]:

@@ -140,6 +140,10 @@ class SparseGPT(Pruner):
         if self.m is not None and self.block_size % self.m:
             raise ValueError(f"pruner.block_size={self.block_size} must be a multiple of pruner.m={self.m}")
 
+    @property
+    def observes_gram(self) -> bool:
+        return True
+
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         input_TI = input_TI.to(torch.promote_types(input_TI.dtype, torch.float32))
         if so_far is None:

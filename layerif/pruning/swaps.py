@@ -89,6 +89,10 @@ class MaskPruner(Pruner):
     def mask(self, weight: Tensor, shared: Any, sparsity: float | None, n: int | None) -> Tensor:
         """Marks the weights to remove before any swap (O×I); the arguments are those of `__call__`."""
 
+    @property
+    def observes_gram(self) -> bool:
+        return self.swaps
+
     def observe(self, so_far: Tensor | None, input_TI: Tensor) -> Tensor:
         input_TI = input_TI.to(torch.promote_types(input_TI.dtype, torch.float32))
         if so_far is None:

@@ -14,6 +14,8 @@ from layerif.record.record import RunRecord
 # Metrics that are means over questions whose answers are kept, and the name that they are kept by.
 QUESTIONS = {"accuracy": "options", "generation_accuracy": "generation"}
 BEFORE = "before/"  # prefix of all measurements of the untouched model
+# Figures of a smaller model that stand beside those of the dense one.
+SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "memory_bytes", "weight_bytes", "folder_bytes")
 _LEFT_OUT_IF_EMPTY = ("questions", "prune s", "fit s", "trainable", "memory GB", "state")
 
 
@@ -127,22 +129,30 @@ def measured(record: RunRecord, prefix: str = "", *, every_metric: bool = False)
     metrics = metrics_of(record, prefix)
     shown: dict[str, object] = dict(metrics)
     if not every_metric:
-        kept = {*headline(metrics), "accuracy_per_token", "sparsity"}
+        kept = {*headline(metrics), "accuracy_per_token", "sparsity", "bits", *SPEEDS}
         shown = {name: value for name, value in metrics.items() if name in kept}
         low, high = (metrics.get(f"accuracy_{end}") for end in ("low", "high"))
         if low is not None and high is not None:
             shown = {"accuracy": shown.pop("accuracy"), "95 % interval": f"{low:.3f} to {high:.3f}"} | shown
     is_trained, seconds = not prefix and has_method(record), record.seconds
-    only_pruned = "pruned" in record.parameters and "trainable" not in record.parameters
+    is_smaller = not {"pruned", "dropped", "quantised"}.isdisjoint(record.parameters)
+    only_smaller = is_smaller and "trainable" not in record.parameters
     return shown | {
         "questions": len(record.answers.get(f"{prefix}{QUESTIONS['accuracy']}", {})) or None,
-        "trainable": record.parameters.get("trainable") if is_trained or only_pruned else 0,
+        "trainable": record.parameters.get("trainable") if is_trained or only_smaller else 0,
         "evidence s": None if prefix else seconds.get("evidence"),
         "fit s": seconds.get("fit") if is_trained else None,
+        **(_cost_of_training(record) if is_trained else {}),
         "prune s": seconds.get("prune") if is_trained else None,
         "all s": None if prefix else sum(value for name, value in seconds.items() if not name.startswith(BEFORE)),
         "memory GB": None if prefix else record.memory_gb or None,
     }
+
+
+def _cost_of_training(record: RunRecord) -> dict[str, object]:
+    """Returns seconds a step and memory of a training; empty for a record that does not know them."""
+    names = {"s a step": "seconds_per_step", "training GB": "memory_gb"}
+    return {shown: record.training[name] for shown, name in names.items() if name in record.training}
 
 
 def runs_frame(record: RunRecord) -> pd.DataFrame:

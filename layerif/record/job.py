@@ -83,6 +83,11 @@ def identity(
     return json.loads(json.dumps(parts), parse_constant=str)
 
 
+def is_same_job(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Tells if two identities are the same to the letter: `keep=1` is one layer, and `keep=1.0` all of them."""
+    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
+
+
 def folder_name(overrides: Iterable[str]) -> str:
     """Returns the name of a job's folder in a sweep: its overrides, with a hash where they do not fit a folder name."""
     named = ",".join(sorted(override for override in overrides if _root(override) not in _NOT_IN_FOLDERS))

@@ -24,11 +24,17 @@ def arm_name(job: Job) -> str:
     It comes from the configuration alone, which a failed job has, too.
     """
     kind, given = allocator_choice(job), job.config["allocator"]
-    if kind == "file":
+    if (job.config.get("method") or {}).get("search") == "greedy":
+        name = "greedy search"
+    elif kind == "file":
         name = "allocation from file"
-    elif kind == "depth":  # this allocator and the next need no scores
+    elif kind == "depth":  # this allocator and the next two need no scores
         slope = "by trials" if given.get("slope") is None else f"{given['slope']:g}"
         name = f"depth(slope={slope}, spare={given.get('spare', 0)})"
+    elif kind == "position":
+        kind, rule = given.get("kind", "layers"), given.get("rule", "last")
+        place = "all but spaced" if rule == "but_spaced" else rule
+        name = f"{place} {kind} {'kept' if kind == 'blocks' else 'trained'}"
     elif kind == "shape":
         shape = given["shape"]
         counts = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else str(shape)

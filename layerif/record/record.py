@@ -42,8 +42,8 @@ class ScoresRecord:
 class AllocationRecord:
     """The values that the units (blocks or matrices) get, and the budget that they spend.
 
-    `sizes` weights the budget where the kind needs it: the parameters of each unit for a sparsity. `source` says what
-    the values belong to, where they must not be spent elsewhere.
+    `sizes` weights the budget where the kind needs it: the parameters of each unit for a sparsity or bits. `source`
+    says what the values belong to, where they must not be spent elsewhere.
     """
 
     kind: str
@@ -132,10 +132,14 @@ class RunRecord:
             beyond it has collapsed.
         parameters: total and trainable, and those of the model that a baseline of equal size is compared with.
         sparsity: the fraction of zeros in each pruned matrix, by name.
+        formats: the number format of each quantised matrix, by name.
         recovery: how the pruned model was fine-tuned: its `method` and its `decision`.
         routing: the use of an evaluated LoRA-MoE's experts, by block with routers: `load` (the share of the tokens'
             assignments that each expert got) and `entropy` (of the routers, in nats). Both are means over
             the routers of the block and over the tokens.
+        training: the cost of fine-tuning, without validation and saving: `seconds_per_step` (the median) and
+            `memory_gb`, the most memory that was taken: on a GPU that of the tensors (`memory_of` is `cuda`), elsewhere
+            that of the whole process (`process`).
         tracking: where wandb has this run: the address of its page, or the name of its folder below `wandb/`.
         measurements: the requests to the store, see `layerif.probe.store.Store`.
         memory_gb: the most main memory that the process held.
@@ -157,8 +161,10 @@ class RunRecord:
     context_free: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     routing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     measurements: list[dict[str, Any]] = field(default_factory=list)

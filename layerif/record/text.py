@@ -76,7 +76,8 @@ def allocation_lines(given: AllocationRecord) -> list[str]:
     spelt_values = [spelt(value) for value in given.values]
     if not given.is_by_matrix:
         return [f"[{', '.join(spelt_values)}]"]
-    table, number = given.by_matrix(), f"{len(spelt_values)} matrices"
+    parts = "sublayers" if given.kind == "blocks" else "matrices"
+    table, number = given.by_matrix(), f"{len(spelt_values)} {parts}"
     if len(set(spelt_values)) == 1:
         return [f"{spelt_values[0]} for each of {number}"]
     ranges = f"{number} from {spelt(min(given.values))} to {spelt(max(given.values))}"
@@ -97,6 +98,9 @@ def _trust_lines(decision: DecisionRecord) -> Iterator[str]:
     if decision.curves is not None:
         yield f"reliability {of} (rank correlation of the allocations by two halves of the samples)"
         yield from (f"  warning: {doubt}" for doubt in doubts(None, samples))
+        if decision.curves.get("sense") == "distance":
+            yield f"angular distance over the span that goes {spelt(decision.curves['distance'])}"
+            return
         change = "fall" if decision.curves.get("sense") == "gain" else "rise"
         predicted, actual = decision.curves["predicted"], decision.curves.get("actual")
         seen = "" if actual is None else f", actual {spelt(actual)} nats"

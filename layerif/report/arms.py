@@ -301,7 +301,7 @@ def labelled(
         section: [
             key
             for key in dict.fromkeys(itertools.chain.from_iterable(every))
-            if any(values.get(key) != every[0].get(key) for values in every)
+            if len({json.dumps(values.get(key), sort_keys=True, default=str) for values in every}) > 1
         ]
         for section, every in by_section.items()
     }

@@ -8,10 +8,16 @@ from collections.abc import Hashable, Mapping
 from layerif.record.names import allocator_choice, estimator_choice, origins
 from layerif.record.record import Job
 
-SIZE = ("allocator.budget", "allocator.target")  # the keys that set the size of an allocation
-_WITHOUT_SCORES = ("file", "shape", "depth")  # allocators that look at neither scores nor curves
-# Settings of an estimator that repeat others, unless the user gives it its own: the pruner and the calibration windows.
-_REPEATS = {"estimator.pruner": "pruner", "estimator.mask_text": "method.calibration"}
+SIZE = ("allocator.budget", "allocator.target", "allocator.keep")  # the keys that set the size of an allocation
+_WITHOUT_SCORES = ("file", "shape", "depth", "position")  # allocators that look at neither scores nor curves
+# Settings that repeat others, unless the user gives them a value of their own: pruner, calibration windows, formats.
+_REPEATS = {
+    "estimator.pruner": "pruner",
+    "estimator.mask_text": "method.calibration",
+    "estimator.calibration": "method.calibration",
+    "estimator.formats": "method.formats",
+    "allocator.formats": "method.formats",
+}
 
 
 def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
@@ -46,13 +52,17 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
 def _told(job: Job) -> tuple[str, ...]:
     """Returns the starts of those keys, each with a dot at its end, that names tell or that the job does not use."""
     told = ["model.", "method.model.", "method.pruner.", "method.adapter.model.", "evaluation.before."]
-    told += ["estimator.aggregation.", "estimator.of.aggregation."]
+    told += ["estimator.aggregation.", "estimator.of.aggregation.", "method.search."]
     told += [f"score_task.{key}." for key in job.identity["settings"].get("score_task") or () if key != "path"]
     told += [f"task.{key}." for key in content(job, "task")]
     if not _has_pruner(job):
         told.append("pruner.")
-    if allocator_choice(job) in _WITHOUT_SCORES:
-        told += ["estimator.", "probe.", "allocator.shape.", "allocator.slope.", "allocator.spare."]
+    is_greedy = content(job, "method").get("search") == "greedy"
+    if is_greedy or allocator_choice(job) in _WITHOUT_SCORES:
+        told += ["estimator.", "probe."]
+        told += [f"allocator.{key}." for key in ("shape", "slope", "spare", "rule")]
+    if allocator_choice(job) == "position":
+        told.append("allocator.kind.")
     return tuple(told)
 
 

@@ -18,9 +18,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from layerif.adapt.adapters import Adapter, EqualLoraAdapter, LoraAdapter, LoraMoeAdapter, adapter_of
+from layerif.adapt.adapters import Adapter, EqualLoraAdapter, LoraAdapter, LoraMoeAdapter
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.data import EpochShuffle, TaskDataModule
+from layerif.adapt.kinds import tuning_of
 from layerif.adapt.module import AdapterModule, check_fits
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
@@ -49,7 +50,8 @@ def module_of(kind: type[Adapter], model_config, *, allocation=None, **settings:
 
 
 def counts(by_name: dict[str, int], kind: type[Adapter] = LoraMoeAdapter) -> Allocation:
-    return Allocation(tuple(by_name), kind.allocates, tuple(by_name.values()), sum(by_name.values()))
+    spent = "rank" if kind is LoraAdapter else "experts"
+    return Allocation(tuple(by_name), spent, tuple(by_name.values()), sum(by_name.values()))
 
 
 moe, lora, equal = (partial(module_of, kind) for kind in KINDS)
@@ -214,7 +216,7 @@ def test_whether_an_adapter_fits_is_found_out_without_weights(model_config, kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_comes_back_from_what_a_checkpoint_holds_of_it(kind):
     settings = kind(learning_rate=0.01, target_modules=["q_proj"])
-    assert adapter_of(settings.saved()) == settings
+    assert tuning_of(settings.saved()) == settings
 
 
 def test_advice_comes_with_a_refused_setting():

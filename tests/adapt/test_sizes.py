@@ -28,7 +28,7 @@ def skeleton():
 
 def spent(kind: Any, values: tuple[int, ...]) -> Allocation:
     names = tuple(f"model.layers.{index}" for index in range(3))
-    return Allocation(names, kind.allocates, values, sum(values))
+    return Allocation(names, "rank" if kind is LoraAdapter else "experts", values, sum(values))
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "mlp.up_proj"]])

@@ -23,10 +23,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from layerif.allocate import Allocation, to_experts, to_rank, to_sparsity
+from layerif.allocate.bits import Bits
+from layerif.allocate.blocks import Blocks
 from layerif.allocate.curves import Knapsack
 from layerif.allocate.depth import Depth
 from layerif.allocate.experts import Experts
 from layerif.allocate.file import SavedAllocation
+from layerif.allocate.layers import Layers
+from layerif.allocate.position import Position
 from layerif.allocate.rank import Rank
 from layerif.allocate.shape import Shape
 from layerif.allocate.sparsity import Sparsity
@@ -578,9 +582,13 @@ ALLOCATORS = {
     "sparsity": Sparsity,
     "file": SavedAllocation,
     "shape": Shape,
+    "bits": Bits,
     "knapsack": Knapsack,
     "depth": Depth,
     "water_filling": WaterFilling,
+    "blocks": Blocks,
+    "layers": Layers,
+    "position": Position,
 }
 
 

@@ -6,8 +6,10 @@ import pytest
 
 from layerif.app import commands
 
+COMMANDS = [commands.layerif, commands.layerif_report, commands.layerif_store, commands.layerif_export]
 
-@pytest.mark.parametrize("command", [commands.layerif, commands.layerif_report, commands.layerif_store])
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_light_install_is_told_how_to_get_the_laboratory(monkeypatch, capsys, command):
     monkeypatch.setattr(commands, "find_spec", lambda name: None if name in ("hydra", "pandas") else name)
     with pytest.raises(SystemExit) as left:

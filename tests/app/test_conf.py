@@ -38,6 +38,7 @@ MANDATORY: dict[tuple[str, ...], list[str]] = {
     ("arm", "alphapruning"): ["method=prune", "allocator=sparsity"],
     ("arm", "curves_and_mask_swaps"): ["method=prune"],
     ("arm", "curves_refined"): ["method=prune"],
+    ("arm", "greedy"): ["method=drop"],
     ("arm", "dlp"): ["method=prune", "allocator=sparsity"],
     ("arm", "lsa"): ["method=prune", "allocator=sparsity"],
     ("arm", "owl"): ["method=prune", "allocator=sparsity"],

@@ -319,7 +319,7 @@ class Bomb:
 def saved(tmp_path: Path, *, hyper: dict | None = None, **parts) -> Path:
     allocation = {"units": ["a"], "kind": "rank", "values": [1], "budget": 1}
     model = {"_target_": "layerif.models.pretrained.LocalModel", "path": "x"}
-    hyper = {"adapter": {"kind": "lora"}, "model": model, "allocation": allocation, **(hyper or {})}
+    hyper = {"tuning": {"kind": "lora"}, "model": model, "allocation": allocation, **(hyper or {})}
     content = {"pytorch-lightning_version": "2.6.6", "state_dict": {}, "hyper_parameters": hyper, **parts}
     torch.save(content, tmp_path / "foreign.ckpt")
     return tmp_path / "foreign.ckpt"

@@ -30,6 +30,7 @@ from layerif.estimators._base import CurveEstimator, DampedEstimator, GramEstima
 from layerif.estimators.avss import Avss
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
+from layerif.estimators.ends import Ends
 from layerif.estimators.exact import Exact, exact
 from layerif.estimators.file import SavedScores
 from layerif.estimators.grad_dot import GradDot, grad_dot
@@ -690,8 +691,8 @@ def test_turned_round_twice_is_as_before(any_estimator):
 
 
 def test_blocks_alike_get_a_uniform_allocation(any_estimator):
-    if "random" in any_estimator.score(evidence(any_estimator.needs)).source:
-        pytest.skip("random scores are of the layers' names alone")
+    if any_estimator.score(evidence(any_estimator.needs)).source.startswith(("random", "ends")):
+        pytest.skip("these scores are of the layers' names alone")
     scores = any_estimator.score(evidence(any_estimator.needs, alike=True))
     assert Experts(budget=40)(scores, DEEP).values == (5,) * 8
     assert Rank(budget=64)(scores, DEEP).values == (8,) * 8
@@ -753,6 +754,16 @@ def test_random_scores_are_a_function_of_the_seed_and_the_name():
     assert Random(seed=3).score(turned).values == scores.values[::-1]
     assert len(set(scores.values)) == 2
     assert all(0 <= value < 1 for value in scores.values)
+
+
+def test_ends_are_the_first_and_the_last_blocks_by_their_numbers():
+    assert Ends(number=2).score(DEEP).values == (1, 1, 0, 0, 0, 0, 1, 1)
+    assert Ends(number=3).score(replace(DEEP, names=DEEP.names[::-1])).values == (1, 1, 1, 0, 0, 1, 1, 1)
+    assert Ends().score(DEEP).higher_means == "important"
+    with pytest.raises(ValueError, match=r"number=4 at either end leaves none of 8 layers .* use estimator\.number<=3"):
+        Ends(number=4).score(DEEP)
+    with pytest.raises(ValueError, match=r"estimator\.number=0 is not allowed"):
+        Ends(number=0)
 
 
 # Scores upside down

@@ -18,14 +18,16 @@ def test_any_other_choice_is_itself(choice):
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("allocator", "settings", "name"),
     [
-        ({"slope": None, "spare": 0}, "depth(slope=by trials, spare=0)"),
-        ({"slope": 0.01, "spare": 1}, "depth(slope=0.01, spare=1)"),
+        ("position", {"keep": 0.5, "rule": "first", "kind": "layers"}, "first layers trained"),
+        ("position", {"keep": 0.5, "rule": "but_spaced", "kind": "blocks"}, "all but spaced blocks kept"),
+        ("depth", {"slope": None, "spare": 0}, "depth(slope=by trials, spare=0)"),
+        ("depth", {"slope": 0.01, "spare": 1}, "depth(slope=0.01, spare=1)"),
     ],
 )
-def test_an_arm_by_depth_is_named_by_its_line(settings, name):
-    choices = {"allocator": "depth", "estimator": "datainf", "method": "prune"}
+def test_an_arm_without_scores_is_named_by_its_line_or_its_end(allocator, settings, name):
+    choices = {"allocator": allocator, "estimator": "datainf", "method": "prune"}
     config = {"allocator": settings}
     job = Failure(name="", seed=0, config=config, overrides=[], error="", traceback="", choices=choices)
     assert arm_name(job) == name

@@ -20,14 +20,14 @@ class Method(Protocol):
 
     Attributes:
         name: its choice in the group `method`.
-        allocates: the kind of allocation that it spends; None if any will do.
+        allocates: the kind of allocation that it spends, or the kinds; None if any will do.
         evaluates: it evaluates a model after its work, so the evaluation is checked beforehand.
         further_metrics: what it measures beside the default metrics of the task.
         fine_tunes: it leaves a fine-tuned model, whose validation loss a search can ask for.
     """
 
     name: ClassVar[str]
-    allocates: ClassVar[AllocationKind | None]
+    allocates: ClassVar[AllocationKind | tuple[AllocationKind, ...] | None]
     evaluates: ClassVar[bool]
     further_metrics: ClassVar[tuple[str, ...]]
 

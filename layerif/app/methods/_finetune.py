@@ -1,4 +1,4 @@
-"""The work of every method that fine-tunes: decide, train an adapter that follows the allocation, evaluate."""
+"""The work of every method that fine-tunes: decide, train an adapter or layers by the allocation, evaluate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from layerif.adapt.adapters import Adapter
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.module import AdapterModule, check_fits
 from layerif.adapt.train import check_training, train
+from layerif.adapt.tuning import Tuning
 from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
 
 
 class FineTune:
-    """A method whose settings are those of an adapter. It is combined with a subclass of `Adapter`."""
+    """A method whose settings are those of a kind of fine-tuning. It is combined with a subclass of `Tuning`."""
 
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ()
     fine_tunes: ClassVar[bool] = True
 
     def check(self, setup: Setup) -> None:
-        check_fits(self._adapter, setup.model.skeleton(), setup.decider.preview(), free=setup.free_for_training)
         self._module(setup)
+        self._check_fits(setup)
         check_fit(setup)
 
     def preview(self, setup: Setup) -> dict[str, str]:
@@ -41,15 +42,15 @@ class FineTune:
             model = fit(setup, module, influence, record, folder)
         evaluate(model, setup, record)
 
+    def _check_fits(self, setup: Setup) -> None:
+        adapter = cast(Adapter, self)
+        check_fits(adapter, setup.model.skeleton(), setup.decider.preview(), free=setup.free_for_training)
+
     def _module(self, setup: Setup) -> AdapterModule:
         model: Any = OmegaConf.to_container(setup.config.model, resolve=True)
-        module = AdapterModule(self._adapter, model)
+        module = AdapterModule(cast(Tuning, self), model)
         module.trusted_targets = tuple(setup.config.get("trusted_targets") or ())
         return module
-
-    @property
-    def _adapter(self) -> Adapter:
-        return cast(Adapter, self)
 
 
 def check_fit(setup: Setup) -> None:
@@ -62,7 +63,7 @@ def check_fit(setup: Setup) -> None:
 
 
 def fit(setup: Setup, module: AdapterModule, influence: InfluenceCallback, record: RunRecord, folder: Path) -> Any:
-    """Trains an adapter with the configuration's trainer and data, see `layerif.adapt.train.train`."""
+    """Trains with the configuration's trainer and data, see `layerif.adapt.train.train`."""
     return train(
         module,
         setup.datamodule,

@@ -16,8 +16,7 @@ from layerif.app.setup import Setup
 from layerif.checks import Count, Share, check_fields
 from layerif.decide import Decider, Decision
 from layerif.estimators._base import CurveEstimator
-from layerif.probe.curves.request import LossCurves, source_of
-from layerif.probe.curves.text import LossText
+from layerif.probe.curves.request import source_of
 from layerif.pruning import Pruner
 from layerif.pruning.levels import Levels
 from layerif.pruning.refine import refined
@@ -116,17 +115,3 @@ def with_tried_slope(
     found = ", ".join(f"{one.slope:.4f}: {loss:.4f}" for one, loss in zip(tried, losses, strict=True))
     record.notes.append(f"allocator.slope={tried[best].slope:.4f} by the loss on the calibration windows ({found})")
     return tried[best]
-
-
-def watched_text(setup: Setup) -> LossText | None:
-    """Gives the samples whose loss the curves predict; None where no loss curves are spent."""
-    needs = setup.decider.estimator.needs
-    spends = setup.decider.allocator.spends == "curves"
-    return needs.loss_text(setup.decider) if spends and isinstance(needs, LossCurves) else None
-
-
-def record_rise(record: RunRecord, dense: float, pruned: float) -> None:
-    """Puts the actual rise of the loss that curves predict beside the prediction, in nats."""
-    assert record.decision is not None
-    assert record.decision.curves is not None
-    record.decision.curves |= {"dense_loss": dense, "actual": pruned - dense}

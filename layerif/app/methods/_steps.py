@@ -1,4 +1,4 @@
-"""Steps that several methods share: decide, record the decision, evaluate."""
+"""Steps that several methods share: decide, record the decision, watch the loss that curves predict, evaluate."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from layerif.app.setup import Setup
 from layerif.decide import Decision
 from layerif.moe import measure_usage
 from layerif.moe.usage import describe_unused, usage_by_block
+from layerif.probe.curves.request import LossCurves
+from layerif.probe.curves.text import LossText
 from layerif.record.record import RunRecord
 
 
@@ -92,6 +94,20 @@ def evaluate(
     record.losses |= {f"{prefix}{name}": dict(rows) for name, rows in result.losses.items()}
     record.context_free |= result.context_free
     record.seconds[f"{prefix}evaluate"] = time.perf_counter() - start
+
+
+def watched_text(setup: Setup) -> LossText | None:
+    """Gives the samples whose loss the curves predict; None where no loss curves are spent."""
+    needs = setup.decider.estimator.needs
+    spends = setup.decider.allocator.spends == "curves"
+    return needs.loss_text(setup.decider) if spends and isinstance(needs, LossCurves) else None
+
+
+def record_rise(record: RunRecord, dense: float, pruned: float) -> None:
+    """Puts the actual rise of the loss that curves predict beside the prediction, in nats."""
+    assert record.decision is not None
+    assert record.decision.curves is not None
+    record.decision.curves |= {"dense_loss": dense, "actual": pruned - dense}
 
 
 def join_processes(setup: Setup) -> None:

@@ -5,38 +5,36 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
 from torch import nn
 
-from layerif.adapt.adapters import Adapter, LoraMoeAdapter
+from layerif.adapt.adapters import LoraMoeAdapter
 from layerif.adapt.callback import InfluenceCallback
-from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.module import check_fits
 from layerif.adapt.train import run_trainer
 from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.depth import Depth
-from layerif.app.methods._finetune import check_fit, fit
+from layerif.app.methods._finetune import check_fit
+from layerif.app.methods._recovery import one_expert_each, recover, save_model
 from layerif.app.methods._sparsity import (
     Refine,
     check_spent_here,
     reads_windows,
-    record_rise,
-    watched_text,
     with_tried_slope,
 )
-from layerif.app.methods._steps import evaluate, recording
+from layerif.app.methods._steps import evaluate, record_rise, recording, watched_text
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
 from layerif.data.text import check_disjoint
 from layerif.decide import Decider, Decision
 from layerif.estimators._base import CurveEstimator, name_of
-from layerif.files import full_disk_explained, read_json
+from layerif.files import read_json
 from layerif.models.blocks import blocks
-from layerif.models.pretrained import LocalModel
 from layerif.probe.curves.text import mean_loss
 from layerif.probe.measurements import Load
 from layerif.pruning import Pruner
@@ -63,6 +61,7 @@ _ZEROS_ALONE = (
     "zeros alone save neither time nor memory: the pruned model is as large and as slow as the dense one; "
     "2:4 (pruner.n=2 pruner.m=4) on a GPU with method.semi_structured=true measures torch's format for it"
 )
+_FULL_DISK = "free some space and give the same command again (no block is pruned twice), or use method.save=false"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +198,7 @@ class Prune:
         model = module.base_model()
         _record_sparsity(model, module, record, folder)
         if self.save:
-            _save(model, setup, folder / "model")
+            save_model(model, setup, folder / "model", what="pruned", advice=_FULL_DISK)
         model.to(device)
         if watched is not None and dense is not None:
             record_rise(record, dense, mean_loss(model, watched))
@@ -210,7 +209,8 @@ class Prune:
         if self.fine_tunes:
             module.free_model()
             del model
-            self._recover(setup, record, folder)
+            experts = self.experts if self.recover == "lora_moe" else None
+            recover(setup, record, folder, self._recovery_adapter, experts, advice=_FULL_DISK)
 
     def _reads_windows(self, decider: Decider) -> bool:
         if self.allocation is not None:
@@ -245,13 +245,13 @@ class Prune:
         return None if self.allocation is None else given_allocation(_read_sparsities(self.allocation), skeleton)
 
     @property
-    def _recovery_adapter(self) -> Adapter:
+    def _recovery_adapter(self) -> LoraMoeAdapter:
         assert self.adapter is not None
         return self.adapter
 
     def _recovery_preview(self, decider: Decider, skeleton: nn.Module) -> Allocation:
         if self.recover == "lora":
-            return _one_expert_each(list(blocks(skeleton)))
+            return one_expert_each(list(blocks(skeleton)))
         assert self.experts is not None
         if isinstance(decider.estimator, CurveEstimator):
             raise ValueError(
@@ -275,33 +275,6 @@ class Prune:
             log.warning("%s", error)
             record.notes.append(str(error))
 
-    def _recover(self, setup: Setup, record: RunRecord, folder: Path) -> None:
-        """Fine-tunes the pruned model in `folder`/model on the task."""
-        where: dict[str, Any] = {
-            "path": str(folder / "model"),
-            "dtype": setup.model.dtype,
-            "attention": setup.model.attention,
-        }
-        pruned = LocalModel(**where)
-        one_each = _one_expert_each(setup.decider.layers().names) if self.recover == "lora" else None
-        module = AdapterModule(self._recovery_adapter, {"_target_": _target_of(LocalModel), **where}, one_each)
-        decider = setup.decider
-        if self.experts is not None:
-            decider = replace(decider, model=pruned, allocator=self.experts, skip=())
-        influence, sizes = InfluenceCallback(decider), record.parameters
-        model = fit(setup, module, influence, record, folder)
-        record.parameters = sizes | record.parameters
-        assert module.allocation is not None
-        record.recovery = {"method": self.recover, "experts": module.allocation.by_name(), "decision": None}
-        if influence.decision is not None:
-            record.recovery["decision"] = asdict(influence.decision.record())
-            record.recovery["notes"] = list(influence.decision.notes)
-            record.recovery["seconds"] = influence.decision.seconds
-        if self.recover == "lora":
-            model = _merged(model, pruned)
-            _save(model, setup, folder / "recovered")
-        evaluate(model.to(setup.decider.device), setup, record)
-
 
 def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
     measures = decider.estimator.needs.is_measured and decider.allocator.spends != "nothing"
@@ -310,11 +283,6 @@ def _refuse_nothing_to_allocate(pruner: Pruner, decider: Decider) -> None:
             f"pruner.n={pruner.n} pruner.m={pruner.m} removes the same share from every layer, which leaves nothing to "
             "allocate; use estimator=uniform, or pruner.n=null for an n per block from the scores"
         )
-
-
-def _one_expert_each(names: Any) -> Allocation:
-    """Returns the allocation of one expert to every block, which is plain LoRA."""
-    return Allocation(tuple(names), "experts", (1,) * len(names), len(names))
 
 
 def _given_decision(allocation: Allocation) -> DecisionRecord:
@@ -359,23 +327,3 @@ def _record_sparsity(model: nn.Module, module: PruneModule, record: RunRecord, f
             else "some weights were zero before or had inputs that never act"
         )
         record.notes.append(f"sparsity {zeros / pruned:.6f} where the allocation asks for {budget:.6f}: {why}")
-
-
-def _save(model: nn.Module, setup: Setup, folder: Path) -> None:
-    advice = "free some space and give the same command again (no block is pruned twice), or use method.save=false"
-    with full_disk_explained(f"the pruned model to {folder}", advice):
-        model.save_pretrained(folder)  # type: ignore[operator]
-    setup.tokenizer.save_pretrained(folder)
-
-
-def _merged(model: Any, pruned: LocalModel) -> nn.Module:
-    """Merges the adapter into the weights; the zeros of the pruned model stay zeros."""
-    zeros = {name: linear.weight == 0 for name, linear in matrices(pruned.load()).items()}
-    merged = model.cpu().merge_and_unload()
-    for name, linear in matrices(merged).items():
-        assert bool((linear.weight[zeros[name]] == 0).all()), name
-    return merged
-
-
-def _target_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""The measurement of loss curves: what the loss pays for each sparsity of each matrix, under the pruner's own masks.
+"""The measurement of loss curves: what the loss pays for each change of each matrix, by a pruner or by number formats.
 
 `prices` has the formulas. A block's curve sums z over its matrices before it is squared.
 
@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial as partial_of
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from layerif.allocate.curves import Curves
+from layerif.allocate.curves import Curves, with_base
 from layerif.layers import Granularity, block_of
 from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import evaluating, full_precision
@@ -30,19 +30,53 @@ from layerif.probe.grams.gather import Found, Gathering, wanted_tile_bytes, work
 from layerif.probe.grams.passes import Matrix, Offload, Passes, Workload
 from layerif.probe.grams.processes import Shards
 from layerif.progress import progress
+from layerif.scores import AllocationKind
 
 CurveForm = Literal["exact", "diagonal"]
+HeldGrams = Literal["none", "matrix", "pass"]
 
 # A matrix in up to seven forms: weight, metric, sorted metric, turned weight, mask, change, and Fisher of two halves.
 _COPIES = 7
 
 
-class Masks(Protocol):
-    """The part of a pruner that says what it would change, see `layerif.pruning.Pruner`."""
+class Changes(Protocol):
+    """The source of the changes that are priced: a pruner (`layerif.pruning.Pruner`) or number formats."""
+
+    @property
+    def kind(self) -> AllocationKind:
+        """The meaning of a level."""
+        ...
+
+    @property
+    def called(self) -> str:
+        """Its name, with the settings that the changes depend on."""
+        ...
+
+    @property
+    def skip(self) -> Sequence[str]:
+        """The matrices that it leaves as they are."""
+        ...
+
+    def levels(self) -> tuple[float, ...]:
+        """Gives the only levels that it can reach; empty where it can reach any."""
+        ...
 
     @property
     def needs_inputs(self) -> bool:
-        """Tells if the choice of weights looks at the inputs of a layer."""
+        """Tells if a change looks at the inputs of a layer. Such a source is one of `Masks`."""
+        ...
+
+    def changes_at(self, weight: Tensor, shared: Any, levels: Sequence[float], /) -> Iterator[Tensor]:
+        """Yields what each level changes in the weight."""
+        ...
+
+
+class Masks(Changes, Protocol):
+    """A source of changes that looks at the inputs of a layer."""
+
+    @property
+    def observes_gram(self) -> bool:
+        """Tells if the statistic of a layer is the Gram matrix of its inputs."""
         ...
 
     def observe(self, so_far: Any, input_TI: Tensor) -> Any:
@@ -57,15 +91,16 @@ class Masks(Protocol):
         """Gives what matrices of the same inputs share."""
         ...
 
-    def changes_at(self, weight: Tensor, shared: Any, sparsities: Sequence[float]) -> Iterator[Tensor]:
-        """Yields what pruning to each sparsity changes in the weight."""
-        ...
+
+def masks_of(changes: Changes) -> Masks | None:
+    """Gives a source of changes as one that looks at inputs; None where it does not."""
+    return cast(Masks, changes) if changes.needs_inputs else None
 
 
 def measure_loss_curves(
     model: nn.Module,
     params: Sequence[str],
-    masks: Masks,
+    changes: Changes,
     loss_text: LossText,
     levels: Sequence[float],
     *,
@@ -89,9 +124,9 @@ def measure_loss_curves(
     Args:
         model: a causal language model; it is left as it was.
         params: the names of the weights, block by block.
-        masks: the pruner whose changes are priced.
+        changes: the pruner or the number formats whose changes are priced.
         loss_text: the samples whose loss is watched.
-        levels: the sparsities above 0, ascending.
+        levels: sparsities above 0, or bits, ascending.
         mask_windows: the windows that the pruner takes its statistics of (B×T each); None: the samples of `loss_text`.
         form: `exact` or `diagonal`, see above.
         granularity: a curve per matrix or per block. The diagonal form of a block is the sum over its matrices.
@@ -115,19 +150,21 @@ def measure_loss_curves(
     longest = max(batch["input_ids"].shape[1] for _, batch in batches)
     places_V, weights_V, is_second_V = loss_text.positions(longest, tokens, seed)
     num_windows = len(loss_text.weights) if mask_windows is None else sum(map(len, mask_windows))
-    if masks.needs_inputs:
+    masks = masks_of(changes)
+    grams = grams_held(masks, mask_windows is not None)
+    if masks is not None:
         read = [batch["input_ids"] for _, batch in batches] if mask_windows is None else mask_windows
         num_inputs = {param.removesuffix(".weight"): bare(model).get_parameter(param).shape[1] for param in params}
         masks.check_tokens(sum(ids_BT.numel() for ids_BT in read), num_inputs)
 
     def observe(todo: Sequence[str]) -> None:
         observed.clear()
-        if masks.needs_inputs and mask_windows is not None:
+        if masks is not None and mask_windows is not None:
             observed.update(_observed(model, todo, reads_with, masks, mask_windows))
 
     def prepared(param: str, input_STI: Tensor) -> Any:
         leader = reads_with[param]
-        if not masks.needs_inputs:
+        if masks is None:
             return None
         if leader not in shared:
             shared.clear()
@@ -139,15 +176,15 @@ def measure_loss_curves(
         where_V = places_V.to(input_STI.device)
         weight_V, second_V = weights_V.to(input_STI.device), is_second_V.to(input_STI.device)
         input_PI, delta_PO = input_STI.flatten(0, 1), delta_STO.flatten(0, 1)
-        changes = masks.changes_at(weight_OI.to(input_STI.dtype), prepared(matrix.name, input_STI), levels)
+        made = changes.changes_at(weight_OI.to(input_STI.dtype), prepared(matrix.name, input_STI), levels)
         load = passes.workload
         assert isinstance(load, CurveWorkload)
         with full_precision(), torch.no_grad():
             if form == "diagonal":
-                return {"costs": diagonal_costs(input_PI, delta_PO, weight_V, second_V, changes, where_V)}
+                return {"costs": diagonal_costs(input_PI, delta_PO, weight_V, second_V, made, where_V)}
             if load.num_copied:
                 input_PI, delta_PO = input_PI[where_V], delta_PO[where_V]
-            z_KV = effects(input_PI, delta_PO, changes, load.rows(matrix, passes.tile_bytes[matrix.name]))
+            z_KV = effects(input_PI, delta_PO, made, load.rows(matrix, passes.tile_bytes[matrix.name]))
             if granularity == "block":
                 return {"effects": z_KV}
             return {"costs": costs_of(z_KV, weight_V, second_V)}
@@ -162,7 +199,7 @@ def measure_loss_curves(
         kind="curves",
         takes_weights=True,
         by_token=True,
-        advice="name it in pruner.skip",
+        advice="name it in pruner.skip" if changes.kind == "sparsity" else "quantise another model",
     )
     found = gathering.each(
         params,
@@ -174,7 +211,7 @@ def measure_loss_curves(
             (),
             inputs_read_together(model, todo),
             num_processes=shards.size,
-            kind=partial_of(curve_workload, places_V, is_second_V, len(levels), form),
+            kind=partial_of(curve_workload, places_V, is_second_V, len(levels), form, grams),
         ),
         form="materialised",
         memory_gb=memory_gb,
@@ -184,18 +221,20 @@ def measure_loss_curves(
     )
     names = tuple(param.removesuffix(".weight") for param in params)
     numel = [bare(model).get_parameter(param).numel() for param in params]
-    sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor([0.0, *levels], dtype=torch.float64)
+    all_levels = with_base(changes.kind, levels)
+    sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor(all_levels, dtype=torch.float64)
     is_summed = granularity == "block" and form == "exact"
     if is_summed:
         halves = _of_blocks(found, names, weights_V, is_second_V)
     else:
         halves = torch.stack([found[param]["costs"] for param in params], dim=1)
-    by_half = torch.cat([halves.new_zeros(*halves.shape[:2], 1), halves], dim=2)
+    by_half = torch.cat([halves.new_zeros(*halves.shape[:2], len(all_levels) - len(levels)), halves], dim=2)
     curves = Curves(
         names,
-        (0.0, *levels),
+        all_levels,
         sizes_UK * 0 if is_summed else by_half.sum(0),
         sizes_UK,
+        kind=changes.kind,
         source=source or {},
         fingerprint=fingerprint,
         is_stepped=is_stepped,
@@ -212,15 +251,18 @@ class CurveWorkload(Workload):
 
     Attributes:
         curve_form: `exact` or `diagonal`.
-        num_levels: the levels above 0.
+        num_levels: the levels whose changes are priced.
         num_positions: the positions that are looked at.
         num_copied: the positions whose factors are copied at once; 0 where they are used as they are laid out.
+        grams: whether a pruner's Gram matrices of the inputs (I×I) are held: those of all layers of a `pass` before it,
+            that of the layer in work (`matrix`), or `none`.
     """
 
     curve_form: CurveForm = "exact"
     num_levels: int = 1
     num_positions: int = 1
     num_copied: int = 0
+    grams: HeldGrams = "none"
 
     def operations(self, matrix: Matrix, form: Any) -> float:
         """Counts the operations of a matrix's prices: one product of all positions for each level, or one for all."""
@@ -233,7 +275,13 @@ class CurveWorkload(Workload):
 
     def piece_bytes(self, matrix: Matrix) -> float:
         copied = self.num_copied * (matrix.num_out + matrix.num_in) * self.work_itemsize
-        return super().piece_bytes(matrix) + copied + self._effects_bytes
+        # Its inverse, and a step between the two, stand beside the Gram matrix of the layer in work.
+        grams = (self.grams != "none") * 3.0 * matrix.num_in**2 * self.work_itemsize
+        return super().piece_bytes(matrix) + copied + self._effects_bytes + grams
+
+    def statistic_bytes(self, group: Sequence[Matrix]) -> float:
+        inputs = {matrix.reads_with: matrix.num_in for matrix in group} if self.grams == "pass" else {}
+        return float(sum(num_in**2 for num_in in inputs.values()) * self.work_itemsize)
 
     def least_tile_bytes(self, matrix: Matrix, form: Any) -> float:
         return _fixed_bytes(matrix, self.work_itemsize) + self._row_bytes(matrix)
@@ -252,7 +300,7 @@ class CurveWorkload(Workload):
 
 
 def curve_workload(
-    places_V: Tensor, is_second_V: Tensor, num_levels: int, form: CurveForm, *args: Any, **sizes: Any
+    places_V: Tensor, is_second_V: Tensor, num_levels: int, form: CurveForm, grams: HeldGrams, *args: Any, **sizes: Any
 ) -> CurveWorkload:
     """Makes the workload of curves out of the chosen positions and the sizes of the factors, see `Workload`."""
     num_second = int(is_second_V.sum())
@@ -262,8 +310,21 @@ def curve_workload(
     else:  # all positions in their order need no copy
         num_copied = 0 if torch.equal(places_V, torch.arange(num_all)) else len(places_V)
     return CurveWorkload(
-        *args, **sizes, curve_form=form, num_levels=num_levels, num_positions=len(places_V), num_copied=num_copied
+        *args,
+        **sizes,
+        curve_form=form,
+        num_levels=num_levels,
+        num_positions=len(places_V),
+        num_copied=num_copied,
+        grams=grams,
     )
+
+
+def grams_held(masks: Masks | None, observes_apart: bool) -> HeldGrams:
+    """Tells which Gram matrices of inputs are held; `observes_apart` where a pass of its own takes them before."""
+    if masks is None or not masks.observes_gram:
+        return "none"
+    return "pass" if observes_apart else "matrix"
 
 
 def curve_tile_bytes(model: nn.Module, params: Sequence[str], device: torch.device) -> float:

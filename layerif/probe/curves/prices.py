@@ -1,7 +1,8 @@
 """The arithmetic of loss curves, as functions of one matrix's factors.
 
-Let Δ(s) be the change that a pruner makes to a weight W at the sparsity s. With the matrix's inputs a and the gradient
-δ at its output of a sample's mean loss, z_it(s) = δ_itᵀ Δ(s) a_it, and the predicted rise of the loss is
+Let Δ(s) be the change that a pruner makes to a weight W at the sparsity s, or a number format of s bits. With the
+matrix's inputs a and the gradient δ at its output of a sample's mean loss, z_it(s) = δ_itᵀ Δ(s) a_it, and the predicted
+rise of the loss is
 
     c(s) = ½ Σ_i p_i T_i Σ_t z_it(s)²      (exact form)
     c(s) = ½ Σ_oj Δ_oj(s)² Σ_i p_i T_i Σ_t δ_ito² a_itj²      (diagonal form)

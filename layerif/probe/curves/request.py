@@ -20,26 +20,30 @@ from layerif.layers import Granularity
 from layerif.models.blocks import context_length
 from layerif.models.loss import per_sample_loss
 from layerif.probe.curves.measure import (
+    Changes,
     CurveForm,
     CurveWorkload,
-    Masks,
     curve_tile_bytes,
     curve_workload,
+    grams_held,
+    masks_of,
     measure_loss_curves,
 )
 from layerif.probe.curves.prices import diagonal_costs, effects
-from layerif.probe.curves.text import LossText
+from layerif.probe.curves.text import LossText, batch_of
 from layerif.probe.grams.gather import workload
 from layerif.probe.grams.passes import Matrix, Passes
 from layerif.probe.measurements import Load, Measurements, hash_of, hash_of_samples
 from layerif.probe.request import Part, Planned, Request
 from layerif.probe.store import MeasurementKind
+from layerif.scores import AllocationKind
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
 
 WINDOWS, TASK = "windows", "task"
-_CORNER = 1024  # rows and columns of the matrix that a plan times the pruner on
+_CORNER = 1024  # rows and columns of the matrix that a plan times the changes on
+_CHANGED_BY = {"sparsity": "pruner", "bits": "formats"}  # the part of a source that says what makes the changes
 FEW_WINDOWS = 4  # below this the curves of a trial ranked noticeably worse
 
 
@@ -51,41 +55,23 @@ class Windows(Protocol):
         ...
 
 
-class Prunes(Masks, Protocol):
-    """A pruner, of which the levels and the name are asked, too."""
-
-    @property
-    def skip(self) -> Sequence[str]:
-        """The matrices that stay dense."""
-        ...
-
-    def levels(self) -> tuple[float, ...]:
-        """Gives the only sparsities that it can reach; empty where it can reach any."""
-        ...
-
-    @property
-    def called(self) -> str:
-        """Its name, with the settings that its masks depend on."""
-        ...
-
-
 @dataclass(frozen=True)
 class LossCurves(Request):
-    """A request for the loss curves of all matrices that a pruner prunes. All processes measure them together.
+    """A request for the loss curves of all matrices that something changes. All processes measure them together.
 
     Attributes:
-        pruner: whose masks are priced.
-        mask_text: the windows that the pruner takes its statistics of.
+        changes: the pruner or the number formats whose changes are priced.
+        mask_text: the calibration windows, which a pruner takes its statistics of.
         loss_texts: the weight of each text whose loss is watched: `windows` are those of `mask_text`, `task` the train
             rows that the probe chooses.
-        levels: the sparsities above 0 at which the loss is priced.
+        levels: the sparsities above 0, or the bits, at which the loss is priced.
         form, granularity, tokens: see `measure_loss_curves`.
         seed: chooses the positions.
     """
 
     takes_loss: ClassVar[bool] = True
 
-    pruner: Prunes
+    changes: Changes
     mask_text: Windows
     loss_texts: Mapping[str, float]
     levels: Sequence[float]
@@ -101,18 +87,23 @@ class LossCurves(Request):
 
     @property
     def is_stepped(self) -> bool:
-        """Tells if only the levels themselves can be had: n of m."""
-        return bool(self.pruner.levels())
+        """Tells if only the levels themselves can be had: n of m, or number formats."""
+        return bool(self.changes.levels())
+
+    @property
+    def kind(self) -> AllocationKind:
+        """The meaning of a level."""
+        return self.changes.kind
 
     @property
     def reads_windows(self) -> bool:  # type: ignore[override]
         """Tells if the windows choose the weights or are a text whose loss is watched."""
-        return self.pruner.needs_inputs or WINDOWS in self.loss_texts
+        return self.changes.needs_inputs or WINDOWS in self.loss_texts
 
     def check(self, measurements: Measurements) -> None:
         if measurements.model.adapter:
             raise ValueError(
-                "estimator=loss_curve cannot price the weights under an adapter; merge it into a folder of its own "
+                "curves cannot price the weights under an adapter; merge it into a folder of its own "
                 "(PEFT's merge_and_unload)"
             )
         num_windows = sum(map(len, self.windows(measurements)))
@@ -139,7 +130,7 @@ class LossCurves(Request):
                 windows = self.windows(measurements)
                 for batch_BT in windows:
                     indices = list(range(len(names), len(names) + len(batch_BT)))
-                    found.append((indices, _of_windows(batch_BT)))
+                    found.append((indices, batch_of(batch_BT)))
                     names += [f"calibration window {index - start}" for index in indices]
             else:
                 samples = measurements.samples()[0]
@@ -153,21 +144,22 @@ class LossCurves(Request):
     def source(self, measurements: Measurements) -> dict[str, str]:
         """Says what the curves belong to, so that they are not spent elsewhere."""
         texts = ", ".join(f"{weight:g} {text}" if weight < 1 else text for text, weight in self.loss_texts.items())
-        return source_of(measurements, self.pruner, self.windows(measurements), texts)
+        return source_of(measurements, self.changes, self.windows(measurements), texts)
 
     def planned(self, measurements: Measurements, skeleton: nn.Module) -> Planned:
-        layers = measurements.layers().without(self.pruner.skip)
+        layers = measurements.layers().without(self.changes.skip)
         windows, loss_text = self.windows(measurements), self.loss_text(measurements)
         longest = max(batch["input_ids"].shape[1] for _, batch in loss_text.batches)
         places_V, _, is_second_V = loss_text.positions(longest, self.tokens, self.seed)
-        kind = partial(curve_workload, places_V, is_second_V, len(self.levels), self.form)
+        grams = grams_held(masks_of(self.changes), self._observes_apart)
+        kind = partial(curve_workload, places_V, is_second_V, len(self.levels), self.form, grams)
         num_processes, device = measurements.num_processes, torch.device(measurements.device)
 
         def operations(load: Any, matrix: Matrix) -> dict[str, float]:
             return {form: load.price_operations(matrix, form) for form in get_args(CurveForm)}
 
         return Planned(
-            about=f"{len(layers.matrices)} matrices that {self.pruner.called} prunes, at {len(self.levels)} levels; "
+            about=f"{len(layers.matrices)} matrices, changed by {self.changes.called} at {len(self.levels)} levels; "
             f"{len(loss_text.names)} samples, {len(places_V):,} positions looked at",
             layers=layers,
             scope="all",
@@ -205,7 +197,7 @@ class LossCurves(Request):
     def _changes_of_a_corner(
         self, skeleton: nn.Module, params: Sequence[str], device: torch.device
     ) -> tuple[Callable[[], Any], int]:
-        """Gives the pruner's choice at all levels in a corner of the largest matrix, which is all of a small one."""
+        """Gives the changes of all levels in a corner of the largest matrix, which is all of a small one."""
         num_out, num_in = max(
             (skeleton.get_parameter(param).shape for param in params), key=lambda shape: shape.numel()
         )
@@ -213,26 +205,26 @@ class LossCurves(Request):
         input_TI = torch.randn(2 * corner_OI.shape[1], corner_OI.shape[1], device=device)
 
         def choose() -> None:
-            statistic = self.pruner.observe(None, input_TI) if self.pruner.needs_inputs else None
-            shared = self.pruner.prepare(statistic, 1, name="a trial") if self.pruner.needs_inputs else None
-            for _ in self.pruner.changes_at(corner_OI, shared, self.levels):
+            masks = masks_of(self.changes)
+            shared = None if masks is None else masks.prepare(masks.observe(None, input_TI), 1, name="a trial")
+            for _ in self.changes.changes_at(corner_OI, shared, self.levels):
                 pass
 
         return choose, corner_OI.numel()
 
     @property
     def _observes_apart(self) -> bool:
-        """Tells if the pruner's windows are not the samples whose loss is watched."""
-        return self.pruner.needs_inputs and set(self.loss_texts) != {WINDOWS}
+        """Tells if the windows of a pruner are not the samples whose loss is watched."""
+        return self.changes.needs_inputs and set(self.loss_texts) != {WINDOWS}
 
     def take(self, measurements: Measurements, load: Load) -> tuple[Curves, bool]:
-        layers = measurements.layers().without(self.pruner.skip)
+        layers = measurements.layers().without(self.changes.skip)
         description = {
             "model": measurements.model.fingerprint(),
             "loss_curves": VERSIONS["loss_curves"],
             "loss": measurements.loss_name,
             "matrices": list(layers.matrices),
-            "pruner": self.pruner.called,
+            _CHANGED_BY[self.kind]: self.changes.called,
             "levels": list(self.levels),
             "windows": hash_of_windows(self.windows(measurements)) if self.reads_windows else None,
             "loss_text": {
@@ -252,7 +244,7 @@ class LossCurves(Request):
             return measure_loss_curves(
                 model,
                 layers.matrices,
-                self.pruner,
+                self.changes,
                 self.loss_text(measurements),
                 self.levels,
                 mask_windows=None if set(self.loss_texts) == {WINDOWS} else self.windows(measurements),
@@ -275,12 +267,14 @@ class LossCurves(Request):
         return curves, reused
 
 
-def source_of(measurements: Measurements, pruner: Prunes, windows: Sequence[Tensor], loss_text: str) -> dict[str, str]:
-    """Says what curves belong to: the model, the pruner, the windows that it reads, and the text of the loss."""
+def source_of(
+    measurements: Measurements, changes: Changes, windows: Sequence[Tensor], loss_text: str
+) -> dict[str, str]:
+    """Says what curves belong to: the model, what changes it, the windows that this reads, and the text of the loss."""
     return {
         "model": model_hash(measurements.model),
-        "pruner": pruner.called,
-        "mask_text": hash_of_windows(windows) if pruner.needs_inputs else "none",
+        _CHANGED_BY[changes.kind]: changes.called,
+        "mask_text": hash_of_windows(windows) if changes.needs_inputs else "none",
         "loss_text": loss_text,
     }
 
@@ -294,10 +288,6 @@ def model_hash(model: Any) -> str:
 def hash_of_windows(windows: Sequence[Tensor]) -> str:
     """Hashes the token ids of windows, whatever their batches."""
     return hash_of([ids for batch in windows for ids in batch.tolist()])
-
-
-def _of_windows(ids_BT: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT.clone()}
 
 
 def max_positions(measurements: Measurements) -> int | None:

@@ -75,6 +75,21 @@ class LossText:
         return torch.cat(chosen), torch.cat(weights), torch.cat(is_second)
 
 
+def windows_text(windows: Sequence[Tensor]) -> LossText:
+    """Gives windows of token ids (B×T each) as samples of equal weight."""
+    batches, number = [], 0
+    for ids_BT in windows:
+        batches.append((list(range(number, number + len(ids_BT))), batch_of(ids_BT)))
+        number += len(ids_BT)
+    names = [f"calibration window {index}" for index in range(number)]
+    return LossText(batches, torch.full((number,), 1 / number, dtype=torch.float64), names)
+
+
+def batch_of(ids_BT: Tensor) -> dict[str, Tensor]:
+    """Gives whole windows as a batch of which every token counts."""
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT.clone()}
+
+
 def mean_loss(model: nn.Module, loss_text: LossText, loss: Loss = per_sample_loss) -> float:
     """Measures the loss that curves predict the change of: Σ_i p_i L_i, in nats."""
     device, total = device_of(model), 0.0

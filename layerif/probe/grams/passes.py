@@ -70,6 +70,10 @@ class Workload:
         numbers = sum(inputs.values()) + sum(matrix.num_out for matrix in group)
         return float(self.num_tokens * self.kept_itemsize * numbers) / self.num_processes
 
+    def statistic_bytes(self, group: Sequence[Matrix]) -> float:
+        """Counts the bytes that a pass holds on the device wherever its factors wait."""
+        return 0.0
+
     def piece_bytes(self, matrix: Matrix) -> float:
         """Counts the bytes of a matrix's factors laid out for all samples, and of what processes exchange for it."""
         samples = self.num_train + self.num_val
@@ -105,6 +109,7 @@ class Passes:
             self.workload.piece_bytes(matrix)
             + self.tile_bytes[matrix.name]
             + (self.workload.kept_bytes(group) if self.offload == "none" else 0)
+            + self.workload.statistic_bytes(group)
             for group in self.groups
             for matrix in group
         )
@@ -171,8 +176,8 @@ class _Arranger:
     memory: float
 
     def held(self, group: Sequence[Matrix], room: float | None) -> float:
-        """Counts the bytes of a pass's factors on the device."""
-        return self.workload.kept_bytes(group) if room is None else 0.0
+        """Counts the bytes that a pass holds on the device for all of its matrices."""
+        return (self.workload.kept_bytes(group) if room is None else 0.0) + self.workload.statistic_bytes(group)
 
     def least(self, matrix: Matrix) -> float:
         """Counts the bytes on the device that one matrix's products need."""

@@ -147,7 +147,8 @@ def test_every_form_of_curves_meets_the_budget(setup, tmp_path, overrides, num_u
     assert len(given.units) == num_units
     assert_budget(record)
     assert curves_in(record)["predicted"] > 0
-    low, high = found.decider.allocator.range
+    decider = found.decider
+    low, high = decider.allocator.range(decider.estimator.equal(decider.units()))
     assert all(low - 1e-9 <= value <= high + 1e-9 for value in given.values)
     skipped = [name for name in dense if is_named(name, found.method.pruner.skip)]
     assert all(record.sparsity[name] == float((dense[name] == 0).double().mean()) for name in skipped)

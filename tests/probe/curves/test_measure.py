@@ -324,6 +324,17 @@ def test_mask_windows_equal_to_the_loss_windows_are_the_samples_themselves(masks
     assert torch.equal(other.costs, given.costs) == (not masks.needs_inputs)
 
 
+@pytest.mark.parametrize("masks", [SparseGPT(), Wanda(swaps=True)], ids=["sparsegpt", "swaps"])
+def test_gram_matrices_of_inputs_count_as_memory_of_their_pass(masks):
+    model, windows = model_of(), [torch.arange(3, 75).view(1, 72)]
+    known = [least_memory(model, pruner) for pruner in (Wanda(), masks)]
+    apart = least_memory(model, masks, mask_windows=windows)
+    widest = max(linear.in_features for linear in model.model.layers.modules() if isinstance(linear, nn.Linear))
+    assert known[0] + 2e-9 * 8 * widest**2 < known[1] < apart
+    few = curves_of(model, masks, memory_gb=apart, mask_windows=windows)
+    assert_equal(few, curves_of(model, masks, mask_windows=windows))
+
+
 def _window(ids_BT: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT.clone()}
 

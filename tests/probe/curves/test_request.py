@@ -200,7 +200,7 @@ def test_a_decision_spends_the_curves_of_its_pruner(decider, pruner):
     decision = asked()
     curves, reused = taken(asked)
     assert reused
-    assert decision.curves is not None
+    assert isinstance(decision.curves, Curves)
     assert torch.equal(decision.curves.costs, curves.costs)
     assert decision.allocation == Knapsack(target=0.5)(curves)
     assert decision.allocation.units == tuple(name.removesuffix(".weight") for name in decider.layers().matrices)
@@ -219,7 +219,7 @@ def test_skipped_matrices_have_no_curve_and_no_part_of_the_budget(decider):
     assert decision.allocation.sizes == decider.layers().without(skip).matrix_numel
     whole = curves_of(decider)
     kept = [whole.units.index(unit) for unit in decision.allocation.units]
-    assert decision.curves is not None
+    assert isinstance(decision.curves, Curves)
     torch.testing.assert_close(decision.curves.costs, whole.costs[kept], rtol=1e-9, atol=0)
 
 
@@ -294,6 +294,6 @@ def test_impossible_settings_are_refused(settings, words):
 def test_masks_are_those_that_are_named_with_the_groups_and_exceptions_of_the_pruner(masks, pruner: Pruner, by):
     estimator = LossCurve(masks=masks, pruner=pruner)
     assert estimator.masked_by == by
-    assert estimator.needs.pruner == by
+    assert estimator.needs.changes == by
     assert estimator.needs.levels == (by.levels() or (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
     assert f"masks={by.called}" in estimator.source

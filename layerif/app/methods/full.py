@@ -1,0 +1,28 @@
+"""`method=full`: fine-tune all weights of the layers that the allocation chooses, and leave the others as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layerif.adapt.full import FullTuning
+from layerif.app.methods._finetune import FineTune
+from layerif.app.setup import Setup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(FineTune, FullTuning):
+    """Fine-tunes all weights of the layers that the allocation chooses, and leaves the others as they are.
+
+    A run leaves `model/` for plain transformers.
+    """
+
+    name: ClassVar[str] = "full"
+
+    def _check_fits(self, setup: Setup) -> None:
+        if setup.decider.spread:
+            raise ValueError(
+                "method=full needs the whole model on every device; use trainer.strategy=ddp or trainer.devices=1, or "
+                "method=lora for a model that is spread over several"
+            )
+        self.check_fits(setup.model.skeleton(), setup.decider.preview(), free=setup.free_for_training)

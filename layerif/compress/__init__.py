@@ -1,0 +1,1 @@
+"""A smaller model: fewer blocks, fewer bits."""
