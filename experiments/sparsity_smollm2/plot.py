@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -190,7 +190,8 @@ def measured(runs: pd.DataFrame) -> pd.DataFrame:
     """Gives the means of the values themselves over the choices: geometric ones of perplexities."""
     is_text = runs["metric"].isin(TEXTS)
     logs = runs.assign(value=runs["value"].where(~is_text, np.log(runs["value"])))
-    means = logs.groupby(KEYS[:2] + KEYS[3:], sort=False)["value"].mean().unstack("metric").reset_index()
+    by_metric: Any = logs.groupby(KEYS[:2] + KEYS[3:], sort=False)["value"].mean()
+    means = by_metric.unstack("metric").reset_index()
     for metric in means.columns.intersection(list(METRICS)):
         means[metric] = [
             "" if np.isnan(value) else f"{np.exp(value):.1f}" if metric in TEXTS else f"{value:.2f}"

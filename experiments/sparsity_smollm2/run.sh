@@ -27,6 +27,9 @@ others() { sweep name=sparsity_smollm2_others 'evaluation.metrics=[perplexity]' 
 arms=uniform,first_block_spared,layerif_all,curves
 others seed=0,1,2 allocator.target=0.5,0.7 arm=$arms "$@"
 others seed=0,1,2 pruner=sparsegpt allocator.target=0.6,0.7 arm=$arms,curves_of_wanda "$@"
+line="arm=straight_line allocator.slope=0.0069" # the slope that the trials of the main grid took with every choice
+others seed=0,1,2 allocator.target=0.5,0.7 $line "$@"
+others seed=0,1,2 pruner=sparsegpt allocator.target=0.6,0.7 $line "$@"
 others seed=0 pruner=magnitude arm=uniform,layerif_all,curves "$@"
 others seed=0,1,2 pruner.m=4,8 allocator.target=0.5 arm=uniform,layerif_all,curves "$@"
 others seed=0,1,2 method.calibration.num_windows=4,8 arm=uniform,curves "$@"
