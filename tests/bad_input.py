@@ -418,7 +418,7 @@ CURVES_AND_PRUNERS = [
     made(r"^allocator\.target=0\.5 is outside the feasible range 4\.25 to 8\.5 bits", spent, kind="bits"),
     made(r"^method\.formats='Q4_00' is not allowed; .*\(did you mean 'Q4_0'\?\)$", BitsCurve, formats=["Q4_00"]),
     made(
-        r"^method\.formats names Q4_0 and INT4_ASYM, which both take 4\.5 bits",
+        r"^method\.formats names INT4_ASYM and Q4_0, which both take 4\.5 bits",
         BitsCurve,
         formats=["INT4_ASYM", "Q4_0"],
     ),

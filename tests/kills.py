@@ -237,7 +237,7 @@ def _curves(file: Path) -> str:
     return pd.read_csv(file).drop(columns="train/seconds").to_csv()
 
 
-_OF_ONE_RUN = ("overrides", "seconds", "measurements", "memory_gb", "notes")
+_OF_ONE_RUN = ("overrides", "seconds", "training", "measurements", "memory_gb", "notes")
 _READ: dict[str, Callable[[Path], Any]] = {
     "record.json": _record,
     "metrics.csv": _curves,
