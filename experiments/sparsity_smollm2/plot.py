@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 HERE = Path(__file__).parent
 SWEEPS = [Path(f"outputs/sweeps/sparsity_smollm2{which}") for which in ("", "_tasks", "_others")]
 KEYS = ["setting", "arm", "seed", "metric"]
+Table = Any  # a DataFrame of pandas, whose stubs do not know what its own selections return
 METRICS = {  # of a record, by the name in tables
     "documentation": "perplexity_256",
     "factbook": "factbook/perplexity_256",
@@ -81,10 +82,11 @@ def draw(sweeps: Sequence[Path], folder: Path) -> None:
         raise SystemExit(f"{', '.join(map(str, sweeps))}: no {FILE}; run experiments/sparsity_smollm2/run.sh first")
     runs.to_csv(folder / "runs.csv", index=False, float_format="%.5g")
     text = [
+        "# Where should sparsity go: all tables",
         f"{len(runs[KEYS[:3]].drop_duplicates())} runs. Perplexities are ratios to the reference of the same "
         "calibration choice, the loss on the task is a difference in nats a token; intervals (95 %) are Student's t "
         "over calibration choices. A star says that p, corrected over the table (Holm), is below 0.05. A single choice "
-        "has neither."
+        "has neither.",
     ]
     for reference in ("uniform", "first_block_spared", "curves"):
         for title, chosen in families(runs):
@@ -112,7 +114,7 @@ def table(records: Sequence[RunRecord]) -> pd.DataFrame:
     return runs
 
 
-def with_earlier(runs: pd.DataFrame, file: Path) -> pd.DataFrame:
+def with_earlier(runs: Table, file: Path) -> Table:
     """Adds the rows of an earlier table, except those of runs that are there anew."""
     if not file.exists():
         return runs
@@ -136,17 +138,18 @@ def setting_of(record: RunRecord) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def families(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def families(runs: Table) -> list[tuple[str, Table]]:
     """Splits the runs into the tables that p is corrected over: one for each task, and one for all other settings."""
     is_main = runs["setting"].isin(runs.loc[runs["metric"] == "loss", "setting"])
     found = [(str(setting), chosen) for setting, chosen in runs[is_main].groupby("setting", sort=False)]
     return [*found, ("other pruners, sparsities and windows", runs[~is_main])]
 
 
-def compared(runs: pd.DataFrame, reference: str) -> list[Comparison]:
+def compared(runs: Table, reference: str) -> list[Comparison]:
     """Compares each arm with the reference, paired by seed: logarithms of perplexities, and losses."""
-    found = []
-    for (setting, metric), group in runs.groupby(["setting", "metric"], sort=False):
+    found: list[tuple[str, str, str, Difference]] = []
+    groups: Any = runs.groupby(["setting", "metric"], sort=False)
+    for (setting, metric), group in groups:
         if metric not in (*TEXTS, "loss"):
             continue
         values = np.log(group["value"]) if metric in TEXTS else group["value"]
@@ -160,8 +163,8 @@ def compared(runs: pd.DataFrame, reference: str) -> list[Comparison]:
     p = holm([difference.p for *_, difference in found]) if found else []
     number = max(1, int(np.isfinite([difference.p for *_, difference in found]).sum()))
     return [
-        Comparison(*of, difference, float(corrected), smallest_difference(difference, number))
-        for (*of, difference), corrected in zip(found, p, strict=True)
+        Comparison(setting, metric, arm, difference, float(corrected), smallest_difference(difference, number))
+        for (setting, metric, arm, difference), corrected in zip(found, p, strict=True)
     ]
 
 
