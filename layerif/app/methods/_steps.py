@@ -16,11 +16,13 @@ from torch import nn
 
 from layerif.adapt.callback import InfluenceCallback
 from layerif.app.setup import Setup
+from layerif.data.text import check_disjoint
 from layerif.decide import Decision
 from layerif.moe import measure_usage
 from layerif.moe.usage import describe_unused, usage_by_block
 from layerif.probe.curves.request import LossCurves
 from layerif.probe.curves.text import LossText
+from layerif.pruning.calibration import Calibration
 from layerif.record.record import RunRecord
 
 
@@ -96,6 +98,21 @@ def evaluate(
     record.seconds[f"{prefix}evaluate"] = time.perf_counter() - start
 
 
+def evaluate_before(load: Callable[[], nn.Module], setup: Setup, record: RunRecord, *, dense: bool) -> None:
+    """Evaluates the untouched model where the user asks for it, and otherwise its perplexity alone where `dense`."""
+    if setup.evaluation.before:
+        evaluate(load(), setup, record, "before/")
+    elif dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
+        evaluate(load(), setup, record, "before/", only=["perplexity"])
+
+
+def check_calibration_apart(setup: Setup, calibration: Calibration) -> None:
+    """Refuses calibration windows of a text whose perplexity is measured."""
+    if "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
+        for tested in setup.evaluation.texts:
+            check_disjoint(calibration.text, tested)
+
+
 def watched_text(setup: Setup) -> LossText | None:
     """Gives the samples whose loss the curves predict; None where no loss curves are spent."""
     needs = setup.decider.estimator.needs
@@ -103,11 +120,11 @@ def watched_text(setup: Setup) -> LossText | None:
     return needs.loss_text(setup.decider) if spends and isinstance(needs, LossCurves) else None
 
 
-def record_rise(record: RunRecord, dense: float, pruned: float) -> None:
+def record_rise(record: RunRecord, dense: float, smaller: float) -> None:
     """Puts the actual rise of the loss that curves predict beside the prediction, in nats."""
     assert record.decision is not None
     assert record.decision.curves is not None
-    record.decision.curves |= {"dense_loss": dense, "actual": pruned - dense}
+    record.decision.curves |= {"dense_loss": dense, "actual": smaller - dense}
 
 
 def join_processes(setup: Setup) -> None:

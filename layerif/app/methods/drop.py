@@ -16,13 +16,19 @@ from layerif.allocate.allocation import Allocation
 from layerif.allocate.blocks import Blocks
 from layerif.app.methods._finetune import check_fit
 from layerif.app.methods._recovery import one_expert_each, recover, save_model
-from layerif.app.methods._steps import evaluate, loader, record_decision, record_rise
+from layerif.app.methods._steps import (
+    check_calibration_apart,
+    evaluate,
+    evaluate_before,
+    loader,
+    record_decision,
+    record_rise,
+)
 from layerif.app.setup import Setup
 from layerif.checks import Count, check_fields, how_many
 from layerif.compress.drop import check_droppable, check_ordinary, drop
 from layerif.compress.greedy import greedy
 from layerif.compress.speed import Speed, folder_bytes, weight_bytes
-from layerif.data.text import check_disjoint
 from layerif.decide import Decision
 from layerif.files import write_text
 from layerif.layers import within_block
@@ -112,9 +118,7 @@ class Drop:
             self.speed.check(skeleton)
         if self._reads_windows(setup):
             self._windows(setup)
-            if "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
-                for tested in setup.evaluation.texts:
-                    check_disjoint(self.calibration.text, tested)
+            check_calibration_apart(setup, self.calibration)
         if self.fine_tunes:
             assert self.adapter is not None
             check_fit(setup)
@@ -133,10 +137,7 @@ class Drop:
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         load = loader(setup)
         model: Any = load()
-        if setup.evaluation.before:
-            evaluate(model, setup, record, "before/")
-        elif self.dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
-            evaluate(model, setup, record, "before/", only=["perplexity"])
+        evaluate_before(load, setup, record, dense=self.dense)
         decision = self._decided(setup, load, folder)
         record_decision(decision, record)
         watched = self._watched(setup)

@@ -27,10 +27,16 @@ from layerif.app.methods._sparsity import (
     reads_windows,
     with_tried_slope,
 )
-from layerif.app.methods._steps import evaluate, record_rise, recording, watched_text
+from layerif.app.methods._steps import (
+    check_calibration_apart,
+    evaluate,
+    evaluate_before,
+    record_rise,
+    recording,
+    watched_text,
+)
 from layerif.app.setup import Setup
 from layerif.checks import check_fields
-from layerif.data.text import check_disjoint
 from layerif.decide import Decider, Decision
 from layerif.estimators._base import CurveEstimator, name_of
 from layerif.files import read_json
@@ -145,9 +151,8 @@ class Prune:
         windows = self._module(setup).windows() if self._reads_windows(decider) else []
         if self.allocation is None:
             check_spent_here(setup, self.pruner, windows, allocation)
-        if "perplexity" in setup.evaluation.metrics_on(setup.splits.test) and windows:
-            for tested in setup.evaluation.texts:
-                check_disjoint(self.calibration.text, tested)
+        if windows:
+            check_calibration_apart(setup, self.calibration)
         if self.refine == "swaps" and self.pruner.n is not None:
             raise ValueError(
                 f"method.refine=swaps has nothing to move with pruner.n={self.pruner.n}; use method.refine=none, or "
@@ -178,10 +183,7 @@ class Prune:
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         module = self._module(setup, job=record.identity)
         device = setup.decider.device
-        if setup.evaluation.before:
-            evaluate(module.base_model().to(device), setup, record, "before/")
-        elif self.dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
-            evaluate(module.base_model().to(device), setup, record, "before/", only=["perplexity"])
+        evaluate_before(lambda: module.base_model().to(device), setup, record, dense=self.dense)
         influence = InfluenceCallback(self._decider(setup, module, record, folder))
         watched = None if self.allocation else watched_text(setup)
         dense = None if watched is None else mean_loss(module.base_model().to(device), watched)

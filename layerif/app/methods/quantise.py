@@ -14,7 +14,15 @@ from torch import nn
 
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.bits import Bits
-from layerif.app.methods._steps import evaluate, loader, record_decision, record_rise, watched_text
+from layerif.app.methods._steps import (
+    check_calibration_apart,
+    evaluate,
+    evaluate_before,
+    loader,
+    record_decision,
+    record_rise,
+    watched_text,
+)
 from layerif.app.setup import Setup
 from layerif.checks import check_choice, check_fields, require
 from layerif.compress.gguf import gguf_names, why_no_gguf, write_gguf
@@ -27,7 +35,6 @@ from layerif.compress.quantise import (
     quantise,
     tensor_types,
 )
-from layerif.data.text import check_disjoint
 from layerif.decide import Decider
 from layerif.estimators.bits_curve import BitsCurve, check_widths, kept_formats, left_out
 from layerif.files import full_disk_explained, write_text
@@ -102,9 +109,8 @@ class Quantise:
             ends = embeddings_of(setup.model.skeleton())
             check_rows([FORMATS[self.embeddings]], {name: weight.shape[1] for name, weight in ends.items()})
         reads_windows = decider.allocator.spends != "nothing" and decider.estimator.needs.reads_windows
-        if reads_windows and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
-            for tested in setup.evaluation.texts:
-                check_disjoint(self.calibration.text, tested)
+        if reads_windows:
+            check_calibration_apart(setup, self.calibration)
 
     def preview(self, setup: Setup) -> dict[str, str]:
         layers, names = setup.decider.layers(), ", ".join(each.name for each in formats_called(self.formats))
@@ -112,10 +118,7 @@ class Quantise:
 
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
         load = loader(setup)
-        if setup.evaluation.before:
-            evaluate(load(), setup, record, "before/")
-        elif self.dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
-            evaluate(load(), setup, record, "before/", only=["perplexity"])
+        evaluate_before(load, setup, record, dense=self.dense)
         decision = self._decider(setup.decider, load, record)(load)
         record_decision(decision, record)
         self._check_source(decision.allocation, setup.decider)
