@@ -3,11 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TESTS := not gpu and not docs and not soak and not slow
 READY := .venv/.ready
-PEERS := kronfluence dattri dattri-llm
+PEERS := dattri dattri-llm
 export OMP_WAIT_POLICY ?= passive
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help demo test test-all soak test-docs docs test-gpu test-ekfac lint bench bench-peers clean
+.PHONY: help demo test test-all soak test-docs docs test-gpu lint bench bench-peers clean
 
 help:
 	@echo "make demo      score two tasks, place experts, fine-tune; prune by three allocations (10 minutes on two cores)"
@@ -17,7 +17,6 @@ help:
 	@echo "make docs      build the manual in docs/_build/html; a warning is an error"
 	@echo "make test-docs build the manual, and run its code and the commands that it marks"
 	@echo "make test-gpu  the tests that need a CUDA device"
-	@echo "make test-ekfac   the tests that need kronfluence, in an environment of its own"
 	@echo "make lint      ruff, pyright, import contract"
 	@echo "make bench     speed, as ratios measured side by side"
 	@echo "make bench-peers  the same beside other libraries, each in an environment of its own"
@@ -70,9 +69,6 @@ test-gpu: $(READY)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
-test-ekfac: .peers/kronfluence/.ready
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .peers/kronfluence/bin/python -m pytest tests/probe/test_ekfac.py
-
 bench-peers: $(PEERS:%=.peers/%/.ready)
 	$(BIN)/python experiments/benchmark_scoring/peers.py
 
@@ -88,6 +84,7 @@ bench: $(READY)
 	$(BIN)/python experiments/benchmark_scoring/datainf_loop.py
 	$(BIN)/python experiments/benchmark_scoring/multirun.py
 	$(BIN)/python experiments/benchmark_scoring/growth.py
+	$(BIN)/python experiments/benchmark_scoring/curvature.py
 	$(BIN)/python experiments/benchmark_scoring/large.py
 	$(BIN)/python experiments/benchmark_pruning/run.py
 	$(BIN)/python experiments/benchmark_pruning/swaps.py

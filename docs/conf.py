@@ -30,7 +30,6 @@ default_role = "code"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
-autodoc_mock_imports = ["kronfluence"]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 

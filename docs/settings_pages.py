@@ -28,6 +28,7 @@ GROUPS = {
     "allocator": "The way scores or curves are spent.",
     "method": "The work that spends the allocation.",
     "pruner": "The way weights are chosen for removal; only `method=prune` looks at it.",
+    "selection": "The train rows that fine-tuning learns from.",
     "trainer": "Lightning's trainer.",
     "logger": "The place where metrics go while a run trains.",
     "launcher": "The place where the jobs of a sweep run.",

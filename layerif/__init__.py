@@ -9,7 +9,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Allocation", "Curves", "LayerScores", "LoraMoeConfig", "Profile", "curves", "loss", "prune", "score"]  # pyright: ignore
+__all__ = [
+    "Allocation",
+    "Curves",
+    "LayerScores",
+    "LoraMoeConfig",
+    "Profile",
+    "RowInfluence",
+    "curves",
+    "loss",
+    "prune",
+    "rows",
+    "score",
+]  # pyright: ignore
 
 PACKAGE = Path(__file__).parent
 """The folder of this package: what lies below it is ours."""
@@ -20,9 +32,11 @@ _HOMES = {
     "LayerScores": "layerif.scores",
     "LoraMoeConfig": "layerif.moe",
     "Profile": "layerif.profile",
+    "RowInfluence": "layerif.attribution.rows",
     "curves": "layerif.api",
     "loss": "layerif.api",
     "prune": "layerif.api",
+    "rows": "layerif.api",
     "score": "layerif.api",
 }
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layerif.allocate import Allocation, Curves
+from layerif.allocate.allocation import COUNTS
 from layerif.allocate.sparsity import TargetSparsity
+from layerif.attribution.rows import OverLayers, RowInfluence, row_influence
 from layerif.checks import Count, called_as_arguments, check_choice, check_value
-from layerif.data.batches import Encodings, LossOn, encode
+from layerif.data.batches import LossOn, encode
 from layerif.data.given import (
     GivenRows,
     check_apart,
     check_ids,
     check_tokenizer,
-    check_tokens,
-    check_tokens_apart,
     examples_of,
 )
 from layerif.data.render import Template
@@ -32,10 +32,12 @@ from layerif.data.rows import AnyExample, TextExample, TokenExample
 from layerif.data.task import Splits
 from layerif.data.tokens import bos_of, token_ids
 from layerif.data.windows import Bos, windows_of
-from layerif.decide import Scorer
 from layerif.estimators import Estimator, estimator_of_scores
+from layerif.estimators._base import CurveEstimator, InfluenceEstimator
+from layerif.estimators.gain_curve import GainCurve, GainForm
 from layerif.estimators.loss_curve import LossCurve
-from layerif.layers import Granularity
+from layerif.in_memory import check_samples, num_embeddings, scorer_in_memory, store_at
+from layerif.layers import MatrixOrBlock
 from layerif.models.blocks import Scope, bare, blocks, context_length, device_of
 from layerif.models.loaded import Loaded
 from layerif.models.loss import Loss, NamedLoss
@@ -44,7 +46,6 @@ from layerif.probe.curves.measure import CurveForm
 from layerif.probe.curves.request import hash_of_windows, model_hash
 from layerif.probe.measurements import Measurements
 from layerif.probe.settings import Probe
-from layerif.probe.store import Store, Unstored
 from layerif.profile import Profile
 from layerif.progress import displayed
 from layerif.progress import progress as shown_as_done
@@ -107,53 +108,30 @@ def score(
     Raises:
         ValueError: names the row, setting or part of the model that cannot be used, and says what can.
     """
-    loaded = Loaded(model, is_hashed=store is not None)
-    loaded.check()
-    check_tokenizer(tokenizer)
-    chosen = estimator_of_scores(estimator)
-    if loss is not None and not callable(loss):
-        raise ValueError(
-            f"loss is {loss!r}; give a function (model, batch) -> the loss of each sample, or leave it out"
-        )
-    if loss is not None and not chosen.needs.takes_loss:
-        raise ValueError(
-            f"the estimator {type(chosen).__name__} measures no loss of yours; use one on Grams, such as datainf, or "
-            "leave loss out"
-        )
-    examples = {"train": examples_of(train, "train"), "validation": examples_of(validation, "validation")}
-    check_apart(examples["train"], examples["validation"])
-    keeps = loss is None or isinstance(loss, NamedLoss)
-    scorer = Scorer(
-        model=loaded,
-        tokenizer=tokenizer,
-        splits=Splits(train=examples["train"], validation=examples["validation"], test=()),
-        probe=Probe(
-            scope=scope,
-            num_train=len(examples["train"]) if num_train is None else num_train,
-            num_validation=len(examples["validation"]) if num_validation is None else num_validation,
-            max_length=max_length,
-            template=template,
-            loss_on=loss_on,
-            batch_size=batch_size,
-            memory_gb=memory_gb,
-        ),
-        store=_store(store if keeps else None),
-        seed=seed,
-        device=device_of(model),
+    scorer = scorer_in_memory(
+        model,
+        tokenizer,
+        train,
+        validation,
+        estimator=estimator_of_scores(estimator),
         loss=loss,
-        estimator=chosen,
+        seed=seed,
+        store=store,
+        scope=scope,
+        num_train=num_train,
+        num_validation=num_validation,
+        max_length=max_length,
+        template=template,
+        loss_on=loss_on,
+        batch_size=batch_size,
+        memory_gb=memory_gb,
     )
-    scorer.check()
-    samples = scorer.samples()
-    for part, encodings in zip(examples, samples, strict=True):
-        _check_samples(scorer, part, encodings)
-    check_tokens_apart(*samples, {part: [each.id for each in scorer.chosen(part)] for part in examples}, max_length)
     with displayed("bar" if progress else "none"):
         scored, evidence = scorer.scored()
     assert scored.scores is not None
     return Profile(
         scores=scored.scores,
-        layers=loaded.layers(),
+        layers=scorer.layers(),
         reliability=scored.reliability,
         num_samples=scored.num_samples,
         num_truncated=scored.num_truncated,
@@ -161,8 +139,87 @@ def score(
         notes=scored.notes,
         target_modules=tuple(linears_of_blocks(bare(model))),
         seed=seed,
-        estimator=chosen,
+        estimator=scorer.estimator,  # type: ignore[arg-type]
         evidence=evidence,
+    )
+
+
+@called_as_arguments("probe", _PROBE)
+def rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: GivenRows,
+    validation: GivenRows,
+    *,
+    estimator: str | InfluenceEstimator = "datainf",
+    over_layers: OverLayers = "sum",
+    scope: Scope = "attention",
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    max_length: int = 128,
+    batch_size: int = 8,
+    template: Template = "plain",
+    loss: Loss | None = None,
+    loss_on: LossOn | None = None,
+    memory_gb: float | None = None,
+    seed: int = 0,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> RowInfluence:
+    """Measures the influence of every train row on every validation row, in one gradient pass.
+
+    Args:
+        model: as for `score`.
+        tokenizer: as for `score`.
+        train: the rows whose influence is asked for; they are numbered, `train 0` and so on.
+        validation: the rows whose loss they move; none of them may be among `train`.
+        estimator: the name of an estimator of influence, or one with settings of its own, as `Exact(damping=0.01)`.
+        over_layers: makes one order of all layers: sum, mean_rank or vote.
+        scope: as for `score`, like all that follow.
+        num_train: use so many train rows, chosen by `seed`; None takes all.
+        num_validation: use so many validation rows; None takes all.
+        max_length: in tokens; longer rows are cut.
+        batch_size: the rows that the model sees at once; no result depends on it.
+        template: the text around a `prompt`.
+        loss: a loss of one's own, in place of the mean loss over tokens.
+        loss_on: the tokens that the loss counts, all or output.
+        memory_gb: the memory to use beside the model and one batch.
+        seed: chooses the rows.
+        store: a folder that keeps the measurement for the next call; None writes nothing.
+        progress: show a bar.
+
+    Raises:
+        ValueError: names the row, setting or part of the model that cannot be used, and says what can.
+    """
+    check_value("over_layers", over_layers, OverLayers)
+    chosen = estimator_of_scores(estimator)
+    if not isinstance(chosen, InfluenceEstimator):
+        raise ValueError(
+            f"the estimator {type(chosen).__name__} tells no influence of single rows; use datainf, exact, lissa, "
+            "grad_dot, cosine, kfac, ekfac or shampoo"
+        )
+    scorer = scorer_in_memory(
+        model,
+        tokenizer,
+        train,
+        validation,
+        estimator=chosen,
+        loss=loss,
+        seed=seed,
+        store=store,
+        scope=scope,
+        num_train=num_train,
+        num_validation=num_validation,
+        max_length=max_length,
+        template=template,
+        loss_on=loss_on,
+        batch_size=batch_size,
+        memory_gb=memory_gb,
+    )
+    with displayed("bar" if progress else "none"):
+        scored, evidence = scorer.scored(needs=chosen.needs_of_rows)
+    return row_influence(
+        scorer, evidence, scorer.model.load, over_layers=over_layers, template=template, notes=scored.notes
     )
 
 
@@ -229,12 +286,15 @@ def curves(
     tokenizer: PreTrainedTokenizerBase | None,
     texts: GivenRows,
     *,
-    kind: Literal["sparsity"] = "sparsity",
+    kind: Literal["sparsity", "rank", "experts"] = "sparsity",
     pruner: str | Pruner = "wanda",
     rows: GivenRows | None = None,
-    form: CurveForm = "exact",
-    granularity: Granularity = "matrix",
+    form: CurveForm | GainForm | None = None,
+    granularity: MatrixOrBlock = "matrix",
     tokens: float = 0.45,
+    r: int | None = None,
+    r_max: int | None = None,
+    target_modules: Sequence[str] | None = None,
     num_windows: int | None = None,
     window: int = 256,
     batch_size: int = 4,
@@ -245,24 +305,29 @@ def curves(
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Curves:
-    """Prices every sparsity of every matrix of a loaded model by the loss, in one gradient pass.
+    """Prices every sparsity of every matrix of a loaded model, or says what every rank gains, in one gradient pass.
 
     `curves(…).allocate(0.6)` gives the allocation of least predicted loss, which `prune` takes with the same pruner and
-    the same calibration rows.
+    the same calibration rows. `curves(…, kind="rank").allocate(budget)` spends parameters of an adapter on ranks.
 
     Args:
         model: a causal language model of transformers without an adapter, on any device. It comes back as it was.
         tokenizer: the tokenizer of the model; None where all rows are token ids.
-        texts: the calibration rows, as `calibration` of `prune`: the pruner takes its statistics of their windows.
+        texts: the calibration rows, as `calibration` of `prune`: the pruner takes its statistics of their windows. For
+            ranks and experts the rows that the adapter learns from.
         kind: what a level is.
         pruner: whose masks are priced: magnitude, wanda or sparsegpt, or a pruner with settings of its own.
-        rows: the rows whose loss is watched, as for `score`; None: the windows of `texts`.
-        form: `exact`, or `diagonal`, which costs less.
+        rows: the rows whose loss is watched, as for `score`; None: the windows of `texts`. Ranks and experts need them.
+        form: `exact`, or `diagonal`, which costs less; for ranks and experts `first_order` or `preconditioned`. None:
+            the first of them.
         granularity: a curve per matrix or per block.
         tokens: the share of the positions that is looked at, chosen by `seed`.
         num_windows: as for `prune`; give the same to both, and of the next four, too.
         window: the tokens of a window.
         batch_size: the windows that the model sees at once.
+        r: the rank of an expert; None: 8.
+        r_max: the highest rank of a matrix; None: as many as its rank, and 128 at most.
+        target_modules: names of the linear layers that get an adapter; None: every linear layer of the blocks.
         seed: chooses windows and positions.
         bos: the windows that begin with BOS.
         max_length: of `rows`, in tokens.
@@ -273,33 +338,56 @@ def curves(
     Raises:
         ValueError: names the row, setting or matrix that cannot be used, and says what can.
     """
-    check_choice("kind", kind, ("sparsity",))
+    check_choice("kind", kind, ("sparsity", *COUNTS))
     loaded = Loaded(model, is_hashed=True)
     loaded.check()
     check_tokenizer(tokenizer)
     check_value("batch_size", batch_size, Count)
-    chosen = pruner_called(pruner) if isinstance(pruner, str) else pruner
-    estimator = LossCurve(pruner=chosen, form=form, granularity=granularity, tokens=tokens, seed=seed)
-    windows = _windows(model, tokenizer, texts, num_windows, window, batch_size, seed, bos)
+    is_gain = kind in COUNTS
+    if is_gain and rows is None:
+        raise ValueError(f"kind={kind!r} needs the rows whose loss is watched, apart from those of texts; give rows=…")
     watched = () if rows is None else examples_of(rows, "rows")
+    learned = examples_of(texts, "texts") if is_gain else ()
+    if is_gain:
+        check_apart(learned, watched)
+    train, validation = (learned, watched) if is_gain else (watched, ())
     measurements = Measurements(
         model=loaded,
         tokenizer=tokenizer,
-        splits=Splits(train=watched, validation=(), test=()),
-        probe=Probe(num_train=max(len(watched), 1), max_length=max_length, batch_size=batch_size, memory_gb=memory_gb),
-        store=_store(store),
+        splits=Splits(train=train, validation=validation, test=()),
+        probe=Probe(
+            num_train=max(len(train), 1),
+            num_validation=max(len(validation), 1),
+            max_length=max_length,
+            batch_size=batch_size,
+            memory_gb=memory_gb,
+        ),
+        store=store_at(store),
         seed=seed,
         device=device_of(model),
     )
-    request = replace(
-        estimator.needs,
-        mask_text=_GivenWindows(windows),
-        loss_texts={"windows": 1.0} if rows is None else {"task": 1.0},
-    )
+    estimator: CurveEstimator
+    if is_gain:
+        settings: Any = {"kind": kind, "form": form or "first_order", "granularity": granularity, "seed": seed}
+        estimator = GainCurve(r=r, r_max=r_max, target_modules=target_modules, **settings)
+        request = estimator.needs
+    else:
+        chosen = pruner_called(pruner) if isinstance(pruner, str) else pruner
+        exact: Any = form or "exact"
+        estimator = LossCurve(pruner=chosen, form=exact, granularity=granularity, tokens=tokens, seed=seed)
+        request = replace(
+            estimator.needs,
+            calibration=_GivenWindows(_windows(model, tokenizer, texts, num_windows, window, batch_size, seed, bos)),
+            loss_texts={"windows": 1.0} if rows is None else {"task": 1.0},
+        )
     request.check(measurements)
-    _check_samples(measurements, "train", measurements.samples()[0])
+    for part, samples in zip(("train", "validation"), measurements.samples(), strict=True):
+        check_samples(measurements, part, samples)
     with displayed("bar" if progress else "none"):
-        return request.take(measurements, loaded.load)[0]
+        evidence: Any = request.take(measurements, loaded.load)[0]
+        found = estimator.curves(evidence)
+    assert isinstance(found, Curves)
+    return found
 
 
 def loss(name: str, *, version: int) -> Any:
@@ -310,12 +398,6 @@ def loss(name: str, *, version: int) -> Any:
         version: to raise whenever the function gives other values.
     """
     return lambda function: NamedLoss(name, version, function)
-
-
-def _store(folder: str | Path | None) -> Store | Unstored:
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        raise ValueError(f"store={str(folder)!r} is a file; give a folder, which is made where there is none")
-    return Unstored() if folder is None else Store(Path(folder))
 
 
 @dataclass(frozen=True)
@@ -348,7 +430,7 @@ def _windows(
             f"window={window} is too long: the model reads at most {longest} tokens; use window<={longest}"
         )
     windows = windows_of(ids, num_windows, window, seed=seed, what="the calibration rows", bos=lead)
-    check_ids(max(max(each) for each in windows), "the calibration rows", _num_embeddings(model))
+    check_ids(max(max(each) for each in windows), "the calibration rows", num_embeddings(model))
     return torch.tensor(windows).split(batch_size)
 
 
@@ -358,19 +440,9 @@ def _check_source(given: Any, model: nn.Module, pruner: Pruner, windows: Sequenc
         here = {
             "model": model_hash(Loaded(model, is_hashed=True)),
             "pruner": pruner.called,
-            "mask_text": hash_of_windows(windows) if pruner.needs_inputs else "none",
+            "calibration": hash_of_windows(windows) if pruner.needs_inputs else "none",
         }
         check_source(given.source, here)
-
-
-def _check_samples(measurements: Measurements, part: str, samples: Encodings) -> None:
-    model = measurements.model.load()
-    chosen, longest = measurements.chosen(part), context_length(model)
-    check_tokens(samples, chosen, num_embeddings=_num_embeddings(model), longest=longest)
-
-
-def _num_embeddings(model: Any) -> int:
-    return model.get_input_embeddings().weight.shape[0]
 
 
 def _sparsities(given: Allocation | Mapping[str, float] | float, model: nn.Module) -> Mapping[str, float]:

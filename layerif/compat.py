@@ -144,10 +144,3 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     from torch.utils._pytree import tree_map_only
 
     return tree_map_only(Tensor, function, tree)
-
-
-def reset_kronfluence() -> None:
-    """Makes kronfluence forget the device of an earlier analysis. Read from kronfluence 1.0.1."""
-    from kronfluence.utils.state import State  # type: ignore[import-not-found]
-
-    State._reset_state()

@@ -16,11 +16,12 @@ from layerif.allocate import Allocation, Allocator, CurveAllocator, Curves, Eith
 from layerif.estimators import Estimator
 from layerif.estimators._base import CurveEstimator, name_of
 from layerif.estimators._reliability import fidelity_of, split_half
+from layerif.evidence import by_matrix
 from layerif.files import hash_file
 from layerif.layers import LayerMap
 from layerif.models.weights import hash_folder
 from layerif.probe.measurements import Load, Measurements
-from layerif.probe.request import NotCompared
+from layerif.probe.request import NotCompared, Request
 from layerif.record.record import AllocationRecord, DecisionRecord, ScoresRecord
 from layerif.scores import LayerScores
 from layerif.stats import spearman
@@ -76,7 +77,12 @@ class Decision(Scored):
             source=self.source,
             allocation=AllocationRecord(**self.allocation.to_dict()),
             scores=scores
-            and ScoresRecord(layers=list(scores.layers), values=list(scores.values), higher_means=scores.higher_means),
+            and ScoresRecord(
+                layers=list(scores.layers),
+                values=list(scores.values),
+                higher_means=scores.higher_means,
+                intervals=None if scores.intervals is None else list(scores.intervals),
+            ),
             curves=None if self.curves is None else _summary(self.curves, self.allocation),
             reliability=self.reliability,
             fidelity=self.fidelity,
@@ -110,6 +116,7 @@ def _summary(curves: Curves | Spans, allocation: Allocation) -> dict[str, Any]:
         "source": dict(curves.source),
         "fingerprint": curves.fingerprint,
         **({} if prices is None else {"prices": prices}),
+        **({"parameters": round(curves_of_units.size_at(values))} if curves.sense == "gain" else {}),
     }
 
 
@@ -119,6 +126,11 @@ class Scorer(Measurements):
 
     estimator: Estimator | CurveEstimator
 
+    @property
+    def takes_matrices(self) -> bool:
+        """Tells if every matrix is scored by itself, and not every layer."""
+        return False
+
     def check(self) -> None:
         """Refuses what cannot be scored, before any pass over the data."""
         needs = self.estimator.needs
@@ -126,17 +138,20 @@ class Scorer(Measurements):
         if not needs.is_measured and not isinstance(self.estimator, CurveEstimator):
             self.estimator.score(self.layers())
 
-    def scored(self, load: Load | None = None) -> tuple[Scored, Any]:
+    def scored(self, load: Load | None = None, needs: Request | None = None) -> tuple[Scored, Any]:
         """Takes the evidence and scores every layer.
 
         Args:
             load: gives the model, and is called only if something is measured. None loads the model here.
+            needs: asks for more than the estimator's scores need; None: what they need.
 
         Returns:
             The scores, and the evidence.
         """
         start = time.perf_counter()
-        evidence, reused = self.estimator.needs.take(self, load or self.model.load)
+        evidence, reused = (needs or self.estimator.needs).take(self, load or self.model.load)
+        if self.takes_matrices:
+            evidence = by_matrix(evidence)
         measured = time.perf_counter()
         scores = curves = None
         if isinstance(self.estimator, CurveEstimator):
@@ -184,6 +199,7 @@ class Scorer(Measurements):
             if self.probe.fidelity_samples == 0:
                 raise NotCompared("probe.fidelity_samples=0")
             some, reference = needs.with_exact(self, evidence)
+            reference = by_matrix(reference) if self.takes_matrices else reference
         except NotCompared as why:
             probed = f"probed in {' and '.join(approximations)}"
             return None, (f"{probed}; not compared with exact float32 ({why})",)
@@ -214,9 +230,18 @@ class Decider(Scorer):
     allocator: Allocator | CurveAllocator | EitherAllocator | FixedAllocator
     skip: tuple[str, ...] = ()
 
+    @property
+    def takes_matrices(self) -> bool:
+        return getattr(self.allocator, "takes_matrices", False)
+
     def units(self) -> LayerMap:
         """Gives the layers that the allocation is spread over."""
         return self.layers().without(self.skip)
+
+    @property
+    def reads_windows(self) -> bool:
+        """Tells if the evidence that is spent comes from calibration windows."""
+        return self.allocator.spends != "nothing" and self.estimator.needs.reads_windows
 
     def __call__(self, load: Load | None = None) -> Decision:
         """Takes the evidence, turns it into scores or curves, and spends these.
@@ -238,7 +263,8 @@ class Decider(Scorer):
             found = replace(found, reliability=_agreement_of_halves(self._spent, found.curves))
         else:
             assert found.scores is not None
-            allocation = self._spent(_without_skipped(found.scores, self.units()))
+            scores = found.scores if self.takes_matrices else _without_skipped(found.scores, self.units())
+            allocation = self._spent(scores)
         seconds = {**found.seconds, "allocate": time.perf_counter() - start}
         seconds["evidence"] += previewed
         return Decision(**{**vars(found), "seconds": seconds, "allocation": allocation})
@@ -250,8 +276,27 @@ class Decider(Scorer):
         layers = self.units()
         if isinstance(self.estimator, CurveEstimator) and self.allocator.spends != "nothing":
             return self._spent(self.estimator.equal(layers))
-        shown = name_of(self.estimator)
-        return self._spent(LayerScores(layers.names, (1.0,) * len(layers.names), "undertrained", shown, "none"))
+        shown, names = name_of(self.estimator), layers.names
+        if self.takes_matrices:
+            names = self._scored_matrices()
+        return self._spent(LayerScores(names, (1.0,) * len(names), "undertrained", shown, "none"))
+
+    def _scored_matrices(self) -> tuple[str, ...]:
+        """Names the matrices that get a score of their own.
+
+        Raises:
+            ValueError: the evidence of the estimator does not keep matrices apart.
+        """
+        needs = self.estimator.needs
+        if not needs.keeps_matrices:
+            raise ValueError(
+                f"allocator.matrices=score needs a score for each matrix, and the evidence of estimator="
+                f"{name_of(self.estimator)} keeps blocks alone apart; use an estimator on gradients, such as datainf, "
+                "or allocator.matrices=size"
+            )
+        skeleton: Any = getattr(self.model, "skeleton", self.model.load)
+        is_of_gradients = len(needs.parts) == 2
+        return (self.measured_layers(skeleton()) if is_of_gradients else self.layers()).each_matrix.names
 
     def _spent(self, given: LayerScores | Curves | Spans) -> Allocation:
         """Calls the allocator with what it takes."""
@@ -269,7 +314,7 @@ class Decider(Scorer):
         others = (
             "an estimator of scores, such as datainf"
             if gives == "curves"
-            else "an estimator of curves (loss_curve, bits_curve)"
+            else "an estimator of curves (loss_curve, bits_curve, gain_curve)"
         )
         raise ValueError(
             f"estimator={name_of(self.estimator)} gives {gives}, and this allocator spends {self.allocator.spends}; "

@@ -1,15 +1,17 @@
-"""The types of evidence that estimators are given: spectra, activations, removals, skips, gates, Grams and influences.
+"""The types of evidence that estimators are given: spectra, activations, masks, skips, gates, Grams and curvature.
 
 Letters in shape suffixes: L layers, S samples, H hidden size, I inputs and O outputs of a linear layer, R rows, N train
-samples, M validation samples, P parameters of a matrix, U units that can be left out.
+samples, M validation samples, Q queries, P parameters of a matrix, K dampings, E eigenvalues, U units that can be left
+out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
 from typing import Any, Literal, get_args
@@ -56,6 +58,10 @@ class LayerActivations:
         prompts, right, wrong: block outputs averaged over the tokens of the prompt, of the right output and of one
             wrong option's output in its place (L×S×H); NaN where a sample has no such token left.
         answers: the label of the right option of each sample.
+        embedded: the same for the first block's input (S×H), by the names `prompts`, `right` and `wrong`.
+        moments: of the `right` and the `wrong` answer of each sample, by block (L×S×4): the number of entries of the
+            block's output over the answer's tokens, their sum, the sum of their squares, and the number of those with
+            |a| < epsilon. All are 0 where a sample has no such token.
         fingerprint: of what was measured.
     """
 
@@ -71,6 +77,8 @@ class LayerActivations:
     right: Tensor
     wrong: Tensor
     answers: tuple[str, ...]
+    embedded: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
     fingerprint: str
 
     def metric(self, param: str) -> Tensor:
@@ -78,6 +86,14 @@ class LayerActivations:
         weight_OI = self.weight(param).detach()
         norms_I = self.input_square_norms[param].sqrt().to(weight_OI.device, torch.float32)
         return weight_OI.float().abs() * norms_I
+
+    def check_epsilon(self, epsilon: float) -> None:
+        """Refuses activations whose entries near zero were counted below another bound."""
+        if self.epsilon != epsilon:
+            raise ValueError(
+                f"the activations were counted below {self.epsilon}, not below estimator.epsilon={epsilon}; take them "
+                "again"
+            )
 
     def labelled(self, classes: Classes) -> tuple[Tensor, list[str], list[int]]:
         """Gives pooled block outputs with their classes.
@@ -94,13 +110,10 @@ class LayerActivations:
         """
         check_choice("estimator.classes", classes, get_args(Classes))
         numbers = list(range(len(self.answers)))
-        if classes == "answer":
-            rows_LRH, labels, samples = self.prompts, list(self.answers), numbers
-        else:
-            rows_LRH, labels, samples = self.right, ["right"] * len(numbers), numbers
-            if not bool(self.wrong.isnan().all()):
-                rows_LRH = torch.cat([self.right, self.wrong], dim=1)
-                labels, samples = labels + ["wrong"] * len(numbers), numbers + numbers
+        parts = self._parts(classes)
+        rows_LRH = torch.cat([getattr(self, part) for part in parts], dim=1)
+        labels = list(self.answers) if classes == "answer" else [part for part in parts for _ in numbers]
+        samples = numbers * len(parts)
         lost = int(rows_LRH.isnan().any(dim=2).any(dim=0).sum())
         if lost:
             raise ValueError(
@@ -116,6 +129,16 @@ class LayerActivations:
             )
         return rows_LRH.double(), labels, samples
 
+    def embedding(self, classes: Classes) -> Tensor:
+        """Gives the first block's input (R×H) for the rows of `labelled`."""
+        return torch.cat([self.embedded[part] for part in self._parts(classes)]).double()
+
+    def _parts(self, classes: Classes) -> tuple[str, ...]:
+        """Names the pooled outputs whose rows have classes; the wrong ones only where there are any."""
+        if classes == "answer":
+            return ("prompts",)
+        return ("right",) if bool(self.wrong.isnan().all()) else ("right", "wrong")
+
 
 @dataclass(frozen=True)
 class LayerRemovals:
@@ -130,6 +153,21 @@ class LayerRemovals:
 
     layers: LayerMap
     errors: Mapping[str, float]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The shares of an update that SPIDER's mask lets through, for every matrix in `layers`.
+
+    Attributes:
+        layers: the blocks and their matrices.
+        sums: by parameter name, the sum of the mask over the weights of the matrix.
+        fingerprint: of what was measured.
+    """
+
+    layers: LayerMap
+    sums: Mapping[str, float]
     fingerprint: str
 
 
@@ -164,6 +202,45 @@ class LayerGates:
 
     layers: LayerMap
     scores: Tensor
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class MatrixGains:
+    """The effect of R leading directions of a matrix's mean train gradient on the losses.
+
+    With Ḡ = U Σ Vᵀ the mean train gradient (O×I) and G_i that of one sample:
+
+    Attributes:
+        strengths: σ_k (R), descending.
+        products: u_kᵀ Ḡᵛ v_k with the mean validation gradient, as each half of the validation samples adds to it
+            (2×R).
+        curvatures: the mean of (u_kᵀ G_i v_k)² over the train samples (R).
+        mean_square: the mean squared entry of the G_i.
+        rights: the rows of Vᵀ (R×I) in float16: they begin a fine-tuning, which needs no more.
+    """
+
+    strengths: Tensor
+    products: Tensor
+    curvatures: Tensor
+    mean_square: float
+    rights: Tensor
+
+
+@dataclass(frozen=True)
+class LayerGains:
+    """The directions of every matrix in `layers`, by parameter name.
+
+    Attributes:
+        layers: the blocks with their matrices and shapes.
+        gains: by parameter name.
+        source: the model and the rows.
+        fingerprint: of what was measured.
+    """
+
+    layers: LayerMap
+    gains: Mapping[str, MatrixGains]
+    source: Mapping[str, str]
     fingerprint: str
 
 
@@ -212,6 +289,21 @@ class MatrixGram:
             self.val_norms[validation],
             self.numel,
         )
+
+
+@dataclass(frozen=True)
+class CrossGram:
+    """Inner products of T further gradients H (T×P), such as those of single tokens, with the gradients of a Gram.
+
+    Attributes:
+        train: G Hᵀ (N×T).
+        validation: V Hᵀ (M×T).
+        norms: the length of the train sample that each of them belongs to (T).
+    """
+
+    train: Tensor
+    validation: Tensor
+    norms: Tensor
 
 
 @dataclass(frozen=True)
@@ -303,29 +395,133 @@ class CheckpointGrams:
 
 
 @dataclass(frozen=True)
-class LayerInfluences:
-    """I (M×N) of every matrix in `layers`, by parameter name, for estimators without Grams; I < 0 is helpful.
+class LayerGradients:
+    """The gradients of S samples in every matrix of `layers`, laid flat, mostly projected to fewer numbers.
 
-    Every matrix must have an influence, and all of them must have the same samples.
+    Attributes:
+        layers: the blocks and their matrices.
+        gradients: by parameter name (S×R, for R numbers that are left of P).
+        numel: P, by parameter name.
+        fingerprint: of what was measured.
     """
 
     layers: LayerMap
-    influences: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    numel: Mapping[str, int]
     fingerprint: str
 
-    def __post_init__(self) -> None:
-        shapes = {name: tuple(self.influences[name].shape) for name in self.layers.matrices}
-        if len(set(shapes.values())) != 1:
-            raise ValueError(f"influences must be M×N of the same samples for every matrix, got {shapes}")
+    def select(self, samples: slice | Tensor) -> LayerGradients:
+        """Gives the gradients of some of the samples."""
+        chosen = {param: gradient_SR[samples] for param, gradient_SR in self.gradients.items()}
+        return LayerGradients(self.layers, chosen, self.numel, self.fingerprint)
+
+
+# The relative dampings λ/mean g² at which influence under curvature is kept: 10⁻⁵ to 10⁵, four in every decade.
+DAMPINGS = tuple(10.0 ** (number / 4) for number in range(-20, 21))
+LEAST_DAMPING, MOST_DAMPING = 1e-4, 1e4
+_EIGENVALUES = (0.0, *(10.0 ** (number / 40) for number in range(-400, 401)))  # relative to the mean one
+
+
+def damping_weights(damping: float) -> Tensor:
+    """Gives the weights w_k of `DAMPINGS` with 1/(Λ + λ) = Σ_k w_k/(Λ + λ_k), whatever the eigenvalue Λ ≥ 0.
+
+    Influence under a damped curvature is a sum of such fractions, so that its values at `DAMPINGS` give it at every
+    other damping: exactly at 0.1, 1 and the other ones listed, and in between to 10⁻⁶ of each fraction.
+
+    Args:
+        damping: in units of the mean squared gradient entry, from `LEAST_DAMPING` to `MOST_DAMPING`.
+    """
+    if not LEAST_DAMPING <= damping <= MOST_DAMPING:
+        raise ValueError(
+            f"the damping is {damping:.3g} times the mean squared gradient entry; curvature is kept for others, so use "
+            f"one from {LEAST_DAMPING:g} to {MOST_DAMPING:g}"
+        )
+    kept_K = torch.tensor(DAMPINGS, dtype=torch.float64)
+    nearest = int((kept_K.log() - math.log(damping)).abs().argmin())
+    if math.isclose(DAMPINGS[nearest], damping, rel_tol=1e-12):
+        return torch.eye(len(DAMPINGS), dtype=torch.float64)[nearest]
+    eigenvalues_E = torch.tensor(_EIGENVALUES, dtype=torch.float64)
+    fractions_EK = (eigenvalues_E[:, None] + damping) / (eigenvalues_E[:, None] + kept_K)
+    size_K = fractions_EK.amax(dim=0)
+    solved = torch.linalg.lstsq(fractions_EK / size_K, torch.ones(len(eigenvalues_E), 1).double(), driver="gelsd")
+    return solved.solution[:, 0] / size_K
+
+
+@dataclass(frozen=True)
+class MatrixCurvature:
+    """Influence on some queries under several approximations of one matrix's curvature, at all of `DAMPINGS`.
+
+    A query is a validation sample, or the sum of the losses of some of them.
+
+    Attributes:
+        influences: I at every damping (K×Q×N), by the approximation: `kfac`, `ekfac`, `shampoo`.
+        mean_square: the mean squared entry of the train gradients, the unit of dampings.
+    """
+
+    influences: Mapping[str, Tensor]
+    mean_square: float
+
+    def influence(self, approximation: str, damping: float, *, relative: bool = True) -> Tensor:
+        """Gives I (Q×N) in float64; zero train gradients give zero.
+
+        Args:
+            approximation: a key of `influences`.
+            damping: see `relative`.
+            relative: λ = damping · `mean_square`; otherwise λ = damping.
+
+        Raises:
+            ValueError: the damping is out of the range that is kept.
+        """
+        influence_KQN = self.influences[approximation].double()
+        if self.mean_square == 0:
+            return torch.zeros_like(influence_KQN[0])
+        weights_K = damping_weights(damping if relative else damping / self.mean_square)
+        return torch.tensordot(weights_K, influence_KQN, dims=1)
+
+    def select(self, train: slice | Tensor, queries: slice | Tensor) -> MatrixCurvature:
+        """Gives the influence of some train samples on some queries, under the curvature of all train samples."""
+        some = {name: found[:, queries][:, :, train] for name, found in self.influences.items()}
+        return MatrixCurvature(some, self.mean_square)
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """Influence under the curvature of every matrix in `layers`, by parameter name.
+
+    Attributes:
+        layers: the blocks and their matrices.
+        matrices: of the same samples each. With two queries these are the sums over every other validation sample and
+            over the others.
+        fingerprint: of what was measured.
+    """
+
+    layers: LayerMap
+    matrices: Mapping[str, MatrixCurvature]
+    fingerprint: str
 
     @cached_property
-    def halves(self) -> tuple[LayerInfluences, LayerInfluences]:
-        """The influences of every other sample, and those of the others, preconditioned with all samples alike."""
+    def halves(self) -> tuple[LayerCurvature, LayerCurvature]:
+        """The influence of every other sample, and of the others, under the curvature of all train samples alike."""
         first, second = (
-            LayerInfluences(self.layers, {name: I[half, half] for name, I in self.influences.items()}, self.fingerprint)
+            LayerCurvature(
+                self.layers, {name: each.select(half, half) for name, each in self.matrices.items()}, self.fingerprint
+            )
             for half in _HALVES
         )
         return first, second
+
+
+def by_matrix(evidence: Any) -> Any:
+    """Gives evidence in which every matrix is a layer of its own, so that it gets a score of its own.
+
+    Args:
+        evidence: of a kind that keeps matrices apart.
+    """
+    if isinstance(evidence, LayerMap):
+        return evidence.each_matrix
+    if isinstance(evidence, CheckpointGrams):
+        return CheckpointGrams(tuple(map(by_matrix, evidence.checkpoints)))
+    return replace(evidence, layers=evidence.layers.each_matrix)
 
 
 def _in_float64(name: str, gram: MatrixGram) -> MatrixGram:

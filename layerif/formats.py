@@ -6,6 +6,7 @@ Letters in shape suffixes: O outputs and I inputs of a linear layer, N blocks of
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,11 @@ class Format:
     """A number format.
 
     Attributes:
-        name: in llama.cpp's words, or of ours: `INT3` is symmetric, `INT3_ASYM` is not.
+        name: llama.cpp's, or our own: `INT3` is symmetric, `INT3_ASYM` is not.
         bits: of each weight, with its share of the scales.
         block: the weights side by side in a row that share scales; it must divide the row.
         back: quantises a weight (O×I, float32) and reads it back.
-        whole: the bits of a weight alone.
+        whole: the bits of a weight without its share of the scales.
         is_symmetric: zero stands in the middle of the values, so that a block has a scale and no least value.
         is_gguf: the package `gguf` writes it.
     """
@@ -94,7 +95,7 @@ def _divided(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def gguf_bytes(weight: Tensor, name: str) -> Any:
-    """Quantises a weight (O×I) with the package `gguf`, to the bytes of each row as a numpy array."""
+    """Gives the bytes of each row of a weight (O×I) in a format of the package `gguf`, as a numpy array."""
     gguf = require("gguf", "embedded")
     values = weight.detach().float().cpu().contiguous().numpy()
     return gguf.quantize(values, gguf.GGMLQuantizationType[name])
@@ -136,12 +137,13 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def formats_called(given: str | Sequence[str]) -> tuple[Format, ...]:
+def formats_called(given: str | Sequence[str], setting: str = "formats") -> tuple[Format, ...]:
     """Gives the formats that a setting names, those of the fewest bits first.
 
     Args:
         given: `gguf`, those that the package writes; `all`, with those of round-to-nearest that take other bits; or a
             list of names.
+        setting: what it is called, for messages.
 
     Raises:
         ValueError: a name is unknown, or two formats take the same bits, so that bits do not say which one is meant.
@@ -152,14 +154,14 @@ def formats_called(given: str | Sequence[str]) -> tuple[Format, ...]:
         return tuple(sorted(chosen, key=lambda each: each.bits))
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
-        check_choice("method.formats", name, ("gguf", "all", *FORMATS) if isinstance(given, str) else FORMATS)
+        check_choice(setting, name, ("gguf", "all", *FORMATS) if isinstance(given, str) else FORMATS)
     if not names:
-        raise ValueError(f"method.formats=[] names none; give gguf, all, or some of {', '.join(FORMATS)}")
+        raise ValueError(f"{setting}=[] names none; give gguf, all, or some of {', '.join(FORMATS)}")
     found = sorted((FORMATS[name] for name in dict.fromkeys(names)), key=lambda each: each.bits)
     for one, other in itertools.pairwise(found):
         if one.bits == other.bits:
             raise ValueError(
-                f"method.formats names {one.name} and {other.name}, which both take {one.bits:g} bits; give one of them"
+                f"{setting} names {one.name} and {other.name}, which both take {one.bits:g} bits; give one of them"
             )
     return tuple(found)
 
@@ -189,20 +191,18 @@ def check_rows(formats: Sequence[Format], widths: Mapping[str, int]) -> None:
             if width % each.block:
                 raise ValueError(
                     f"{each.name} has blocks of {each.block} weights, which do not divide the {width} weights in a row "
-                    f"of {name}; give formats in method.formats whose blocks do, or another model"
+                    f"of {name}; give formats whose blocks do, or another model"
                 )
 
 
-def relative_errors(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:
-    """Gives the error ‖Δ‖/‖W‖ that each format makes in all weights together (F, float64)."""
-    errors = torch.zeros(len(formats), dtype=torch.float64)
-    total = 0.0
+def relative_error(weights: Sequence[Tensor], each: Format) -> float:
+    """Gives the error ‖Δ‖/‖W‖ that a format makes in all weights together."""
+    square_error, square = 0.0, 0.0
     for weight in weights:
         values = weight.detach().double()
-        total += float(values.square().sum())
-        for index, each in enumerate(formats):
-            errors[index] += float((each(weight).double() - values).square().sum())
-    return (errors / (total or 1.0)).sqrt()
+        square += float(values.square().sum())
+        square_error += float((each(weight).double() - values).square().sum())
+    return math.sqrt(square_error / (square or 1.0))
 
 
 def reproduces(error: float) -> bool:

@@ -16,8 +16,9 @@ from typing import Literal, TypeVar
 from layerif.checks import did_you_mean
 
 T = TypeVar("T")
-Granularity = Literal["matrix", "block"]
-Unit = Literal["block", "sublayer"]  # a block, or its attention or MLP alone
+Unit = Literal["matrix", "sublayer", "block"]  # a sublayer is the attention or the MLP of a block
+MatrixOrBlock = Literal["matrix", "block"]
+BlockOrSublayer = Literal["block", "sublayer"]
 _WORDS = {  # in messages, by unit
     "block": ("layer", "layers", ""),
     "matrix": ("matrix", "matrices", " or pruner.skip leaves out"),
@@ -34,12 +35,14 @@ class LayerMap:
         params: per block, the names of its measured weight matrices, as in `model.named_parameters()`.
         numel: per block, the number of entries of those matrices together.
         matrix_numel: the number of entries of each matrix, block by block; None where nobody needs it.
+        matrix_shapes: outputs and inputs of each matrix; None where nobody needs them.
     """
 
     names: tuple[str, ...]
     params: tuple[tuple[str, ...], ...]
     numel: tuple[int, ...]
     matrix_numel: tuple[int, ...] | None = field(default=None, compare=False)
+    matrix_shapes: tuple[tuple[int, int], ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.params) == len(self.numel):
@@ -74,19 +77,59 @@ class LayerMap:
         """
         if not patterns:
             return self
-        assert self.matrix_numel is not None
-        numel = dict(zip(self.matrices, self.matrix_numel, strict=True))
         check_named(self.matrices, patterns)
-        kept = {
-            block: tuple(param for param in params if not is_named(param, patterns))
-            for block, params in self.by_block.items()
-        }
-        kept = {block: params for block, params in kept.items() if params}
-        if not kept:
+        kept = self._those([not is_named(param, patterns) for param in self.matrices])
+        if not kept.names:
             raise ValueError(f"pruner.skip={list(patterns)} leaves no matrix; name fewer")
-        sizes = [tuple(numel[param] for param in params) for params in kept.values()]
+        return kept
+
+    def only(self, targets: Sequence[str] | None, *, setting: str) -> LayerMap:
+        """Gives the layers with some of their matrices alone, and without blocks of which no matrix is left.
+
+        Args:
+            targets: names of linear layers or the ends of them, as PEFT takes them; None: all.
+            setting: holds them, for the message.
+
+        Raises:
+            ValueError: a name means no linear layer of the blocks.
+        """
+        if not targets:
+            return self
+        for target in targets:
+            if not any(is_target(param, [target]) for param in self.matrices):
+                ends = sorted({param.removesuffix(".weight").rpartition(".")[2] for param in self.matrices})
+                raise ValueError(
+                    f"{setting} holds {target!r}, which is not a linear layer of the blocks"
+                    f"{did_you_mean(target, ends)}; they have {', '.join(ends)} (null: all of them)"
+                )
+        return self._those([is_target(param, targets) for param in self.matrices])
+
+    @cached_property
+    def each_matrix(self) -> LayerMap:
+        """The same matrices, each as a layer of its own."""
+        assert self.matrix_numel is not None
+        names = tuple(param.removesuffix(".weight") for param in self.matrices)
+        params = tuple((param,) for param in self.matrices)
+        return LayerMap(names, params, self.matrix_numel, self.matrix_numel, self.matrix_shapes)
+
+    def _those(self, is_kept: Sequence[bool]) -> LayerMap:
+        """Gives the layers with the marked matrices alone."""
+        assert self.matrix_numel is not None
+        numbers = [number for number, kept in enumerate(is_kept) if kept]
+        params: dict[str, list[str]] = {}
+        sizes: dict[str, int] = {}
+        for number in numbers:
+            param = self.matrices[number]
+            block = self.block_of[param]
+            params.setdefault(block, []).append(param)
+            sizes[block] = sizes.get(block, 0) + self.matrix_numel[number]
+        shapes = self.matrix_shapes
         return LayerMap(
-            tuple(kept), tuple(kept.values()), tuple(map(sum, sizes)), tuple(n for each in sizes for n in each)
+            tuple(params),
+            tuple(map(tuple, params.values())),
+            tuple(sizes.values()),
+            tuple(self.matrix_numel[number] for number in numbers),
+            None if shapes is None else tuple(shapes[number] for number in numbers),
         )
 
 
@@ -177,6 +220,12 @@ def is_named(param: str, patterns: Sequence[str]) -> bool:
     )
 
 
+def is_target(param: str, targets: Sequence[str]) -> bool:
+    """Tells if PEFT would put an adapter on a matrix: a target is its name or the end of it."""
+    name = param.removesuffix(".weight")
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
     """Refuses a name that means none of these matrices, see `is_named`.
 
@@ -193,7 +242,7 @@ def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
 
 
 def in_layer_order(
-    by_name: Mapping[str, T], layers: Sequence[str], *, source: str, unit: Granularity | Unit = "block"
+    by_name: Mapping[str, T], layers: Sequence[str], *, source: str, unit: Unit = "block"
 ) -> tuple[T, ...]:
     """Gives the values of `by_name`, one for each of `layers`, in their order.
 

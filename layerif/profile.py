@@ -17,7 +17,7 @@ from layerif.checks import made, require
 from layerif.estimators import Estimator
 from layerif.estimators._base import GramEstimator
 from layerif.estimators._reliability import bootstrap_scores, rank_intervals, ranks
-from layerif.evidence import LayerGrams
+from layerif.evidence import LayerGrams, by_matrix
 from layerif.files import whole
 from layerif.layers import LayerMap
 from layerif.moe import LoraMoeConfig
@@ -133,7 +133,7 @@ class Profile:
             budget: the ranks of all blocks together; None: 8 per block.
             settings: of `layerif.allocate.rank.Rank`.
         """
-        return made(Rank, "rank", budget=budget, **settings)(self.scores, self.layers)
+        return self._ranks("rank", budget, settings)
 
     def sparsity(self, target: float, **settings: Any) -> Allocation:
         """Spends the scores on sparsities.
@@ -165,9 +165,22 @@ class Profile:
             target_modules: names of linear layers, or a text as PEFT takes it (`all-linear`); None: all of the blocks.
             settings: of `layerif.allocate.rank.Rank`.
         """
-        ranks = made(Rank, "lora_config", budget=budget, **settings)(self.scores, self.layers)
         targets = target_modules or self.target_modules
+        if settings.get("matrices") and not isinstance(targets, str):
+            settings = {"target_modules": list(targets)} | settings
+        ranks = self._ranks("lora_config", budget, settings)
         return lora_of_ranks(ranks.by_name(), targets, scaling=scaling, lora_dropout=lora_dropout)
+
+    def _ranks(self, called: str, budget: int | None, settings: dict[str, Any]) -> Allocation:
+        allocator = made(Rank, called, budget=budget, **settings)
+        if not allocator.takes_matrices:
+            return allocator(self.scores, self.layers)
+        if not self.estimator.needs.keeps_matrices:
+            raise ValueError(
+                "matrices='score' needs a score for each matrix, and the evidence of this estimator keeps blocks alone "
+                "apart; use an estimator on gradients, such as datainf, or matrices='size'"
+            )
+        return allocator(self.estimator.score(by_matrix(self.evidence)), self.layers)
 
     def moe_config(self, budget: int | None = None, *, allocator: dict[str, Any] | None = None, **settings: Any) -> Any:
         """Gives the configuration of a mixture of LoRA experts, with a number of experts by block.

@@ -40,6 +40,8 @@ class LayerScores:
             first) or `important` (train it, give it more experts, rank and bits, but less sparsity, and keep it).
         source: the estimator that made the scores.
         fingerprint: of what was measured.
+        intervals: the 95 % interval (low, high) of each value, from an estimator that measures several sets of samples;
+            a bound may lie below 0.
     """
 
     layers: tuple[str, ...]
@@ -47,6 +49,7 @@ class LayerScores:
     higher_means: Direction
     source: str
     fingerprint: str
+    intervals: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
         check_choice("higher_means", self.higher_means, get_args(Direction))
@@ -56,6 +59,8 @@ class LayerScores:
                 raise ValueError(
                     f"scores from {self.source} must be finite numbers >= 0; got {value!r:.40} for layer {layer!r}"
                 )
+        if self.intervals is not None:
+            check_unique(self.layers, self.intervals, what=f"intervals from {self.source}")
 
     def oriented(self, kind: AllocationKind) -> tuple[float, ...]:
         """Gives the values as `to_experts`, `to_rank`, `to_sparsity` and their like take them: a higher one gets more.
@@ -83,6 +88,7 @@ class LayerScores:
             "higher_means": self.higher_means,
             "source": self.source,
             "fingerprint": self.fingerprint,
+            **({} if self.intervals is None else {"intervals": [list(bounds) for bounds in self.intervals]}),
         }
 
     @classmethod
@@ -94,6 +100,7 @@ class LayerScores:
             higher_means=saved["higher_means"],
             source=saved["source"],
             fingerprint=saved["fingerprint"],
+            intervals=tuple((low, high) for low, high in saved["intervals"]) if "intervals" in saved else None,
         )
 
 

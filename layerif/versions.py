@@ -7,15 +7,20 @@ marks them.
 VERSIONS = {
     "store": 2,  # the format of a file
     "probe": 1,  # Grams
+    "gradients": 1,  # projected, of each sample
     "loss": 1,
-    "ekfac": 1,
+    "curvature": 1,
     "spectra": 1,
-    "activations": 1,
+    "activations": 2,
     "removals": 1,
     "gates": 2,
-    "loss_curves": 1,
+    "loss_curves": 2,
+    "gains": 1,
     "measured_loss": 1,
-    "format_errors": 1,
+    "format_errors": 2,
     "skips": 1,
     "spans": 1,
+    "update_masks": 1,
+    "token_losses": 1,
+    "mastery": 1,
 }

@@ -61,7 +61,7 @@ def test_rows_are_another_loss_text_and_another_unit_is_a_sum_or_a_measurement()
     assert {part: windows.source[part] == rows.source[part] for part in windows.source} == {
         "model": True,
         "pruner": True,
-        "mask_text": True,
+        "calibration": True,
         "loss_text": False,
     }
     pruned(rows.allocate(0.6), model)  # masks are of the same windows
@@ -75,6 +75,25 @@ def test_rows_are_another_loss_text_and_another_unit_is_a_sum_or_a_measurement()
         windows.allocate(0.6, floor=0.7)
     with pytest.raises(ValueError, match=r"allocator\.target=0\.95 is outside"):
         windows.allocate(0.95)
+
+
+def test_gains_of_ranks_are_spent_in_parameters_and_need_rows_of_their_own():
+    rows = ["a b c d the cat", "b c d e a dog"]
+    found = curves_of(rows=rows, kind="rank")
+    assert (found.kind, found.sense, len(found.units)) == ("rank", "gain", 21)
+    ranks = found.allocate(3000)
+    assert found.size_at(ranks.by_name()) <= 3000
+    experts = curves_of(rows=rows, kind="experts", r=2, form="preconditioned", target_modules=["q_proj"])
+    assert len(experts.units) == 3
+    assert min(experts.allocate().values) >= 1
+    assert curves_of(rows=rows, kind="rank", granularity="block", r_max=4).levels == (0.0, 1.0, 2.0, 3.0, 4.0)
+    assert_unharmed_by(lambda model: curves_of(model, rows=rows, kind="rank"))
+    with pytest.raises(ValueError, match="kind='rank' needs the rows whose loss is watched, apart from those of texts"):
+        curves_of(kind="rank")
+    with pytest.raises(ValueError, match="the same"):
+        curves_of(rows=TEXTS[:2], kind="rank")
+    with pytest.raises(ValueError, match=r"form='exact' is not allowed|form"):
+        curves_of(rows=rows, kind="rank", form="exact")
 
 
 def test_nothing_is_written_without_a_store_and_a_store_answers_the_second_call(tmp_path, monkeypatch):
@@ -100,7 +119,7 @@ def test_the_allocation_equals_the_command_lines_for_the_same_windows(tmp_path, 
         "method=none",
         "estimator=loss_curve",
         "allocator.target=0.6",
-        "estimator.mask_text={_target_: layerif.pruning.calibration.Calibration, num_windows: 4, window: 16, "
+        "estimator.calibration={_target_: layerif.pruning.calibration.Calibration, num_windows: 4, window: 16, "
         f"text: '{text}'}}",
         "logger=none",
     ]
@@ -109,8 +128,8 @@ def test_the_allocation_equals_the_command_lines_for_the_same_windows(tmp_path, 
     ours = found.allocate(0.6)
     assert list(ours.units) == theirs.units
     assert list(ours.values) == pytest.approx(theirs.values, abs=1e-9)
-    assert {part: ours.source[part] for part in ("pruner", "mask_text", "loss_text")} == {
-        part: theirs.source[part] for part in ("pruner", "mask_text", "loss_text")
+    assert {part: ours.source[part] for part in ("pruner", "calibration", "loss_text")} == {
+        part: theirs.source[part] for part in ("pruner", "calibration", "loss_text")
     }
 
 
@@ -119,7 +138,7 @@ def test_curves_are_not_spent_on_another_model_or_by_another_pruner_or_text():
     given = curves_of(model).allocate(0.6)
     for said, options in {
         "another pruner, wanda(compare=row), than this one, magnitude()": {"pruner": "magnitude"},
-        "another mask text; use the same calibration windows": {"texts": TEXTS[::-1]},
+        "another calibration text; use the same calibration windows": {"texts": TEXTS[::-1]},
         "another model; measure them again for this one": {"model": tiny_model(seed=1)},
         "another pruner, wanda(compare=row), than this one, wanda(m=4": {"pruner": Wanda(m=4)},
     }.items():
@@ -147,7 +166,7 @@ def with_idle_matrix() -> Any:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kind": "sparsty"}, "kind='sparsty' is not allowed; allowed: sparsity (did you mean 'sparsity'?)"),
+        ({"kind": "sparsty"}, "kind='sparsty' is not allowed; allowed: sparsity, experts, rank (did you mean"),
         ({"pruner": "wonda"}, "did you mean 'wanda'"),
         ({"form": "diagonl"}, "form='diagonl' is not allowed; allowed: exact, diagonal (did you mean 'diagonal'?)"),
         ({"tokens": 0.0}, "tokens=0.0 is not allowed"),

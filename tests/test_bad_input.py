@@ -107,7 +107,7 @@ TRAIN, VALIDATION, TEST = (
 )
 SPLITS = Splits(train=TRAIN, validation=VALIDATION, test=TEST)
 ROOTS = ("probe", "fit", "evaluation", "data")
-GROUPS = ("model", "task", "estimator", "allocator", "method", "pruner", "trainer")
+GROUPS = ("model", "task", "estimator", "allocator", "method", "pruner", "selection", "trainer")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((conf_folder() / group).glob("*.yaml"))]
 MISSING = {
     ("model", "local"): ["model.path=/somewhere"],

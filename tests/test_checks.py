@@ -116,7 +116,7 @@ def test_the_law_covers_the_ranges_of_every_kind_of_setting():
         ("Avss", "epsilon"),
         ("LinearProbe", "folds"),
         ("LinearProbe", "classes"),
-        ("Cca", "components"),
+        ("Cca", "sets"),
         ("Ila", "num_steps"),
         ("Ila", "start"),
         ("GradNorm", "normalisation"),

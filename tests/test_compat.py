@@ -171,11 +171,3 @@ def test_every_tensor_of_a_tree_is_mapped_and_nothing_else():
     assert named["mask"][1] is None
     assert torch.equal(first, torch.full((2,), 2.0))
     assert torch.equal(named["mask"][0], torch.ones(1))
-
-
-def test_kronfluence_forgets_its_state():
-    state = pytest.importorskip("kronfluence.utils.state").State
-    state()
-    assert state._shared_state
-    compat.reset_kronfluence()
-    assert not state._shared_state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,12 @@ from layerif import decide
 from layerif.allocate.file import SavedAllocation
 from layerif.estimators.alpha import Alpha
 from layerif.estimators.avss import Avss
+from layerif.estimators.avss_contrast import AvssContrast
 from layerif.estimators.block_influence import BlockInfluence
 from layerif.estimators.cca import Cca
+from layerif.estimators.cluster_information import ClusterInformation
 from layerif.estimators.datainf import DataInf
 from layerif.estimators.dlp import Dlp
-from layerif.estimators.ekfac import Ekfac
 from layerif.estimators.ends import Ends
 from layerif.estimators.file import SavedScores
 from layerif.estimators.grad_norm import GradNorm
@@ -48,7 +48,8 @@ def test_all_forward_pass_estimators_share_one_pass(decider, monkeypatch):
     passes, observe = [], activations.observe
     monkeypatch.setattr(activations, "observe", lambda *args, **kwargs: passes.append(1) or observe(*args, **kwargs))
     found = []
-    for estimator in (Outlier(multiple=2.0), Dlp(), BlockInfluence(), Avss(), Cca(components=1), LinearProbe(folds=2)):
+    every = Outlier(multiple=2.0), Dlp(), BlockInfluence(), Avss(), AvssContrast(), Cca(sets=1), LinearProbe(folds=2)
+    for estimator in every:
         decision = replace(decider, estimator=estimator)()
         assert decision.reused == bool(found)
         assert (decision.num_samples, decision.reliability) == ((8, 0), None)
@@ -65,6 +66,8 @@ TOLD = {
     TracIn: {"learning_rates": [0.5, 0.1]},
     Ila: {"num_steps": 3},
     LinearProbe: {"folds": 2},
+    Cca: {"sets": 1, "regulariser": 0.1},
+    ClusterInformation: {"sets": 1, "clusters": 4},
     Outlier: {"multiple": 2.0},
     Ends: {"number": 1},
 }
@@ -78,8 +81,6 @@ def stores(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("cls", ESTIMATORS, ids=lambda cls: cls.__name__)
 def test_every_estimator_is_a_function_of_the_seed_and_of_no_batch_size(decider, adapters, stores, cls):
-    if cls is Ekfac and find_spec("kronfluence") is None:
-        pytest.skip("kronfluence is not installed")
     estimator = make(cls, **TOLD.get(cls, {}) | ({"checkpoints": adapters} if cls is TracIn else {}))
     model = replace(decider.model, dtype="float64", adapter=adapters[0] if isinstance(estimator.needs, Gates) else None)
 

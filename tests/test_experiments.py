@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import timing
+from experiments import arms, comparing, timing
 from experiments.benchmark_scoring import datainf_loop
 from layerif.app.schema import check, register
 from layerif.evidence import LayerGrams, MatrixGram
@@ -84,27 +87,124 @@ def composed(*overrides: str, hydra: bool = False) -> Any:
     return config
 
 
-def test_every_arm_composes_and_binds():
-    arms = loaded("expert_allocation_smollm2", "run").ARMS
-    configs = [composed("experiment=expert_allocation_smollm2", *arm, "seed=2") for arm in arms]
-    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) == 10
-    assert [config.estimator.seed for config in configs if "seed" in config.estimator] == [2]
+@pytest.mark.parametrize(
+    ("experiment", "kinds"), [("capacity_smollm2", {"Lora", "AdaLora"}), ("mixture_smollm2", {"LoraMoe", "EqualLora"})]
+)
+def test_every_arm_of_the_rivals_composes_and_binds(experiment, kinds):
+    command = (EXPERIMENTS / experiment / "run.sh").read_text()
+    named = re.findall(r'(?:arms|shapes)="?(?:\$arms)?,?([a-z_0-9, ]+)', command)
+    arms = sorted({arm for text in named for arm in re.split("[, ]", text) if arm})
+    configs = {arm: composed(f"experiment={experiment}", f"arm={arm}") for arm in arms}
+    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs.values()}) == len(arms) > 3
+    assert {config.method._target_.rpartition(".")[2] for config in configs.values()} == kinds
+    assert {config.objective for config in configs.values()} == {"validation/loss"}
 
 
-@pytest.mark.parametrize("experiment", ["sparsity_smollm2", "sparsity_7b"])
-def test_every_arm_of_pruning_composes_and_binds(experiment):
-    command = (EXPERIMENTS / "sparsity_smollm2" / "run.sh").read_text()
+def tuned_run(folder: Path, arm: str, rate: float, seed: int, loss: float, **options: Any) -> None:
+    """Writes a run whose loss on the rows is about `loss`, on test and on validation rows."""
+    rows = options.pop("rows", [f"city {number}" for number in range(40)])
+    task, budget = options.pop("task", "mixed"), options.pop("budget", 240)
+    noise = np.random.default_rng([seed, budget]).normal(1, 0.1, len(rows))
+    losses = {row: float(loss + value) for row, value in zip(rows, noise, strict=True)}
+    config = {
+        "task": {"name": task},
+        "method": {"learning_rate": rate},
+        "allocator": {"budget": budget},
+        "estimator": {},
+    }
+    record = RunRecord(
+        name="n",
+        seed=seed,
+        choices={**choices_of("uniform", task=task, method="lora"), "arm": arm},
+        config={**config, "estimator": {}},
+        overrides=[],
+        metrics={"loss": float(np.mean(list(losses.values()))), "validation/loss": loss, "accuracy": 0.5},
+        losses={"loss": losses},
+        **{"parameters": {"trainable": 1000}, "seconds": {"fit": 60.0}, **options},
+    )
+    place = folder / f"{task}-{arm}-{budget}-{rate}-{seed}"
+    place.mkdir(parents=True)
+    record.write(place)
+
+
+def test_each_arm_is_compared_at_the_rate_that_validation_chose(tmp_path, capsys):
+    for rate, loss in ((1e-4, 2.0), (1e-3, 1.0), (1e-2, 3.0)):
+        tuned_run(tmp_path, "uniform", rate, 0, loss)
+        tuned_run(tmp_path, "eva", rate, 0, loss - 10 * rate)
+    for seed in (1, 2):
+        tuned_run(tmp_path, "uniform", 1e-3, seed, 1.0)
+        tuned_run(tmp_path, "eva", 1e-3, seed, 0.5, parameters={"trainable": 1020})
+    groups = arms.by_arm(arms.read(tmp_path))
+    assert arms.chosen_rate(groups["uniform"]) == 1e-3
+    assert not arms.is_at_the_edge(groups["uniform"])
+    assert {arm: sorted(runs) for arm, runs in arms.tuned(groups).items()} == {"uniform": [0, 1, 2], "eva": [0, 1, 2]}
+    (row,) = arms.compared(arms.tuned(groups), [("eva", "uniform"), ("adalora", "uniform")]).to_dict("records")
+    assert row["difference"] == pytest.approx((-0.01 - 0.5 - 0.5) / 3)
+    assert (row["seeds"], row["p"]) == (3, row["p Holm"])
+    table = arms.arms(groups)
+    assert table["rate"].tolist() == ["0.001", "0.001"]
+    with pytest.raises(SystemExit, match="run the sweep over learning rates first"):
+        arms.chosen_rate([])
+
+
+def test_arms_are_compared_where_more_rank_pays(tmp_path):
+    plot, sweep = plot_of("capacity_smollm2"), tmp_path / "capacity_smollm2_ranks"
+    losses = {"mixed": (2.0, 1.5, 1.0), "city": (2.0, 1.5, 1.5), "city_large": (1.0, 1.0, 1.0)}
+    for task, of_rank in losses.items():
+        for rank, loss in zip((1, 8, 64), of_rank, strict=True):
+            for rate in (1e-3, 3e-3):
+                tuned_run(sweep, "uniform", rate, 0, loss + rate, task=task, budget=30 * rank)
+            for seed in (1, 2):
+                tuned_run(sweep, "uniform", 1e-3, seed, loss + 1e-3, task=task, budget=30 * rank)
+    ranks = plot.by_task(arms.read(sweep))
+    assert plot.settings(ranks) == [("mixed", 8, "1,2,3,4"), ("city", 2, "1,2")]
+    tuned_run(tmp_path / "capacity_smollm2", "uniform", 1e-3, 0, 1.5)
+    tuned_run(tmp_path / "capacity_smollm2", "eva", 1e-3, 0, 1.2)
+    plot.draw(ranks, plot.by_task(arms.read(tmp_path / "capacity_smollm2")), tmp_path)
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert "Against uniform on mixed" in (tmp_path / "results.md").read_text()
+
+
+def test_the_mixture_is_shown_by_task_with_its_routing(tmp_path):
+    plot = plot_of("mixture_smollm2")
+    tasks = {task: {"load": [0.5, 0.5], "entropy": np.log(2) / 2} for task in ("city", "region")}
+    routing = {"model.layers.0": {"load": [0.75, 0.25], "entropy": np.log(2), "tasks": tasks, "between_tasks": 0.3}}
+    rows = [f"{task} {number}" for task in tasks for number in range(20)]
+    for arm, used in (("plain_lora", {}), ("uniform", routing)):
+        for seed in range(2):
+            tuned_run(tmp_path, arm, 1e-3, seed, 1.0, rows=rows, routing=used)
+    records = arms.read(tmp_path)
+    (row,) = plot.experts(arms.tuned(arms.by_arm(records))).to_dict("records")
+    assert row == pytest.approx(
+        {"most used": 1.5, "entropy": 1, "between tasks": 0.3, "entropy city": 0.5, "entropy region": 0.5}
+        | {"arm": "uniform"}
+    )
+    plot.draw(records, tmp_path)
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert "| city | region |" in (tmp_path / "results.md").read_text()
+
+
+ALLOCATORS = {
+    "Prune": ("Sparsity", "Depth", "WaterFilling", "Knapsack"),
+    "Drop": ("Blocks", "Position"),
+    "Quantise": ("Bits", "Knapsack"),
+}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "method"),
+    [("sparsity_smollm2", "Prune"), ("sparsity_7b", "Prune"), ("depth_smollm2", "Drop"), ("bits_smollm2", "Quantise")],
+)
+def test_every_arm_that_an_experiment_sweeps_composes_and_binds(experiment, method):
+    command = EXPERIMENTS / experiment / "run.sh"
     swept = composed(f"experiment={experiment}", hydra=True).hydra.sweeper.params
-    texts = [
-        swept.arm,
-        *re.findall(r"arms?=(?:\$arms)?([a-z_,]+)", command if experiment == "sparsity_smollm2" else ""),
-    ]
+    texts = [swept.arm, *re.findall(r"arms?=(?:\$arms)?([a-z_,]+)", command.read_text() if command.exists() else "")]
     arms = sorted({arm for text in texts for arm in text.split(",") if arm})
     configs = [composed(f"experiment={experiment}", f"arm={arm}") for arm in arms]
-    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) > 7
+    assert len({str(OmegaConf.to_container(config, resolve=True)) for config in configs}) == len(arms) > 3
     for config in configs:
-        assert config.method._target_.endswith("Prune")
-        assert config.allocator._target_.rpartition(".")[2] in ("Sparsity", "Depth", "WaterFilling", "Knapsack")
+        assert config.method._target_.endswith(method)
+        assert config.allocator._target_.rpartition(".")[2] in ALLOCATORS[method]
 
 
 def test_every_arm_of_layers_to_train_composes_and_has_its_own_layers():
@@ -128,7 +228,6 @@ def test_losses_of_some_layers_are_held_against_those_of_all_by_the_stated_rule(
     rng = np.random.default_rng(0)
     loss = {f"q{number}": float(value) for number, value in enumerate(rng.normal(2, 1, 40))}
     beyond = {"lora all": 0.0, "lora half last": 0.3, "lora half layerif": 0.01}
-    by_arm = {}
     for arm, more in beyond.items():
         for seed in range(3):
             rows = {row: value + more + 0.001 * float(rng.normal()) for row, value in loss.items()}
@@ -143,9 +242,11 @@ def test_losses_of_some_layers_are_held_against_those_of_all_by_the_stated_rule(
     untouched = write(tmp_path / "made", "untouched", metrics={"before/loss": metrics["loss"] + 1.0})
     (tmp_path / "runs" / "untouched").mkdir()
     untouched.write(tmp_path / "runs" / "untouched")
-    by_arm, before = results.read(tmp_path / "runs")
-    assert results.costs(by_arm).set_index("arm")["s a step"].to_dict() == {a: 1.0 + m for a, m in beyond.items()}
-    table = results.compared(by_arm, before).set_index(["arm", "against"])
+    results.draw(tmp_path / "runs", tmp_path)
+    arms = pd.read_csv(tmp_path / "arms.csv").set_index("arm").drop(index="untouched")
+    assert arms["s a step"].to_dict() == pytest.approx({arm: 1.0 + more for arm, more in beyond.items()})
+    assert arms["seeds"].tolist() == [3, 3, 3]
+    table: Any = pd.read_csv(tmp_path / "comparisons.csv").set_index(["arm", "against"])
     assert set(table.index) == {
         ("lora half last", "lora all"),
         ("lora half layerif", "lora all"),
@@ -154,6 +255,89 @@ def test_losses_of_some_layers_are_held_against_those_of_all_by_the_stated_rule(
     assert table.loc[("lora half last", "lora all"), "difference"] == pytest.approx(0.3, abs=0.01)
     assert table["as good"].tolist()[:2] == [False, True]
     assert table["differs"].all()
+    # Another machine adds a seed, and this one's stay.
+    shutil.rmtree(tmp_path / "runs")
+    for arm in beyond:
+        name = f"{arm.replace(' ', '_')}-3"
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write(tmp_path / "made", arm, seed=3, **more_fields).write(tmp_path / "runs" / name)
+    results.draw(tmp_path / "runs", tmp_path)
+    assert pd.read_csv(tmp_path / "comparisons.csv")["seeds"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.slow
+def test_every_arm_of_rows_composes_and_binds_and_has_a_reference():
+    lines = (EXPERIMENTS / "rows_smollm2" / "run.sh").read_text().replace("\\\n", " ").splitlines()
+    of_text = " ".join(lines).split("text() {")[1].split('"$@"')[0]
+    shared = {"sweep": [], "text": [word for word in of_text.split() if "=" in word and "experiment" not in word]}
+    full = re.findall(r'^full="(.*)"', "\n".join(lines), flags=re.MULTILINE)[0]
+    found = set()
+    for line in lines:
+        name = line.split(" ")[0]
+        if name not in shared:
+            continue
+        given = [word for word in line.replace("$full", full).split() if "=" in word]
+        for choice in itertools.product(*(expanded(each) for each in (*shared[name], *given))):
+            config = composed("experiment=rows_smollm2", *(each for each in choice if not each.startswith("name=")))
+            assert (config.trainer.max_steps, config.evaluation.metrics) == (45, ["loss", "perplexity"])
+            assert config.task.name == ("text" if name == "text" else "city_large")
+            found.add(str(OmegaConf.to_container(config, resolve=True)))
+    assert len(found) == 1 + 1 + 3 * 2 + 2 + 5 + 1 + 4 + 2
+
+
+def expanded(override: str) -> list[str]:
+    key, _, values = override.partition("=")
+    return [f"{key}={value}" for value in values.split(",")] if key != "seed" else ["seed=0"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rows_are_compared_by_the_stated_rule(tmp_path):
+    plot = loaded("rows_smollm2", "plot")
+    rng = np.random.default_rng(0)
+    loss = {f"q{number}": float(value) for number, value in enumerate(rng.normal(2, 1, 40))}
+    beyond = {"all": 0.0, "random 60": 0.5, "influence 60": 0.2, "reversed 60": 0.9, "mastery 1": 0.5}
+    of_text = {"none": 0.0, "low_perplexity": 0.3, "full none": 0.0, "full spider": 0.0}
+    for sweep, losses in (("rows_smollm2", beyond), ("rows_smollm2_text", of_text)):
+        for arm, more in losses.items():
+            for seed in range(3):
+                rows = {row: value + more + 0.001 * float(rng.normal()) for row, value in loss.items()}
+                metrics = {"loss": float(np.mean(list(rows.values()))), "perplexity_256": 20 * float(np.exp(-more))}
+                name, _, number = arm.partition(" ")
+                choice = {"reversed": "influence", "mastery": "mastery", "influence": "influence", "random": "random"}
+                selection = {"level": int(number)} if name == "mastery" else {"reversed": name == "reversed"}
+                selection |= {"budget": int(number)} if number.isdigit() else {}
+                is_text, is_full = sweep.endswith("text"), name == "full"
+                made = write(tmp_path / "made", f"{sweep} {arm}", seed=seed, metrics=metrics, losses={"loss": rows})
+                made.choices = {"method": "full" if is_full else "lora", "selection": choice.get(name, "all")}
+                made.config = {
+                    "selection": selection,
+                    "task": {"name": "text" if is_text else "city_large"},
+                    "data": {"token_filter": name},
+                    "method": {"protect": number},
+                }
+                (tmp_path / "sweeps" / sweep / f"{arm}-{seed}").mkdir(parents=True)
+                made.write(tmp_path / "sweeps" / sweep / f"{arm}-{seed}")
+    plot.main(tmp_path, tmp_path)
+    table = pd.read_csv(tmp_path / "results.csv").set_index(["arm", "against", "metric"])
+    assert {(arm, other) for arm, other, _ in table.index} == {
+        ("influence 60", "random 60"),
+        ("reversed 60", "random 60"),
+        ("mastery 1", "random 60"),
+        ("random 60", "all"),
+        ("low_perplexity", "none"),
+        ("full spider", "full none"),
+    }
+    assert table.loc[("influence 60", "random 60", "loss"), "difference"] == pytest.approx(-0.3, abs=0.01)
+    assert table.loc[("reversed 60", "random 60", "perplexity"), "difference"] == pytest.approx(-0.4, abs=0.01)
+    assert table["differs"].xs("loss", level="metric").to_dict() == {
+        ("influence 60", "random 60"): True,
+        ("reversed 60", "random 60"): True,
+        ("mastery 1", "random 60"): False,
+        ("random 60", "all"): True,
+        ("low_perplexity", "none"): True,
+        ("full spider", "full none"): False,
+    }
+    assert "mastery 1" in (tmp_path / "results.md").read_text()
 
 
 def test_the_profiles_are_of_every_estimator_that_needs_no_more():
@@ -163,51 +347,6 @@ def test_the_profiles_are_of_every_estimator_that_needs_no_more():
     assert set(run.ESTIMATORS) == set(files) - to_fill_in - set(run.APART)
     assert {"datainf", "alpha", "outlier", "random"} <= set(run.ESTIMATORS)
     assert composed("experiment=layer_profiles", "task=region", "estimator=ila").method._target_.endswith("ScoresOnly")
-
-
-def test_allocations_are_compared_by_question_over_seeds(tmp_path):
-    plot = plot_of("expert_allocation_smollm2")
-    rng = np.random.default_rng(0)
-    expected = []
-    for seed in range(3):
-        uniform = (rng.random(80) < 0.5).tolist()
-        better = [answer or bool(rng.random() < 0.6) for answer in uniform]
-        alike = rng.permutation(uniform).tolist()
-        sizes = {"trainable": 100, "total": 1000}
-        write(tmp_path / "runs", "uniform", seed=seed, answers=answers(uniform), parameters=sizes)
-        better_one = {"estimator": "random", "answers": answers(better), "parameters": sizes}
-        write(tmp_path / "runs", "random", seed=seed, **better_one)
-        shape = {"scores": [], "source": "shape(2-4-6-8)", "answers": answers(alike), "parameters": sizes}
-        write(tmp_path / "runs", "shape", seed=seed, **shape)
-        plain = {"method": "lora_equal", "answers": answers(uniform), "parameters": {"trainable": 99}}
-        write(tmp_path / "runs", "plain", seed=seed, **plain)
-        expected.append(np.mean(better) - np.mean(uniform))
-    before = {"before/options": answers([False] * 80)["options"]}
-    write(tmp_path / "runs", "before", method=None, answers=before)
-    plot.draw(tmp_path / "runs", tmp_path)
-    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    assert (tmp_path / "allocations.png").stat().st_size > 10_000
-    table = plot.results(plot_records(tmp_path / "runs"))
-    rows = {row["arm"]: row for row in table.to_dict("records")}
-    assert set(rows) == {"before", "uniform", "random", "shape(2-4-6-8)", "plain LoRA, equal size"}
-    assert rows["random"]["difference"] == pytest.approx(np.mean(expected))
-    assert rows["random"]["difference low"] > 0
-    assert rows["random"]["p Holm"] < 0.05
-    assert rows["shape(2-4-6-8)"]["p Holm"] > 0.05
-    assert rows["shape(2-4-6-8)"]["difference low"] < 0 < rows["shape(2-4-6-8)"]["difference high"]
-    assert (rows["plain LoRA, equal size"]["difference"], rows["plain LoRA, equal size"]["p"]) == (0, 1)
-    said = {name: row["against uniform"] for name, row in rows.items()}
-    assert (said["random"], said["shape(2-4-6-8)"], said["uniform"]) == ("higher", "not distinguishable", "")
-    assert 0 < rows["shape(2-4-6-8)"]["smallest found"] < 0.5
-    assert rows["before"]["accuracy"] == 0
-    assert {row["seeds"] for name, row in rows.items() if name != "before"} == {3}
-    again = write(tmp_path / "again", "uniform", seed=2, answers=answers([True] * 80))
-    with pytest.raises(SystemExit, match="uniform was run twice with seed 2"):
-        plot.results([*plot_records(tmp_path / "runs"), again])
-    odd = write(tmp_path / "odd", "uniform", seed=9, estimator="avss", answers=answers([True] * 79))
-    reference = write(tmp_path / "reference", "uniform", seed=9, answers=answers([True] * 80))
-    with pytest.raises(SystemExit, match="did not answer the same questions"):
-        plot.results([odd, reference])
 
 
 STORED = "scores from the store: this model and task were measured before"
@@ -328,7 +467,7 @@ def test_pruned_models_are_compared_with_uniform_at_the_same_calibration_choice(
     (tmp_path / "sweep").rename(tmp_path / "earlier")
     pruned("curves", 0, 44.0, m=4)
     plot.draw([sweep], results)
-    later = pd.read_csv(results / "runs.csv").set_index(plot.KEYS)["value"].to_dict()
+    later = pd.read_csv(results / "runs.csv").set_index(comparing.KEYS)["value"].to_dict()
     assert len(later) == len(runs)
     assert later["wanda, n of 4, 60 %", "curves", 0, "documentation"] == 44.0
 
@@ -420,15 +559,19 @@ def test_fresh_grams_are_equal_and_share_no_memory():
 # Depth
 
 
-def depth_record(arm: str, kept: list[int], losses: dict[str, dict[str, float]] | None = None) -> RunRecord:
+def depth_record(arm: str, kept: list[int], metrics: dict[str, float] | None = None) -> RunRecord:
     prices = dict(zip(LAYERS, [0.1, 0.5, 0.2, 0.3, 0.6, 0.4], strict=True))
     return RunRecord(
         name="depth",
         seed=0,
         overrides=[],
-        config={"task": {"name": "city"}, "allocator": {"keep": 0.5}},
-        choices=choices_of("uniform", arm=arm),
-        losses=losses or {},
+        config={
+            "task": {"name": "city"},
+            "allocator": {"keep": 0.5},
+            "evaluation": {"first_window": 24, "num_windows": 2},
+        },
+        choices=choices_of("uniform", method="drop", arm=arm),
+        metrics=metrics or {},
         decision=DecisionRecord(
             source=arm,
             allocation=AllocationRecord(kind="blocks", units=LAYERS, values=kept, budget=sum(kept)),
@@ -437,28 +580,76 @@ def depth_record(arm: str, kept: list[int], losses: dict[str, dict[str, float]] 
     )
 
 
-def test_depth_pairs_windows_and_compares_with_the_greedy_order():
-    intervals = loaded("depth_smollm2", "intervals")
+def test_depth_pairs_windows_and_compares_with_the_greedy_order(tmp_path, monkeypatch):
+    results = loaded("depth_smollm2", "results")
     others_W = np.linspace(3.0, 4.0, 12)
-    same = intervals.ratio(others_W + 0.1, others_W)
+    same = results.ratio(others_W + 0.1, others_W)
     assert (same.value, same.low, same.high) == pytest.approx((np.exp(0.1),) * 3)
-    assert intervals.ratio(others_W).low < np.exp(others_W.mean()) < intervals.ratio(others_W).high
+    assert results.ratio(others_W).low < np.exp(others_W.mean()) < results.ratio(others_W).high
+    model = tiny_model("llama", num_hidden_layers=6)
+    windows = torch.arange(3, 43).reshape(2, 20)
+    monkeypatch.setattr(results.Dense, "loaded", (model, None))
+    monkeypatch.setattr(results, "test_windows", lambda *_: windows)
+    metrics = {"loss": 2.0, "loss_low": 1.0, "loss_high": 3.0}
     runs = [
-        depth_record("spaced_blocks", [1, 0, 1, 0, 1, 0], losses={"loss": {"a": 1.0, "b": 3.0}}),
+        depth_record("spaced_blocks", [1, 0, 1, 0, 1, 0], metrics),
         depth_record("skip_curve", [0, 1, 0, 0, 1, 1]),
         depth_record("greedy", [0, 1, 0, 1, 1, 0]),
     ]
-    shown = intervals.table(runs, {id(run): others_W for run in runs})
-    assert shown["ratio to spaced_blocks"].tolist() == ["1.00 (1.00 to 1.00)"] * 3
-    assert shown.set_index("arm")["loss of rows"]["spaced_blocks"].startswith("2.00 (1.00 to 3.00)")
-    orders = {("city", 0.5): [LAYERS[0], LAYERS[2], LAYERS[5]]}
-    agreed = intervals.agreement(runs, orders).set_index("arm")
+    for run in runs:
+        (folder := tmp_path / "sweep" / run.choices["arm"]).mkdir(parents=True)
+        run.write(folder)
+    order = [LAYERS[0], LAYERS[2], LAYERS[5]]
+    (tmp_path / "sweep" / "greedy" / results.SEARCH).write_text(json.dumps({"dropped": order}))
+    results.draw(tmp_path / "sweep", tmp_path)
+    found = results.by_run(pd.read_csv(tmp_path / "runs.csv"))
+    values = {arm: found["city, 50 %", arm, 0] for arm in ("spaced_blocks", "skip_curve", "greedy")}
+    expected = results.window_losses(model, [LAYERS[1], LAYERS[3], LAYERS[5]], windows)
+    assert results.windows_of(values["spaced_blocks"]) == pytest.approx(expected, rel=1e-4)
+    assert not np.allclose(results.window_losses(model, [], windows), expected)
+    shown = results.table(found).set_index("arm")
+    assert shown["ratio to spaced_blocks"]["spaced_blocks"] == "1.00 (1.00 to 1.00)"
+    assert shown["loss of rows"].to_dict() == {
+        "spaced_blocks": "2.000 (1.000 to 3.000)",
+        "skip_curve": "–",
+        "greedy": "–",
+    }
+    agreed = results.agreement(found).set_index("arm")
     assert agreed["shared"].to_dict() == pytest.approx({"spaced_blocks": 1 / 3, "skip_curve": 2 / 3})
     assert agreed["rank correlation"]["skip_curve"] == pytest.approx(1.0)
-    model = tiny_model("llama", num_hidden_layers=6)
-    windows = torch.arange(3, 43).reshape(2, 20)
-    with_all = intervals.window_losses(model, [], windows)
-    without_some = intervals.window_losses(model, intervals.left_out(runs[0]), windows)
-    assert with_all.shape == without_some.shape == (2,)
-    assert not np.allclose(with_all, without_some)
-    assert np.array_equal(intervals.window_losses(model, [], windows), with_all)
+    # Windows that were measured before are not measured again, and runs of another machine stay.
+    shutil.rmtree(tmp_path / "sweep" / "skip_curve")
+    monkeypatch.setattr(results, "window_losses", lambda *_: pytest.fail("it was measured again"))
+    results.draw(tmp_path / "sweep", tmp_path)
+    assert results.by_run(pd.read_csv(tmp_path / "runs.csv")).keys() == found.keys()
+
+
+# Bits
+
+
+def test_formats_are_compared_with_one_that_ran_once_beside_every_choice(tmp_path):
+    results = loaded("bits_smollm2", "results")
+    (tmp_path / "sweep").mkdir()
+    for seed in range(4):
+        for arm in ("uniform", "curves")[seed > 0 :]:
+            perplexity = 30.0 if arm == "uniform" else 24.0 + 0.1 * seed
+            (folder := tmp_path / "sweep" / f"{arm}-{seed}").mkdir()
+            RunRecord(
+                name="bits",
+                seed=seed,
+                overrides=[],
+                config={"allocator": {"target": 4.5}},
+                choices=choices_of("uniform", method="quantise", arm=arm),
+                metrics={"perplexity_256": perplexity, "bits": 4.5},
+            ).write(folder)
+    results.draw(tmp_path / "sweep", tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"sweep", "runs.csv", "results.md", "results.png"}
+    (found,) = results.against(pd.read_csv(tmp_path / "runs.csv"), "uniform")
+    assert (found.setting, found.arm, found.metric, found.found.num_seeds) == (
+        "4.5 bits",
+        "curves",
+        "documentation",
+        4,
+    )
+    assert found.cell.startswith("0.80 (")
+    assert found.cell.endswith("*")

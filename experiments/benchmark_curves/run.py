@@ -1,13 +1,14 @@
-"""Times loss curves beside the gradient pass that they need, and measures their memory, in `make bench`.
+"""Times loss curves and gains beside the gradient pass that they need, and measures their memory, in `make bench`.
 
     OMP_WAIT_POLICY=passive python experiments/benchmark_curves/run.py [cpu|cuda]
-        [--windows=16] [--window=256] [--blocks=30] [--rounds=3] [--memory-gb 0.5 1 2]
+        [--windows=16] [--window=256] [--blocks=30] [--rounds=3] [--memory-gb 0.5 1 2] [--rows=300] [--gains-only]
 
 It prices eight levels of Wanda in every matrix of SmolLM2-135M. The measure is a forward and activation-backward pass
 over the same windows that captures the same factors and does nothing with them. It takes turns with both forms of the
 curves, each at 45 % and at all of the positions. Then a process of its own measures exact curves under each memory
-budget. `--windows=4 --blocks=4 --rounds=1 --memory-gb 0.1` only tries in a minute if it runs. Run nothing else on the
-machine meanwhile.
+budget. Gains (`estimator=gain_curve`) take turns with the same pass over the rows that a probe takes by default, 300
+train and 50 validation rows of `task=city`. `--windows=4 --blocks=4 --rounds=1 --memory-gb 0.1 --rows=30` only tries in
+a minute if it runs. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from torch import nn
 
 from experiments.timing import check_plausible, machine, peak_mb, reset_peak, resident_mb, timed
 from layerif.allocate.curves import Curves
+from layerif.app.schema import from_conf
+from layerif.data.batches import batches, encode, padding_id
 from layerif.estimators.loss_curve import LEVELS
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.models.embedded import EmbeddedModel
 from layerif.probe.curves.measure import CurveForm, measure_loss_curves
 from layerif.probe.curves.text import LossText
+from layerif.probe.gains import measure_gains
 from layerif.probe.grams import gather
 from layerif.probe.grams.factors import capture_factors
 from layerif.pruning.calibration import Calibration
@@ -47,6 +51,7 @@ WAYS: dict[str, tuple[CurveForm, float]] = {
     "exact, all": ("exact", 1.0),
 }
 GOALS = {"diagonal, 45 %": 1.5, "exact, 45 %": 2.5}  # in all, as ratios to the pass
+GOAL_OF_GAINS = 1.5
 
 
 class Bench:
@@ -59,7 +64,8 @@ class Bench:
             self.model.model.layers = self.model.model.layers[:blocks]
         self.model.to(device)
         self.device, self.params = device, layer_map(self.model, scope="all").matrices
-        self.text = loss_text(Calibration(num_windows=windows, window=window).batches(embedded.tokenizer()))
+        self.tokenizer = embedded.tokenizer()
+        self.text = loss_text(Calibration(num_windows=windows, window=window).batches(self.tokenizer))
 
     def gradient_pass(self) -> None:
         with frozen(self.model):
@@ -91,6 +97,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="the first blocks of the model alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-gb", type=float, nargs="*", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--rows", type=int, default=300, help="train rows of the gains; a sixth as many for validation")
+    parser.add_argument("--gains-only", action="store_true")
     parser.add_argument("--point", type=float, help=argparse.SUPPRESS)  # the budget that a process of its own measures
     given = parser.parse_args()
     make = partial(Bench, given.device, given.windows, given.window, given.blocks)
@@ -100,8 +108,12 @@ def main() -> None:
     print(f"{machine()}, device {given.device}")
     bench = make()
     num_blocks = len(bench.model.model.layers)
+    if given.gains_only:
+        gains(bench, given.rounds, given.rows)
+        return
     print(f"{num_blocks} blocks, {given.windows} windows of {given.window} tokens, {len(LEVELS)} levels, Wanda\n")
     times(bench, given.rounds)
+    gains(bench, given.rounds, given.rows)
     del bench
     sizes = [f"--windows={given.windows}", f"--window={given.window}"]
     sizes += [] if given.blocks is None else [f"--blocks={given.blocks}"]
@@ -134,6 +146,38 @@ def times(bench: Bench, rounds: int) -> None:
             alike = spearman(found[name].allocate(TARGET).values, reference)
             line += f"{ratio:>14.2f}{of_least:>13.2f}{goal:>7}{alike:>13.3f}"
         print(line, flush=True)
+
+
+def gains(bench: Bench, rounds: int, num_train: int) -> None:
+    """Prints the seconds of gains and of the pass over the same rows, which take turns."""
+    splits = from_conf("task=city").load()
+    parts = [splits.train[:num_train], splits.validation[: max(2, num_train // 6)]]
+    encoded = [encode(part, bench.tokenizer, template="plain", max_length=128, eos=False) for part in parts]
+    train, validation = (list(batches(part, 8, padding_id(bench.tokenizer))) for part in encoded)
+    layers = layer_map(bench.model, scope="all")
+
+    def gradient_pass() -> None:
+        with frozen(bench.model):
+            for indices, batch in (*train, *validation):
+                capture_factors(bench.model, bench.params, batch, [""] * len(indices))
+
+    works: dict[str, Any] = {
+        "pass": gradient_pass,
+        "gains": partial(measure_gains, bench.model, layers, train, validation),
+    }
+    gradient_pass()  # warms up
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            seconds[name].append(timed(work, bench.device)[1])
+    middle, least = ({name: of(spent) for name, spent in seconds.items()} for of in (statistics.median, min))
+    tokens = sum(batch["attention_mask"].sum() for _, batch in (*train, *validation))
+    print(f"\ngains, {len(parts[0])} + {len(parts[1])} rows of task=city, {int(tokens):,} tokens")
+    for name in works:
+        print(f"{name:<14}{middle[name]:>10.2f}{least[name]:>10.2f}", end="")
+        ratios = middle[name] / middle["pass"], least[name] / least["pass"]
+        print(f"{ratios[0]:>14.2f}{ratios[1]:>13.2f}{GOAL_OF_GAINS:>7.1f}" if name == "gains" else "", flush=True)
+    check_plausible("gains, beside the pass", min(ratios), 1.0)
 
 
 def memory(device: str, sizes: list[str], budgets: list[float]) -> None:

@@ -6,7 +6,7 @@ The model is a Llama of SmolLM2-135M's widths with random weights, and influence
 float32. All samples have the same length, so that no library's handling of padding matters. Every contestant runs in a
 process of its own, a peer in `.peers/NAME`. Seconds are those of the work alone, without imports and loading.
 
-Agreement is Spearman's rank correlation with our version of the same estimator. EK-FAC is compared with exact
+Agreement is Spearman's rank correlation with our version of the same estimator. Our EK-FAC is compared with exact
 influence, because both approximate the same. The correlation is over all pairs of samples, summed over matrices, and
 over blocks if the library tells them apart. dattri forms the products of all gradients one by one, and takes minutes
 for what the others do in seconds, so it is measured on a smaller task.
@@ -163,29 +163,14 @@ def layerif(estimator: str, model: nn.Module, layers: LayerMap, train: Tensor, v
     return made.influences(probe(model, layers, *both).in_float64.grams)
 
 
-def kronfluence(
-    strategy: str, model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor
-) -> dict[str, Tensor]:
-    from unittest.mock import patch
+def ekfac(model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor) -> dict[str, Tensor]:
+    from layerif.estimators.ekfac import Ekfac
+    from layerif.probe.curvature.measure import measure_curvature
 
-    from kronfluence.arguments import FactorArguments  # type: ignore[import-not-found]
-
-    from layerif.probe import ekfac
-
-    arguments = partial(FactorArguments, strategy=strategy)
-    spectra = {"lambda_matrix": {param.removesuffix(".weight"): torch.ones(1) for param in sum(layers.params, ())}}
-    if strategy == "identity":  # it fits nothing, so there is no spectrum to load
-        with (
-            patch("kronfluence.arguments.FactorArguments", arguments),
-            patch("kronfluence.analyzer.Analyzer.load_lambda_matrices", return_value=spectra),
-        ):
-            return _through(ekfac, model, layers, train, validation)
-    return _through(ekfac, model, layers, train, validation)
-
-
-def _through(ekfac: Any, model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor) -> dict[str, Tensor]:
-    settings = {"pad_id": 0, "batch_size": BATCH_SIZE, "damping": DAMPING}
-    return dict(ekfac.measure_ekfac(model, layers, encodings(train), encodings(validation), **settings).influences)
+    both = [list(batches(encodings(ids), BATCH_SIZE, 0)) for ids in (train, validation)]
+    return Ekfac(damping=DAMPING).influences(
+        measure_curvature(model, layers, *both, spectra=("ekfac",), queries="each")
+    )
 
 
 def dattri_datainf(model: nn.Module, layers: LayerMap, train: Tensor, validation: Tensor) -> dict[str, Tensor]:
@@ -228,10 +213,9 @@ CONTESTANTS = {
     "layerif grad_dot": Contestant("layerif", partial(layerif, "grad_dot")),
     "layerif datainf": Contestant("layerif", partial(layerif, "datainf")),
     "layerif exact": Contestant("layerif", partial(layerif, "exact")),
-    "kronfluence identity": Contestant("kronfluence", partial(kronfluence, "identity"), "layerif grad_dot"),
-    "kronfluence ekfac": Contestant("kronfluence", partial(kronfluence, "ekfac"), "layerif exact"),
+    "layerif ekfac": Contestant("layerif", ekfac, "layerif exact"),
     "dattri-llm grad_dot": Contestant("dattri-llm", partial(dattri_llm, "grad_dot"), "layerif grad_dot"),
-    "dattri-llm ekfac": Contestant("dattri-llm", partial(dattri_llm, "ekfac"), "kronfluence ekfac"),
+    "dattri-llm ekfac": Contestant("dattri-llm", partial(dattri_llm, "ekfac"), "layerif ekfac"),
     "layerif datainf, small": Contestant("layerif", partial(layerif, "datainf"), size=SMALL),
     "dattri datainf, small": Contestant("dattri", dattri_datainf, "layerif datainf, small", SMALL),
 }

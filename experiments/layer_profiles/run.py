@@ -18,7 +18,7 @@ from layerif.files import conf_folder
 
 TASKS = ("capital", "currency", "demonym", "region")
 # `uniform` is flat, `ends` knows nothing but depth, estimators of curves give no scores, `reversed` turns another
-# estimator round, `ekfac` needs a package that does not come with this one, and `ila` weighs an adapter (arm=ila).
+# estimator round, `kfac`, `ekfac` and `shampoo` take passes of their own, and `ila` weighs an adapter (arm=ila).
 # Estimators with a setting to fill in, such as `tracin`, are left out as well.
 APART = (
     "uniform",
@@ -29,7 +29,9 @@ APART = (
     "skip_curve",
     "angular",
     "reversed",
+    "kfac",
     "ekfac",
+    "shampoo",
     "ila",
 )
 ESTIMATORS = [

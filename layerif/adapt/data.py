@@ -7,15 +7,18 @@ from typing import Annotated, Any
 
 import lightning as L
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from layerif.attribution.token_filter import TokenFilter, filtered, num_counted
 from layerif.checks import Count, Seed, check_arguments
-from layerif.data.batches import Encodings, LossOn, collate, encode, padding_id
+from layerif.data.batches import Encoded, Encodings, LossOn, collate, encode, padding_id
 from layerif.data.render import Template
 from layerif.data.rows import AnyExample
 from layerif.data.task import Splits
+
+Tau = Annotated[float, Gt(1), "a perplexity is at least 1; the paper uses 2.5"]
 
 
 class TaskDataModule(L.LightningDataModule):
@@ -32,7 +35,9 @@ class TaskDataModule(L.LightningDataModule):
         max_length: of a sample, in tokens.
         loss_on: `all` tokens, or only those of the `output`; None: what the kind of rows says, all of a question.
         drop_partial: leave out the samples that would make the last batch of an epoch smaller (upstream does).
-        seed: decides the order.
+        seed: decides the order, and the tokens of `token_filter=random`.
+        token_filter: the tokens that training learns from, once `filter_tokens` knows their losses.
+        tau: the highest perplexity of a token that `token_filter` keeps.
     """
 
     def __init__(
@@ -46,12 +51,18 @@ class TaskDataModule(L.LightningDataModule):
         loss_on: LossOn | None = None,
         drop_partial: bool = False,
         seed: Seed = 0,
+        token_filter: TokenFilter = "none",
+        tau: Tau = 2.5,
     ) -> None:
         super().__init__()
         settings = {"template": template, "batch_size": batch_size, "max_length": max_length, "loss_on": loss_on}
+        settings |= {"token_filter": token_filter, "tau": tau}
         check_arguments(type(self).__init__, "data", **settings, seed=seed)
         self.splits, self.tokenizer = splits, tokenizer
         self.batch_size, self.drop_partial, self.seed = batch_size, drop_partial, seed
+        self.template: Template = template
+        self.token_filter: TokenFilter = token_filter
+        self.max_length, self.tau = max_length, tau
         self._start = 0
         self._sampler: EpochShuffle | None = None
 
@@ -59,6 +70,23 @@ class TaskDataModule(L.LightningDataModule):
             return encode(examples, tokenizer, template=template, max_length=max_length, loss_on=loss_on, eos=True)
 
         self.train, self.validation = encoded(splits.train), encoded(splits.validation)
+
+    def filter_tokens(self, losses: Sequence[Tensor]) -> dict[str, int]:
+        """Lets training learn from the tokens that the filter keeps, and leaves out rows without one.
+
+        Args:
+            losses: of every token of each train sample but the first, under the model before training.
+
+        Returns:
+            The numbers of tokens that counted before and count now, and of the rows that are left out.
+        """
+        before = self.train
+        self.train = filtered(before, losses, self.token_filter, tau=self.tau, seed=self.seed)
+        return {
+            "counted": num_counted(before),
+            "kept": num_counted(self.train),
+            "rows_left_out": len(before) - len(self.train),
+        }
 
     def train_dataloader(self) -> DataLoader:
         count = len(self.train)
@@ -75,10 +103,15 @@ class TaskDataModule(L.LightningDataModule):
         self._sampler = EpochShuffle(
             len(self.train), count, self.seed, self._start, lambda: self._epoch, rank=rank, num_processes=size
         )
-        return DataLoader(self.train, self.batch_size, sampler=self._sampler, collate_fn=self._collate)  # type: ignore[arg-type]
+        return DataLoader(self.train, self.batch_size, sampler=self._sampler, collate_fn=self.collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.validation, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+        return DataLoader(self.validation, batch_size=self.batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
+
+    def first_rows(self, at_most: int | None = None) -> list[Encoded]:
+        """Gives train rows in an order that the seed decides, for first weights; each process gets the same."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return [self.train[position] for position in order[:at_most]]
 
     @property
     def _epoch(self) -> int:
@@ -91,7 +124,8 @@ class TaskDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._start = state_dict["drawn"]
 
-    def _collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        """Turns samples into a batch."""
         return collate(samples, padding_id(self.tokenizer), side="left")
 
 

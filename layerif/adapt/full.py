@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from layerif.adapt.protect import Protection
 from layerif.adapt.sizes import check_memory
 from layerif.adapt.tuning import Tuning, check_blocks, trained_blocks
 from layerif.allocate.allocation import Allocation
@@ -27,6 +28,8 @@ class FullTuning(Tuning):
 
     Attributes:
         learning_rate: of AdamW; lower than that of an adapter, because every weight of a matrix moves.
+        protect: `spider` mixes the pretrained weights back in after each step, where they matter more to the pretrained
+            model than to the task, see `layerif.adapt.protect.Protection`; `none` trains as usual.
         save: write the model.
     """
 
@@ -35,6 +38,7 @@ class FullTuning(Tuning):
     leaves: ClassVar[str] = "model"
 
     learning_rate: Positive = 2e-5
+    protect: Literal["none", "spider"] = "none"
     save: bool = True
 
     @property
@@ -51,6 +55,9 @@ class FullTuning(Tuning):
 
     def taken_off(self, model: nn.Module) -> None:
         return None  # its weights may have changed
+
+    def protection(self, model: nn.Module) -> Protection | None:
+        return Protection(model) if self.protect == "spider" else None
 
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -71,16 +78,6 @@ class FullTuning(Tuning):
         tokenizer.save_pretrained(folder)
 
     def check_fits(self, skeleton: nn.Module, allocation: Allocation, *, free: float = math.inf) -> None:
-        """Refuses a model that cannot be trained like this, before any pass over the data.
-
-        Args:
-            skeleton: the bare model on the meta device.
-            allocation: of layers.
-            free: bytes of memory that the training may take.
-
-        Raises:
-            ValueError: the weights are in half precision, or their training does not fit into the memory that is free.
-        """
         trained = self.trained(self.put_on(skeleton, allocation))
         for weight in trained.values():
             if weight.dtype in (torch.float16, torch.bfloat16):
@@ -91,4 +88,8 @@ class FullTuning(Tuning):
                 )
         num_trained = sum(weight.numel() for weight in trained.values())
         what = f"{len(trained_blocks(allocation))} layers to train"
-        check_memory(num_trained, free, what=what, advice="lower allocator.keep, or use method=lora")
+        advice = "lower allocator.keep, or use method=lora"
+        if self.protect == "spider":
+            what, advice = f"{what} with method.protect=spider", f"{advice} or method.protect=none"
+        held = 2 if self.protect == "spider" else 0
+        check_memory(num_trained, free, what=what, advice=advice, held=held)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerif.adapt.adalora import AdaLoraAdapter
 from layerif.adapt.adapters import EqualLoraAdapter, LoraAdapter, LoraMoeAdapter
 from layerif.adapt.full import FullTuning
 from layerif.adapt.tuning import Tuning
 
 _KINDS: dict[str, type[Tuning]] = {
-    kind.kind: kind for kind in (LoraMoeAdapter, LoraAdapter, EqualLoraAdapter, FullTuning)
+    kind.kind: kind for kind in (LoraMoeAdapter, LoraAdapter, EqualLoraAdapter, AdaLoraAdapter, FullTuning)
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MethodType
@@ -11,20 +10,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layerif.adapt.adapters import Adapter
+from layerif.adapt.directions import begin_with
 from layerif.adapt.kinds import tuning_of
-from layerif.adapt.sizes import adapted_shapes, check_memory, num_parameters, too_large_rank
+from layerif.adapt.protect import Protection
 from layerif.adapt.tuning import Tuning
 from layerif.allocate.allocation import Allocation
-from layerif.checks import did_you_mean
 from layerif.models.blocks import blocks
 from layerif.models.hooks import first_non_finite_block
 from layerif.models.loss import per_sample_loss
-from layerif.moe.model import linears_of_blocks
 from layerif.targets import build
 
 
@@ -43,6 +39,8 @@ class AdapterModule(L.LightningModule):
     Attributes:
         trusted_targets: packages or objects whose targets the model's configuration may name, beside those that every
             configuration may. They are no argument, because a checkpoint, which may come from anywhere, holds those.
+        directions: those that the adapter begins with, by the name of the linear layer (`layerif.adapt.directions`). A
+            checkpoint does not hold them, because it has the trained weights.
     """
 
     trusted_targets: Sequence[str] = ()
@@ -65,6 +63,9 @@ class AdapterModule(L.LightningModule):
             self.allocation = allocation if isinstance(allocation, Allocation) else Allocation.from_dict(allocation)
         self.model: nn.Module | None = None
         self._is_ready = False  # the model is ready to be trained
+        self._is_begun = getattr(self.tuning, "init", "default") != "gradient"  # it has the first weights asked for
+        self.directions: Mapping[str, Tensor] | None = None
+        self._protection: Protection | None = None
         self.compared: dict[str, int] = {}  # parameters of the model that this one is a baseline of, for the record
         if on_top_of := model.get("adapter"):
             raise ValueError(
@@ -113,7 +114,27 @@ class AdapterModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.tuning.seed)
             self.model = self.tuning.put_on(base, self.allocation)
+            if self._begins:
+                self.model.to(self.trainer.strategy.root_device)
+                self.model = self.tuning.started(self.model, self.allocation, self.trainer.datamodule)  # type: ignore[attr-defined]
+        if self.directions is not None:
+            begin_with(self.model, self.directions)
+            self.directions, self._is_begun = None, True
+        self._protection = self.tuning.protection(self.model)
         self._is_ready = True
+
+    def on_fit_start(self) -> None:
+        if not self._is_begun:
+            raise ValueError(
+                "method.init=gradient has no directions to begin with: give the InfluenceCallback directions=…, or set "
+                "the module's directions"
+            )
+
+    @property
+    def _begins(self) -> bool:
+        """Tells a training from its start from one that resumes, and from a module that is only loaded."""
+        trainer = self._trainer
+        return trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is then a function of the seed and the step alone, so that a resumed run equals an uninterrupted one.
@@ -147,6 +168,12 @@ class AdapterModule(L.LightningModule):
                 f"{self.global_step}; lower method.learning_rate or train in float32 (trainer.precision=32-true)"
             )
 
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        step = self.global_step + 1
+        super().optimizer_step(*arguments, **named)
+        assert self.model is not None
+        self.tuning.stepped(self.model, step)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.model is not None
         losses = per_sample_loss(self.model, batch)
@@ -156,7 +183,11 @@ class AdapterModule(L.LightningModule):
         settings = self.tuning
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        if self._protection is not None:
+            self._protection.follow(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
+        assert self.model is not None
+        self.tuning.scheduled(self.model, total)
         warmup = settings.warmup_steps
         warmup = round(settings.warmup_ratio * total) if warmup is None else warmup
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_linear, warmup=warmup, total=total))
@@ -165,6 +196,8 @@ class AdapterModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         checkpoint["state_dict"] = self.tuning.trained(self.model)
+        if self._protection is not None:
+            checkpoint["protection"] = self._protection.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
@@ -175,52 +208,9 @@ class AdapterModule(L.LightningModule):
             self.configure_model()
         assert self.model is not None
         self.tuning.restore(self.model, checkpoint["state_dict"])
-
-
-def check_fits(
-    adapter: Adapter,
-    skeleton: nn.Module,
-    allocation: Allocation,
-    *,
-    free: float = math.inf,
-    where: str = "method",
-    budget: str = "allocator.budget",
-) -> None:
-    """Puts the adapter on a model without weights, so that an impossible one is refused before any pass over the data.
-
-    Args:
-        adapter: the kind of adapter with its settings.
-        skeleton: the bare model on the meta device; the adapter stays on it.
-        allocation: of the kind that the adapter spends.
-        free: bytes of memory that its training may take.
-        where: the adapter's settings are called on the command line, before the dot.
-        budget: the setting of the budget that is spent.
-
-    Raises:
-        ValueError: a target names nothing, which PEFT itself leaves out in silence, a rank is larger than a layer can
-            use, the adapter does not fit into the memory that is free, or PEFT refuses it.
-    """
-    known = [name for name, _ in skeleton.named_modules()]
-    for target in adapter.target_modules or ():
-        if not any(name == target or name.endswith(f".{target}") for name in known):
-            linears = linears_of_blocks(skeleton)
-            near = did_you_mean(target, [*linears, *(name.rpartition(".")[2] for name in linears)])
-            raise ValueError(
-                f"{where}.target_modules holds {target!r}, which is not a layer of this model{near}; its blocks have "
-                f"{', '.join(linears)} (null: all of them)"
-            )
-    shapes, capacities = adapted_shapes(skeleton, adapter.target_modules), adapter.capacities(skeleton, allocation)
-    larger_by = [budget] if allocation.kind != "layers" else [f"{where}.num_experts"] * hasattr(adapter, "num_experts")
-    if getattr(adapter, "r", None) is not None or allocation.kind == "layers":
-        larger_by = [f"{where}.r", *larger_by]
-    fewer = f"or name fewer layers in {where}.target_modules"
-    if too_large := too_large_rank(shapes, capacities):
-        is_given = {each.rank for each in capacities.values()} == {getattr(adapter, "r", None)}
-        raise ValueError(f"{too_large}; lower {' or '.join(larger_by[:1] if is_given else larger_by)}, {fewer}")
-    advice = f"lower {' or '.join(larger_by)}, {fewer}"
-    check_memory(num_parameters(shapes, capacities), free, advice=advice)
-    with torch.device("meta"):
-        get_peft_model(skeleton, adapter.peft_config(skeleton, allocation))  # type: ignore[arg-type]
+        self._is_begun = True
+        if self._protection is not None:
+            self._protection.load_state_dict(checkpoint["protection"])
 
 
 def _checkpoint_blocks(base: nn.Module) -> None:

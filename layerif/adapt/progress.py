@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerif.compat import logged_step, set_logged_step
 from layerif.files import whole
+from layerif.layers import block_of
 from layerif.models.memory import PeakMemory
 from layerif.moe import measure_usage
 from layerif.moe.usage import UsageMeter, usage_by_block
@@ -130,7 +131,7 @@ class TrainingCurves(L.Callback):
         assert self._meter is not None
         usage = self._meter.take(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))  # type: ignore[arg-type]
         if usage and trainer.is_global_zero:
-            routing = usage_by_block(usage, list(pl_module.allocation.units))
+            routing = usage_by_block(usage, list(dict.fromkeys(map(block_of, pl_module.allocation.units))))
             log_routing(trainer.loggers, routing, logged_step(trainer))
             self._keep({"step": logged_step(trainer), "routing": routing})
 

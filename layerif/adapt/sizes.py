@@ -18,7 +18,7 @@ _BYTES = 4 * 4  # a trained parameter, its gradient and AdamW's two moments, in 
 
 
 class Capacity(NamedTuple):
-    """The experts of a block, one in plain LoRA, and the rank of each; 0 of either for a block without an adapter."""
+    """The experts of a block or matrix, one in plain LoRA, and the rank of each; 0 of either for no adapter."""
 
     experts: int
     rank: int
@@ -42,6 +42,11 @@ def adapted_shapes(base: nn.Module, targets: Sequence[str] | None) -> Shapes:
     }
 
 
+def names_of(shapes: Shapes) -> list[str]:
+    """Gives the full names of the linear layers with an adapter."""
+    return [f"{block}.{name}" for block, layers in shapes.items() for name in layers]
+
+
 def num_parameters(shapes: Shapes, capacities: Mapping[str, Capacity]) -> int:
     """Counts the parameters of an adapter.
 
@@ -49,12 +54,12 @@ def num_parameters(shapes: Shapes, capacities: Mapping[str, Capacity]) -> int:
 
     Args:
         shapes: of the layers with an adapter.
-        capacities: by block.
+        capacities: by block, or by the full name of a linear layer.
     """
     total = 0
     for block, layers in shapes.items():
-        experts, rank = capacities[block]
-        for inputs, outputs in layers.values():
+        for name, (inputs, outputs) in layers.items():
+            experts, rank = capacity_of(capacities, block, name)
             total += experts * rank * (inputs + outputs) + (experts * inputs if experts > 1 else 0)
     return total
 
@@ -63,15 +68,15 @@ def too_large_rank(shapes: Shapes, capacities: Mapping[str, Capacity]) -> str | 
     """Says which layer has a rank above its smaller side, where a larger rank adds nothing; None where none has."""
     for block, layers in shapes.items():
         for name, sides in layers.items():
-            if capacities[block].rank > min(sides):
+            if (rank := capacity_of(capacities, block, name).rank) > min(sides):
                 return (
-                    f"a rank of {_count(capacities[block].rank)} is more than {block}.{name} can use: it has "
+                    f"a rank of {_count(rank)} is more than {block}.{name} can use: it has "
                     f"{sides[0]} inputs and {sides[1]} outputs, so {min(sides)} is full rank"
                 )
     return None
 
 
-def check_memory(num_trained: int, free: float, *, advice: str, what: str = "the adapter") -> None:
+def check_memory(num_trained: int, free: float, *, advice: str, what: str = "the adapter", held: int = 0) -> None:
     """Refuses a training that needs more memory than there is.
 
     Args:
@@ -79,17 +84,24 @@ def check_memory(num_trained: int, free: float, *, advice: str, what: str = "the
         free: bytes.
         what: has them.
         advice: says what to do.
+        held: the numbers that are held for each parameter beside those of training.
 
     Raises:
         ValueError: with the numbers.
     """
-    needed = _BYTES * num_trained
+    needed = (_BYTES + 4 * held) * num_trained
     if needed > free:
+        more = f", and {held} numbers more for each" if held else ""
         raise ValueError(
             f"{what} would have {_count(num_trained)} parameters, whose training takes "
-            f"{_count(needed // 10**9)} GB (the weights, their gradients and AdamW's two moments in float32), and "
-            f"{free / 1e9:.3g} GB are free; {advice}"
+            f"{_count(needed // 10**9)} GB (the weights, their gradients and AdamW's two moments in float32{more}), "
+            f"and {free / 1e9:.3g} GB are free; {advice}"
         )
+
+
+def capacity_of(capacities: Mapping[str, Capacity], block: str, name: str) -> Capacity:
+    """Gives the capacity of a linear layer: its own, or else that of its block."""
+    return capacities.get(f"{block}.{name}") or capacities[block]
 
 
 def _count(number: int) -> str:

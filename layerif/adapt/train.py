@@ -112,6 +112,8 @@ def train(
             record.notes.append(f"{encodings.num_truncated} of {len(encodings)} {part} samples cut at data.max_length")
     if fit.keep == "best":
         _load_best(module, checkpoints / BEST)
+    assert module.model is not None
+    record.ranks = module.tuning.finished(module.model)
     if measure_validation:
         record.metrics["validation/loss"] = _validation_loss(trainer, module, data)
     model: Any = module.model

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from layerif.adapt.protect import Protection
 from layerif.allocate.allocation import Allocation
 from layerif.checks import NonNegative, Positive, Seed, Whole, check_fields, did_you_mean
 from layerif.scores import AllocationKind
+
+if TYPE_CHECKING:
+    from layerif.adapt.data import TaskDataModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,20 @@ class Tuning(ABC):
         return True
 
     @abstractmethod
+    def check_fits(self, skeleton: nn.Module, allocation: Allocation, *, free: float = math.inf) -> None:
+        """Refuses what cannot be trained like this, before any pass over the data.
+
+        Args:
+            skeleton: the bare model on the meta device; it is changed.
+            allocation: of a kind that is spent.
+            free: bytes of memory that the training may take.
+
+        Raises:
+            ValueError: names the setting; the training does not fit into the memory that is free, or the kind of tuning
+                cannot do it with this model.
+        """
+
+    @abstractmethod
     def put_on(self, base: nn.Module, allocation: Allocation) -> nn.Module:
         """Makes a bare model ready to be trained, in its place.
 
@@ -76,9 +95,42 @@ class Tuning(ABC):
     def write(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
         """Writes the trained model or adapter in the form that its library loads."""
 
+    def check_start(self, skeleton: nn.Module, allocation: Allocation, rows: TaskDataModule) -> None:
+        """Refuses train rows that the first weights cannot be taken from, before any work."""
+        del skeleton, allocation, rows
+
+    def started(self, model: nn.Module, allocation: Allocation, rows: TaskDataModule) -> nn.Module:
+        """Gives a model that is ready to be trained its first weights, where they come from train rows.
+
+        A run that resumes has its weights from the checkpoint instead.
+        """
+        del allocation, rows
+        return model
+
+    def scheduled(self, model: nn.Module, num_steps: int) -> None:
+        """Says how many steps of the optimiser the training has, before the first."""
+        del model, num_steps
+
+    def stepped(self, model: nn.Module, step: int) -> None:
+        """Follows a step of the optimiser, while its gradients are still there; the first is 1."""
+        del model, step
+
+    def finished(self, model: nn.Module) -> dict[str, int]:
+        """Ends the training, and returns the rank of each matrix where the training has chosen ranks by itself."""
+        del model
+        return {}
+
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         """Returns the terms that are added to the loss of the batch just run: by name, the weight and the value."""
         return {}
+
+    def protection(self, model: nn.Module) -> Protection | None:
+        """Makes what keeps weights near their pretrained values; None where nothing does.
+
+        Args:
+            model: as `put_on` returns it.
+        """
+        return None
 
     def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
         """Counts the parameters of the model that this one is a baseline of, by that model's name."""
@@ -111,13 +163,30 @@ def check_blocks(given: Sequence[str], known: Sequence[str], *, value: str) -> N
         known: the blocks of the model.
         value: what they have, for the message.
     """
-    for block in given:
-        if block not in known:
+    _check_all(given, known, "a block of this model", "blocks", value)
+
+
+def check_matrices(given: Sequence[str], known: Sequence[str], *, value: str) -> None:
+    """Refuses values of matrices unless they name every linear layer with an adapter and no other.
+
+    Args:
+        given: the names that have a value.
+        known: the linear layers of the blocks that get an adapter.
+        value: what they have, for the message.
+    """
+    what = "a linear layer that method.target_modules gives an adapter"
+    _check_all(given, known, what, "linear layers with an adapter", value)
+
+
+def _check_all(given: Sequence[str], known: Sequence[str], what: str, several: str, value: str) -> None:
+    allowed, named = set(known), set(given)
+    for unit in given:
+        if unit not in allowed:
             raise ValueError(
-                f"{block!r} has a {value} but is not a block of this model{did_you_mean(block, known)}; its blocks are "
+                f"{unit!r} has a {value} but is not {what}{did_you_mean(unit, known)}; its {several} are "
                 f"{known[0]} to {known[-1]}"
             )
-    if missing := [block for block in known if block not in given]:
+    if missing := [unit for unit in known if unit not in named]:
         raise ValueError(
-            f"{len(missing)} of {len(known)} blocks have no {value}, the first is {missing[0]!r}; give each one"
+            f"{len(missing)} of {len(known)} {several} have no {value}, the first is {missing[0]!r}; give each one"
         )

@@ -9,6 +9,7 @@ from typing import Literal
 
 Sense = Literal["cost", "gain"]
 
+_STRAIGHT = 1e-12  # a level that lies above a straight line by less, relative to it, is on it: that is rounding
 _TIE = 1e-9  # slopes that differ by less, relative to the steeper one, are equal: rounding alone tells them apart
 
 
@@ -25,9 +26,10 @@ def knapsack(
 
     The lower convex hull of cost over size (for gains the upper, concave one) of every unit is a row of segments. The
     segments of all units are bought in the order of their slope. Segments of equal slope share the rest of the budget
-    in proportion to their size. Where levels are steps, a step that does not fit is left out, and afterwards single
-    levels are taken as long as one fits. This is the optimum for convex curves and levels without steps. Gains in steps
-    miss the optimum by the value of the first segment that does not fit at most.
+    in proportion to their size. Where levels are steps, units of equal slope take a segment each in turn, a step that
+    does not fit is left out, and afterwards single levels are taken as long as one fits. This is the optimum for convex
+    curves and levels without steps. Gains in steps miss the optimum by the value of the first segment that does not fit
+    at most.
 
     Args:
         costs: of each level of each unit.
@@ -51,7 +53,7 @@ def knapsack(
         raise ValueError(f"a budget of {budget} is not allowed; allowed: {least} to {most}")
     segments: list[tuple[float, int, int, int]] = []
     for number, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
-        hull = _lower_hull([sign * each for each in cost], size)
+        hull = lower_hull([sign * each for each in cost], size)
         for start, stop in itertools.pairwise(hull):
             slope = sign * (cost[stop] - cost[start]) / (size[stop] - size[start])
             segments.append((slope, number, start, stop))
@@ -94,14 +96,22 @@ def _stepped(
     rest: float,
     sign: float,
 ) -> list[float]:
-    """Buys whole segments as long as they fit, and then single steps."""
+    """Buys whole segments as long as they fit, those of equal slope together, and then single steps."""
     at = [0] * len(levels)
     room = rest * (1 + 1e-12) + 1e-9
-    for _, number, start, stop in segments:
-        size = sizes[number][stop] - sizes[number][start]
-        if at[number] == start and size <= room:
-            at[number] = stop
-            room -= size
+
+    for equal in _ties(segments):
+        # The first segments of all units come before the second ones, and large ones before small ones, so that equal
+        # curves are spent evenly to the end.
+        rounds: list[tuple[int, float, int, int, int]] = []
+        seen: dict[int, int] = {}
+        for _, number, start, stop in sorted(equal, key=lambda each: each[2]):
+            seen[number] = seen.get(number, 0) + 1
+            rounds.append((seen[number], sizes[number][start] - sizes[number][stop], number, start, stop))
+        for _, size, number, start, stop in sorted(rounds):
+            if at[number] == start and -size <= room:
+                at[number] = stop
+                room += size
     while True:
         steps = [
             (
@@ -120,15 +130,15 @@ def _stepped(
         at[number] = stop
 
 
-def _lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
-    """Gives the levels on the lower convex hull of cost over size, the first and the last among them."""
+def lower_hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
+    """Gives the levels on the lower convex hull of cost over size, with the first, the last and those on its edges."""
     hull: list[int] = []
     for level in range(len(costs)):
         while len(hull) > 1:
             before, last = hull[-2], hull[-1]
             slope_to_last = (costs[last] - costs[before]) * (sizes[level] - sizes[before])
             slope_to_here = (costs[level] - costs[before]) * (sizes[last] - sizes[before])
-            if slope_to_last <= slope_to_here:
+            if slope_to_last - slope_to_here <= _STRAIGHT * (abs(slope_to_last) + abs(slope_to_here)):
                 break
             hull.pop()
         hull.append(level)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from layerif.checks import check_choice, check_unique, is_number
 from layerif.scores import AllocationKind
 
+COUNTS: tuple[AllocationKind, ...] = ("experts", "rank")  # kinds of which a unit may have any number
 BUDGET_TOLERANCE = 1e-6  # allowed error of a mean that is weighted by parameters
 MEANS: tuple[AllocationKind, ...] = ("sparsity", "bits")  # kinds whose budget is such a mean, and not a sum of counts
 
@@ -21,8 +22,9 @@ class Allocation:
     Attributes:
         units: names of blocks or matrices.
         kind: the meaning of a value.
-        values: a count per unit (experts, rank), the fraction of the unit's parameters to remove (sparsity), the bits
-            of each of its weights (bits), or 1 for a unit that stays (blocks) or is trained (layers), else 0.
+        values: a count per unit (experts, rank; 0 for one without an adapter), the fraction of the unit's parameters to
+            remove (sparsity), the bits of each of its weights (bits), or 1 for a unit that stays (blocks) or is trained
+            (layers), else 0.
         budget: the sum of the counts, or the parameter-weighted mean of sparsities or bits. It is checked on
             construction: counts exactly, a mean to 1e-6.
         sizes: parameters per unit, the weights of that mean; only for sparsity and bits.
@@ -47,6 +49,8 @@ class Allocation:
         for unit, value in zip(self.units, self.values, strict=True):
             if not is_allowed(self.kind, value):
                 raise ValueError(f"{self.kind} of {unit!r} must be {allowed}, got {value!r}")
+        if self.kind in COUNTS and not any(self.values):
+            raise ValueError(f"the {self.kind} of all {len(self.units)} units is 0; give at least one of them 1")
         spent = spent_budget(self.kind, self.values, self.sizes)
         if abs(spent - self.budget) > (BUDGET_TOLERANCE if self.kind in MEANS else 0):
             raise ValueError(
@@ -83,8 +87,8 @@ class Allocation:
 
 
 _ALLOWED: Mapping[AllocationKind, str] = {
-    "experts": "a whole number >= 1",
-    "rank": "a whole number >= 1",
+    "experts": "a whole number >= 0",
+    "rank": "a whole number >= 0",
     "sparsity": "a fraction in [0, 1]",
     "bits": "a number above 0 and at most 32",
     "blocks": "0 or 1",
@@ -100,7 +104,7 @@ def is_allowed(kind: AllocationKind, value: Any) -> bool:
         return 0 <= value <= 1
     if kind == "bits":
         return 0 < value <= 32
-    return value in (0, 1) if kind in ("blocks", "layers") else value >= 1
+    return value in (0, 1) if kind in ("blocks", "layers") else value >= 0
 
 
 def spent_budget(kind: AllocationKind, values: Sequence[float], sizes: Sequence[int] | None = None) -> int | float:

@@ -46,7 +46,7 @@ def to_bits(
     if not least <= target <= most:
         raise ValueError(
             f"allocator.target={target} is outside the feasible range {least:g} to {most:g} bits; change it, or the "
-            "formats (method.formats)"
+            "formats"
         )
     low, high = min(values), max(values)
     is_equal = high - low <= SPREAD_NOISE * high
@@ -79,7 +79,7 @@ class Bits:
 
     def __post_init__(self) -> None:
         check_fields(self, "allocator")
-        formats_called(self.formats)
+        formats_called(self.formats, "allocator.formats")
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         values = oriented_values(scores, layers, "bits", smoothing=self.smoothing)

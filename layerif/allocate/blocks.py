@@ -11,7 +11,7 @@ from layerif.allocate.allocation import Allocation
 from layerif.allocate.curves import Curves
 from layerif.allocate.spans import Spans
 from layerif.checks import check_fields, is_finite
-from layerif.layers import LayerMap, Unit
+from layerif.layers import BlockOrSublayer, LayerMap, Unit
 from layerif.scores import LayerScores
 
 
@@ -53,7 +53,7 @@ class Blocks:
     kind: ClassVar[Literal["blocks"]] = "blocks"
 
     keep: Keep = 0.8
-    unit: Unit = "block"
+    unit: BlockOrSublayer = "block"
 
     def __post_init__(self) -> None:
         check_fields(self, "allocator")

@@ -14,10 +14,11 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from layerif.allocate._counts import spend
 from layerif.allocate._hulls import Sense, interpolated, knapsack
-from layerif.allocate.allocation import MEANS, Allocation, spent_budget
-from layerif.checks import check_choice, check_fields, check_unique, check_value, how_many
-from layerif.layers import Granularity, LayerMap, Unit, block_of, sublayers
+from layerif.allocate.allocation import COUNTS, MEANS, Allocation, spent_budget
+from layerif.checks import Count, check_choice, check_fields, check_unique, check_value, how_many
+from layerif.layers import LayerMap, MatrixOrBlock, Unit, block_of, sublayers
 from layerif.scores import AllocationKind
 
 Level = Annotated[float, Ge(0), Le(32)]  # a fraction of the weights, or bits
@@ -33,18 +34,20 @@ class Curves:
     Attributes:
         units: names of matrices or of blocks.
         levels: the levels, ascending: fractions of the weights for a sparsity, bits of each weight for bits, 0 and 1
-            for blocks, where 1 keeps.
-        costs: in nats, for each unit and level (U×K).
+            for blocks, where 1 keeps, numbers for ranks and experts.
+        costs: in nats, for each unit and level (U×K). Gains of ranks and experts are in nats for each unit of the step
+            that a direction is followed by.
         sizes: what a level spends of the budget (U×K), ascending: the number of weights to remove for a sparsity, the
-            bits of all weights for bits.
+            bits of all weights for bits, the parameters of an adapter for ranks and experts.
         kind: what a level is.
         sense: `cost` where `costs` are rises of the loss, `gain` where they are falls.
         unit: whether units are matrices, blocks, or the attention and MLP of blocks.
         source: what the curves belong to, by part: the model, the pruner, the text of its masks, the text of the loss.
         fingerprint: of the measurement.
         is_stepped: only the levels themselves can be had, and nothing between two of them.
-        by_half: the costs that each half of the samples alone adds (2×U×K); their sum is `costs`. None where the
-            samples are not kept apart.
+        by_half: the costs that each half of the samples alone adds (2×U×K); their sum is `costs`, but for gains, of
+            which each half has a concave curve of its own. None where the samples are not kept apart.
+        most: the highest level that each unit can have; None: the last of all.
 
     Raises:
         ValueError: names the unit whose cost is not finite, or says which sizes do not fit one another.
@@ -56,11 +59,12 @@ class Curves:
     sizes: Tensor
     kind: AllocationKind = "sparsity"
     sense: Sense = "cost"
-    unit: Granularity | Unit = "matrix"
+    unit: Unit = "matrix"
     source: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = "none"
     is_stepped: bool = False
     by_half: Tensor | None = None
+    most: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_choice("sense", self.sense, get_args(Sense))
@@ -82,16 +86,17 @@ class Curves:
                 "(model.dtype=float32)"
             )
 
-    def allocate(self, target: float, unit: Granularity | None = None, **settings: Any) -> Allocation:
+    def allocate(self, target: float | None = None, unit: MatrixOrBlock | None = None, **settings: Any) -> Allocation:
         """Spends the curves.
 
         Args:
             target: the mean level, weighted by the size of the units: the fraction of all weights to remove, or the
-                bits of a weight.
+                bits of a weight. For gains the budget: the parameters of the adapter, or None.
             unit: `matrix` or `block`; None: the unit of the curves. Curves of matrices add up to curves of blocks.
             settings: `floor` and `cap`, see `Knapsack`.
         """
-        return Knapsack(target=target, unit=unit, **settings)(self)
+        spent: dict[str, Any] = {"budget" if self.kind in COUNTS else "target": target}
+        return Knapsack(unit=unit, **spent, **settings)(self)
 
     @cached_property
     def halves(self) -> tuple[Curves, Curves] | None:
@@ -111,8 +116,13 @@ class Curves:
             return values_UK.new_zeros(len(blocks), values_UK.shape[1]).index_add_(0, rows, values_UK)
 
         by_half = None if self.by_half is None else torch.stack([summed(half) for half in self.by_half])
+        most = None
+        if self.most is not None:
+            of_rows = list(zip(rows.tolist(), self.most, strict=True))
+            most = tuple(min(each for row, each in of_rows if row == number) for number in range(len(blocks)))
         return replace(
             self,
+            most=most,
             units=tuple(blocks),
             costs=summed(self.costs),
             sizes=summed(self.sizes),
@@ -161,6 +171,11 @@ class Curves:
             total += interpolated(fine.levels, costs_K, values[unit])
         return total
 
+    def size_at(self, values: Mapping[str, float]) -> float:
+        """Gives what levels of the curves spend of the budget together, a level for every unit, by its name."""
+        levels = [self.levels.index(values[unit]) for unit in self.units]
+        return float(self.sizes[torch.arange(len(levels)), levels].sum())
+
 
 def with_base(kind: AllocationKind, levels: Sequence[float]) -> tuple[float, ...]:
     """Gives all levels of a curve whose prices at some levels are known: a sparsity of 0 costs nothing."""
@@ -169,7 +184,7 @@ def with_base(kind: AllocationKind, levels: Sequence[float]) -> tuple[float, ...
 
 def equal_curves(
     layers: LayerMap,
-    unit: Granularity,
+    unit: Unit,
     levels: Sequence[float],
     is_stepped: bool = False,
     kind: AllocationKind = "sparsity",
@@ -184,7 +199,7 @@ def equal_curves(
     return Curves(names, tuple(levels), costs_UK, weights_U1 * levels_K, kind=kind, unit=unit, is_stepped=is_stepped)
 
 
-def sizes_of(layers: LayerMap, unit: Granularity | Unit) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def sizes_of(layers: LayerMap, unit: Unit) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Gives the names of the units, and the weights of each.
 
     Raises:
@@ -205,63 +220,85 @@ class Knapsack:
     """Spends curves, by `knapsack`: each unit gets the level at which the loss pays least in all.
 
     Bits are steps, so that their mean stays at or below the target. More bits that do not lower the price of a unit
-    are not bought.
+    are not bought. Ranks and experts are bought by `layerif.allocate._counts.spend`.
 
     Attributes:
-        target: the mean level: the fraction of all weights to remove, or the bits of a weight.
+        target: the mean level: the fraction of all weights to remove (None: 0.5), or the bits of a weight.
+        budget: of ranks and experts, in parameters of the adapter; None: those of rank 8, or of 5 experts, everywhere.
         unit: matrix or block; None: the unit of the curves.
-        floor: the least of a unit; None: the sparsity 0.2, or the target where that is lower, or the fewest bits.
-        cap: the most of a unit; None: the sparsity 0.9, or the most bits.
+        floor: the least of a unit; None: the sparsity 0.2, or the target where that is lower, or the fewest bits; rank
+            0, which is no adapter, or 1 expert.
+        cap: the most of a unit; None: the sparsity 0.9, or the most bits, ranks or experts of the curves.
     """
 
     spends: ClassVar[Literal["curves"]] = "curves"
 
-    target: Level = 0.5
-    unit: Granularity | None = None
-    floor: Level | None = None
-    cap: Annotated[float, Gt(0), Le(32)] | None = None
+    target: Level | None = None
+    budget: Count | None = None
+    unit: MatrixOrBlock | None = None
+    floor: Annotated[float, Ge(0)] | None = None
+    cap: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "allocator")
 
-    def range(self, curves: Curves) -> tuple[float, float]:
+    def range(self, curves: Curves, target: float) -> tuple[float, float]:
         """Gives the least and the most that a unit gets.
+
+        Args:
+            curves: of sparsity or bits.
+            target: the mean level.
 
         Raises:
             ValueError: the target lies outside, or no unit can have it.
         """
-        least, most = min(FLOOR, self.target), CAP
+        least, most = min(FLOOR, target), CAP
         if curves.kind == "bits":
             least, most = curves.levels[0], curves.levels[-1]
         elif curves.kind == "sparsity":
-            check_value("allocator.target", self.target, Annotated[float, Lt(1)])
+            check_value("allocator.target", target, Annotated[float, Lt(1)])
             check_value("allocator.cap", most if self.cap is None else self.cap, Annotated[float, Lt(1)])
         low, high = least if self.floor is None else self.floor, most if self.cap is None else self.cap
-        if not low <= self.target <= high:
+        if not low <= target <= high:
+            is_bits = curves.kind == "bits"
+            nearest = min(curves.levels, key=lambda level: abs(level - (low + high) / 2))
+            example = f", as allocator.target={nearest:g}" if is_bits and low <= nearest <= high else ""
             raise ValueError(
-                f"allocator.target={self.target} is outside the feasible range {low:g} to {high:g}"
-                f"{' bits' * (curves.kind == 'bits')}; change it, or allocator.floor or allocator.cap"
+                f"allocator.target={target} is outside the feasible range {low:g} to {high:g}{' bits' * is_bits}; "
+                f"change it{example}, or allocator.floor or allocator.cap"
             )
         return low, high
 
     def __call__(self, curves: Curves) -> Allocation:
-        if curves.kind not in MEANS or curves.sense != "cost":
+        is_counted = curves.kind in COUNTS and curves.sense == "gain"
+        if not is_counted and (curves.kind not in MEANS or curves.sense != "cost"):
             got = f"{curves.kind} ({curves.sense})" + "; use allocator=blocks" * (curves.kind == "blocks")
-            raise ValueError(f"allocator=knapsack must have curves of what a sparsity or bits cost, got {got}")
+            raise ValueError(
+                f"allocator=knapsack must have curves of what a sparsity or bits cost, or of what ranks or experts "
+                f"gain, got {got}"
+            )
+        other, size = ("target", "budget") if is_counted else ("budget", "target")
+        if getattr(self, other) is not None:
+            raise ValueError(
+                f"allocator.{other}={getattr(self, other)} has no meaning for {curves.kind}; use allocator.{size}"
+            )
         if self.unit == "matrix" and curves.unit == "block":
             raise ValueError(
                 "allocator.unit=matrix needs curves of matrices, and these are of blocks; use "
                 "estimator.granularity=matrix, or allocator.unit=block"
             )
-        low, high = self.range(curves)
         spent = curves.by_block if self.unit == "block" and curves.unit == "matrix" else curves
+        if is_counted:
+            return spend(spent, self.budget, floor=self.floor, cap=self.cap)
+        target = 0.5 if self.target is None else self.target
+        low, high = self.range(curves, target)
         fine = spent.finer
         weights = [round(float(size) / fine.levels[-1]) for size in fine.sizes[:, -1]]
         points = [self._points(fine.levels, costs_K, low, high, fine.is_stepped) for costs_K in fine.costs.tolist()]
         given = [level for level, _ in points[0]]
-        if not given or not given[0] - 1e-9 <= self.target <= min(given[-1], spent.levels[-1]) + 1e-9:
+        if not given or not given[0] - 1e-9 <= target <= min(given[-1], spent.levels[-1]) + 1e-9:
             raise ValueError(
-                f"allocator.target={self.target} is outside the levels that allocator.floor and allocator.cap leave of "
+                f"allocator.target={target} is outside the levels that allocator.floor and allocator.cap leave of "
                 f"{', '.join(f'{level:g}' for level in spent.levels)}; change one of the three, or the levels "
                 f"({'estimator.formats' if curves.kind == 'bits' else 'estimator.levels, pruner.m'})"
             )
@@ -273,10 +310,10 @@ class Knapsack:
             [[cost for _, cost in each] for each in points],
             sizes,
             levels,
-            self.target * sum(weights),
+            target * sum(weights),
             is_stepped=fine.is_stepped,
         )
-        budget = spent_budget(curves.kind, values, weights) if fine.is_stepped else self.target
+        budget = spent_budget(curves.kind, values, weights) if fine.is_stepped else target
         return Allocation(fine.units, curves.kind, tuple(values), budget, tuple(weights), dict(curves.source))
 
     @staticmethod

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from layerif.allocate.allocation import MEANS, Allocation, spent_budget
+from layerif.allocate.allocation import COUNTS, MEANS, Allocation, spent_budget
 from layerif.allocate.curves import sizes_of
 from layerif.checks import check_fields, check_object, check_unique, is_finite, is_number, shown
 from layerif.files import read_json
-from layerif.layers import Granularity, LayerMap, Unit, in_layer_order, within_block
+from layerif.layers import LayerMap, Unit, in_layer_order, within_block
 from layerif.record.older import in_todays_shape
 from layerif.scores import AllocationKind, LayerScores
 
@@ -24,8 +24,9 @@ class SavedAllocation:
 
     Attributes:
         path: a JSON file with one of
-            {"layer name": value, …} in any order, or {"matrix name": value, …} for sparsity and bits, or
-            {"name of an attention or MLP": value, …} for blocks;
+            {"layer name": value, …} in any order, or {"matrix name": value, …} for sparsity, bits, rank and experts (of
+            these two only the matrices that get an adapter need one), or {"name of an attention or MLP": value, …} for
+            blocks;
             [value, …], one per layer in the model's order;
             the `record.json` of an earlier run, or its `allocation` alone with "units" and "values".
         kind: the meaning of a value. A file that states its kind must agree.
@@ -55,6 +56,8 @@ class SavedAllocation:
         check_unique(names, values, what=what)
         unit = self._unit(names, layers, what)
         units, numel = sizes_of(layers, unit)
+        if unit == "matrix" and self.kind in COUNTS:  # the adapter knows which matrices need a value
+            units = tuple(name for name in units if name in {*names}) or units
         ordered = in_layer_order(dict(zip(names, values, strict=True)), units, source=what, unit=unit)
         for value in values:
             if not is_number(value) or not is_finite(value):
@@ -65,7 +68,7 @@ class SavedAllocation:
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
 
-    def _unit(self, names: Sequence[str], layers: LayerMap, what: str) -> Granularity | Unit:
+    def _unit(self, names: Sequence[str], layers: LayerMap, what: str) -> Unit:
         """Tells if the names are those of blocks, of matrices or of parts of blocks, and refuses a mixture."""
         blocks = [name for name in names if name in layers.names]
         matrices = [name for name in names if name not in layers.names and within_block(name)]
@@ -77,11 +80,10 @@ class SavedAllocation:
             )
         if matrices and self.kind == "blocks":
             return "sublayer"
-        if matrices and self.kind not in MEANS:
+        if matrices and self.kind not in (*MEANS, *COUNTS):
             raise ValueError(
-                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only {' and '.join(MEANS)} can be given to "
-                f"matrices; "
-                f"name the {len(layers.names)} layers {layers.names[0]!r} to {layers.names[-1]!r}"
+                f"{what} gives {self.kind} to matrices ({matrices[0]}), and only {', '.join((*MEANS, *COUNTS))} can be "
+                f"given to matrices; name the {len(layers.names)} layers {layers.names[0]!r} to {layers.names[-1]!r}"
             )
         return "matrix" if matrices else "block"
 

@@ -1,6 +1,7 @@
-"""Water-filling (MDL, Amaefuna et al., 2026): sparsities and experts per layer from gains, by one multiplier.
+"""Water-filling (MDL, Amaefuna et al., 2026): sparsities, experts and ranks per layer from gains, by one multiplier.
 
-The gains q are the scores of `estimator=quadratic`; a layer of high gain keeps more weights and gets more experts.
+The gains q are the scores of `estimator=quadratic`; a layer of high gain keeps more weights and gets more experts, or a
+higher rank.
 """
 
 from __future__ import annotations
@@ -91,24 +92,24 @@ def experts_by_gain(
 
 @dataclass(frozen=True, kw_only=True)
 class WaterFilling:
-    """Spends gains on sparsities by `sparsity_by_gain`, or on experts by `experts_by_gain`.
+    """Spends gains on sparsities by `sparsity_by_gain`, or on experts or ranks by `experts_by_gain`.
 
     Scores that mark undertrained layers mean more sparsity when they are high, and gains less: for a sparsity they are
-    turned round as `estimator=reversed` does. The size of an expert counts as in proportion to the block's parameters,
-    which makes no difference where all blocks have the same shape.
+    turned round as `estimator=reversed` does. The size of an expert, or of a rank, counts as in proportion to the
+    block's parameters, which makes no difference where all blocks have the same shape.
 
     Attributes:
-        kind: spend on `sparsity` or `experts`.
+        kind: spend on `sparsity`, `experts` or `rank`.
         power: k or β.
         target: the mean sparsity.
         cap: the most sparsity that a block gets.
-        budget: the experts of all blocks together; None: 5 per block.
-        floor: the least number of experts of a block.
+        budget: the experts, or ranks, of all blocks together; None: 5 experts or rank 8 per block.
+        floor: the fewest experts, or the lowest rank, of a block.
     """
 
     spends: ClassVar[Literal["scores"]] = "scores"
 
-    kind: Literal["sparsity", "experts"] = "sparsity"
+    kind: Literal["sparsity", "experts", "rank"] = "sparsity"
     power: Power = 1.0
     target: TargetSparsity = 0.5
     cap: Cap = 0.9
@@ -121,10 +122,11 @@ class WaterFilling:
 
     def __call__(self, scores: LayerScores, layers: LayerMap) -> Allocation:
         gains = in_layer_order(scores.by_name(), layers.names, source=f"scores from {scores.source}")
-        if self.kind == "experts":
-            budget = 5 * len(layers.names) if self.budget is None else self.budget
+        if self.kind != "sparsity":
+            each = 5 if self.kind == "experts" else 8
+            budget = each * len(layers.names) if self.budget is None else self.budget
             counts = experts_by_gain(gains, layers.numel, budget, power=self.power, floor=self.floor)
-            return Allocation(layers.names, "experts", tuple(counts), budget)
+            return Allocation(layers.names, self.kind, tuple(counts), budget)
         if scores.higher_means == "undertrained":
             low, high = min(gains), max(gains)
             gains = tuple(low + (high - gain) for gain in gains)

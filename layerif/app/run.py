@@ -23,6 +23,7 @@ from layerif.adapt.train import CHECKPOINTS
 from layerif.app.schema import check
 from layerif.app.setup import Setup
 from layerif.app.sweep import is_swept
+from layerif.attribution.selection.all import AllRows
 from layerif.checks import how_many
 from layerif.data.batches import shown_text
 from layerif.data.render import Example
@@ -167,12 +168,28 @@ def _prepare_process(config: DictConfig) -> None:
 
 def _check_method(setup: Setup) -> None:
     """Refuses, before any measurement, a method that cannot work or cannot give the figure that a search needs."""
+    _check_rows_to_learn_from(setup)
     setup.method.check(setup)
     if setup.config.get("objective") == "validation/loss" and not setup.method.fine_tunes:
         raise ValueError(
             "objective=validation/loss is a figure of a fine-tuned model, and this method fine-tunes none; use "
             "method=lora_moe (or lora, lora_equal, full, or prune or drop with method.recover), or "
             "objective=reliability for scores alone"
+        )
+
+
+def _check_rows_to_learn_from(setup: Setup) -> None:
+    """Refuses a selection of rows, or a filter of tokens, that the method would not look at."""
+    if not setup.method.selects_rows and not isinstance(setup.selection, AllRows):
+        raise ValueError(
+            f"selection chooses the rows of fine-tuning, and method={setup.method.name} does not select any; use "
+            "selection=all, or method=lora, lora_moe, lora_equal or full (none: only show the rows)"
+        )
+    token_filter = setup.config.data.get("token_filter", "none")
+    if token_filter != "none" and not (setup.method.selects_rows and setup.method.fine_tunes):
+        raise ValueError(
+            f"data.token_filter={token_filter} is for fine-tuning, and method={setup.method.name} does not filter "
+            "tokens; use data.token_filter=none, or method=lora, lora_moe, lora_equal or full"
         )
 
 

@@ -35,6 +35,7 @@ class Config:
     allocator: Any = MISSING
     method: Any = MISSING
     pruner: Any = MISSING
+    selection: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
     probe: Any = MISSING
@@ -67,6 +68,7 @@ _OBJECTS = (
     "allocator",
     "method",
     "pruner",
+    "selection",
     "trainer",
     "probe",
     "data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from layerif.adapt.data import TaskDataModule
 from layerif.adapt.train import Fit
 from layerif.app.methods import Method
+from layerif.attribution.selection import Pool, Selection
+from layerif.attribution.selection.all import AllRows
 from layerif.data.batches import check_vocabulary
 from layerif.data.task import AnyTask, Splits
 from layerif.decide import Decider
@@ -34,8 +37,9 @@ from layerif.targets import allowed_target, build
 # Settings that may be the path of a file. If the file's content changes, it is another job.
 _FILES = (
     "method.allocation",
+    "method.query",
+    "method.index",
     "method.calibration.text",
-    "estimator.mask_text.text",
     "estimator.calibration.text",
     "evaluation.text",
 )
@@ -48,7 +52,7 @@ class Setup:
 
     Attributes:
         config: the composed configuration.
-        model, task, method, evaluation, fit: the objects of these keys.
+        model, task, method, evaluation, fit, selection: the objects of these keys.
         splits: the task's rows.
         scored: the rows that scores are measured on: those of `score_task`, or else the task's own.
         store: keeps the measurements.
@@ -62,6 +66,8 @@ class Setup:
         self.method: Method = self._build("method")
         self.evaluation: Evaluation = self._build("evaluation")
         self.fit: Fit = self._build("fit")
+        # A configuration that an earlier version left (`--config-path`) has no such key.
+        self.selection: Selection = self._build("selection") if "selection" in config else AllRows()
         self.model.check()
         self.tokenizer = self.model.tokenizer()
         self.splits = self.task.load()
@@ -105,6 +111,8 @@ class Setup:
         hashes = {"rows": self.splits.fingerprint, **self.model.inputs(), **self.decider.inputs()}
         if self.scored is not self.splits:
             hashes["score_task"] = self.scored.fingerprint
+        if isinstance(other := getattr(self.method, "other", None), Pretrained):
+            hashes |= {f"method.other.{name}": value for name, value in other.inputs().items()}
         for setting in _FILES:
             given = OmegaConf.select(self.config, setting)
             paths = [given] if isinstance(given, str) else list(given or ())
@@ -117,6 +125,29 @@ class Setup:
     def datamodule(self) -> TaskDataModule:
         """The batches of the task for fine-tuning."""
         return self._build("data")(self.splits, self.tokenizer)
+
+    @property
+    def pool(self) -> Pool:
+        """The train rows that a selection chooses from; test rows are out of its sight."""
+        seen = replace(self.splits, test=())
+        data = self.datamodule
+        return Pool(replace(self.decider, splits=seen), data.train, data.template, data.max_length)
+
+    def with_rows(self, rows: Sequence[int]) -> Setup:
+        """Returns this setup with some of the train rows, in the task's order.
+
+        Scores see these rows, too, unless they are of another task (`score_task`).
+
+        Args:
+            rows: their positions.
+        """
+        chosen = copy.copy(self)
+        train = tuple(self.splits.train[row] for row in sorted(rows))
+        chosen.splits = replace(self.splits, train=train)
+        chosen.scored = chosen.splits if self.scored is self.splits else self.scored
+        chosen.decider = replace(self.decider, splits=chosen.scored)
+        vars(chosen).pop("datamodule", None)
+        return chosen
 
     @property
     def free_for_training(self) -> int:
@@ -165,8 +196,8 @@ class Setup:
 
 # The allocators that spend scores or curves, by the kind of allocation that a method spends.
 _SPENDERS = {
-    "experts": {"scores": "experts"},
-    "rank": {"scores": "rank"},
+    "experts": {"scores": "experts", "curves": "knapsack"},
+    "rank": {"scores": "rank", "curves": "knapsack"},
     "sparsity": {"scores": "sparsity", "curves": "knapsack"},
     "bits": {"scores": "bits", "curves": "knapsack"},
     "blocks": {"scores": "blocks", "curves": "blocks"},
@@ -174,6 +205,8 @@ _SPENDERS = {
 }
 _SCORED = "an estimator of scores, such as datainf"
 _PRICED: Mapping[AllocationKind, str] = {
+    "experts": "estimator=gain_curve",
+    "rank": "estimator=gain_curve",
     "sparsity": "estimator=loss_curve",
     "bits": "estimator=bits_curve",
     "blocks": "estimator=skip_curve or angular",

@@ -289,8 +289,8 @@ def _describe(entry: Entry) -> None:
     try:
         with safe_open(entry.path, framework="np") as opened:
             header = opened.metadata() or {}
-            if entry.kind in ("grams", "influences"):
-                matrix = next(name for name in opened.keys() if not name.endswith(("train_train", "val_norms")))  # noqa: SIM118
+            if entry.kind == "grams":
+                matrix = next(name for name in opened.keys() if name.endswith("val_train"))  # noqa: SIM118
                 num_validation, num_train = opened.get_slice(matrix).get_shape()
                 entry.samples = num_train, num_validation
         texts = {name: json.loads(header.get(name, "{}")) for name in ("description", "about")}

@@ -1,7 +1,7 @@
 """Blocks, or attention and MLP of blocks, are left out of a loaded model.
 
 A model that lost blocks is an ordinary one of its family: `save_pretrained` writes it, and plain transformers loads it.
-One that lost parts of blocks is only as such in memory, because its configuration cannot say so.
+One that lost parts of blocks exists in memory only, because no configuration can describe it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def without(model: nn.Module, units: Iterable[str]) -> Iterator[None]:
 def check_droppable(skeleton: nn.Module, units: Sequence[str]) -> None:
     """Refuses a model that would not be an ordinary one of its family without some blocks.
 
-    Leaving out the first block moves every other one, so that it also shows settings that count blocks.
+    Leaving out the first block moves every other one, so that it also shows settings that count blocks. Without parts
+    of blocks no model is ordinary, and only their names are checked.
 
     Args:
         skeleton: the model without its weights; it is left as it was.
@@ -64,12 +65,10 @@ def check_droppable(skeleton: nn.Module, units: Sequence[str]) -> None:
     Raises:
         ValueError: names the model's kind, and what its configuration cannot say.
     """
-    first = next(iter(blocks(skeleton)))
-    whole_blocks = [unit for unit in units if not within_block(unit)]
-    tries = [units] if len(whole_blocks) < len(units) else [[first], units]
-    for dropped in tries:
+    has_parts = any(map(within_block, units))
+    for dropped in (units,) if has_parts else ([next(iter(blocks(skeleton)))], units):
         with without(skeleton, dropped):
-            if not any(map(within_block, dropped)):
+            if not has_parts:
                 check_ordinary(skeleton)
 
 

@@ -91,6 +91,8 @@ def refusals(outcome: Outcome) -> dict[str, str]:
         found["peft"] = "it left no adapter"
     elif outcome.model is not None:
         found["peft"] = "its adapter stands on the model that the run left, which others do not have"
+    elif outcome.settings.get("peft_type") == "ADALORA":
+        found["peft"] = "AdaLoRA has a value of its own for each rank, which plain LoRA has not"
     elif outcome.settings.get("keep_zeros"):
         found["peft"] = "its adapter leaves the zeros of the weights below it alone, and plain LoRA fills them"
     if not outcome.formats:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from layerif.checks import Count, check_fields
 from layerif.models.blocks import context_length, device_of
 from layerif.models.contexts import evaluating
+from layerif.models.memory import PeakMemory
 from layerif.models.weights import model_files
 
 
@@ -67,22 +68,19 @@ class Speed:
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(num_ids, (self.batch_size, self.prompt_tokens), generator=generator).to(device)
         prefills, decodes, cache = [], [], None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        peak = PeakMemory(device)
         with evaluating(model), torch.inference_mode():
             for number in range(self.repeats + 1):
                 prefill, decode, cache = self._run(model, ids_BT)
                 if number:
                     prefills.append(prefill)
                     decodes.append(decode)
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device)
-        else:
-            memory = weight_bytes(model, buffers=True) + sum(map(_bytes, _kept_in(cache)))
+        taken = weight_bytes(model, buffers=True) + sum(map(_bytes, _kept_in(cache)))
         return {
             "prefill_tokens_per_second": ids_BT.numel() / statistics.median(prefills),
             "decode_tokens_per_second": self.batch_size * self.new_tokens / statistics.median(decodes),
-            "memory_bytes": memory,
+            # The main memory of the process would hold what was there before, such as the dense model.
+            "memory_bytes": peak.bytes if peak.of == "cuda" else taken,
         }
 
     def _run(self, model: Any, ids_BT: Tensor) -> tuple[float, float, Any]:

@@ -19,6 +19,7 @@ from random import Random
 from layerif.checks import Count
 from layerif.data.source import Row
 
+QUESTION = "In which country is the city of {city}?"
 LEAST_INHABITANTS = 200_000
 SHARED_BY = 4  # the questions that share their options, which are as many
 
@@ -170,7 +171,7 @@ def _questions(four: Sequence[City], random: Random) -> Iterator[Row]:
     for city, place in zip(four, random.sample(range(SHARED_BY), SHARED_BY), strict=True):
         options = random.sample([other.country for other in four if other is not city], SHARED_BY - 1)
         options.insert(place, city.country)
-        question = f"In which country is the city of {city.name}?"
+        question = QUESTION.format(city=city.name)
         yield Row(
             f"city {city.name}", {"id": city.id, "question": question, "options": options, "answer": city.country}
         )

@@ -15,7 +15,9 @@ import numpy as np
 from torch import Tensor
 
 import layerif.estimators
-from layerif.estimators._base import DampedEstimator, GramEstimator, by_block, name_of
+from layerif.estimators._base import CurvatureEstimator, DampedEstimator, GramEstimator, name_of
+from layerif.estimators.ekfac import Ekfac
+from layerif.estimators.shampoo import Shampoo
 from layerif.evidence import LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.scores import Aggregation
@@ -41,15 +43,16 @@ def panel(own: GramEstimator) -> dict[str, GramEstimator]:
     return found
 
 
+def curvature_panel(own: GramEstimator) -> dict[str, CurvatureEstimator]:
+    """Gives EK-FAC and Shampoo at the relative damping of the user's estimator, or at theirs where it has none."""
+    if isinstance(own, DampedEstimator) and own.damping_rule == "relative":
+        return {"ekfac": Ekfac(damping=own.damping), "shampoo": Shampoo(damping=own.damping)}
+    return {"ekfac": Ekfac(), "shampoo": Shampoo()}
+
+
 def total_influence(estimator: GramEstimator, grams: LayerGrams) -> Tensor:
     """Sums I (M×N) over all matrices of all layers."""
     return reduce(add, estimator.influences(estimator.solvable(grams).grams).values())
-
-
-def layer_influences(estimator: GramEstimator, grams: LayerGrams) -> dict[str, Tensor]:
-    """Returns I (M×N) of each layer, summed over the layer's matrices."""
-    solvable = estimator.solvable(grams)
-    return by_block(estimator.influences(solvable.grams), solvable.layers)
 
 
 def agreement(estimators: Mapping[str, GramEstimator], grams: LayerGrams) -> tuple[list[str], np.ndarray]:

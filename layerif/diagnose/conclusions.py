@@ -59,7 +59,8 @@ def conclusions(report: Mapping[str, Any]) -> list[Conclusion]:
         report: the sections of a report, as `diagnose.json` holds them.
     """
     rules = (_instrument, _gradients, _optimum, _solvers, _approximation, _samples, _highest, _damping)
-    rules += (_seeds, _curvature, _prediction, _average, _noise, _better, _mislabel, _mislabel_better)
+    rules += (_seeds, _curvature, _prediction, _average, _noise, _better, _beyond_words, _removed)
+    rules += (_mislabel, _mislabel_better)
     return [conclusion for rule in rules if (conclusion := rule(report)) is not None]
 
 
@@ -243,6 +244,27 @@ def _better(report: Mapping[str, Any]) -> Conclusion | None:
         f"Averaged over these seeds, {own} predicts loss changes better than plain gradient products.",
         above(0, found["beyond_grad_dot"][own]),
         f"its LDS exceeds that of grad_dot by {with_interval(found['beyond_grad_dot'][own])}",
+    )
+
+
+def _beyond_words(report: Mapping[str, Any]) -> Conclusion:
+    own, found = report["estimator"], report["leave_out"]
+    return Conclusion(
+        f"Averaged over these seeds, {own} predicts loss changes better than BM25, which compares words.",
+        above(0, found["beyond_bm25"][own]),
+        f"its LDS exceeds that of bm25 by {with_interval(found['beyond_bm25'][own])}",
+    )
+
+
+def _removed(report: Mapping[str, Any]) -> Conclusion:
+    own, found = report["estimator"], report["leave_out"]["removed"]
+    mine = found["by"][own]
+    return Conclusion(
+        f"Averaged over these seeds, training without the rows that {own} calls most helpful costs more than without "
+        "random rows.",
+        above(0, mine["beyond_random"]),
+        f"without those {found['size']} rows the mean validation loss is {mine['change']:+.3f} nats away from that of "
+        f"all rows, {with_interval(mine['beyond_random'], 3)} above the mean of the random sets",
     )
 
 

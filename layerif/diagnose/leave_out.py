@@ -94,15 +94,43 @@ def lds_draws(
 
 
 def lds_estimates(
-    predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, than: str, seed: int
-) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Returns the LDS of every prediction and its excess over that of the prediction `than`, both with intervals."""
+    predicted: Mapping[str, np.ndarray], actual_SM: np.ndarray, *, than: Sequence[str] = (), seed: int
+) -> tuple[dict[str, Estimate], dict[str, dict[str, Estimate]]]:
+    """Returns the LDS of every prediction with its interval, and its excess over each prediction in `than`."""
     draws = lds_draws(predicted, actual_SM, seed=seed)
     values = {name: lds(predicted_SM, actual_SM) for name, predicted_SM in predicted.items()}
     return (
         {name: percentile(values[name], draws[name]) for name in predicted},
-        {name: percentile(values[name] - values[than], draws[name] - draws[than]) for name in predicted},
+        {
+            rival: {name: percentile(values[name] - values[rival], draws[name] - draws[rival]) for name in predicted}
+            for rival in than
+        },
     )
+
+
+def most_helpful(influence_MN: Tensor, size: int) -> tuple[int, ...]:
+    """Returns the `size` train rows of the most negative influence on all validation rows together, ascending."""
+    order = influence_MN.sum(dim=0).argsort(stable=True)
+    return tuple(sorted(order[:size].tolist()))
+
+
+def beyond_random(removed_M: np.ndarray, random_SM: np.ndarray, *, seed: int) -> Estimate:
+    """Compares the mean loss change without some chosen rows with that without random sets of as many rows.
+
+    Args:
+        removed_M: the change of each validation row's loss without the chosen rows.
+        random_SM: the same without each random set.
+        seed: of the bootstrap over validation rows and over sets.
+
+    Returns:
+        The excess in nats.
+    """
+    (num_sets, num_val), rng = random_SM.shape, np.random.default_rng(seed)
+    draws = []
+    for _ in range(INTERVAL_RESAMPLES):
+        sets, rows = rng.integers(num_sets, size=num_sets), rng.integers(num_val, size=num_val)
+        draws.append(removed_M[rows].mean() - random_SM[np.ix_(sets, rows)].mean())
+    return percentile(float(removed_M.mean() - random_SM.mean()), np.array(draws))
 
 
 def seed_agreement(actual_ESM: np.ndarray) -> float:

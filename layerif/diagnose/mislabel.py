@@ -61,7 +61,7 @@ def flip(examples: Sequence[_E], share: float, *, seed: int) -> tuple[list[_E], 
         wrong = _wrong(example, examples, chosen)
         if not wrong:
             raise ValueError(
-                f"example {example.id} has no other answer that could be made its own; method=diagnose needs a task "
+                f"example {example.id} has no other answer that could be made its own; a wrong one needs a task "
                 "with at least two options a row, or with answers that differ"
             )
         flipped.append(chosen.choice(wrong) if is_flipped else example)

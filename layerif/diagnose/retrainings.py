@@ -10,9 +10,10 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,10 +21,12 @@ from torch import nn
 from layerif.data.batches import padding_id
 from layerif.decide import Decider
 from layerif.diagnose.retrain import Recipe, Retrainer, losses
-from layerif.evidence import LayerGrams
+from layerif.evidence import LayerCurvature, LayerGrams
 from layerif.files import hash_files, whole, write_text
 from layerif.models.blocks import layer_map
+from layerif.probe.curvature.request import Curvature
 from layerif.probe.grams.request import Grams
+from layerif.probe.store import Unstored
 from layerif.progress import progress
 
 log = logging.getLogger(__name__)
@@ -55,21 +58,38 @@ class Retrainings:
         if untrained is None:
             untrained = self._losses(self.model())
             _write(untrained, self.work / "losses-untrained.json")
-        for seed in self.seeds:
-            self._train(seed)
+        self._train_all()
         full = [self._kept(seed) for seed in self.seeds]
         left_out = [[self._kept(seed, number) for number in range(len(self.sets))] for seed in self.seeds]
         return np.array(untrained), np.array(full), np.array(left_out)
 
+    def without(self, rows: Sequence[int]) -> np.ndarray:
+        """Returns the losses of M validation rows, trained without these rows at every seed (E×M)."""
+        name = hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:12]
+        for seed in self.seeds:
+            self._train(seed, {name: rows})
+        return np.array([self._kept(seed, name) for seed in self.seeds])
+
     def grams(self) -> dict[int, LayerGrams]:
         """Returns the Grams of the LoRA matrices at each seed's adapter, which was trained on all rows."""
-        for seed in self.seeds:
-            self._train(seed)
+        self._train_all()
         return {seed: self._measure(seed, None) for seed in self.seeds}
 
-    def _train(self, seed: int) -> None:
-        """Does the missing trainings of one seed: first that on all rows, with its Grams, then those without a set."""
-        sets: dict[int | None, Sequence[int]] = {None: (), **dict(enumerate(self.sets))}
+    def curvatures(self, needs: Curvature) -> list[LayerCurvature]:
+        """Returns the curvature of the LoRA matrices at each seed's adapter; the store does not keep it.
+
+        A file of every validation row at every damping would be large, and it is measured within seconds.
+        """
+        self._train_all()
+        return [needs.take(replace(self._at(seed), store=Unstored()), self._loads(seed))[0] for seed in self.seeds]
+
+    def _train_all(self) -> None:
+        """Does the missing trainings: at each seed first that on all rows, with its Grams, then those without a set."""
+        for seed in self.seeds:
+            self._train(seed, {None: (), **dict(enumerate(self.sets))})
+
+    def _train(self, seed: int, sets: Mapping[Any, Sequence[int]]) -> None:
+        """Does the missing trainings of one seed, each without a set of rows; that of None is kept with its adapter."""
         missing = {number: left_out for number, left_out in sets.items() if self._kept(seed, number) is None}
         if not missing:
             return
@@ -95,12 +115,14 @@ class Retrainings:
 
     def _measure(self, seed: int, model: nn.Module | None) -> LayerGrams:
         """Returns the Grams at a saved adapter, measured on `model` if it is in memory and loaded otherwise."""
-        at = replace(self.decider.model, adapter=str(self._adapter(seed)))
+        return Grams().take(self._at(seed), self._loads(seed) if model is None else lambda: model)[0]
 
-        def load() -> nn.Module:
-            return at.load().to(self.decider.device) if model is None else model  # type: ignore[arg-type]
+    def _at(self, seed: int) -> Decider:
+        """Returns the decider for the model with the saved adapter of this seed."""
+        return replace(self.decider, model=replace(self.decider.model, adapter=str(self._adapter(seed))))
 
-        return Grams().take(replace(self.decider, model=at), load)[0]
+    def _loads(self, seed: int) -> Callable[[], nn.Module]:
+        return lambda: self._at(seed).model.load().to(self.decider.device)  # type: ignore[arg-type]
 
     def _save(self, retrainer: Retrainer, seed: int) -> None:
         shutil.rmtree(self._adapter(seed), ignore_errors=True)
@@ -110,13 +132,13 @@ class Retrainings:
     def _adapter(self, seed: int) -> Path:
         return self.work / f"adapter-{seed}"
 
-    def _file(self, seed: int, number: int | None = None) -> Path:
+    def _file(self, seed: int, number: int | str | None = None) -> Path:
         return self.work / (f"losses-{seed}.json" if number is None else f"losses-{seed}-without-{number}.json")
 
-    def _kept(self, seed: int, number: int | None = None) -> list[float] | None:
+    def _kept(self, seed: int, number: int | str | None = None) -> list[float] | None:
         return _read(self._file(seed, number), self._adapter_files(seed, number))
 
-    def _adapter_files(self, seed: int, number: int | None) -> list[Path]:
+    def _adapter_files(self, seed: int, number: int | str | None) -> list[Path]:
         """Lists the files that are kept beside these losses: the adapter, if it was trained on all rows."""
         return sorted(self._adapter(seed).glob("*.*")) if number is None else []
 

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from statistics import median
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from layerif.data.batches import padding_id
 from layerif.decide import Decider
-from layerif.diagnose.agreement import agreement, layer_influences, total_influence
+from layerif.diagnose.agreement import agreement, curvature_panel, total_influence
+from layerif.diagnose.controls import bm25, hidden_cosine, pooled
 from layerif.diagnose.convex import convex_check
 from layerif.diagnose.gradients import gradient_health
-from layerif.diagnose.leave_out import lds, lds_estimates, membership, noise, predicted_change, seed_agreement
+from layerif.diagnose.leave_out import (
+    beyond_random,
+    lds,
+    lds_estimates,
+    membership,
+    most_helpful,
+    noise,
+    predicted_change,
+    seed_agreement,
+)
 from layerif.diagnose.mislabel import auc_draws, curve, detection, flip, harm
 from layerif.diagnose.retrainings import Retrainings
 from layerif.diagnose.solver import Solved, solver_residuals
 from layerif.diagnose.stability import damping_profiles, halves, profile_correlations, stepped_up
-from layerif.estimators._base import DampedEstimator, GramEstimator
+from layerif.estimators._base import DampedEstimator, GramEstimator, name_of
 from layerif.estimators._reliability import bootstrap_scores, rank_intervals, unwarned
 from layerif.evidence import LayerGrams
+from layerif.probe.curvature.request import Curvature
 from layerif.probe.grams.request import Grams
 from layerif.stats import known_mean, percentile
 
 Panel = Mapping[str, GramEstimator]  # the user's own comes first
+# Beside the user's own, the predictions whose most helpful rows are removed.
+_REMOVED = ("datainf", "grad_dot", "ekfac", "shampoo", "bm25", "hidden_cosine")
 
 
 def instrument() -> dict[str, Any]:
@@ -119,7 +135,7 @@ def mislabel(
         with unwarned():
             for name, estimator in estimators.items():
                 influences[name].append(_array(total_influence(estimator, grams)))
-            for layer, influence_MN in layer_influences(next(iter(estimators.values())), grams).items():
+            for layer, influence_MN in next(iter(estimators.values())).by_layer(grams).items():
                 by_layer.setdefault(layer, []).append(detection(harm(_array(influence_MN)), is_flipped_N).auc)
     draws = {name: auc_draws(found, is_flipped, seed=decider.seed) for name, found in influences.items()}
     found: dict[str, dict[str, Any]] = {}
@@ -146,10 +162,23 @@ def mislabel(
     }
 
 
+def controls(retrainings: Retrainings) -> dict[str, Tensor]:
+    """Gives minus the resemblance of rows (M×N), which stands for an influence that needs no gradient."""
+    decider, (train, validation) = retrainings.decider, retrainings.decider.samples()
+    texts = [
+        [decider.tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in part]
+        for part in (train, validation)
+    ]
+    model, pad_id = retrainings.model(), padding_id(decider.tokenizer)
+    states = [pooled(model, part, decider.probe.batch_size, pad_id) for part in (train, validation)]
+    return {"bm25": -bm25(*texts), "hidden_cosine": -hidden_cosine(*states)}
+
+
 def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
     """Compares predicted with actual loss changes when rows are left out.
 
-    The headline figures compare means over seeds, because a single training also holds the noise of its seed.
+    EK-FAC, Shampoo and controls without gradients stand beside the estimators on Grams. The headline figures compare
+    means over seeds, because a single training also holds the noise of its seed.
     """
     train, validation = retrainings.decider.samples()
     seed, num_train = retrainings.decider.seed, len(train)
@@ -157,18 +186,27 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
     actual_ESM = left_out_ESM - full_EM[:, None]
     actual_SM = actual_ESM.mean(axis=0)
     adapters = list(retrainings.grams().values())
-    left_out_SN = membership(retrainings.sets, num_train)
+    by_curvature = curvature_panel(next(iter(estimators.values())))
+    curvatures = retrainings.curvatures(Curvature(("ekfac", "shampoo"), "each"))
     with unwarned():
-        predicted = {
-            name: np.stack([predicted_change(total_influence(estimator, each), left_out_SN) for each in adapters])
-            for name, estimator in estimators.items()
+        influences = {
+            name: [total_influence(estimator, each) for each in adapters] for name, estimator in estimators.items()
         }
+        influences |= {
+            name: [reduce(add, estimator.influences(each).values()) for each in curvatures]
+            for name, estimator in by_curvature.items()
+        }
+    influences |= {name: [influence_MN] * len(adapters) for name, influence_MN in controls(retrainings).items()}
+    left_out_SN = membership(retrainings.sets, num_train)
+    predicted = {
+        name: np.stack([predicted_change(influence_MN, left_out_SN) for influence_MN in each])
+        for name, each in influences.items()
+    }
     means = {name: change_ESM.mean(axis=0) for name, change_ESM in predicted.items()}
-    scores, beyond = lds_estimates(means, actual_SM, than="grad_dot", seed=seed)
+    scores, beyond = lds_estimates(means, actual_SM, than=("grad_dot", "bm25"), seed=seed)
     of_mean, _ = lds_estimates(
         {name: change_SM.mean(axis=1, keepdims=True) for name, change_SM in means.items()},
         actual_SM.mean(axis=1, keepdims=True),
-        than="grad_dot",
         seed=seed,
     )
     over_sets, over_seeds = noise(actual_ESM, full_EM)
@@ -181,8 +219,11 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
         "loss": {"untrained": known_mean(untrained_M), "trained": full_EM.mean(axis=1)},
         "lds": scores,
         "lds_of_mean": of_mean,
-        "beyond_grad_dot": beyond,
-        "lds_by_seed": {name: [*map(lds, predicted[name], actual_ESM)] for name in estimators},
+        "beyond_grad_dot": beyond["grad_dot"],
+        "beyond_bm25": beyond["bm25"],
+        "lds_by_seed": {name: [*map(lds, predicted[name], actual_ESM)] for name in predicted},
+        "damping": {name: estimator.damping for name, estimator in by_curvature.items()},
+        "removed": removed(influences, retrainings, full_EM, actual_SM, own=next(iter(estimators))),
         "seed_agreement": seed_agreement(actual_ESM),
         "sd_over_sets": over_sets,
         "sd_over_seeds": over_seeds,
@@ -190,6 +231,41 @@ def leave_out(estimators: Panel, retrainings: Retrainings) -> dict[str, Any]:
         "actual": actual_SM.mean(axis=1),
         "predicted": {name: change_SM.mean(axis=1) for name, change_SM in means.items()},
     }
+
+
+def num_chosen_sets(own: GramEstimator) -> int:
+    """Counts the predictions whose most helpful rows are removed."""
+    return len({name_of(own), *_REMOVED})
+
+
+def removed(
+    influences: Mapping[str, Sequence[Tensor]],
+    retrainings: Retrainings,
+    full_EM: np.ndarray,
+    random_SM: np.ndarray,
+    *,
+    own: str,
+) -> dict[str, Any]:
+    """Trains once more without the rows that each prediction calls the most helpful, as many as in a random set.
+
+    Args:
+        influences: I (M×N) of each seed's adapter, by the prediction.
+        retrainings: trains.
+        full_EM: the losses after training on all rows.
+        random_SM: the change of the losses without each random set, as a mean over seeds.
+        own: the user's estimator.
+    """
+    found, size = {}, len(retrainings.sets[0])
+    for name in dict.fromkeys((own, *_REMOVED)):
+        rows = most_helpful(sum(influences[name][1:], influences[name][0]), size)
+        change_M = (retrainings.without(rows) - full_EM).mean(axis=0)
+        found[name] = {
+            "rows": [retrainings.decider.chosen("train")[row].id for row in rows],
+            "change": change_M.mean(),
+            "beyond_random": beyond_random(change_M, random_SM, seed=retrainings.decider.seed),
+            "above": int((change_M.mean() > random_SM.mean(axis=1)).sum()),
+        }
+    return {"size": size, "random": random_SM.mean(), "by": found}
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -168,6 +168,7 @@ def _leave_out(report: Mapping[str, Any]) -> str:
             ", ".join(_number(value) for value in found["lds_by_seed"][name]),
             with_interval(found["lds_of_mean"][name]),
             with_interval(found["beyond_grad_dot"][name]) if name != "grad_dot" else "–",
+            with_interval(found["beyond_bm25"][name]) if name != "bm25" else "–",
         )
         for name, lds in sorted(found["lds"].items(), key=lambda item: -(item[1]["value"] or -1.0))
     ]
@@ -190,9 +191,32 @@ def _leave_out(report: Mapping[str, Any]) -> str:
         "the validation rows and taken on the means over seeds; its interval covers other sets and rows, not other "
         "seeds. The column of the mean shows the same for the mean loss of all rows. Only the order counts, because "
         "the damping sets the scale of an influence.\n\n"
-        + _table(("estimator", "LDS", "seed by seed", "of the mean", "above grad_dot"), rows)
-        + f"\n\nThe standard deviation of a row's loss is {found['sd_over_sets']:.3f} over sets{over_seeds}, in "
-        f"nats.{limit} The common share of the gradients at the adapters is {common}."
+        + _table(("estimator", "LDS", "seed by seed", "of the mean", "above grad_dot", "above bm25"), rows)
+        + "\n\n`bm25` (the words of the rows) and `hidden_cosine` (hidden states of the untrained model before its "
+        "head, averaged over tokens) use no gradient: a row that resembles a validation row counts as helpful. EK-FAC "
+        f"and Shampoo take the labels of the rows, and the damping {found['damping']['ekfac']:g}.\n\n"
+        f"The standard deviation of a row's loss is {found['sd_over_sets']:.3f} over sets{over_seeds}, in nats.{limit} "
+        f"The common share of the gradients at the adapters is {common}.\n\n{_removed(found)}"
+    )
+
+
+def _removed(found: Mapping[str, Any]) -> str:
+    removed = found["removed"]
+    rows = [
+        (
+            name,
+            f"{each['change']:+.3f}",
+            with_interval(each["beyond_random"], 3),
+            f"{each['above']} of {found['num_subsets']}",
+        )
+        for name, each in sorted(removed["by"].items(), key=lambda item: -item[1]["change"])
+    ]
+    rows.append(("random sets, their mean", f"{removed['random']:+.3f}", "–", "–"))
+    return (
+        f"Training once more at every seed without the {removed['size']} rows that each calls the most helpful to all "
+        "validation rows together changes their mean loss by (nats; the interval is a bootstrap over validation rows "
+        "and random sets):\n\n"
+        + _table(("without the top rows of", "change", "above random sets", "larger than"), rows)
     )
 
 

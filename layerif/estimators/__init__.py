@@ -9,21 +9,25 @@ needs by a request (`layerif/probe/request.py`) and scores it:
 |                                |                                                  | cosine, grad_norm, fisher_trace, |
 |                                |                                                  | quadratic                        |
 | `CheckpointPasses(folders)`    | `CheckpointGrams`, a probe at every checkpoint   | tracin                           |
-| `Curvature(damping, …)`        | `LayerInfluences`, measured under its damping    | ekfac                            |
+| `Curvature(spectra)`           | `LayerCurvature`, influence at many dampings     | kfac, ekfac, shampoo             |
 | `Spectra()`                    | `LayerSpectra` of the weights alone              | alpha                            |
 | `Activations(epsilon)`         | `LayerActivations` of one forward pass           | outlier, dlp, block_influence,   |
-|                                |                                                  | avss, linear_probe, cca          |
+|                                |                                                  | avss, avss_contrast,             |
+|                                |                                                  | linear_probe, cca,               |
+|                                |                                                  | cluster_information              |
 | `Removal(sparsity, mask)`      | `LayerRemovals`: errors that a mask makes        | lsa                              |
+| `UpdateMasks()`                | `LayerMasks`: SPIDER's mask of a mean gradient   | spider                           |
 | `Gates(num_steps, …)`          | `LayerGates`, learned on a trained adapter       | ila                              |
 | `Nothing(files)`               | `LayerMap` of the model; no pass over data       | uniform, random, ends, file      |
 
-Estimators of curves give these in place of scores: loss_curve and bits_curve (`LossCurves`), measured_loss
-(`LossByBlock`), skip_curve (`Skips`), angular (`SpanAngles`).
+Estimators of curves give these in place of scores: loss_curve (`LossCurves`), bits_curve (`BitsCurves`), gain_curve
+(`Gains`), measured_loss (`LossByBlock`), skip_curve (`Skips`), angular (`SpanAngles`).
 
 `reversed` wraps any other estimator and needs what that one needs.
 
 Influence estimators derive from `_base.GramEstimator` and give the `influence` of one matrix. Aggregation, granularity
-and normalisation come from there, and the damping comes from `_base.DampedEstimator`. Grams remember the influence that
+and normalisation come from there, and the damping comes from `_base.DampedEstimator`. Those by a curvature that needs
+more than Grams derive from `_base.CurvatureEstimator`. Grams remember the influence that
 an estimator found on them, so that settings that differ in aggregation, normalisation or allocation alone are solved
 once.
 

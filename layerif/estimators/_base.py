@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
@@ -23,8 +23,20 @@ from layerif.allocate.curves import Curves, equal_curves, with_base
 from layerif.allocate.spans import Spans
 from layerif.checks import Count, check_fields, check_value, listed
 from layerif.compat import changes_of
-from layerif.evidence import LayerActivations, LayerGates, LayerGrams, LayerRemovals, LayerSpectra, MatrixGram
-from layerif.layers import Granularity, LayerMap
+from layerif.evidence import (
+    LEAST_DAMPING,
+    MOST_DAMPING,
+    CrossGram,
+    LayerActivations,
+    LayerCurvature,
+    LayerGates,
+    LayerGrams,
+    LayerMasks,
+    LayerRemovals,
+    LayerSpectra,
+    MatrixGram,
+)
+from layerif.layers import LayerMap, MatrixOrBlock
 from layerif.probe.grams.request import Grams
 from layerif.probe.request import Request
 from layerif.scores import Aggregation, AllocationKind, Direction, LayerScores, aggregate
@@ -32,8 +44,9 @@ from layerif.scores import Aggregation, AllocationKind, Direction, LayerScores, 
 Damping = Annotated[float, Gt(0), "the reference uses 0.1"]
 Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
+Reads = Literal["diagonal", "columns", "whole"]
 # evidence that keeps the layers apart
-Evidence = LayerSpectra | LayerActivations | LayerRemovals | LayerGates | LayerGrams
+Evidence = LayerSpectra | LayerActivations | LayerRemovals | LayerMasks | LayerGates | LayerGrams
 
 
 class CurveEstimator(ABC):
@@ -66,7 +79,7 @@ class CurveEstimator(ABC):
         return equal_curves(layers, needs.granularity, levels, needs.is_stepped, self.kind)
 
 
-class InfluenceEstimator:
+class InfluenceEstimator(ABC):
     """Scores a block by |S|, from the influence of train samples on validation samples. Subclasses are dataclasses.
 
     Attributes:
@@ -75,11 +88,21 @@ class InfluenceEstimator:
             unequal size compare only under `numel`: |S| divided by the block's measured parameters.
     """
 
+    needs: ClassVar[Any]
     aggregation: Aggregation
     normalisation: Normalisation
 
     def __post_init__(self) -> None:
         check_fields(self, "estimator")
+
+    @property
+    def needs_of_rows(self) -> Request:
+        """The request for the evidence that `by_layer` takes, where scores need less than the influence of each row."""
+        return self.needs
+
+    @abstractmethod
+    def by_layer(self, evidence: Any, /) -> dict[str, Tensor]:
+        """Gives I (M×N) of every block, by its name. Scores keep the sum of it alone."""
 
     def scores(self, influences: Mapping[str, Tensor], layers: LayerMap, fingerprint: str) -> LayerScores:
         """Gives |S| of every block.
@@ -101,7 +124,7 @@ class InfluenceEstimator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GramEstimator(InfluenceEstimator, ABC):
+class GramEstimator(InfluenceEstimator):
     """An estimator that needs nothing but Grams.
 
     A matrix whose gradients are all zero has no influence; a RuntimeWarning names it. A Gram that is not finite is
@@ -110,17 +133,34 @@ class GramEstimator(InfluenceEstimator, ABC):
     Attributes:
         granularity: `matrix` sums the influences of the block's matrices, as the paper does; `block` takes the
             influence of one Gram of the whole block. They differ where an estimator is not linear in the Gram.
+        reads: the part of K that `influence` looks at: its diagonal alone, its columns one after the other
+            (`influence_of`), or all of it at once. The first two spare thousands of rows a K.
     """
 
     needs = Grams()
+    reads: ClassVar[Reads] = "whole"
 
     aggregation: Aggregation = "all"
-    granularity: Granularity = "matrix"
+    granularity: MatrixOrBlock = "matrix"
     normalisation: Normalisation = "none"
 
     @abstractmethod
     def influence(self, gram: MatrixGram) -> Tensor:
         """Gives I (M×N) in float64. I_ji < 0: up-weighting train sample i lowers the loss of validation sample j."""
+
+    def influence_of(self, gram: MatrixGram, others: CrossGram) -> Tensor:
+        """Gives the influence (M×T) that further gradients would have, in float64. It is linear in them.
+
+        For those of the train samples themselves it is `influence`.
+
+        Args:
+            gram: of the samples that the Fisher is made of.
+            others: the products of the further gradients with these.
+        """
+        raise ValueError(
+            f"estimator={name_of(self)} does not tell the influence of a part of a row; use datainf, exact, lissa, "
+            "grad_dot or cosine"
+        )
 
     def influences(self, grams: Mapping[str, MatrixGram]) -> dict[str, Tensor]:
         """Gives I of every Gram, by its name. An estimator that refuses or warns of all Grams together overrides it."""
@@ -136,11 +176,14 @@ class GramEstimator(InfluenceEstimator, ABC):
         influences = evidence.once(solver, lambda: self._of_train(evidence))
         return self.scores(influences, evidence.layers, evidence.fingerprint)
 
+    def by_layer(self, evidence: LayerGrams, /) -> dict[str, Tensor]:
+        grams = self.solvable(evidence)
+        return by_block(self.influences(grams.grams), grams.layers)
+
     def _of_train(self, evidence: LayerGrams) -> dict[str, Tensor]:
         """Gives Σ_j I_ji (1×N) of every block: scores need no more of the influence, and it is small to keep."""
-        grams = self.solvable(evidence)
         warn_of_zero_gradients(evidence.grams)
-        influences = by_block(self.influences(grams.grams), grams.layers)
+        influences = self.by_layer(evidence)
         return {block: influence_MN.sum(dim=0, keepdim=True) for block, influence_MN in influences.items()}
 
     def solvable(self, evidence: LayerGrams) -> LayerGrams:
@@ -164,6 +207,53 @@ class DampedEstimator(GramEstimator):
     def relative_damping(self, gram: MatrixGram) -> float:
         """Gives `relative_damping` of this estimator's settings."""
         return relative_damping(gram, self.damping, self.damping_rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureEstimator(InfluenceEstimator):
+    """An estimator by an approximation of the Fisher matrix, under the name of its file in `MatrixCurvature`.
+
+    A matrix whose train gradients are all zero has no influence; a RuntimeWarning names it.
+
+    Attributes:
+        damping, damping_rule: as for the damped estimators on Grams. λ is added to every eigenvalue, whose mean is the
+            mean squared gradient entry.
+    """
+
+    aggregation: Aggregation = "all"
+    normalisation: Normalisation = "none"
+    damping: Damping = 0.1
+    damping_rule: DampingRule = "relative"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping_rule == "relative" and not LEAST_DAMPING <= self.damping <= MOST_DAMPING:
+            raise ValueError(
+                f"estimator.damping={self.damping:g} is out of the range that is measured for {name_of(self)}, "
+                f"{LEAST_DAMPING:g} to {MOST_DAMPING:g}; choose one inside, or an estimator on Grams, such as exact"
+            )
+
+    @property
+    def needs_of_rows(self) -> Request:
+        return replace(self.needs, queries="each")
+
+    def by_layer(self, evidence: LayerCurvature, /) -> dict[str, Tensor]:
+        return by_block(self.influences(evidence), evidence.layers)
+
+    def influences(self, evidence: LayerCurvature) -> dict[str, Tensor]:
+        """Gives I of every matrix on every query (Q×N), by its name."""
+        is_relative, found = self.damping_rule == "relative", {}
+        for param, matrix in evidence.matrices.items():
+            try:
+                found[param] = matrix.influence(name_of(self), self.damping, relative=is_relative)
+            except ValueError as error:
+                raise ValueError(f"{param}: {error}; or use estimator.damping_rule=relative") from None
+        return found
+
+    def score(self, evidence: LayerCurvature, /) -> LayerScores:
+        zero = [param for param, matrix in evidence.matrices.items() if matrix.mean_square == 0]
+        _warn_of_zero(zero, len(evidence.matrices))
+        return self.scores(self.by_layer(evidence), evidence.layers, evidence.fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +311,13 @@ def described(estimator: Any, **shown: object) -> str:
 
 
 def layer_scores(
-    estimator: Any, evidence: Evidence, values: Iterable[float], higher_means: Direction, **shown: object
+    estimator: Any,
+    evidence: Evidence,
+    values: Iterable[float],
+    higher_means: Direction,
+    *,
+    intervals: tuple[tuple[float, float], ...] | None = None,
+    **shown: object,
 ) -> LayerScores:
     """Gives the scores that an estimator found, one value for each layer of the evidence.
 
@@ -230,10 +326,11 @@ def layer_scores(
         evidence: holds the layers and the fingerprint.
         values: in the order of the layers.
         higher_means: the meaning of a higher value.
+        intervals: of the values, if the estimator has them.
         **shown: as for `described`.
     """
     source = described(estimator, **shown)
-    return LayerScores(evidence.layers.names, tuple(values), higher_means, source, evidence.fingerprint)
+    return LayerScores(evidence.layers.names, tuple(values), higher_means, source, evidence.fingerprint, intervals)
 
 
 def relative_damping(gram: MatrixGram, damping: float, rule: DampingRule) -> float:
@@ -290,10 +387,14 @@ _EIGENBASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def warn_of_zero_gradients(grams: Mapping[str, MatrixGram]) -> None:
     """Warns of matrices whose train or validation gradients are all zero, by their names."""
     zero = [name for name, gram in grams.items() if not (gram.train_train.diagonal().any() and gram.val_norms.any())]
+    _warn_of_zero(zero, len(grams))
+
+
+def _warn_of_zero(zero: Sequence[str], num_matrices: int) -> None:
     if zero:
         warnings.warn(
-            f"all gradients are zero, so they count as nothing, in {listed(zero, 4)} ({len(zero)} of {len(grams)} "
+            f"all gradients are zero, so they count as nothing, in {listed(zero, 4)} ({len(zero)} of {num_matrices} "
             "matrices); for LoRA's A this is so while B is zero",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -17,12 +17,12 @@ from torch import Tensor
 from layerif.estimators import Estimator
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Diverges
-from layerif.evidence import CheckpointGrams, LayerGrams, LayerInfluences
+from layerif.evidence import CheckpointGrams, LayerCurvature, LayerGrams
 from layerif.progress import progress
 from layerif.stats import Estimate, percentile, spearman
 
 
-def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerInfluences) -> float | None:
+def split_half(estimator: Estimator, grams: LayerGrams | CheckpointGrams | LayerCurvature) -> float | None:
     """Compares the scores of two disjoint halves of the samples.
 
     Returns:

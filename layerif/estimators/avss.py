@@ -49,10 +49,6 @@ class Avss:
         return Activations(self.epsilon)
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
-        if evidence.epsilon != self.epsilon:
-            raise ValueError(
-                f"the activations were counted below {evidence.epsilon}, not below estimator.epsilon={self.epsilon}; "
-                "take them again"
-            )
+        evidence.check_epsilon(self.epsilon)
         values_L = avss(evidence.variances, evidence.sparsities, num_entries=evidence.num_entries)
         return layer_scores(self, evidence, values_L.tolist(), "important", epsilon=f"{self.epsilon:g}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from layerif.estimators._base import GramEstimator
-from layerif.evidence import MatrixGram
+from layerif.estimators._base import GramEstimator, Reads
+from layerif.evidence import CrossGram, MatrixGram
 
 
 def cosine(train_train: Tensor, val_train: Tensor, val_norms: Tensor) -> Tensor:
@@ -22,13 +23,22 @@ def cosine(train_train: Tensor, val_train: Tensor, val_norms: Tensor) -> Tensor:
     Returns:
         I (M×N) in float64, in [−1, 1]; negative is helpful.
     """
-    norms_MN = val_norms.double()[:, None] * train_train.double().diagonal().sqrt()
-    return torch.where(norms_MN > 0, -val_train.double() / norms_MN, 0.0)
+    return _by_length(val_train, val_norms, train_train.diagonal().double().sqrt())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(GramEstimator):
     """The gradient dot product without the gradients' lengths. It does not grow with the number of parameters."""
 
+    reads: ClassVar[Reads] = "diagonal"
+
     def influence(self, gram: MatrixGram) -> Tensor:
         return cosine(gram.train_train, gram.val_train, gram.val_norms)
+
+    def influence_of(self, gram: MatrixGram, others: CrossGram) -> Tensor:
+        return _by_length(others.validation, gram.val_norms, others.norms.double())
+
+
+def _by_length(product_MT: Tensor, norms_M: Tensor, norms_T: Tensor) -> Tensor:
+    norms_MT = norms_M.double()[:, None] * norms_T
+    return torch.where(norms_MT > 0, -product_MT.double() / norms_MT, 0.0)

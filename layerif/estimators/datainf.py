@@ -6,14 +6,17 @@ H⁻¹ ≈ (1/N) Σ_i (g_i g_iᵀ + λ)⁻¹, where Sherman–Morrison solves ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from layerif.estimators._base import DampedEstimator, damping_lambdas
-from layerif.evidence import MatrixGram
+from layerif.estimators._base import DampedEstimator, Reads, damping_lambdas
+from layerif.evidence import CrossGram, MatrixGram
 
 
-def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:
+def datainf(
+    train_train: Tensor, val_train: Tensor, *, numel: int, damping: float, others: CrossGram | None = None
+) -> Tensor:
     """Gives I = −(1/λ)·[C − (1/N)·C·diag(1/(λ + k))·K] with k = diag K and λ = damping · tr K/(N·P).
 
     Args:
@@ -21,20 +24,30 @@ def datainf(train_train: Tensor, val_train: Tensor, *, numel: int, damping: floa
         val_train: C (M×N), or a batch (…×M×N).
         numel: P, the number of parameters behind each Gram.
         damping: above 0, in units of the mean squared gradient entry.
+        others: gives the influence of further gradients (M×T); then only the diagonal of K is read. None: of the train
+            samples.
 
     Returns:
         I (…×M×N) in float64; negative is helpful. Zero train gradients (λ = 0) give zero.
     """
     lam_11 = damping_lambdas(train_train, numel=numel, damping=damping)[..., None, None]
-    gram_NN, gram_MN = train_train.double(), val_train.double()
-    damped_1N = lam_11 + gram_NN.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    influence_MN = ((gram_MN / damped_1N) @ gram_NN / gram_NN.shape[-1] - gram_MN) / lam_11
-    return influence_MN.where(lam_11 > 0, 0.0)
+    gram_MN, square_N = val_train.double(), train_train.diagonal(dim1=-2, dim2=-1).double()
+    cross_NT = (train_train if others is None else others.train).double()
+    cross_MT = gram_MN if others is None else others.validation.double()
+    damped_1N = lam_11 + square_N[..., None, :]
+    influence_MT = ((gram_MN / damped_1N) @ cross_NT / square_N.shape[-1] - cross_MT) / lam_11
+    return influence_MT.where(lam_11 > 0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataInf(DampedEstimator):
     """The paper's estimator. It takes one product of small matrices and no eigendecomposition."""
 
+    reads: ClassVar[Reads] = "columns"
+
     def influence(self, gram: MatrixGram) -> Tensor:
         return datainf(gram.train_train, gram.val_train, numel=gram.numel, damping=self.relative_damping(gram))
+
+    def influence_of(self, gram: MatrixGram, others: CrossGram) -> Tensor:
+        damping = self.relative_damping(gram)
+        return datainf(gram.train_train, gram.val_train, numel=gram.numel, damping=damping, others=others)

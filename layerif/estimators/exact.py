@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from layerif.estimators._base import DampedEstimator, damping_lambda, eigenbasis
-from layerif.evidence import MatrixGram
+from layerif.evidence import CrossGram, MatrixGram
 
 
-def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float) -> Tensor:
+def exact(
+    train_train: Tensor, val_train: Tensor, *, numel: int, damping: float, others: CrossGram | None = None
+) -> Tensor:
     """Gives I = −V (F + λ)⁻¹ Gᵀ = −N·C·(K + Nλ)⁻¹ with λ = damping · tr K/(N·P).
 
     It is solved in the eigenbasis of K, which is remembered: all dampings share one eigendecomposition.
@@ -21,6 +23,8 @@ def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float)
         val_train: C (M×N).
         numel: P, the number of parameters behind the Gram.
         damping: above 0, in units of the mean squared gradient entry.
+        others: gives the influence of further gradients, −(1/λ)·[V Hᵀ − C·(K + Nλ)⁻¹·G Hᵀ] (M×T); None: of the train
+            samples.
 
     Returns:
         I (M×N) in float64; negative is helpful. Zero train gradients (λ = 0) give zero.
@@ -28,9 +32,12 @@ def exact(train_train: Tensor, val_train: Tensor, *, numel: int, damping: float)
     lam = damping_lambda(train_train, numel=numel, damping=damping)
     num_train, gram_MN = len(train_train), val_train.double()
     if lam == 0:
-        return torch.zeros_like(gram_MN)
+        return torch.zeros_like(gram_MN if others is None else others.validation.double())
     spectrum_N, basis_NN = eigenbasis(train_train)
-    return -num_train * (gram_MN @ basis_NN / (spectrum_N + num_train * lam)) @ basis_NN.T
+    solved_MN = (gram_MN @ basis_NN / (spectrum_N + num_train * lam)) @ basis_NN.T
+    if others is None:
+        return -num_train * solved_MN
+    return (solved_MN @ others.train.double() - others.validation.double()) / lam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +46,7 @@ class Exact(DampedEstimator):
 
     def influence(self, gram: MatrixGram) -> Tensor:
         return exact(gram.train_train, gram.val_train, numel=gram.numel, damping=self.relative_damping(gram))
+
+    def influence_of(self, gram: MatrixGram, others: CrossGram) -> Tensor:
+        damping = self.relative_damping(gram)
+        return exact(gram.train_train, gram.val_train, numel=gram.numel, damping=damping, others=others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from layerif.checks import Count, Positive, check_fields
 from layerif.estimators._base import layer_scores
@@ -39,5 +40,5 @@ class Ila:
 
     def score(self, evidence: LayerGates, /) -> LayerScores:
         values = evidence.scores.double().sigmoid().tolist()
-        rounded = {"learning_rate": f"{self.learning_rate:g}", "start": f"{self.start:g}"}
+        rounded: dict[str, Any] = {"learning_rate": f"{self.learning_rate:g}", "start": f"{self.start:g}"}
         return layer_scores(self, evidence, values, "important", **rounded)

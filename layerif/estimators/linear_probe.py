@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
 from torch import Tensor
@@ -15,6 +15,22 @@ from layerif.estimators._base import layer_scores
 from layerif.evidence import Classes, LayerActivations
 from layerif.probe.activations import Activations
 from layerif.scores import LayerScores
+
+
+def classifier() -> Any:
+    """Makes scikit-learn's logistic regression on standardised features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def stratified_parts(folds: int) -> Any:
+    """Makes the folds of a cross-validation: rows of one sample stay together, and classes are spread evenly."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    return StratifiedGroupKFold(folds, shuffle=True, random_state=0)
 
 
 def probe_accuracy(features: Tensor, labels: Sequence[str], samples: Sequence[int], *, folds: int) -> float:
@@ -33,10 +49,7 @@ def probe_accuracy(features: Tensor, labels: Sequence[str], samples: Sequence[in
     Raises:
         ValueError: for a class with fewer samples than folds.
     """
-    from sklearn.linear_model import LogisticRegression  # a second that start-up does not pay
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.model_selection import cross_val_predict  # a second that start-up does not pay
 
     label, count = min(Counter(labels).items(), key=lambda item: item[1])
     if count < folds:
@@ -44,9 +57,8 @@ def probe_accuracy(features: Tensor, labels: Sequence[str], samples: Sequence[in
             f"the class {label!r} has {count} of {len(labels)} rows, fewer than estimator.folds={folds}; raise "
             "probe.num_train, lower the folds, or use estimator.classes=truth, which has two classes of equal size"
         )
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
-    predicted = cross_val_predict(classifier, features.numpy(), labels, groups=samples, cv=parts)
+    parts = stratified_parts(folds)
+    predicted = cross_val_predict(classifier(), features.numpy(), labels, groups=samples, cv=parts)
     return sum(guess == label for guess, label in zip(predicted, labels, strict=True)) / len(labels)
 
 

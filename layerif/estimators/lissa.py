@@ -23,7 +23,7 @@ from torch import Tensor
 
 from layerif.checks import check_value
 from layerif.estimators._base import DampedEstimator, damping_lambda, eigenbasis
-from layerif.evidence import MatrixGram
+from layerif.evidence import CrossGram, MatrixGram
 
 Steps = Annotated[int, Ge(1), "the reference uses 10"]
 StepSize = Annotated[float, Gt(0), "null derives it from the spectrum"]
@@ -88,6 +88,11 @@ class Lissa(DampedEstimator):
     def influence(self, gram: MatrixGram) -> Tensor:
         return self.solve(gram)[0]
 
+    def influence_of(self, gram: MatrixGram, others: CrossGram) -> Tensor:
+        damping = self.relative_damping(gram)
+        settings = gram.numel, damping, self.num_steps, self.step_size
+        return _solve_others(gram.train_train, gram.val_train, others, *settings)
+
     def influences(self, grams: Mapping[str, MatrixGram]) -> dict[str, Tensor]:
         self._refuse_divergence(grams)
         solved = {name: self.solve(gram) for name, gram in grams.items()}
@@ -143,6 +148,36 @@ def _solve(
     size = float(exact_MN.norm())
     residual = float((exact_MN * left_N).norm()) / size if size else 0.0
     return -(exact_MN * taken_N) @ basis_NN.T, residual
+
+
+def _solve_others(
+    train_train: Tensor,
+    val_train: Tensor,
+    others: CrossGram,
+    numel: int,
+    damping: float,
+    num_steps: int,
+    step_size: float | None,
+) -> Tensor:
+    """Gives the influence of further gradients (M×T).
+
+    The filter f acts as f(λ) across the train gradients and as f(s) along their directions r_a = Gᵀu_a/√σ_a, so that
+    I = −[f(λ)·V Hᵀ + Σ_a (f(s_a) − f(λ))·(C u_a)(u_aᵀ G Hᵀ)/σ_a].
+    """
+    lam = damping_lambda(train_train, numel=numel, damping=damping)
+    cross_MT = others.validation.double()
+    if lam == 0:
+        return torch.zeros_like(cross_MT)
+    spectrum_N, basis_NN = eigenbasis(train_train)
+    curvature_N = spectrum_N / len(train_train) + lam
+    step = 1 / float(curvature_N[-1]) if step_size is None else step_size
+    _check_converges(step, 2 / float(curvature_N[-1]))
+    values_N = torch.cat([curvature_N, curvature_N.new_tensor([lam])])
+    filter_N = _filter(step * values_N, num_steps)[0] / values_N
+    is_direction_N = spectrum_N > spectrum_N[-1] * torch.finfo(torch.float64).eps * len(spectrum_N)
+    weight_N = ((filter_N[:-1] - filter_N[-1]) / spectrum_N).where(is_direction_N, 0.0)
+    along_MT = (val_train.double() @ basis_NN * weight_N) @ (basis_NN.T @ others.train.double())
+    return -(filter_N[-1] * cross_MT + along_MT)
 
 
 def _filter(step_N: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from layerif.allocate.curves import Curves, sizes_of
 from layerif.checks import Seed, check_fields
 from layerif.estimators._base import CurveEstimator, described
 from layerif.estimators.loss_curve import check_levels
-from layerif.layers import Granularity
+from layerif.layers import MatrixOrBlock
 from layerif.probe.curves.request import WINDOWS, hash_of_windows, max_positions, source_of
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Request
@@ -38,7 +38,7 @@ class LossByBlock(Request):
 
     Attributes:
         pruner: chooses the weights.
-        mask_text: the windows that the pruner reads, and that the loss is measured on.
+        calibration: the windows that the pruner reads, and that the loss is measured on.
         levels: the sparsities above 0, ascending.
         granularity: the units of the curves.
     """
@@ -47,9 +47,9 @@ class LossByBlock(Request):
     reads_windows: ClassVar[bool] = True
 
     pruner: Pruner
-    mask_text: Calibration
+    calibration: Calibration
     levels: Sequence[float]
-    granularity: Granularity = "block"
+    granularity: MatrixOrBlock = "block"
 
     @property
     def is_stepped(self) -> bool:
@@ -58,7 +58,7 @@ class LossByBlock(Request):
 
     def windows(self, measurements: Measurements) -> list[Tensor]:
         """Cuts the windows (B×T each)."""
-        return self.mask_text.batches(measurements.tokenizer, max_positions(measurements))
+        return self.calibration.batches(measurements.tokenizer, max_positions(measurements))
 
     def source(self, measurements: Measurements) -> dict[str, str]:
         """Says what the curves belong to, see `layerif.pruning.source`."""
@@ -107,14 +107,14 @@ class MeasuredLoss(CurveEstimator):
 
     Attributes:
         pruner: the pruner that the curves are for.
-        mask_text: the windows that it reads, and that the loss is measured on; None: 16 windows of 256 tokens of the
+        calibration: the windows that it reads, and that the loss is measured on; None: 16 windows of 256 tokens of the
             embedded documentation.
         levels: the sparsities that are measured, ascending. None: 0.3, 0.5, 0.7 and 0.9, or all n of m.
-        seed: chooses the windows where `mask_text` is None.
+        seed: chooses the windows where `calibration` is None.
     """
 
     pruner: Pruner = field(default_factory=Wanda)
-    mask_text: Calibration | None = None
+    calibration: Calibration | None = None
     levels: Sequence[Annotated[float, Gt(0), Lt(1)]] | None = None
     seed: Seed = 0
 
@@ -125,11 +125,11 @@ class MeasuredLoss(CurveEstimator):
     @property
     def needs(self) -> LossByBlock:
         levels = self.levels or self.pruner.levels() or (0.3, 0.5, 0.7, 0.9)
-        return LossByBlock(self.pruner, self.mask_text or Calibration(seed=self.seed), tuple(levels))
+        return LossByBlock(self.pruner, self.calibration or Calibration(seed=self.seed), tuple(levels))
 
     @property
     def source(self) -> str:
-        return described(self, pruner=self.pruner.called, mask_text=(self.mask_text or Calibration()).text)
+        return described(self, pruner=self.pruner.called, calibration=(self.calibration or Calibration()).text)
 
     def curves(self, evidence: Curves, /) -> Curves:
         return evidence

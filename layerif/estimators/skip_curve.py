@@ -10,7 +10,7 @@ from layerif.allocate.spans import block_curves, equal_costs
 from layerif.checks import Seed, check_fields
 from layerif.estimators._base import CurveEstimator, described
 from layerif.evidence import LayerSkips
-from layerif.layers import LayerMap, Unit
+from layerif.layers import BlockOrSublayer, LayerMap
 from layerif.probe.skips import Skips
 from layerif.pruning.calibration import Calibration
 from layerif.scores import AllocationKind
@@ -34,7 +34,7 @@ class SkipCurve(CurveEstimator):
     kind: ClassVar[AllocationKind] = "blocks"
 
     order: Literal["second", "first", "both"] = "second"
-    unit: Unit | None = None
+    unit: BlockOrSublayer | None = None
     calibration: Calibration | None = None
     seed: Seed = 0
 

@@ -40,7 +40,7 @@ def tracin(val_trains: Sequence[Tensor], learning_rates: Sequence[float]) -> Ten
 class TracIn(GramEstimator):
     """Gradient dots summed over checkpoints. With one checkpoint it ranks as the gradient dot does there.
 
-    Granularity changes nothing, because TracIn is linear in the Gram.
+    MatrixOrBlock changes nothing, because TracIn is linear in the Gram.
 
     Attributes:
         checkpoints: folders that `save_pretrained` wrote during training, PEFT adapters or whole models. Each costs one
@@ -67,12 +67,15 @@ class TracIn(GramEstimator):
         names = evidence.checkpoints[0].grams
         # LoRA's A has no gradient where training starts: only zeros at every checkpoint are worth a warning.
         warn_of_zero_gradients({name: reduce(add, (at.grams[name] for at in evidence.checkpoints)) for name in names})
+        return self.scores(self.by_layer(evidence), evidence.checkpoints[0].layers, evidence.fingerprint)
+
+    def by_layer(self, evidence: CheckpointGrams, /) -> dict[str, Tensor]:
         solvable = [self.solvable(at) for at in evidence.checkpoints]
         layers = solvable[0].layers
         influences = {
             name: tracin([at.grams[name].val_train for at in solvable], self.learning_rates) for name in layers.matrices
         }
-        return self.scores(by_block(influences, layers), layers, evidence.fingerprint)
+        return by_block(influences, layers)
 
 
 def _check_lengths(learning_rates: Sequence[float], num_checkpoints: int) -> None:

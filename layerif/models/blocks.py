@@ -70,7 +70,7 @@ def layer_map(
             f"{type(bare(model)).__name__} has no nn.ModuleList and so no blocks to score; "
             "supported are decoder-only transformers of the transformers library"
         )
-    names, params, sizes = [], [], []
+    names, params, sizes, shapes = [], [], [], []
     for block_name, block in found.items():
         refuse_quantised_block(block_name, block)
         matrices = {
@@ -84,8 +84,9 @@ def layer_map(
         names.append(block_name)
         params.append(tuple(matrices))
         sizes.append([weight.numel() for weight in matrices.values()])
+        shapes += [tuple(weight.shape) for weight in matrices.values()]
     flat = tuple(size for of_block in sizes for size in of_block)
-    return LayerMap(tuple(names), tuple(params), tuple(map(sum, sizes)), flat)
+    return LayerMap(tuple(names), tuple(params), tuple(map(sum, sizes)), flat, tuple(shapes))
 
 
 def _in_scope(name: str, scope: Scope) -> bool:

@@ -55,15 +55,33 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
     Raises:
         ValueError: a sample has no labelled token after its first.
     """
+    losses_BT, is_counted_BT = token_losses(model, batch)
+    return losses_BT.sum(dim=1), is_counted_BT.sum(dim=1)
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Computes the next-token cross-entropy of every labelled token.
+
+    Args:
+        model: a causal language model.
+        batch: as for `per_sample_loss`.
+
+    Returns:
+        The loss (batch × tokens) in nats at the position that predicts the token, which is the one before it, and
+        whether a labelled token is predicted there. Elsewhere the loss is 0.
+
+    Raises:
+        ValueError: a sample has no labelled token after its first.
+    """
     mask = batch["attention_mask"]
     # The labels are shifted and not the logits, because a slice of the logits would copy the largest tensor twice.
     targets = batch["labels"].roll(-1, dims=1)
     targets[:, -1] = IGNORED
     targets = targets.where(mask.bool(), IGNORED)  # behind left padding nothing predicts the first token
-    num_counted = (targets != IGNORED).sum(dim=1)
-    if bool((num_counted == 0).any()):
+    is_empty = (targets == IGNORED).all(dim=1)
+    if bool(is_empty.any()):
         raise ValueError(
-            f"sample {int((num_counted == 0).nonzero()[0])} of the batch has no token to predict: "
+            f"sample {int(is_empty.nonzero()[0])} of the batch has no token to predict: "
             "every sample needs at least two tokens, one of them labelled; raise max_length or drop the row"
         )
     positions = positions_of(mask)
@@ -71,7 +89,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
     if logits.dtype != torch.float64:  # half precision is too coarse for a loss; double stays for exact references
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(targets).sum(dim=1), num_counted
+    return losses.view_as(targets), targets != IGNORED
 
 
 @dataclass(frozen=True)

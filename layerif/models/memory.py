@@ -41,7 +41,11 @@ class PeakMemory:
             self._most = max(self._most, psutil.Process().memory_info().rss)
 
     @property
+    def bytes(self) -> int:
+        """The most so far."""
+        return torch.cuda.max_memory_allocated(self.device) if self.of == "cuda" else self._most
+
+    @property
     def gigabytes(self) -> float:
         """The most so far, in 10⁹ bytes."""
-        taken = torch.cuda.max_memory_allocated(self.device) if self.of == "cuda" else self._most
-        return taken / 1e9
+        return self.bytes / 1e9

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from layerif.moe.routing import Record, Routing, counted, last_forward, record_routing, routing_of
 
@@ -132,13 +133,39 @@ class UsageMeter:
 
 
 def usage_by_block(usage: Mapping[str, ExpertUsage], blocks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns, for every block with routers, the mean `load` and `entropy` of its routers as plain numbers."""
+    """Returns, for every block with routers, the mean `load` and `entropy` of its routers as plain numbers.
+
+    Where the routers of a block have different numbers of experts, the load of an expert is the mean over those that
+    have it, as a share of the sum.
+    """
     found = {}
     for block in blocks:
         routers = [one for name, one in usage.items() if name.startswith(f"{block}.")]
         if routers:
-            load = torch.stack([one.load for one in routers]).mean(dim=0)
+            load = pad_sequence([one.load for one in routers], batch_first=True, padding_value=torch.nan).nanmean(dim=0)
+            if len({len(one.load) for one in routers}) > 1:
+                load = load / load.sum()
             found[block] = {"load": load.tolist(), "entropy": fmean(one.entropy for one in routers)}
+    return found
+
+
+def between_tasks(usage: Mapping[str, Mapping[str, ExpertUsage]]) -> dict[str, float]:
+    """Computes how far each router's experts split the tasks, in nats.
+
+    It is the Jensen-Shannon divergence of the loads of T tasks that weigh alike, which is the mutual information of
+    task and expert: 0 where each task has the same load, at most ln T, where no expert serves two.
+
+    Args:
+        usage: by task and then by router.
+
+    Returns:
+        The divergence by router.
+    """
+    found = {}
+    for router in next(iter(usage.values())):
+        load_TE = torch.stack([of_task[router].load for of_task in usage.values()])
+        of_mean, of_each = torch.special.entr(load_TE.mean(dim=0)).sum(), torch.special.entr(load_TE).sum(dim=1)
+        found[router] = max(0.0, float(of_mean - of_each.mean()))
     return found
 
 

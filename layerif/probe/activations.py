@@ -31,6 +31,7 @@ from layerif.probe.store import MeasurementKind
 from layerif.progress import progress
 from layerif.versions import VERSIONS
 
+_EMBEDDING = -1  # the place of the first block's input among the blocks
 EPSILON = 0.01  # in the unit of the hidden state
 ACTIVATIONS: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("activations", "forward passes")
 
@@ -72,6 +73,8 @@ class Activations(Request):
             num_entries=int(tensors["num_entries"]),
             epsilon=self.epsilon,
             answers=tuple(_label(example) for example in measurements.chosen("train")),
+            embedded={what: tensors[f"embedded/{what}"] for what in ("prompts", "right", "wrong")},
+            moments={what: tensors[f"moments/{what}"] for what in ("right", "wrong")},
             fingerprint=key,
             **{name: tensors[name] for name in ("cosines", "variances", "sparsities", "prompts", "right", "wrong")},
         )
@@ -111,14 +114,15 @@ def observe(
         model: a causal language model; it is left as it was.
         layers: the blocks and matrices to look at.
         right: the samples.
-        wrong: each sample with a wrong output in its place, None where it has no other; for the pooled outputs alone.
+        wrong: each sample with a wrong output in its place, None where it has no other; for the pooled outputs and the
+            moments of answers alone.
         epsilon: an entry of a block's output counts as zero below it.
         batch_size: the samples that the model sees at once.
         pad_id: the token that fills shorter samples.
 
     Returns:
-        The tensors of `LayerActivations` by the names of its fields, and `input_square_norms/<parameter>` for each
-        matrix.
+        The tensors of `LayerActivations` by the names of its fields; those of a field with several stand as
+        `field/name`.
 
     Raises:
         ValueError: names the block whose output is not finite.
@@ -186,6 +190,7 @@ class _Seen:
         self.layers, self.num_samples, self.epsilon = layers, num_samples, epsilon
         self.sums: dict[str, Tensor] = {}
         self.pooled: dict[str, dict[int, Tensor]] = {"prompts": {}, "right": {}, "wrong": {}}
+        self.moments = {what: torch.zeros(len(layers.names), num_samples, 4).double() for what in ("right", "wrong")}
 
     def start(self, indices: list[int], samples: Sequence[Encoded], mask_BT: Tensor, what: str) -> None:
         """Prepares for the next batch.
@@ -198,7 +203,7 @@ class _Seen:
         """
         lengths_B = torch.tensor([sample.prompt_length for sample in samples], device=mask_BT.device)
         of_output_BT = mask_BT & (mask_BT.cumsum(1) > lengths_B[:, None])
-        self.indices, self.mask_BT, self.is_counted = indices, mask_BT, what == "right"
+        self.indices, self.mask_BT, self.what, self.is_counted = indices, mask_BT, what, what == "right"
         self.parts = {what: of_output_BT} | ({"prompts": mask_BT & ~of_output_BT} if self.is_counted else {})
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -218,6 +223,7 @@ class _Seen:
         )
         tokens, entries = sums["tokens"], sums["entries"]
         pooled = {what: torch.stack([rows[number] for number in numbers]) for what, rows in self.pooled.items() if rows}
+        embedded = {what: rows[_EMBEDDING] for what, rows in self.pooled.items() if rows}
         nothing = torch.full_like(pooled["right"], torch.nan)
         return {
             "cosines": cosine_L / tokens,
@@ -225,6 +231,8 @@ class _Seen:
             "sparsities": zero_L / entries,
             "num_entries": entries.long(),
             **{"wrong": nothing, **pooled},
+            **{f"embedded/{what}": rows for what, rows in ({"wrong": nothing[0]} | embedded).items()},
+            **{f"moments/{what}": found for what, found in self.moments.items()},
             **{name: value for name, value in sums.items() if name.startswith("input_square_norms/")},
         }
 
@@ -232,10 +240,10 @@ class _Seen:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before_BTH = args[0] if args else kwargs["hidden_states"]
             after_BTH = output[0] if isinstance(output, tuple) else output
-            for what, part_BT in self.parts.items():
-                mean_BH = after_BTH.double().where(part_BT[..., None], 0).sum(1) / part_BT.sum(1, keepdim=True)
-                empty_SH = torch.full((self.num_samples, mean_BH.shape[1]), torch.nan)
-                self.pooled[what].setdefault(number, empty_SH)[self.indices] = mean_BH.float().cpu()
+            self._pool(number, after_BTH)
+            self._add_moments(number, after_BTH)
+            if number == 0:
+                self._pool(_EMBEDDING, before_BTH)
             if not self.is_counted:
                 return
             before_VH, after_VH = (real_tokens(each, self.mask_BT) for each in (before_BTH, after_BTH))
@@ -253,6 +261,22 @@ class _Seen:
                 self._add("entries", torch.tensor(after_VH.numel(), dtype=torch.float64))
 
         return look
+
+    def _pool(self, number: int, values_BTH: Tensor) -> None:
+        """Averages the values of each sample over the tokens of its parts."""
+        for what, part_BT in self.parts.items():
+            mean_BH = values_BTH.double().where(part_BT[..., None], 0).sum(1) / part_BT.sum(1, keepdim=True)
+            empty_SH = torch.full((self.num_samples, mean_BH.shape[1]), torch.nan)
+            self.pooled[what].setdefault(number, empty_SH)[self.indices] = mean_BH.float().cpu()
+
+    def _add_moments(self, number: int, values_BTH: Tensor) -> None:
+        """Sums up the entries of each sample's answer."""
+        answer_BT1 = self.parts[self.what][..., None]
+        kept_BTH = values_BTH.double().where(answer_BT1, 0)
+        near_BTH = (values_BTH.abs() < self.epsilon) & answer_BT1
+        sums = answer_BT1.sum((1, 2)) * kept_BTH.shape[2], kept_BTH.sum((1, 2)), kept_BTH.square().sum((1, 2))
+        moments_B4 = torch.stack([*(each.double() for each in sums), near_BTH.sum((1, 2)).double()], dim=1)
+        self.moments[self.what][number, self.indices] = moments_B4.cpu()
 
     def _linear(self, param: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -22,6 +22,7 @@ class CheckpointPasses(Request):
             any is measured.
     """
 
+    keeps_matrices: ClassVar[bool] = True
     parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
     takes_loss: ClassVar[bool] = True
 

@@ -18,6 +18,7 @@ class Nothing(Request):
         files: the files that the scores are read from.
     """
 
+    keeps_matrices: ClassVar[bool] = True
     is_measured: ClassVar[bool] = False
 
     files: tuple[str, ...] = ()

@@ -44,6 +44,7 @@ class Removal(Request):
         mask: Wanda's: takes a weight (O×I), the squared norms of its inputs (I) and the sparsity.
     """
 
+    keeps_matrices: ClassVar[bool] = True
     parts: ClassVar[tuple[Part, ...]] = ("train",)
 
     sparsity: float

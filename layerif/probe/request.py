@@ -73,12 +73,14 @@ class Request(ABC):
         is_measured: False where the evidence costs nothing.
         takes_loss: True where the evidence is measured with `Measurements.loss`.
         reads_windows: True where the evidence is measured on calibration windows of a text.
+        keeps_matrices: True where the evidence can score every matrix by itself, see `layerif.evidence.by_matrix`.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ()
     is_measured: ClassVar[bool] = True
     takes_loss: ClassVar[bool] = False
     reads_windows: ClassVar[bool] = False
+    keeps_matrices: ClassVar[bool] = False
 
     @property
     def paths(self) -> tuple[str, ...]:

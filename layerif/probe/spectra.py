@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ SPECTRA: MeasurementKind[Mapping[str, Tensor]] = MeasurementKind("spectra", "spe
 @dataclass(frozen=True)
 class Spectra(Request):
     """A request for the spectra of all linear layers of the blocks. No sample stands behind them."""
+
+    keeps_matrices: ClassVar[bool] = True
 
     def take(self, measurements: Measurements, load: Load) -> tuple[LayerSpectra, bool]:
         layers = measurements.layers()

@@ -1,6 +1,6 @@
 """Measurements on disk, named by a hash of everything that determines them.
 
-Each measurement is one safetensors file, `<root>/grams/<key>.safetensors`, and each kind has a folder (`influences/`,
+Each measurement is one safetensors file, `<root>/grams/<key>.safetensors`, and each kind has a folder (`curvature/`,
 `spectra/` …). The header holds the version of the format, the description that was hashed, the layer map, entries for
 people to read, and a checksum of all that and the tensors. A file is written under a temporary name and then renamed,
 so that a reader sees the whole file or nothing, and needs no lock: a store that cannot be written serves what it has. A
@@ -238,10 +238,11 @@ def _read_once(
 def layers_in(header: Mapping[str, str]) -> LayerMap:
     """Reads the layer map that a header holds."""
     layers = json.loads(header["layers"])
-    sizes = layers.get("matrix_numel")
+    sizes, shapes = layers.get("matrix_numel"), layers.get("matrix_shapes")
     return LayerMap(
         tuple(layers["names"]),
         tuple(map(tuple, layers["params"])),
         tuple(layers["numel"]),
         None if sizes is None else tuple(sizes),
+        None if shapes is None else tuple(map(tuple, shapes)),
     )

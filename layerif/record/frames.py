@@ -51,7 +51,11 @@ def _layers(record: RunRecord) -> pd.DataFrame:
         found["matrix"] = [within_block(unit) for unit in given.units]
     if scores is not None:
         score_of = dict(zip(scores.layers, scores.values, strict=True))
-        found["score"] = [score_of.get(block) for block in blocks]
+        layer_of = [unit if unit in score_of else block for unit, block in zip(given.units, blocks, strict=True)]
+        found["score"] = [score_of.get(layer) for layer in layer_of]
+        if scores.intervals is not None:
+            bounds_of = dict(zip(scores.layers, scores.intervals, strict=True))
+            found["low"], found["high"] = zip(*(bounds_of.get(layer, (None, None)) for layer in layer_of), strict=True)
     return pd.DataFrame(found | {given.kind: given.values})
 
 

@@ -24,6 +24,8 @@ def arm_name(job: Job) -> str:
     It comes from the configuration alone, which a failed job has, too.
     """
     kind, given = allocator_choice(job), job.config["allocator"]
+    if job.choices["method"] == "rows":  # it spends no allocation
+        return f"rows by {estimator_name(job)}"
     if (job.config.get("method") or {}).get("search") == "greedy":
         name = "greedy search"
     elif kind == "file":
@@ -67,6 +69,15 @@ def estimator_choice(job: Job) -> str:
         node, group = node["of"], "estimator@estimator.of" if group == "estimator" else f"{group}.of"
         found.append(job.choices.get(group, ""))
     return " ".join(filter(None, found))
+
+
+def selection_choice(job: Job) -> str:
+    """Returns the choice of the train rows, and after it the estimator that it asks: `influence datainf`.
+
+    A job of a version without selections took all rows.
+    """
+    parts = job.choices.get("selection", "all"), job.choices.get("estimator@selection.estimator", "")
+    return " ".join(filter(None, parts))
 
 
 def allocator_choice(job: Job) -> str:

@@ -66,9 +66,24 @@ def plots_of_run(record: RunRecord) -> dict[str, Plot]:
 def plot_scores(profiles: Mapping[str, ScoresRecord], groups: Sequence[str] | None = None) -> Plot:
     """Draws the scores of every layer, each profile as a fraction of its largest; `groups` as for `profiles_plot`."""
     means = " or ".join(sorted({scores.higher_means for scores in profiles.values()}))
-    alt = "; ".join(f"{name}: highest at blocks {', '.join(_highest(one.values))}" for name, one in profiles.items())
-    values = {name: np.array(scores.values) / max(scores.values) for name, scores in profiles.items()}
-    return profiles_plot(values, f"Layer scores (higher = {means})", "score, as a fraction of the largest", alt, groups)
+    alt = "; ".join(
+        f"{name}: highest at blocks {', '.join(_highest(list(one.by_block().values())))}"
+        for name, one in profiles.items()
+    )
+    of_blocks = {name: np.array(list(scores.by_block().values())) for name, scores in profiles.items()}
+    values = {name: one / max(one) for name, one in of_blocks.items()}
+    (only,) = profiles.values() if len(profiles) == 1 else (None,)
+    # Intervals of several profiles would hide one another, and those of matrices do not add up.
+    intervals = only.intervals if only is not None and len(only.values) == len(only.by_block()) else None
+    shaded = "" if intervals is None else "; shaded: 95 % interval"
+    title = f"Layer scores (higher = {means}{shaded})"
+    plot = profiles_plot(values, title, "score, as a fraction of the largest", alt, groups)
+    if only is not None and intervals is not None:
+        bounds_L2 = np.array(intervals) / max(only.values)
+        (axes,) = plot.figure.axes
+        axes.fill_between(range(len(bounds_L2)), *bounds_L2.T, color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.set_ylim(0, 1.05 * max(1.0, float(bounds_L2.max())))
+    return plot
 
 
 def plot_allocations(allocations: Mapping[str, AllocationRecord], groups: Sequence[str] | None = None) -> Plot:

@@ -31,11 +31,24 @@ _PACKAGES = ("layerif", "torch", "transformers", "peft", "lightning", "hydra-cor
 
 @dataclass(kw_only=True)
 class ScoresRecord:
-    """One non-negative score per layer, and the meaning of a higher one (`undertrained` or `important`)."""
+    """One non-negative score per layer, and the meaning of a higher one (`undertrained` or `important`).
+
+    The layers are blocks, or matrices where every matrix was scored by itself. `intervals` holds the bounds of each
+    score's 95 % interval, if the estimator has them.
+    """
 
     layers: list[str]
     values: list[float]
     higher_means: str
+    intervals: list[tuple[float, float]] | None = None
+
+    def by_block(self) -> dict[str, float]:
+        """Returns the score of each block: the sum over its matrices where these were scored."""
+        found: dict[str, float] = {}
+        for layer, value in zip(self.layers, self.values, strict=True):
+            block = block_of(layer) if within_block(layer) else layer
+            found[block] = found.get(block, 0.0) + value
+        return found
 
 
 @dataclass(kw_only=True)
@@ -133,10 +146,16 @@ class RunRecord:
         parameters: total and trainable, and those of the model that a baseline of equal size is compared with.
         sparsity: the fraction of zeros in each pruned matrix, by name.
         formats: the number format of each quantised matrix, by name.
+        ranks: the rank of each matrix, by name, where the fine-tuning itself moved ranks (EVA, AdaLoRA).
         recovery: how the pruned model was fine-tuned: its `method` and its `decision`.
         routing: the use of an evaluated LoRA-MoE's experts, by block with routers: `load` (the share of the tokens'
             assignments that each expert got) and `entropy` (of the routers, in nats). Both are means over
-            the routers of the block and over the tokens.
+            the routers of the block and over the tokens. Of a mixed task also the same of each of its `tasks`, and
+            `between_tasks`, see `layerif.moe.usage.between_tasks`, the mean over the routers in nats.
+        selection: the train rows that `selection` took: their ids in `rows`, the first taken first, with their
+            `values`, the `budget` in its `unit`, and the rows and tokens `taken` out of those there were (`of`).
+        tokens: what `data.token_filter` did: the tokens `counted` before it and `kept`, and the `rows_left_out` that
+            have none.
         training: the cost of fine-tuning, without validation and saving: `seconds_per_step` (the median) and
             `memory_gb`, the most memory that was taken: on a GPU that of the tensors (`memory_of` is `cuda`), elsewhere
             that of the whole process (`process`).
@@ -162,8 +181,11 @@ class RunRecord:
     parameters: dict[str, int] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     routing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -344,6 +366,8 @@ def _check_lengths(job: Job) -> None:
             raise ValueError(f"decision.allocation.sizes holds {least}: input should be at least 1")
     if scores:
         counted["decision.scores.values"] = scores.values, scores.layers
+        if scores.intervals is not None:
+            counted["decision.scores.intervals"] = scores.intervals, scores.layers
     for key, (values, names) in counted.items():
         if len(values) != len(names):
             raise ValueError(f"{key} has {len(values)} numbers for {len(names)} names")

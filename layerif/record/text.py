@@ -52,6 +52,8 @@ def print_run(record: RunRecord, folder: Path, on: Console | None = None) -> Non
         on.print(line, highlight=False, markup=False)
     if record.metrics and (record.answers or record.parameters):  # a report of method=diagnose has no accuracy
         show_table(_fitting(runs_frame(record), on.width), record.config["task"]["name"], on)
+    for line in _learned_lines(record):
+        on.print(f"  {line}", highlight=False)
     for line in _metric_lines(record.metrics):
         on.print(f"  {line}", highlight=False)
     for note in record.notes:
@@ -101,13 +103,27 @@ def _trust_lines(decision: DecisionRecord) -> Iterator[str]:
         if decision.curves.get("sense") == "distance":
             yield f"angular distance over the span that goes {spelt(decision.curves['distance'])}"
             return
-        change = "fall" if decision.curves.get("sense") == "gain" else "rise"
+        if decision.curves.get("sense") == "gain":
+            gain, form = decision.curves["predicted"], decision.curves["source"]["form"]
+            yield f"{decision.curves['parameters']:,} parameters; predicted gain {gain:.3g} ({form}, to compare alone)"
+            return
         predicted, actual = decision.curves["predicted"], decision.curves.get("actual")
         seen = "" if actual is None else f", actual {spelt(actual)} nats"
-        yield f"predicted {change} of the loss {spelt(predicted)} nats{seen}"
+        yield f"predicted rise of the loss {spelt(predicted)} nats{seen}"
     elif decision.samples:
         yield f"reliability {of} (rank correlation of two halves of {samples[0]} + {samples[1]} samples)"
         yield from (f"  warning: {doubt}" for doubt in doubts(decision.reliability, samples))
+
+
+def _learned_lines(record: RunRecord) -> Iterator[str]:
+    """Spells how many rows and tokens were learned from, where that was chosen."""
+    if record.selection:
+        taken, of = (record.selection[part]["rows"] for part in ("taken", "of"))
+        yield f"selected: {taken:,} of {of:,} train rows, listed in selection.csv"
+    if record.tokens:
+        kept, counted, left_out = (record.tokens[part] for part in ("kept", "counted", "rows_left_out"))
+        without = f"; {left_out:,} rows have none" if left_out else ""
+        yield f"learned from {kept:,} of {counted:,} tokens that count in the loss{without}"
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> Iterator[str]:

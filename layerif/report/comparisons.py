@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 
 from layerif.record.frames import QUESTIONS, is_logarithmic
 from layerif.report.arms import Run, comparable, distinct, same_repetition
+from layerif.report.mixed import MixedModel, TooLittle, mixed_model
 from layerif.stats import (
     ALPHA,
     Difference,
@@ -203,19 +205,35 @@ def p_text(p: float) -> str:
     return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, str, Variance, pd.DataFrame]]:
-    """Analyses the variance over allocation × task, and compares every two arms by Tukey's HSD.
+@dataclass(frozen=True, kw_only=True)
+class Analysed:
+    """The analyses of one group of arms that are alike in all else.
 
-    Each group of arms that are alike in all else has an analysis of its own. It holds the fine-tuned or pruned runs of
+    Attributes:
+        where: its place.
+        text: the runs that are in it.
+        variance: the analysis of variance.
+        pairs: every two arms by Tukey's HSD.
+        mixed: the mixed model; a text that says why there is none.
+    """
+
+    where: str
+    text: str
+    variance: Variance
+    pairs: pd.DataFrame
+    mixed: MixedModel | str
+
+
+def analyses(runs: Sequence[Run], metric: str) -> list[Analysed]:
+    """Analyses the variance over allocation × task, compares every two arms by Tukey's HSD, and fits a mixed model.
+
+    Each group of arms that are alike in all else has analyses of its own. It holds the fine-tuned or pruned runs of
     those arms that ran on all tasks of the group, since others would be compared across tasks. Repetitions that no seed
     touched are one run. A group with a single arm, or without repetitions, is left out.
 
     Args:
         runs: of all arms.
         metric: the name of a metric.
-
-    Returns:
-        For each group its place, a text that says which runs are in it, the analysis and the comparisons.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in distinct([run for run in runs if run.is_trained and metric in run.metrics]):
@@ -223,19 +241,28 @@ def variances(runs: Sequence[Run], metric: str) -> list[tuple[str, str, Variance
     found = []
     for group in groups.values():
         values = [np.log(run.metrics[metric]) if is_logarithmic(metric) else run.metrics[metric] for run in group]
-        frame = pd.DataFrame({"arm": [r.arm for r in group], "task": [r.task for r in group], "value": values})
+        columns = {name: [getattr(run, name) for run in group] for name in ("arm", "task", "seed")}
+        frame = pd.DataFrame({**columns, "value": values})
         ran_on = {arm: {run.task for run in group if run.arm == arm} for arm in dict.fromkeys(r.arm for r in group)}
         tasks = list(dict.fromkeys(run.task for run in group))
         complete = [arm for arm, its_tasks in ran_on.items() if len(its_tasks) == len(tasks)]
         kept = frame.query("arm in @complete")
-        analysis = anova(kept) if complete else None
-        if analysis is None:
+        variance = anova(kept) if complete else None
+        if variance is None:
             continue
         shared = [word for word in complete[0].split() if "=" in word and all(word in arm.split() for arm in complete)]
         of = " ".join([group[0].model, *shared]).strip()
         where = (f"{of} on " if of else "") + ", ".join(tasks)
-        text = f"{where}: {len(kept)} runs, {len(complete)} arms; fitted: {analysis.model}"
+        text = f"{where}: {len(kept)} runs, {len(complete)} arms; fitted: {variance.model}"
         left_out = len(ran_on) - len(complete)
         text += f"; without {left_out} arms that did not run on all tasks" if left_out else ""
-        found.append((where, text, analysis, tukey(kept, analysis)))
+        mixed = _mixed_or_why_not(kept)
+        found.append(Analysed(where=where, text=text, variance=variance, pairs=tukey(kept, variance), mixed=mixed))
     return found
+
+
+def _mixed_or_why_not(runs: pd.DataFrame) -> MixedModel | str:
+    try:
+        return mixed_model(runs)
+    except TooLittle as why:
+        return str(why)

@@ -10,12 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from layerif.checks import how_many
 from layerif.record import plots
 from layerif.record.frames import is_better, is_logarithmic
 from layerif.record.plots import COLOURS, WIDTH, Plot, by_depth, finished, image_of_rows, profiles_plot, shortened
 from layerif.record.record import AllocationRecord, RunRecord
+from layerif.report import clusters
 from layerif.report.arms import Run
-from layerif.report.tables import Results, profiles
+from layerif.report.tables import Results, comparable_by, profiles
 from layerif.stats import spearman_matrix
 
 _MOST_PANELS = 6
@@ -95,6 +97,39 @@ def plot_correlations(records: Sequence[RunRecord]) -> Plot | None:
     pairs = matrix[np.triu_indices(size, 1)]
     alt = f"{size} profiles: correlations from {pairs.min():.2f} to {pairs.max():.2f}, median {np.median(pairs):.2f}"
     return finished(figure, "Rank correlation of layer profiles", alt)
+
+
+def plot_clusters(records: Sequence[RunRecord]) -> Plot | str:
+    """Draws the dendrogram of the layer profiles, or says in plain words why there is none."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    found = profiles(records)
+    if len(found) < clusters.FEWEST_PROFILES:
+        verb, number = "is" if len(found) == 1 else "are", how_many(len(found), "profile")
+        return f"there {verb} {number}, and a tree needs at least {clusters.FEWEST_PROFILES}"
+    first, *others = map(comparable_by, found.values())
+    if any(kind != first for kind in others):
+        return "the profiles are of several models, whose layers are not the same ones"
+    tree = clusters.tree({name: one.scores.values for name, one in found.items()})
+    size = len(tree.names)
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.24 * size + 1.0), layout="constrained")
+    with plt.rc_context({"lines.linewidth": 1.5}):
+        dendrogram(
+            tree.joins,
+            orientation="right",
+            ax=axes,
+            labels=[shortened(name, 52) for name in tree.names],
+            color_threshold=0,
+            above_threshold_color=COLOURS[0],
+        )
+    axes.tick_params(axis="y", labelsize=8 if size < 30 else 6)
+    axes.set_xlim(max(1.0, 1.05 * float(tree.joins[:, 2].max())), 0)
+    axes.set_xlabel("1 − Spearman")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    one, other, alike = tree.closest()
+    alt = f"{size} profiles; the most alike are {one} and {other}, at Spearman {alike:.2f}"
+    return finished(figure, "Clusters of layer profiles", alt)
 
 
 def plot_allocation_profiles(runs: Sequence[Run]) -> Plot | None:

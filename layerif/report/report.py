@@ -62,7 +62,7 @@ def write_report(folder: Path, console: Console | None = None, *, expected: Path
     fitted = fitting(published, jobs.jobs)
     runs = runs_of(jobs.jobs, fitted)  # made once, so that the page, the console and the files use the same names
     said, found = summary(jobs, runs, published), sections(jobs, runs, fitted)
-    plots = ("scores.png", "allocations.png", "matrices.png")
+    plots = ("scores.png", "allocations.png", "matrices.png", "clusters.png")
     files = [folder / name for name in ("report.html", "report.md", "report.csv", *plots)]
     files[0].write_text(page(jobs.name, said, found))
     files[1].write_text(_markdown(jobs.name, said, found))

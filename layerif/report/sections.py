@@ -19,6 +19,7 @@ from layerif.report import comparisons as compare
 from layerif.report import plots, tables, verdicts
 from layerif.report.arms import Run
 from layerif.report.expected import Expected, columns_of
+from layerif.report.mixed import MixedModel
 from layerif.report.reading import FinishedJobs
 from layerif.stats import RESAMPLES, num_resamples
 
@@ -27,6 +28,15 @@ _BEYOND_USE = (
     "A difference is stated where the comparisons below support it. A fine-tuned or pruned model is called collapsed "
     "where its perplexity, or its loss on rows on which the untouched model does better, is beyond that of the "
     "frequencies of the very tokens that it should predict: the best guess that reads no context."
+)
+_JOINS = (
+    "Groups of profiles join at the mean of 1 − Spearman's rank correlation over the pairs of their members: 0 is the "
+    "same order of the layers, and 1 no order in common."
+)
+_ROWS = (
+    "The rows themselves, with their text, are in rows.html of each run's folder. The AUC is the chance that a row "
+    "with a planted wrong answer is more harmful than another (0.5: no better than chance), with its 95 % interval "
+    "over train and validation rows; the last column is the share of these rows among as many most harmful ones."
 )
 _NOT_DRAWN = "Further arms that are not drawn here: {}. The allocation.png of each run shows its own."
 _LOADS = (
@@ -281,10 +291,16 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
     if has_questions:
         how += " It holds for these questions; the comparisons above allow for other questions, too."
     found = []
-    analyses = compare.variances(runs, metric)
-    for where, text, variance, pairs in analyses:
-        title, caption = f"{metric}, {where}" if len(analyses) > 1 else metric, f"{of}: {text}"
-        found.append(Section(title=f"Analysis of variance: {title}", table=variance.table, caption=caption, said=[how]))
+    analyses = compare.analyses(runs, metric)
+    for one in analyses:
+        pairs = one.pairs
+        title, caption = f"{metric}, {one.where}" if len(analyses) > 1 else metric, f"{of}: {one.text}"
+        why_not = [f"No mixed model is fitted: {one.mixed}."] if isinstance(one.mixed, str) else []
+        found.append(
+            Section(
+                title=f"Analysis of variance: {title}", table=one.variance.table, caption=caption, said=[how, *why_not]
+            )
+        )
         shown = pairs[["from", "to"]].assign(
             **{
                 "difference": [f"{value:+.3f}" for value in pairs["difference"]],
@@ -301,7 +317,32 @@ def _variance(runs: Sequence[Run], metric: str) -> list[Section]:
             "the smallest difference that would be found with 80 % power."
         )
         found.append(Section(title=f"Tukey's HSD: {title}", table=shown, caption=caption, said=[how_pairs]))
+        if not isinstance(one.mixed, str):
+            found.append(_mixed(one.mixed, f"Mixed model: {title}", f"{of}: {one.where}", has_questions))
     return found
+
+
+def _mixed(mixed: MixedModel, title: str, of: str, has_questions: bool) -> Section:
+    table = mixed.table
+    shown = table[["from", "to"]].assign(
+        **{
+            "difference": [f"{value:+.3f}" for value in table["difference"]],
+            "95 % interval": _intervals(table),
+            "p": table["p"],
+            "p Holm": table["p Holm"],
+            "said": [
+                _said(*row, has_questions) for row in zip(table["low"], table["high"], table["p Holm"], strict=True)
+            ],
+        }
+    )
+    spreads = ", ".join(f"{value:.3g} between {name}s" for name, value in mixed.spreads.items() if name != "rest")
+    findings = [f"Standard deviation of the values: {spreads}, {mixed.spreads['rest']:.3g} of the rest."]
+    how = (
+        "Arms are fixed effects, and tasks and seeds are crossed random ones (restricted maximum likelihood). Each arm "
+        f"is compared with the first one, by Student's t with {mixed.df} degrees of freedom. p Holm is corrected for "
+        f"the {len(table)} comparisons of this table. A spread between few tasks or seeds is known only roughly."
+    )
+    return Section(title=title, table=shown, caption=of, findings=findings, said=[how])
 
 
 def _intervals(table: pd.DataFrame) -> list[str]:
@@ -325,13 +366,20 @@ def _layers(jobs: FinishedJobs, runs: Sequence[Run]) -> list[Section]:
     if len(loads := tables.loads(runs)):
         caption = "Least and most used expert, as a multiple of an even share of the tokens, and where"
         found.append(Section(title="Expert load", table=loads, caption=caption, said=[_LOADS]))
+    if len(influences := tables.influence_of_rows(runs)):
+        caption = "The share of the train rows that raise the mean loss of the validation rows"
+        found.append(Section(title="Influence of rows", table=influences, caption=caption, said=[_ROWS]))
     correlations = tables.correlations(jobs.records)
     if len(correlations):
         of, title = "Spearman's rank correlation of layer scores", "Rank correlation of layer profiles"
         plot = plots.plot_correlations(jobs.records) if len(correlations) > 12 else None
         if plot is not None:  # the plot shows the rest, so only the agreement of each with itself is given as numbers
             correlations = correlations.loc[[other == tables.ITSELF for other in correlations["and"]]]
-        found.append(Section(title=title, table=correlations, caption=of, plot=plot))
+        tree = plots.plot_clusters(jobs.records)
+        why_not = [f"No dendrogram is drawn: {tree}."] if isinstance(tree, str) else []
+        found.append(Section(title=title, table=correlations, caption=of, plot=plot, said=why_not))
+        if not isinstance(tree, str):
+            found.append(Section(title=tree.title, plot=tree, file="clusters.png", said=[_JOINS]))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 
-from layerif.record.names import allocator_choice, estimator_choice, origins
+from layerif.record.names import allocator_choice, estimator_choice, origins, selection_choice
 from layerif.record.record import Job
 
 SIZE = ("allocator.budget", "allocator.target", "allocator.keep")  # the keys that set the size of an allocation
@@ -13,7 +13,6 @@ _WITHOUT_SCORES = ("file", "shape", "depth", "position")  # allocators that look
 # Settings that repeat others, unless the user gives them a value of their own: pruner, calibration windows, formats.
 _REPEATS = {
     "estimator.pruner": "pruner",
-    "estimator.mask_text": "method.calibration",
     "estimator.calibration": "method.calibration",
     "estimator.formats": "method.formats",
     "allocator.formats": "method.formats",
@@ -35,10 +34,11 @@ def settings(job: Job, *sections: str) -> dict[Hashable, dict[str, object]]:
         "pruner": job.choices.get("pruner") if _has_pruner(job) else None,
         "estimator": estimator_choice(job),
         "allocator": allocator_choice(job),
+        "selection": selection_choice(job),
     }
     found: dict[Hashable, dict[str, object]] = defaultdict(dict)
     if not sections:
-        found["choice", None] = {group: choices[group] for group in ("method", "pruner")}
+        found["choice", None] = {group: choices[group] for group in ("method", "pruner", "selection")}
     told, again = _told(job), repeated(job)
     for key, value in flat(job.identity["settings"]).items():
         section = key.split(".")[0]

@@ -295,6 +295,25 @@ def loads(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def influence_of_rows(runs: Sequence[Run]) -> pd.DataFrame:
+    """Returns the figures of every run of method=rows: the share of harmful rows, and how wrong answers were found."""
+    rows = []
+    for run in runs:
+        if run.prefix or "harmful" not in run.metrics:
+            continue
+        found = run.metrics
+        place = {"run": run.arm, **({"model": run.model} if run.model else {}), "task": run.task, "seed": run.seed}
+        row = {**place, "harmful rows": found["harmful"], "fidelity": found.get("fidelity")}
+        if "mislabel_auc" in found:
+            low, high = (found.get(f"mislabel_auc_{end}") for end in ("low", "high"))
+            interval = "" if low is None else f" ({spelt(low)} to {spelt(high)})"
+            row |= {"AUC of wrong answers": f"{spelt(found['mislabel_auc'])}{interval}"}
+            row |= {"among the most harmful": found["mislabel_found"]}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    return frame.dropna(axis="columns", how="all")
+
+
 class MeasuredProfile(NamedTuple):
     """The scores of the layers, the record of the run that measured them first, and their name without the seed."""
 
@@ -323,13 +342,18 @@ def profiles(records: Sequence[RunRecord]) -> dict[str, MeasuredProfile]:
     return dict(zip(labelled(names, with_seed), measured, strict=True))
 
 
+def comparable_by(profile: MeasuredProfile) -> tuple:
+    """Returns what two profiles must share to be correlated: the model and its layers."""
+    return content(profile.record, "model"), profile.scores.layers
+
+
 def correlations(records: Sequence[RunRecord]) -> pd.DataFrame:
     """Returns the rank correlation of every two layer profiles of one model, and of each with itself.
 
     A profile is correlated with itself on disjoint halves of its samples.
     """
     found = profiles(records)
-    kinds = [(content(one.record, "model"), one.scores.layers) for one in found.values()]
+    kinds = [comparable_by(one) for one in found.values()]
     alike = np.full((len(found), len(found)), np.nan)
     for number, kind in enumerate(kinds):
         if kind not in kinds[:number]:

@@ -15,6 +15,7 @@ from layerif.report.arms import Run
 from layerif.report.comparisons import verdict
 from layerif.stats import POWER
 
+EQUAL = 0.005  # share by which arms of equal size may differ in trainable parameters
 _AT_MOST = 8  # pairs of one task that are told apart in words; the table has them all
 _APART = "No two arms were measured on the same rows or seeds, or differ in one thing alone, so none are compared."
 
@@ -51,7 +52,7 @@ def verdicts(runs: Sequence[Run], compared: Mapping[str, pd.DataFrame]) -> list[
         )
         alone = f"There is one arm, so nothing is compared. {measured[0].arm}: {', '.join(figures)}."
         found.append(alone if is_alone else _APART)
-    return found + collapsed(runs, list(compared))
+    return found + unequal(runs) + one_rate(runs) + collapsed(runs, list(compared))
 
 
 def power(metric: str, table: pd.DataFrame) -> str:
@@ -65,6 +66,42 @@ def power(metric: str, table: pd.DataFrame) -> str:
     low, high = (_spelt_size(metric, size) for size in (known.min(), known.max()))
     sizes = low + _unit(metric) if low == high else f"{low} to {high}{_unit(metric)}, by the pair of arms"
     return f"Smallest difference that these runs would have found with {100 * POWER:.0f} % power: {sizes}."
+
+
+def unequal(runs: Sequence[Run]) -> list[str]:
+    """Warns of arms of one task whose numbers of trainable parameters differ by more than EQUAL."""
+    found = []
+    for model, task in dict.fromkeys((run.model, run.task) for run in runs):
+        sizes: dict[str, float] = {}
+        for run in runs:
+            if (run.model, run.task) == (model, task) and (size := _trainable(run)):
+                sizes[run.arm] = max(sizes.get(run.arm, 0), size)
+        if not sizes or max(sizes.values()) <= (1 + EQUAL) * min(sizes.values()):
+            continue
+        least, most = min(sizes, key=lambda arm: sizes[arm]), max(sizes, key=lambda arm: sizes[arm])
+        found.append(
+            f"The arms on {f'{model} {task}'.strip()} are not of equal size: {least} trains {sizes[least]:,} "
+            f"parameters and {most} {sizes[most]:,}. A difference of more than {EQUAL:.1%} in size may itself be the "
+            "reason of a difference in results."
+        )
+    return found
+
+
+def one_rate(runs: Sequence[Run]) -> list[str]:
+    """Says that arms were compared at one learning rate, where several were fine-tuned at the same one."""
+    trained = [run for run in runs if _trainable(run)]
+    rates = {(run.job.config.get("method") or {}).get("learning_rate") for run in trained}
+    if len({run.arm for run in trained}) < 2 or len(rates) > 1 or None in rates:
+        return []
+    return [
+        f"All arms were fine-tuned at one learning rate, {rates.pop():g}. An arm may do better at another one, so this "
+        "compares the arms at this rate only."
+    ]
+
+
+def _trainable(run: Run) -> int:
+    is_fine_tuned = run.is_trained and isinstance(run.job, RunRecord)
+    return run.job.parameters.get("trainable", 0) if is_fine_tuned else 0  # type: ignore[union-attr]
 
 
 def collapsed(runs: Sequence[Run], metrics: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from layerif.adapt.adapters import EqualLoraAdapter, LoraAdapter, LoraMoeAdapter
 from layerif.adapt.data import TaskDataModule
 from layerif.adapt.full import FullTuning
 from layerif.adapt.kinds import tuning_of
-from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.module import AdapterModule
 from layerif.adapt.sizes import adapted_shapes, num_parameters
 from layerif.adapt.tuning import Tuning
 from layerif.allocate.allocation import Allocation
@@ -209,12 +209,19 @@ def test_the_default_of_a_trained_layer_is_rank_8_or_5_experts(skeleton):
 )
 def test_what_does_not_fit_layers_is_refused_by_name(skeleton, tuning, values, message):
     with pytest.raises(ValueError, match=message):
-        check_fits(tuning, skeleton, values)
+        tuning.check_fits(skeleton, values)
+
+
+def test_a_recovery_names_its_own_settings(skeleton):
+    values = allocation(1, 1, 1, 1, kind="experts")
+    for settings in ({"num_experts": 3}, {"equal_parameters": True}):
+        with pytest.raises(ValueError, match=rf"^method\.adapter\.{next(iter(settings))}=.*; leave method\.adapter\."):
+            LoraMoeAdapter(**settings).check_fits(skeleton, values, where="method.adapter")
 
 
 def test_the_advice_for_too_many_experts_names_the_settings_of_layers(skeleton):
     with pytest.raises(ValueError, match=r"; lower method\.r or method\.num_experts, or name fewer layers in"):
-        check_fits(LoraMoeAdapter(num_experts=10**9), skeleton, allocation(0, 1, 0, 1), free=1e9)
+        LoraMoeAdapter(num_experts=10**9).check_fits(skeleton, allocation(0, 1, 0, 1), free=1e9)
 
 
 # Full fine-tuning of some layers

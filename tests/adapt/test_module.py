@@ -22,7 +22,7 @@ from layerif.adapt.adapters import Adapter, EqualLoraAdapter, LoraAdapter, LoraM
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.data import EpochShuffle, TaskDataModule
 from layerif.adapt.kinds import tuning_of
-from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.module import AdapterModule
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.experts import Experts
 from layerif.allocate.rank import Rank
@@ -203,7 +203,7 @@ def test_ranks_of_another_model_are_refused(model_config, ranks, message):
 @pytest.mark.parametrize("kind", KINDS)
 def test_whether_an_adapter_fits_is_found_out_without_weights(model_config, kind):
     def fits(**settings):
-        check_fits(kind(**settings), LocalModel(path=model_config["path"]).skeleton(), counts(ALLOCATION, kind))
+        kind(**settings).check_fits(LocalModel(path=model_config["path"]).skeleton(), counts(ALLOCATION, kind))
 
     fits()
     fits(target_modules=["q_proj", "mlp.up_proj"])

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 
 from layerif.adapt.adapters import EqualLoraAdapter, LoraAdapter, LoraMoeAdapter
-from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.module import AdapterModule
 from layerif.adapt.sizes import adapted_shapes, num_parameters
 from layerif.allocate.allocation import Allocation
 from layerif.models.blocks import blocks
@@ -60,7 +60,7 @@ def test_the_count_is_that_of_the_adapter(skeleton, kind, targets):
 )
 def test_what_no_layer_can_use_and_no_memory_can_hold_is_refused_with_the_numbers(skeleton, adapter, values, message):
     with pytest.raises(ValueError, match=message):
-        check_fits(adapter, skeleton, spent(adapter, values), free=1e15)
+        adapter.check_fits(skeleton, spent(adapter, values), free=1e15)
     assert list(blocks(skeleton)) == list(spent(adapter, values).units)  # nothing was put on it
 
 
@@ -68,14 +68,14 @@ def test_the_memory_is_that_of_weights_gradients_and_moments_in_float32(skeleton
     adapter, allocation = LoraMoeAdapter(), spent(LoraMoeAdapter, (1, 3, 2))
     needed = 16 * num_parameters(adapted_shapes(skeleton, None), adapter.capacities(skeleton, allocation))
     with pytest.raises(ValueError, match=r"; lower method\.adapter\.r or method\.experts\.budget, or name fewer"):
-        check_fits(
-            adapter, skeleton, allocation, free=needed - 1, where="method.adapter", budget="method.experts.budget"
+        adapter.check_fits(
+            skeleton, allocation, free=needed - 1, where="method.adapter", budget="method.experts.budget"
         )
-    check_fits(adapter, skeleton, allocation, free=needed)
+    adapter.check_fits(skeleton, allocation, free=needed)
 
 
 def test_full_rank_is_allowed(skeleton):
-    check_fits(LoraAdapter(), skeleton, spent(LoraAdapter, (24, 24, 24)), free=math.inf)
+    LoraAdapter().check_fits(skeleton, spent(LoraAdapter, (24, 24, 24)), free=math.inf)
 
 
 def test_scores_that_ask_for_more_than_full_rank_are_followed_and_told(model_folder):
@@ -87,4 +87,4 @@ def test_scores_that_ask_for_more_than_full_rank_are_followed_and_told(model_fol
 
 def test_equal_ranks_need_a_layer_inside_the_blocks(skeleton):
     with pytest.raises(ValueError, match="names only layers outside the blocks"):
-        check_fits(EqualLoraAdapter(target_modules=["lm_head"]), skeleton, spent(EqualLoraAdapter, (1, 1, 1)))
+        EqualLoraAdapter(target_modules=["lm_head"]).check_fits(skeleton, spent(EqualLoraAdapter, (1, 1, 1)))

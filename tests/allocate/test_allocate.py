@@ -356,8 +356,9 @@ def test_an_allocation_checks_its_budget_on_construction():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("experts", (0, 4), "experts of 'a' must be a whole number >= 1, got 0"),
-        ("rank", (1.5, 2.5), r"rank of 'a' must be a whole number >= 1, got 1\.5"),
+        ("experts", (-1, 5), "experts of 'a' must be a whole number >= 0, got -1"),
+        ("rank", (0, 0), "the rank of all 2 units is 0; give at least one of them 1"),
+        ("rank", (1.5, 2.5), r"rank of 'a' must be a whole number >= 0, got 1\.5"),
         ("sparsity", (0.5, 1.5), r"sparsity of 'b' must be a fraction in \[0, 1\]"),
         ("bits", (4.5, 0), "bits of 'b' must be a number above 0 and at most 32, got 0"),
         ("bits", (33.0, 4.5), "bits of 'a' must be a number above 0 and at most 32"),
@@ -452,7 +453,7 @@ def test_file_reads_sparsities(tmp_path):
         (dict.fromkeys(NAMES[1:], 2), r"lacks 1 of the model's 8 layers.*'layers\.0'"),
         ([1, 2], "2 for 8 layers"),
         ([1, 2, 3, 4, 5, 6, 7, "8"], "numbers, got '8'"),
-        ([1, 2, 3, 4, 5, 6, 7, 0], r"'layers\.7' must be a whole number >= 1, got 0"),
+        ([1, 2, 3, 4, 5, 6, 7, -1], r"'layers\.7' must be a whole number >= 0, got -1"),
         ({"allocation": {"kind": "rank", "values": [1] * 8, "units": list(NAMES)}}, r"use allocator\.kind=rank"),
         ({"allocation": {}}, "holds no allocation"),
         ([1, 2], "there must be one value per layer, at least one, in allocation file"),

@@ -210,7 +210,7 @@ def test_important_blocks_get_more_bits_and_undertrained_ones_fewer():
         ({"target": 0}, r"allocator\.target=0 is not allowed"),
         ({"target": 33}, r"allocator\.target=33 is not allowed"),
         ({"spread": -1}, r"allocator\.spread=-1 is not allowed"),
-        ({"formats": "K"}, r"method\.formats='K' is not allowed; allowed: gguf, all, MXFP4"),
+        ({"formats": "K"}, r"allocator\.formats='K' is not allowed; allowed: gguf, all, MXFP4"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings_, words):

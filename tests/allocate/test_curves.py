@@ -513,7 +513,7 @@ def test_costs_sizes_levels_and_names_must_fit_one_another():
 def test_gains_and_other_kinds_are_not_spent_on_a_sparsity():
     for change in ({"sense": "gain"}, {"kind": "rank"}):
         with pytest.raises(
-            ValueError, match=r"knapsack must have curves of what a sparsity or bits cost, got (sparsity|rank) \("
+            ValueError, match=r"curves of what .* cost, or of what ranks or experts gain, got (sparsity|rank) \("
         ):
             Knapsack()(replace(random_curves(0), **change))
 

@@ -62,6 +62,15 @@ def test_matrices_weigh_as_much_as_they_have_parameters(tmp_path):
     assert read(tmp_path, only_up).budget == pytest.approx(of_up / sum(LAYERS.numel))
 
 
+def test_ranks_and_experts_of_matrices_name_those_with_an_adapter_alone(tmp_path):
+    chosen = {unit: number for number, unit in enumerate(UNITS) if unit.endswith(("up_proj", "q_proj"))}
+    found = read(tmp_path, dict(reversed(chosen.items())), kind="rank")
+    assert found.by_name() == chosen
+    assert list(found.units) == list(chosen)
+    assert found.budget == sum(chosen.values())
+    assert_same(read(tmp_path, {"allocation": found.to_dict()}, kind="rank"), found)
+
+
 def test_a_mapping_of_blocks_stays_one_of_blocks(tmp_path):
     found = read(tmp_path, HALF_OF_BLOCKS)
     assert (found.units, found.sizes) == (LAYERS.names, LAYERS.numel)
@@ -86,10 +95,11 @@ def test_what_the_pruner_skips_is_neither_needed_nor_allowed(tmp_path):
         ({**HALF, f"{UP}s": 0.5}, "sparsity", rf"did you mean '{UP}'\?\); its 21 matrices are"),
         ({unit: 0.5 for unit in UNITS if unit != UP}, "sparsity", rf"lacks 1 of .* 21 matrices, the first is '{UP}'"),
         (
-            dict.fromkeys(UNITS, 2),
-            "rank",
-            r"gives rank to matrices .*only sparsity and bits.*3 layers 'model\.layers\.0' to",
+            dict.fromkeys(UNITS, 1),
+            "layers",
+            r"gives layers to matrices .*only sparsity, bits, experts, rank.*3 layers 'model\.layers\.0' to",
         ),
+        ({f"{UP}s": 2}, "rank", rf"did you mean '{UP}'\?\); its 21 matrices are"),
         (dict.fromkeys(UNITS, 1.5), "sparsity", r"sparsity of '.*\.0\.self_attn\.q_proj' must be a fraction"),
         ({"allocation": {**allocation().to_dict(), "source": ["a"]}}, "sparsity", r"allocation\.source in .*object of"),
         ({"allocation": {**allocation().to_dict(), "source": {"a": 1}}}, "sparsity", r"of texts; got \{'a': 1\}"),

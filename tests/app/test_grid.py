@@ -31,6 +31,7 @@ from layerif.app.setup import check_spent
 from layerif.estimators._base import CurveEstimator
 from layerif.estimators.angular import Angular
 from layerif.estimators.bits_curve import BitsCurve
+from layerif.estimators.gain_curve import GainCurve
 from layerif.estimators.grad_dot import GradDot
 from layerif.estimators.loss_curve import LossCurve
 from layerif.estimators.measured_loss import MeasuredLoss
@@ -47,6 +48,9 @@ from tests.tiny import tiny_model
         ("method=lora_moe", "Experts"),
         ("method=lora_equal", "Experts"),
         ("method=lora", "Rank"),
+        ("method=adalora", "Rank"),
+        ("experiment=capacity_smollm2 arm=adalora", "Rank"),
+        ("experiment=mixture_smollm2 arm=plain_lora", "Experts"),
         ("method=full", "Layers"),
         ("method=lora allocator=layers", "Layers"),
         ("method=full allocator=position", "Position"),
@@ -66,6 +70,9 @@ from tests.tiny import tiny_model
         ("method=prune arm=curves", "Knapsack"),
         ("method=prune arm=curves allocator=depth", "Depth"),
         ("method=prune arm=first_block_spared", "Depth"),
+        ("method=lora estimator=gain_curve", "Knapsack"),
+        ("estimator=gain_curve method=lora_moe", "Knapsack"),
+        ("method=lora estimator=gain_curve allocator=layers", "Layers"),
         ("method=quantise", "Knapsack"),
         ("method=quantise estimator=bits_curve", "Knapsack"),
         ("method=none estimator=bits_curve", "Knapsack"),
@@ -93,6 +100,8 @@ def test_method_and_estimator_pick_the_allocator_and_the_command_line_wins(overr
         ("estimator=uniform method=quantise", "uniform"),
         ("method=quantise allocator=bits", "bits_curve"),
         ("method=quantise arm=uniform", "uniform"),
+        ("method=adalora", "uniform"),
+        ("method=adalora estimator=random", "random"),
         ("method=quantise arm=uniform estimator=random", "random"),
     ],
 )
@@ -110,6 +119,7 @@ SPENT: dict[str, Any] = {
     "lora_moe": ("experts", "layers"),
     "lora_equal": "experts",
     "lora": ("rank", "layers"),
+    "adalora": "rank",
     "full": "layers",
     "prune": "sparsity",
     "quantise": "bits",
@@ -121,10 +131,12 @@ ADVISED = {
     ("lora_equal", "scores"): "allocator=experts",
     ("lora", "scores"): "allocator=rank or allocator=layers",
     ("full", "scores"): "allocator=layers",
+    ("adalora", "scores"): "allocator=rank",
+    ("adalora", "curves"): r"allocator=knapsack|estimator=gain_curve",
     ("prune", "scores"): "allocator=sparsity",
-    ("lora_moe", "curves"): SCORES,
-    ("lora_equal", "curves"): SCORES,
-    ("lora", "curves"): SCORES,
+    ("lora_moe", "curves"): r"allocator=knapsack|estimator=gain_curve",
+    ("lora_equal", "curves"): r"allocator=knapsack|estimator=gain_curve",
+    ("lora", "curves"): r"allocator=knapsack|estimator=gain_curve",
     ("full", "curves"): SCORES,
     ("prune", "curves"): r"allocator=knapsack|estimator=loss_curve",
     ("quantise", "scores"): "allocator=bits",
@@ -151,17 +163,20 @@ def test_every_combination_inside_is_accepted_and_every_other_one_is_answered_by
     decider = replace(decider, model=LocalModel(path=str(tmp_path / "wide")))  # the formats' blocks divide its rows
     estimators: list[Any] = [
         GradDot(),
-        LossCurve(mask_text=windows),
-        MeasuredLoss(mask_text=windows),
+        LossCurve(calibration=windows),
+        MeasuredLoss(calibration=windows),
         BitsCurve(calibration=windows),
         SkipCurve(calibration=windows),
         Angular(calibration=windows),
+        GainCurve(),
+        GainCurve(kind="experts"),
     ]
     allocators: list[tuple[str, Any]] = [
         ("experts", Experts()),
         ("experts", Shape(shape=[1, 2, 3])),
         ("experts", WaterFilling(kind="experts")),
         ("rank", Rank()),
+        ("rank", WaterFilling(kind="rank")),
         ("rank", Shape(shape=[1, 2, 3], kind="rank")),
         ("layers", Layers()),
         ("layers", Position(keep=1)),
@@ -170,6 +185,8 @@ def test_every_combination_inside_is_accepted_and_every_other_one_is_answered_by
         ("sparsity", Depth()),
         ("sparsity", Knapsack()),
         ("bits", Knapsack(target=5.0)),
+        ("rank", Knapsack()),
+        ("experts", Knapsack()),
         ("bits", Bits()),
         ("blocks", Blocks()),
         ("blocks", Position(kind="blocks")),
@@ -193,8 +210,9 @@ def test_every_combination_inside_is_accepted_and_every_other_one_is_answered_by
         evidence = "curves" if isinstance(estimator, CurveEstimator) else "scores"
         is_priced = evidence == "scores" or estimator.kind in kinds or allocator.spends == "nothing"
         fits = given in kinds and allocator.spends in (evidence, "either", "nothing") and is_priced
-        if isinstance(allocator, Knapsack) and isinstance(estimator, BitsCurve) != (given == "bits"):
-            continue  # its target is one of the other kind
+        priced = estimator.kind if evidence == "curves" else "sparsity"
+        if isinstance(allocator, Knapsack) and priced not in (given, "blocks"):
+            continue  # it gives what the curves are of
         tried = replace(decider, estimator=estimator, allocator=allocator)
         if fits:
             check_spent(method, tried)
@@ -205,7 +223,8 @@ def test_every_combination_inside_is_accepted_and_every_other_one_is_answered_by
             check_spent(method, tried)
     assert {("lora", "scores", "Rank"), ("lora", "scores", "Layers")} <= accepted
     knapsacks = {row for row in accepted if row[2] == "Knapsack"}
-    assert knapsacks == {("prune", "curves", "Knapsack"), ("quantise", "curves", "Knapsack")}
+    spenders = ("prune", "quantise", "lora", "adalora", "lora_moe", "lora_equal")
+    assert knapsacks == {(name, "curves", "Knapsack") for name in spenders}
     assert {row for row in accepted if row[2] == "Blocks"} == {
         ("drop", "scores", "Blocks"),
         ("drop", "curves", "Blocks"),

@@ -14,17 +14,21 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from layerif.data.batches import Encoded, Encodings
 from layerif.data.rows import example_of
 from layerif.diagnose import leave_out
-from layerif.diagnose.agreement import agreement, layer_influences, panel, total_influence
+from layerif.diagnose.agreement import agreement, panel, total_influence
 from layerif.diagnose.conclusions import Verdict, above, conclusions
+from layerif.diagnose.controls import bm25, hidden_cosine, pooled
 from layerif.diagnose.convex import convex_check
 from layerif.diagnose.gradients import common_share, gradient_health
 from layerif.diagnose.leave_out import (
+    beyond_random,
     lds,
     lds_estimates,
     left_out_sets,
     membership,
+    most_helpful,
     noise,
     predicted_change,
     seed_agreement,
@@ -43,7 +47,7 @@ from layerif.layers import LayerMap
 from layerif.probe.grams.request import Grams
 from layerif.stats import Estimate, percentile, spearman
 from tests.estimators.test_estimators import GRAM_ESTIMATORS, LAYERS, gram_of, layer_grams
-from tests.tiny import shipped_task
+from tests.tiny import shipped_task, tiny_model
 
 RNG = np.random.default_rng(0)
 
@@ -110,11 +114,11 @@ def test_lds_of_noise_is_not_above_zero_and_differences_are_paired(monkeypatch):
     actual_SM = RNG.normal(size=(30, 12))
     noisy_SM = actual_SM + 0.3 * RNG.normal(size=actual_SM.shape)
     predicted = {"good": noisy_SM, "same": noisy_SM * 5, "random": RNG.normal(size=actual_SM.shape)}
-    scores, beyond = lds_estimates(predicted, actual_SM, than="same", seed=0)
+    scores, beyond = lds_estimates(predicted, actual_SM, than=("same",), seed=0)
     assert scores["good"].low > 0.7
     assert scores["random"].low < 0 < scores["random"].high
-    assert beyond["good"] == Estimate(0, 0, 0)
-    assert beyond["random"].high < 0
+    assert beyond["same"]["good"] == Estimate(0, 0, 0)
+    assert beyond["same"]["random"].high < 0
 
 
 def test_alike_seeds_agree_wholly_and_one_seed_has_none_to_agree_with():
@@ -124,6 +128,55 @@ def test_alike_seeds_agree_wholly_and_one_seed_has_none_to_agree_with():
     over_sets, over_seeds = noise(np.stack([actual_SM, actual_SM]), np.array([[0.0, 0, 0], [2, 2, 2]]))
     assert over_sets == pytest.approx(actual_SM.std(axis=0, ddof=1).mean())
     assert over_seeds == pytest.approx(math.sqrt(2))
+
+
+# Rows that resemble one another, and rows whose removal costs most
+
+
+def test_bm25_is_its_formula_and_an_empty_query_finds_nothing():
+    train = ["the cat sat", "Dog ran and ran", "the dog sat on the mat"]
+    found_MN = bm25(train, ["dog ran", "zebra", ""])
+    words, mean_length = [text.lower().split() for text in train], 13 / 3
+
+    def score(query: list[str], row: list[str]) -> float:
+        total = 0.0
+        for word in query:
+            rows_with, times = sum(word in each for each in words), row.count(word)
+            if rows_with:
+                idf = math.log(1 + (3 - rows_with + 0.5) / (rows_with + 0.5))  # Lucene's
+                total += idf * times / (times + 1.5 * (1 - 0.75 + 0.75 * len(row) / mean_length))
+        return total
+
+    expected = [score(["dog", "ran"], row) for row in words]
+    np.testing.assert_allclose(found_MN[0], expected, rtol=1e-5)
+    assert not found_MN[1:].any()
+
+
+def test_pooled_states_and_their_cosines_know_no_padding():
+    model = tiny_model("llama")
+    rows = Encodings(Encoded(tuple(range(3, 3 + length)), 1) for length in (9, 4, 6))
+    apart, together = (pooled(model, rows, size, 1) for size in (1, 3))
+    torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        states = model(torch.arange(3, 7)[None], output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(apart[1], states[0].double().mean(dim=0), rtol=1e-5, atol=1e-6)
+    cosine_MN = hidden_cosine(apart, 3 * apart[:2])
+    assert cosine_MN.shape == (2, 3)
+    torch.testing.assert_close(cosine_MN[[0, 1], [0, 1]], torch.ones(2).double())
+
+
+def test_the_most_helpful_rows_have_the_most_negative_influence_on_all():
+    influence_MN = torch.tensor([[1.0, -2.0, 0.0, -5.0], [0.0, -2.0, 0.0, 3.0]])
+    assert most_helpful(influence_MN, 2) == (1, 3)
+    assert most_helpful(influence_MN, 1) == (1,)
+
+
+def test_the_excess_over_random_sets_is_a_difference_of_means():
+    random_SM = RNG.normal(size=(20, 10))
+    same = beyond_random(random_SM.mean(axis=0), random_SM, seed=0)
+    assert same.value == pytest.approx(0)
+    assert same.low < 0 < same.high
+    assert beyond_random(random_SM.mean(axis=0) + 5, random_SM, seed=0).low > 4
 
 
 # Wrong answers
@@ -393,7 +446,7 @@ def test_agreement_is_symmetric_and_compares_scores_as_the_estimators_give_them(
 @pytest.mark.parametrize("granularity", ["matrix", "block"])
 def test_the_total_influence_is_the_sum_of_the_layers(granularity):
     grams, estimator = layer_grams(), DataInf(granularity=granularity)
-    layers = layer_influences(estimator, grams)
+    layers = estimator.by_layer(grams)
     assert list(layers) == list(LAYERS.names)
     torch.testing.assert_close(total_influence(estimator, grams), torch.stack(list(layers.values())).sum(dim=0))
 
@@ -443,6 +496,8 @@ REPORT = {
         "lds": {"datainf": HIGH, "grad_dot": HIGH},
         "lds_of_mean": {"datainf": HIGH},
         "beyond_grad_dot": {"datainf": HIGH},
+        "beyond_bm25": {"datainf": HIGH},
+        "removed": {"size": 4, "by": {"datainf": {"change": 0.1, "beyond_random": HIGH}}},
         "seed_agreement": 0.8,
         "sd_over_sets": 0.2,
         "sd_over_seeds": 0.1,
@@ -490,8 +545,14 @@ def changed(path: str, value: object) -> dict:
         ("mean validation loss", "leave_out/lds_of_mean/datainf", {(0.2, 0.1, 0.3): YES, (0.0, -0.3, 0.0): NO}),
         ("mean validation loss", "leave_out/lds_of_mean/datainf", {(0.2, -0.1, 0.3): OPEN}),
         ("than the seed does", "leave_out/sd_over_sets", {0.11: YES, 0.09: NO}),
-        ("loss changes better", "leave_out/beyond_grad_dot/datainf", {(0.2, 0.1, 0.3): YES, (0.0, -0.1, 0.0): NO}),
-        ("loss changes better", "leave_out/beyond_grad_dot/datainf", {(0.2, -0.1, 0.3): OPEN}),
+        (
+            "loss changes better than plain",
+            "leave_out/beyond_grad_dot/datainf",
+            {(0.2, 0.1, 0.3): YES, (0.0, -0.1, 0.0): NO},
+        ),
+        ("loss changes better than plain", "leave_out/beyond_grad_dot/datainf", {(0.2, -0.1, 0.3): OPEN}),
+        ("compares words", "leave_out/beyond_bm25/datainf", {(0.2, 0.1, 0.3): YES, (0.0, -0.1, 0.0): NO}),
+        ("costs more than", "leave_out/removed/by/datainf/beyond_random", {(1.0, 0.5, 2.0): YES, (0, -1, 1): OPEN}),
         ("tells wrong answers", "mislabel/estimators/datainf/auc", {(0.6, 0.51, 0.7): YES, (0.4, 0.3, 0.5): NO}),
         ("tells wrong answers", "mislabel/estimators/datainf/auc", {(0.6, 0.49, 0.7): OPEN}),
         ("answers better", "mislabel/estimators/datainf/beyond_grad_dot", {(0.2, 0.1, 0.3): YES, (0, -0.1, 0): NO}),
@@ -510,7 +571,7 @@ def test_every_rule_follows_its_figure_over_its_bar(claim: str, path: str, value
 
 def test_a_claim_without_an_interval_speaks_of_what_was_measured_alone():
     found = conclusions(REPORT)
-    assert len(found) == 16
+    assert len(found) == 18
     for each in found:
         has_interval = "interval" in each.because.replace("without an interval", "") or "bootstrap" in each.because
         assert has_interval or "these" in each.claim or each.claim.startswith("The instrument"), each

@@ -28,6 +28,8 @@ from layerif.allocate.sparsity import Sparsity
 from layerif.estimators import _base
 from layerif.estimators._base import CurveEstimator, DampedEstimator, GramEstimator, eigenbasis
 from layerif.estimators.avss import Avss
+from layerif.estimators.cca import Cca
+from layerif.estimators.cluster_information import ClusterInformation
 from layerif.estimators.cosine import Cosine, cosine
 from layerif.estimators.datainf import DataInf, datainf
 from layerif.estimators.ends import Ends
@@ -41,25 +43,29 @@ from layerif.estimators.reversed import Reversed
 from layerif.estimators.tracin import TracIn, tracin
 from layerif.estimators.uniform import Uniform
 from layerif.evidence import (
+    DAMPINGS,
     CheckpointGrams,
     LayerActivations,
+    LayerCurvature,
     LayerGates,
     LayerGrams,
-    LayerInfluences,
+    LayerMasks,
     LayerRemovals,
     LayerSpectra,
+    MatrixCurvature,
     MatrixGram,
 )
 from layerif.layers import LayerMap
 from layerif.probe.activations import Activations
 from layerif.probe.checkpoints import CheckpointPasses
-from layerif.probe.ekfac import Curvature
+from layerif.probe.curvature.request import Curvature
 from layerif.probe.gates import Gates
 from layerif.probe.grams.request import Grams
 from layerif.probe.nothing import Nothing
 from layerif.probe.removal import Removal
 from layerif.probe.request import Request
 from layerif.probe.spectra import Spectra
+from layerif.probe.update_masks import UpdateMasks
 from layerif.scores import LayerScores, aggregate
 
 FILES = sorted(
@@ -636,20 +642,41 @@ def evidence(needs: Request, *, alike: bool = False, order: Sequence[int] = rang
             right=right,
             wrong=wrong,
             answers=tuple("abab" * (NUM_SAMPLES // 4)),
+            embedded={"prompts": right[0], "right": right[0], "wrong": wrong[0]},
+            moments={what: moments_of(stacked(NUM_SAMPLES, 30, salt=s)) for what, s in (("right", 12), ("wrong", 13))},
             fingerprint="f1",
         )
+    if isinstance(needs, UpdateMasks):
+        sums = {name: float(weight.rsqrt().sum()) for name, weight in weights.items()}
+        return LayerMasks(layers, sums, "f1")
     if isinstance(needs, Removal):
         errors = {name: float(weight.square().sum()) for name, weight in weights.items()}
         return LayerRemovals(layers, errors, "f1")
     if isinstance(needs, Curvature):
-        influences = {f"block.{l}.{name}": -of[l] for name, of in (("q", of_q), ("o", of_q)) for l in order}
-        return LayerInfluences(layers, influences, "f1")
+        at_dampings = {l: -torch.stack([of_q[l] / (of_q[l] + damping) for damping in DAMPINGS]) for l in order}
+        matrices = {
+            f"block.{l}.{name}": MatrixCurvature(dict.fromkeys(needs.spectra, at_dampings[l]), 1.0)
+            for name in "qo"
+            for l in order
+        }
+        return LayerCurvature(layers, matrices, "f1")
     return LayerGates(layers, stacked(salt=11), "f1") if isinstance(needs, Gates) else layers
+
+
+def moments_of(entries_LSE: torch.Tensor) -> torch.Tensor:
+    """The moments of answers whose tokens have these entries (L×S×E): their number, sums, squares and near zeros."""
+    near_LSE = (entries_LSE.abs() < Avss().epsilon).double()
+    return torch.stack([of.sum(2) for of in (torch.ones_like(entries_LSE), entries_LSE, entries_LSE**2, near_LSE)], 2)
 
 
 @pytest.fixture(params=ESTIMATORS, ids=lambda cls: cls.__name__)
 def any_estimator(request) -> Any:
-    return make(request.param, **({"folds": 2} if request.param is LinearProbe else {}))  # each fold takes long
+    settings = {
+        LinearProbe: {"folds": 2},
+        Cca: {"sets": 1, "regulariser": 0.1},
+        ClusterInformation: {"clusters": 5, "sets": 2},
+    }
+    return make(request.param, **settings.get(request.param, {}))  # each fold takes long, and samples are few
 
 
 def test_every_estimator_names_its_layers_direction_and_source(any_estimator):

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from layerif.estimators._sample_sets import over_sets, shuffled_parts
 from layerif.estimators.alpha import Alpha, alpha, distance, hill
 from layerif.estimators.avss import Avss, avss
+from layerif.estimators.avss_contrast import AvssContrast, avss_contrast
 from layerif.estimators.block_influence import BlockInfluence
-from layerif.estimators.cca import Cca, pwcca
+from layerif.estimators.cca import REGULARISERS, Cca, held_out_pwcca, pwcca
+from layerif.estimators.cluster_information import ClusterInformation, clusters, mutual_information
 from layerif.estimators.dlp import Dlp
 from layerif.estimators.fisher_trace import FisherTrace
 from layerif.estimators.grad_norm import GradNorm
@@ -152,9 +155,16 @@ def activations(**changes: Any) -> LayerActivations:
         right=normal(2, 20, 5, seed=5),
         wrong=normal(2, 20, 5, seed=6),
         answers=tuple("ab" * 10),
+        embedded={what: normal(20, 5, seed=seed) for what, seed in (("prompts", 7), ("right", 8), ("wrong", 9))},
+        moments={"right": moments_of(normal(2, 20, 30, seed=10)), "wrong": moments_of(normal(2, 20, 30, seed=11))},
         fingerprint="f",
     )
     return replace(seen, **changes)
+
+
+def moments_of(entries_LSE: torch.Tensor) -> torch.Tensor:
+    near_LSE = (entries_LSE.abs() < 0.01).double()
+    return torch.stack([of.sum(2) for of in (torch.ones_like(entries_LSE), entries_LSE, entries_LSE**2, near_LSE)], 2)
 
 
 def metric_of(seen: LayerActivations, params: tuple[str, ...]) -> list[float]:
@@ -230,6 +240,35 @@ def test_avss_counts_below_its_own_bound_or_not_at_all():
         Avss(epsilon=0.5).score(activations())
 
 
+def test_the_avss_contrast_is_avss_of_all_right_entries_less_that_of_all_wrong_ones():
+    right, wrong = normal(2, 20, 30, seed=10), 3 * normal(2, 20, 30, seed=11)
+    wrong[1, :, ::3] = 0.001
+    expected = [0.0, 0.0]
+    for sign, entries in ((1, right), (-1, wrong)):
+        near = ((entries.abs() < 0.01).sum((1, 2)) + 1) / (20 * 30 + 1)
+        ratios = (entries.flatten(1).var(dim=1, correction=0) / near).tolist()
+        expected = [before + sign * ratio / sum(ratios) for before, ratio in zip(expected, ratios, strict=True)]
+    found = avss_contrast(moments_of(right), moments_of(wrong))
+    assert found.tolist() == pytest.approx(expected)
+    assert float(found.sum()) == pytest.approx(0)
+    scores = AvssContrast().score(activations(moments={"right": moments_of(right), "wrong": moments_of(wrong)}))
+    assert scores.values == pytest.approx([value - min(expected) for value in expected])
+    assert (scores.higher_means, scores.source) == ("important", "avss_contrast(epsilon=0.01)")
+
+
+def test_equal_answers_have_no_contrast_and_a_sample_without_a_wrong_one_does_not_count():
+    right, wrong = moments_of(normal(2, 20, 30, seed=10)), moments_of(normal(2, 20, 30, seed=11))
+    assert avss_contrast(right, right).tolist() == [0, 0]
+    assert AvssContrast().score(activations(moments={"right": right, "wrong": right})).values == (0, 0)
+    partly, nothing = wrong.clone(), torch.zeros_like(wrong)
+    partly[:, 7:] = 0
+    assert torch.equal(avss_contrast(right, partly), avss_contrast(right[:, :7], wrong[:, :7]))
+    with pytest.raises(ValueError, match=r"none of 20 samples has a right and a wrong answer"):
+        avss_contrast(right, nothing)
+    with pytest.raises(ValueError, match=r"below 0\.01, not below estimator\.epsilon=0\.5"):
+        AvssContrast(epsilon=0.5).score(activations())
+
+
 # Representations
 
 
@@ -264,7 +303,7 @@ def test_truth_pairs_the_right_output_with_a_wrong_one():
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("estimator", [LinearProbe, Cca])
+@pytest.mark.parametrize("estimator", [LinearProbe, Cca, ClusterInformation])
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
@@ -300,34 +339,138 @@ def dense_pwcca(first: np.ndarray, second: np.ndarray) -> float:
 def test_cca_is_its_dense_definition_and_one_with_itself():
     first, second = normal(50, 4, seed=1), normal(50, 6, seed=2)
     second[:, :2] += first[:, :2]
-    ours = pwcca(first, second, components=6)
+    ours = pwcca(first, second)
     assert ours == pytest.approx(dense_pwcca(first.numpy(), second.numpy()), rel=1e-9)
     assert 0 < ours < 1
-    assert pwcca(first, first, components=4) == pytest.approx(1)
-    rotated = 3 * first @ torch.linalg.qr(normal(4, 4, seed=3))[0] + 7
-    assert pwcca(first, rotated, components=4) == pytest.approx(1)
-    assert pwcca(first, torch.ones(50, 2), components=4) == 0
+    assert pwcca(first, first) == pytest.approx(1)
+    assert pwcca(first, torch.ones(50, 2)) == 0
+    assert pwcca(torch.ones(50, 2), first) == 0
 
 
-def test_a_layer_correlates_with_itself_and_with_labels_it_holds():
-    right = normal(2, 20, 5, seed=5)
+@pytest.mark.parametrize("seed", range(3))
+def test_cca_knows_no_invertible_linear_map(seed):
+    first, second, turn = normal(50, 4, seed=seed), normal(50, 6, seed=10 + seed), normal(6, 6, seed=20 + seed)
+    second[:, :2] += first[:, :2]
+    held_out = normal(30, 4, seed=30 + seed), normal(30, 6, seed=40 + seed)
+    turned = held_out[0], held_out[1] @ turn - 2
+    assert pwcca(first, first @ turn[:4, :4] + 7) == pytest.approx(1)
+    assert pwcca(first, second @ turn - 2) == pytest.approx(pwcca(first, second))
+    assert pwcca(first, second @ turn - 2, held_out=turned) == pytest.approx(pwcca(first, second, held_out=held_out))
+    # Sizes and rotations, but no other maps, leave a regulariser as it is.
+    rotated = 3 * second @ torch.linalg.qr(turn)[0] + 7
+    assert pwcca(first, rotated, regulariser=0.1) == pytest.approx(pwcca(first, second, regulariser=0.1))
+
+
+def test_a_regulariser_is_its_dense_definition():
+    first, second, strength = normal(50, 4, seed=1), normal(50, 3, seed=2), 0.3
+    second[:, :2] += first[:, :2]
+    x, y = (v.numpy() - v.numpy().mean(0) for v in (first, second))
+    roots = [np.linalg.eigh(v.T @ v + strength * np.trace(v.T @ v) / v.shape[1] * np.eye(v.shape[1])) for v in (x, y)]
+    whiten_x, whiten_y = (basis / np.sqrt(spectrum) @ basis.T for spectrum, basis in roots)
+    left, _, right = np.linalg.svd(whiten_x @ x.T @ y @ whiten_y, full_matrices=False)
+    along_x, along_y = x @ whiten_x @ left, y @ whiten_y @ right.T
+    correlations = [np.corrcoef(one, other)[0, 1] for one, other in zip(along_x.T, along_y.T, strict=True)]
+    weights = np.abs((along_x / np.linalg.norm(along_x, axis=0)).T @ x).sum(1)
+    expected = (weights * correlations).sum() / weights.sum()
+    assert pwcca(first, second, regulariser=strength) == pytest.approx(expected)
+
+
+def test_wide_views_correlate_on_their_own_rows_and_not_on_held_out_ones():
+    first, second = normal(60, 80, seed=1), normal(60, 80, seed=2)
+    parts = shuffled_parts(range(60), 5)
+    assert pwcca(first, second) == pytest.approx(1)
+    assert abs(held_out_pwcca(first, second, parts, REGULARISERS)) < 0.2
+    told = torch.cat([first[:, :2], 0.01 * second], dim=1)
+    assert held_out_pwcca(first[:, :2], told, parts, REGULARISERS) > 0.95
+
+
+def test_the_rows_that_are_reported_choose_no_regulariser_and_no_direction():
+    first, second = normal(50, 6, seed=1), normal(50, 6, seed=2)
+    second[:, :3] += first[:, :3]
+    parts, tried, expected = shuffled_parts(range(50), 5), (0.01, 1.0), []
+    for reported in range(5):
+        fitted = torch.cat([parts[(reported + step) % 5] for step in (2, 3, 4)])
+        reports, chooses = ((first[rows], second[rows]) for rows in (parts[reported], parts[(reported + 1) % 5]))
+        of_choice, of_report = (
+            [pwcca(first[fitted], second[fitted], regulariser=each, held_out=rows) for each in tried]
+            for rows in (chooses, reports)
+        )
+        expected.append(of_report[of_choice.index(max(of_choice))])
+    assert held_out_pwcca(first, second, parts, tried) == pytest.approx(sum(expected) / 5)
+
+
+def test_a_layer_correlates_with_itself_with_the_embedding_and_with_labels_it_holds():
+    right, wrong = normal(2, 60, 5, seed=5), normal(2, 60, 5, seed=6)
     right[1, :, 0] += 50
-    seen = activations(right=right)
-    itself = Cca(reference="b.1").score(seen)
+    embedded = {"prompts": right[0], "right": right[0] @ normal(5, 5, seed=7), "wrong": wrong[0] @ normal(5, 5, seed=7)}
+    seen = activations(right=right, wrong=wrong, embedded=embedded, answers=tuple("ab" * 30))
+    itself = Cca(reference="b.1", regulariser=0.0).score(seen)
     assert itself.values[1] == pytest.approx(1)
-    assert itself.values[0] < 0.99
-    labels = Cca(components=5).score(seen)
+    assert itself.intervals is not None
+    assert itself.intervals[1] == pytest.approx((1, 1))
+    assert itself.values[0] < 0.9
+    first = Cca(reference="embedding", regulariser=0.0).score(seen)
+    assert first.values[0] == pytest.approx(1)
+    labels = Cca().score(seen)
     assert labels.values[1] > 0.99 > labels.values[0]
     assert labels.higher_means == "important"
+    assert labels.source == "cca(reference=labels, classes=truth, sets=3, regulariser=held-out)"
+    assert Cca(sets=1).score(seen).intervals is None
 
 
-def test_components_and_references_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match=r"components=20 of 40 rows would correlate with anything"):
-        Cca(components=20).score(activations())
+def test_an_interval_is_students_over_the_sets():
+    values, intervals = over_sets([[0.2, 0.4, 0.6], [-0.5, -0.4, -0.3], [0.3, 0.3, 0.3]])
+    assert values == pytest.approx([0.4, 0, 0.3])
+    assert intervals is not None
+    assert intervals[0] == pytest.approx((0.4 - 4.302653 * 0.2 / 3**0.5, 0.4 + 4.302653 * 0.2 / 3**0.5))
+    assert intervals[1][1] < 0.0
+    assert intervals[2] == (0.3, 0.3)
+
+
+def test_sets_share_no_sample_and_keep_the_rows_of_a_sample_together():
+    samples = [*range(23), *range(23)]
+    parts = shuffled_parts(samples, 4)
+    assert sorted(torch.cat(parts).tolist()) == list(range(46))
+    assert [len(part) for part in parts] == [12, 12, 12, 10]
+    for part in parts:
+        assert {int(row) % 23 for row in part[part < 23]} == {int(row) % 23 for row in part[part >= 23]}
+
+
+def test_references_and_sets_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"estimator\.sets=3 of 20 samples have 6 samples each, and 8 are needed"):
+        Cca().score(activations())
     with pytest.raises(ValueError, match=r"class 'z' has one of 20 rows"):
         Cca(classes="answer").score(activations(answers=("a",) * 19 + ("z",)))
     with pytest.raises(ValueError, match=r"estimator\.reference='b\.3' is neither.*the blocks are b\.0 to b\.1"):
         Cca(reference="b.3").score(activations())
+    with pytest.raises(ValueError, match=r"estimator\.regulariser=-1 is not allowed"):
+        Cca(regulariser=-1)
+    with pytest.raises(ValueError, match=r"estimator\.sets=3 of 20 samples have 6 samples each, and 8 are needed"):
+        ClusterInformation().score(activations())
+
+
+def test_labels_tell_their_entropy_of_themselves_and_nothing_of_independent_ones():
+    labels = ["a"] * 20 + ["b"] * 10 + ["c"] * 10
+    entropy = -sum(share * math.log(share) for share in (0.5, 0.25, 0.25))
+    assert mutual_information(labels, labels) == pytest.approx(entropy)
+    assert mutual_information(labels, [label.upper() for label in labels]) == pytest.approx(entropy)
+    assert mutual_information(labels, range(40)) == pytest.approx(entropy)
+    assert mutual_information(labels, ["same"] * 40) == 0
+    assert mutual_information(["a", "a", "b", "b"], [0, 1, 0, 1]) == pytest.approx(0)
+    other = ["x", "y"] * 20
+    assert mutual_information(labels, other) == pytest.approx(mutual_information(other, labels))
+
+
+def test_clusters_tell_what_a_block_holds():
+    right, wrong = normal(2, 60, 5, seed=5), normal(2, 60, 5, seed=6)
+    right[1] += 50
+    seen = activations(right=right, wrong=wrong, answers=tuple("ab" * 30))
+    scores = ClusterInformation().score(seen)
+    assert scores.values[1] == pytest.approx(math.log(2))
+    assert scores.values[0] < 0.3
+    assert scores.intervals is not None
+    assert scores.source == "cluster_information(classes=truth, clusters=8, sets=3)"
+    assert clusters(7 * right[1] + 3, 4) == clusters(right[1], 4)
 
 
 # A trained adapter, and gradients

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from layerif.moe import LoraMoeConfig, LoraMoeLinear, expert_usage, measure_usage, record_routing
-from layerif.moe.usage import ExpertUsage, describe_unused, usage_by_block
+from layerif.moe.usage import ExpertUsage, between_tasks, describe_unused, usage_by_block
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
@@ -168,3 +168,14 @@ def test_a_router_that_collapses_is_named_also_where_every_expert_is_chosen(bloc
     if experts == 2:  # both are chosen for every token: the load cannot tell
         assert one.load.tolist() == [0.5, 0.5]
         assert usage[f"{block}.self_attn.k_proj"].unused == []
+
+
+def test_experts_that_serve_one_task_each_split_the_tasks_and_equal_loads_do_not():
+    def usage(*load):
+        return {"q": ExpertUsage(torch.tensor(load), torch.tensor(load), 0.0)}
+
+    assert between_tasks({"a": usage(1.0, 0.0), "b": usage(0.0, 1.0)})["q"] == pytest.approx(math.log(2))
+    assert between_tasks({"a": usage(0.3, 0.7), "b": usage(0.3, 0.7)})["q"] == pytest.approx(0, abs=1e-7)
+    mixed = between_tasks({"a": usage(0.5, 0.5), "b": usage(1.0, 0.0)})["q"]
+    by_hand = 0.5 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) + 0.5 * math.log(1 / 0.75)
+    assert mixed == pytest.approx(by_hand)

@@ -59,6 +59,13 @@ def one_by_one(model, layers: LayerMap, rows: list[Encoded | None]) -> Iterator[
         handle.remove()
 
 
+def moments_of(output_LTH: torch.Tensor) -> torch.Tensor:
+    """The number of entries of each block's output, their sum, that of their squares, and those near zero (L×4)."""
+    near_LTH = (output_LTH.abs() < EPSILON).double()
+    counted = torch.ones_like(output_LTH), output_LTH, output_LTH.square(), near_LTH
+    return torch.stack([each.sum((1, 2)) for each in counted], dim=1)
+
+
 @pytest.mark.usefixtures("softmax_in_the_models_dtype")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_statistic_is_its_definition_over_the_real_tokens(family):
@@ -81,11 +88,18 @@ def test_every_statistic_is_its_definition_over_the_real_tokens(family):
     right = torch.stack([after[:, row.prompt_length :].mean(1) for row, _, after, _ in looked], dim=1)
     torch.testing.assert_close(ours["prompts"], prompts.float())
     torch.testing.assert_close(ours["right"], right.float(), equal_nan=True)
-    others = one_by_one(model, layers, WRONG)
+    first = torch.stack([before[0, row.prompt_length :].mean(0) for row, before, *_ in looked])
+    torch.testing.assert_close(ours["embedded/right"], first.float(), equal_nan=True)
+    moments = torch.stack([moments_of(after[:, row.prompt_length :]) for row, _, after, _ in looked], dim=1)
+    torch.testing.assert_close(ours["moments/right"], moments)
+    others = list(one_by_one(model, layers, WRONG))
     wrong = torch.stack([after[:, row.prompt_length :].mean(1) for row, _, after, _ in others], dim=1)
     present = [index for index, row in enumerate(WRONG) if row is not None]
     torch.testing.assert_close(ours["wrong"][:, present], wrong.float(), equal_nan=True)
     assert bool(ours["wrong"][:, 3].isnan().all())
+    moments = torch.stack([moments_of(after[:, row.prompt_length :]) for row, _, after, _ in others], dim=1)
+    torch.testing.assert_close(ours["moments/wrong"][:, present], moments)
+    assert not bool(ours["moments/wrong"][:, 3].any())
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

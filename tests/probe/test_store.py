@@ -17,10 +17,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from layerif.evidence import LayerGrams, LayerInfluences, MatrixGram
+from layerif.evidence import DAMPINGS, LayerCurvature, LayerGrams, MatrixCurvature, MatrixGram
 from layerif.files import explained, load_tensors, save_tensors
 from layerif.layers import LayerMap
-from layerif.probe.ekfac import INFLUENCES
+from layerif.probe.curvature.request import CURVATURE
 from layerif.probe.gates import GATES
 from layerif.probe.grams.request import GRAMS
 from layerif.probe.spectra import SPECTRA
@@ -79,17 +79,22 @@ def test_fingerprint_ignores_the_order_of_keys():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
 
 
-def test_influences_come_back_equal_and_are_another_kind(tmp_path):
+def test_curvature_comes_back_equal_and_is_another_kind(tmp_path):
     torch.manual_seed(0)
-    influences = {param: torch.randn(3, 4, dtype=torch.float64) for params in LAYERS.params for param in params}
+    matrices = {
+        param: MatrixCurvature({"ekfac": torch.randn(len(DAMPINGS), 2, 4, dtype=torch.float64)}, number + 0.1)
+        for number, param in enumerate(LAYERS.matrices)
+    }
     store = Store(tmp_path)
     store.kept(GRAMS, {"model": "a"}, some_grams)
-    first, reused = store.kept(INFLUENCES, {"model": "a"}, lambda key: LayerInfluences(LAYERS, influences, key))
+    first, reused = store.kept(CURVATURE, {"model": "a"}, lambda key: LayerCurvature(LAYERS, matrices, key))
     assert not reused
-    second, reused = store.kept(INFLUENCES, {"model": "a"}, never)  # type: ignore[arg-type]
+    second, reused = store.kept(CURVATURE, {"model": "a"}, never)  # type: ignore[arg-type]
     assert reused
     assert (first.layers, first.fingerprint) == (second.layers, second.fingerprint)
-    assert all(torch.equal(influences[param], second.influences[param]) for param in influences)
+    for param, matrix in matrices.items():
+        assert second.matrices[param].mean_square == matrix.mean_square
+        assert torch.equal(second.matrices[param].influences["ekfac"], matrix.influences["ekfac"])
 
 
 def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path):

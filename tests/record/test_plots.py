@@ -21,3 +21,17 @@ def test_the_same_record_is_drawn_in_the_same_bytes_with_its_text():
 def test_a_plot_is_written_in_the_format_of_its_name(tmp_path):
     plots_of_run(record("datainf", [True]))["scores"].save(tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals_of_scores_are_shaded_and_inside_the_picture():
+    one = record("cca", [True])
+    assert one.decision is not None
+    assert one.decision.scores is not None
+    highest = max(one.decision.scores.values)
+    one.decision.scores.intervals = [(value - 1, value + highest) for value in one.decision.scores.values]
+    plot = plots_of_run(one)["scores"]
+    (axes,) = plot.figure.axes
+    assert "shaded: 95 % interval" in plot.title
+    assert len(axes.collections) == 1
+    assert axes.get_ylim()[1] >= 2
+    assert not plots_of_run(record("datainf", [True]))["scores"].figure.axes[0].collections

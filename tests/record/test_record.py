@@ -36,10 +36,12 @@ def decisions(draw: st.DrawFn) -> DecisionRecord:
     values = st.integers(1, 9) if given == "experts" else fractions
     numbers = draw(st.lists(values, min_size=len(names), max_size=len(names)))
     scores = draw(st.lists(fractions, min_size=len(names), max_size=len(names)))
+    intervals = draw(st.sampled_from([None, [(value - 1, value) for value in scores]]))
+    scored = ScoresRecord(layers=names, values=scores, higher_means="important", intervals=intervals)
     return DecisionRecord(
         source=draw(words),
         allocation=AllocationRecord(kind=given, units=names, values=numbers, budget=draw(values)),
-        scores=draw(st.sampled_from([None, ScoresRecord(layers=names, values=scores, higher_means="important")])),
+        scores=draw(st.sampled_from([None, scored])),
         reliability=draw(st.none() | fractions),
     )
 

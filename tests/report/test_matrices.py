@@ -42,7 +42,7 @@ def curves(
         for section, default in (("pruner", PRUNER), ("calibration", {**CALIBRATION, "seed": seed}))
     )
     config["pruner"], config["method"] = pruner, {"pruner": pruner, "calibration": calibration}
-    config["estimator"] = {"form": "exact", "pruner": pruner, "mask_text": calibration, "seed": seed, **(own or {})}
+    config["estimator"] = {"form": "exact", "pruner": pruner, "calibration": calibration, "seed": seed, **(own or {})}
     config["allocator"] = {"target": 0.5, "unit": None, **settings.get("allocator", {})}
     one.config = config
     one.decision.allocation.budget = 0.5
@@ -75,18 +75,18 @@ def test_a_setting_that_the_estimator_repeats_is_told_once_and_is_one_difference
 
 
 def test_what_the_estimator_has_of_its_own_is_told():
-    shorter = {"mask_text": {**CALIBRATION, "num_windows": 4, "seed": 0}}
+    shorter = {"calibration": {**CALIBRATION, "num_windows": 4, "seed": 0}}
     skipping = {"pruner": {**PRUNER, "skip": ["up_proj"]}}
     for own, said in (
-        (shorter, "estimator.mask_text.num_windows=4"),
-        ({"mask_text": None}, "estimator.mask_text=null"),
+        (shorter, "estimator.calibration.num_windows=4"),
+        ({"calibration": None}, "estimator.calibration=null"),
         (skipping, 'estimator.pruner.skip=["up_proj"]'),
     ):
         assert arms(curves(), curves(own=own)) == ["loss_curve knapsack", f"loss_curve knapsack {said}"]
 
 
 def test_an_estimator_without_a_method_to_repeat_has_no_setting_for_it():
-    runs = [curves(own={"mask_text": None}), curves(own={"mask_text": None}, allocator={"unit": "block"})]
+    runs = [curves(own={"calibration": None}), curves(own={"calibration": None}, allocator={"unit": "block"})]
     for run in runs:
         run.choices, run.config = {**run.choices, "method": "plan"}, {**run.config, "method": {}}
     assert arms(*runs) == [f"loss_curve knapsack allocator.unit={unit}" for unit in ("null", "block")]

@@ -431,9 +431,10 @@ def test_a_run_that_no_seed_touches_is_no_evidence_however_often_it_is_repeated(
     assert np.isnan(cells["datainf experts", "capital"].low)
     assert results(runs, "accuracy").cells["datainf experts", "capital"].basis.startswith("Wilson over 10 questions, 3")
     assert len(distinct(runs)) == 1 + 1 + 3
-    ((where, text, variance, _),) = compare.variances(runs, "perplexity_256")
-    assert (where, text.split(";")[0]) == ("capital", "capital: 5 runs, 3 arms")
-    assert variance.df == 2
+    (found,) = compare.analyses(runs, "perplexity_256")
+    assert (found.where, found.text.split(";")[0]) == ("capital", "capital: 5 runs, 3 arms")
+    assert found.variance.df == 2
+    assert found.mixed == "there is 1 task, and the spread of tasks needs at least 3"
 
 
 def test_only_arms_that_differ_in_one_thing_are_compared():

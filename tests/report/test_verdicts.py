@@ -17,7 +17,7 @@ from layerif.report.arms import runs_of
 from layerif.report.reading import FinishedJobs
 from layerif.report.sections import sections
 from layerif.report.tables import in_full, results, table_metrics
-from layerif.report.verdicts import collapsed, power, verdicts
+from layerif.report.verdicts import collapsed, one_rate, power, unequal, verdicts
 from tests.records import record, with_before, with_losses, written
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -145,3 +145,19 @@ def test_runs_of_an_arm_have_one_colour_and_one_label_and_layers_are_whole():
         each.set_xlim(-0.5, 3.5)
         assert all(tick == int(tick) for tick in each.get_xticks())
     plt.close("all")
+
+
+def test_unequal_sizes_and_one_learning_rate_for_all_arms_are_said():
+    def runs(size: int, rate: float):
+        settings = {"method.learning_rate": rate}
+        arms = (("uniform", 1000, {"method.learning_rate": 3e-4}), ("datainf", size, settings))
+        records = [run_of(name, gain=0.3, parameters={"trainable": of}, settings=given) for name, of, given in arms]
+        return runs_of(records)
+
+    assert unequal(runs(1004, 3e-4)) == []
+    (said,) = unequal(runs(1006, 3e-4))
+    assert "uniform experts trains 1,000 parameters and datainf experts 1,006" in said
+    (at_one,) = one_rate(runs(1000, 3e-4))
+    assert at_one.startswith("All arms were fine-tuned at one learning rate, 0.0003.")
+    assert one_rate(runs(1000, 1e-3)) == []
+    assert one_rate(runs(1000, 3e-4)[:1]) == []

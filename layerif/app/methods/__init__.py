@@ -23,6 +23,7 @@ class Method(Protocol):
         allocates: the kind of allocation that it spends, or the kinds; None if any will do.
         evaluates: it evaluates a model after its work, so the evaluation is checked beforehand.
         further_metrics: what it measures beside the default metrics of the task.
+        selects_rows: it looks only at the train rows that `selection` takes.
         fine_tunes: it leaves a fine-tuned model, whose validation loss a search can ask for.
     """
 
@@ -30,6 +31,7 @@ class Method(Protocol):
     allocates: ClassVar[AllocationKind | tuple[AllocationKind, ...] | None]
     evaluates: ClassVar[bool]
     further_metrics: ClassVar[tuple[str, ...]]
+    selects_rows: ClassVar[bool]
 
     @property
     def fine_tunes(self) -> bool:
@@ -65,6 +67,7 @@ class SpendsNothing:
     allocates: ClassVar[None] = None
     evaluates: ClassVar[bool] = False
     further_metrics: ClassVar[tuple[str, ...]] = ()
+    selects_rows: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:

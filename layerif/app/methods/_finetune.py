@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from omegaconf import OmegaConf
+from torch import nn
 
 from layerif.adapt.adapters import Adapter
 from layerif.adapt.callback import InfluenceCallback
-from layerif.adapt.module import AdapterModule, check_fits
+from layerif.adapt.directions import directions_asked, measured_directions
+from layerif.adapt.module import AdapterModule
 from layerif.adapt.train import check_training, train
 from layerif.adapt.tuning import Tuning
+from layerif.app.methods._rows import as_many_rows, check_selection, filter_tokens, select_rows
 from layerif.app.methods._steps import evaluate, recording
 from layerif.app.setup import Setup
 from layerif.record.record import RunRecord
@@ -22,29 +26,49 @@ class FineTune:
 
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ()
+    selects_rows: ClassVar[bool] = True
     fine_tunes: ClassVar[bool] = True
 
     def check(self, setup: Setup) -> None:
         self._module(setup)
-        self._check_fits(setup)
-        check_fit(setup)
+        if self._begins_with_gradient:
+            directions_asked(setup.decider, cast(Adapter, self).target_modules).check(setup.decider)
+        skeleton, allocation, tuning = setup.model.skeleton(), setup.decider.preview(), cast(Tuning, self)
+        tuning.check_fits(skeleton, allocation, free=setup.free_for_training)
+        check_selection(setup)
+        selected = as_many_rows(setup)
+        tuning.check_start(setup.model.skeleton(), allocation, selected.datamodule)
+        check_fit(selected)
 
     def preview(self, setup: Setup) -> dict[str, str]:
         data = setup.datamodule
         cut = f"{data.train.num_truncated} samples cut at {setup.config.data.max_length} tokens"
-        return {"fit": f"{len(data.train)} samples in batches of {data.batch_size}, {cut}"}
+        rows = setup.selection.expected(setup.pool)
+        most = "" if rows == len(data.train) else f"{rows} of "
+        return {"fit": f"{most}{len(data.train)} samples in batches of {data.batch_size}, {cut}"}
 
     def run(self, setup: Setup, record: RunRecord, folder: Path) -> None:
-        module, influence = self._module(setup), InfluenceCallback(setup.decider)
+        module = self._module(setup)
+
+        def load() -> nn.Module:
+            return module.base_model().to(setup.decider.device)
+
+        setup = select_rows(setup, load, record, folder)
+        filter_tokens(setup, load, record)
+        check_fit(setup)  # once more, now that the rows are known
+        directions = None
+        if self._begins_with_gradient:
+            directions = partial(measured_directions, setup.decider, cast(Adapter, self).target_modules)
+        influence = InfluenceCallback(setup.decider, directions)
         if setup.evaluation.before:
-            evaluate(module.base_model().to(setup.decider.device), setup, record, "before/")
+            evaluate(load(), setup, record, "before/")
         with recording(influence, record):
             model = fit(setup, module, influence, record, folder)
         evaluate(model, setup, record)
 
-    def _check_fits(self, setup: Setup) -> None:
-        adapter = cast(Adapter, self)
-        check_fits(adapter, setup.model.skeleton(), setup.decider.preview(), free=setup.free_for_training)
+    @property
+    def _begins_with_gradient(self) -> bool:
+        return getattr(self, "init", "default") == "gradient"
 
     def _module(self, setup: Setup) -> AdapterModule:
         model: Any = OmegaConf.to_container(setup.config.model, resolve=True)

@@ -28,6 +28,15 @@ def one_expert_each(names: Sequence[str]) -> Allocation:
     return Allocation(tuple(names), "experts", (1,) * len(names), len(names))
 
 
+def check_begin(adapter: LoraMoeAdapter) -> None:
+    """Refuses first weights that would need another gradient pass, over the smaller model."""
+    if adapter.init != "default":
+        raise ValueError(
+            f"method.adapter.init={adapter.init} is not measured for a recovery; use default, or fine-tune the saved "
+            "model by itself (model=local model.path=FOLDER/model)"
+        )
+
+
 def save_model(model: nn.Module, setup: Setup, folder: Path, *, what: str, advice: str) -> None:
     """Writes a model and its tokenizer for plain transformers.
 

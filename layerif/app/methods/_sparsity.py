@@ -82,11 +82,11 @@ def reads_windows(decider: Decider, pruner: Pruner) -> bool:
     allocator = decider.allocator
     if pruner.needs_inputs or (isinstance(allocator, Depth) and allocator.slope is None):
         return True
-    return allocator.spends != "nothing" and decider.estimator.needs.reads_windows
+    return decider.reads_windows
 
 
 def check_spent_here(setup: Setup, pruner: Pruner, windows: Sequence[Tensor], allocation: Allocation) -> None:
-    """Refuses an allocation by curves of another model, pruner or mask text.
+    """Refuses an allocation by curves of another model, pruner or calibration text.
 
     Args:
         setup: of the run.

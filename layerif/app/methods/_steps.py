@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -16,10 +18,16 @@ from torch import nn
 
 from layerif.adapt.callback import InfluenceCallback
 from layerif.app.setup import Setup
+from layerif.data.batches import padding_id
+from layerif.data.mixed import Mixed
+from layerif.data.rows import AnyExample
 from layerif.data.text import check_disjoint
-from layerif.decide import Decision
+from layerif.decide import Decision, Scored
+from layerif.evaluate.loss import encoded_rows, row_losses
+from layerif.evaluate.questions import QuestionSet
+from layerif.models.blocks import context_length
 from layerif.moe import measure_usage
-from layerif.moe.usage import describe_unused, usage_by_block
+from layerif.moe.usage import ExpertUsage, between_tasks, describe_unused, usage_by_block
 from layerif.probe.curves.request import LossCurves
 from layerif.probe.curves.text import LossText
 from layerif.pruning.calibration import Calibration
@@ -40,18 +48,23 @@ def loader(setup: Setup) -> Callable[[], nn.Module]:
 def record_decision(decision: Decision, record: RunRecord) -> None:
     """Puts a decision into the record, with its seconds, its measurements and its notes."""
     record.decision = decision.record()
-    record.seconds |= decision.seconds
-    record.notes.extend(decision.notes)
-    spent = decision.curves or decision.scores
-    if spent is None:
+    record_evidence(decision, record)
+
+
+def record_evidence(scored: Scored, record: RunRecord) -> None:
+    """Puts the seconds, the measurement and the notes of scores or curves into the record."""
+    record.seconds |= scored.seconds
+    record.notes.extend(scored.notes)
+    found = scored.curves or scored.scores
+    if found is None:
         return
-    record.fingerprint = spent.fingerprint
-    if decision.reused:
-        what, of = ("scores", "model and task") if decision.curves is None else ("curves", "model and these texts")
+    record.fingerprint = found.fingerprint
+    if scored.reused:
+        what, of = ("scores", "model and task") if scored.curves is None else ("curves", "model and these texts")
         record.notes.append(f"{what} from the store: this {of} were measured before")
-    if decision.num_truncated:
-        num_probed = sum(decision.num_samples)
-        record.notes.append(f"{decision.num_truncated} of {num_probed} probed samples cut at probe.max_length")
+    if scored.num_truncated:
+        num_probed = sum(scored.num_samples)
+        record.notes.append(f"{scored.num_truncated} of {num_probed} probed samples cut at probe.max_length")
 
 
 @contextmanager
@@ -86,6 +99,8 @@ def evaluate(
         result = evaluation.run(model, setup.tokenizer, setup.splits.test, setup.task)
     usage = meter.take()
     record.routing = usage_by_block(usage, setup.decider.layers().names)
+    if usage:
+        _add_tasks(record.routing, _usage_by_source(model, setup))
     if unused := describe_unused(usage):
         warnings.warn(unused, RuntimeWarning, stacklevel=2)
     record.metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
@@ -98,12 +113,59 @@ def evaluate(
     record.seconds[f"{prefix}evaluate"] = time.perf_counter() - start
 
 
+def _usage_by_source(model: nn.Module, setup: Setup) -> dict[str, dict[str, ExpertUsage]]:
+    """Measures the use of the experts by each source of a mixed task; empty for any other task.
+
+    Each row is read once, with its right output.
+    """
+    source = setup.task.source
+    if not isinstance(source, Mixed) or setup.task.path is not None:
+        return {}
+    by_source: dict[str, list[AnyExample]] = defaultdict(list)
+    for example in setup.splits.test:
+        by_source[source.source_of(example.id)].append(example)
+    found = {}
+    for name, examples in by_source.items():
+        rows = encoded_rows(QuestionSet(examples, setup.task, setup.tokenizer), context_length(model))
+        with measure_usage(model) as meter:
+            row_losses(model, rows, padding_id(setup.tokenizer), batch_size=setup.evaluation.batch_size)
+        found[name] = meter.take()
+    return found
+
+
+def _add_tasks(routing: dict[str, dict[str, Any]], usage: Mapping[str, Mapping[str, ExpertUsage]]) -> None:
+    """Adds to the routing of each block that of each task, and how far its routers tell the tasks apart."""
+    if not usage:
+        return
+    apart = between_tasks(usage)
+    of_tasks = {name: usage_by_block(of_task, list(routing)) for name, of_task in usage.items()}
+    for block, kept in routing.items():
+        kept["tasks"] = {name: of_task[block] for name, of_task in of_tasks.items()}
+        kept["between_tasks"] = fmean(value for name, value in apart.items() if name.startswith(f"{block}."))
+
+
 def evaluate_before(load: Callable[[], nn.Module], setup: Setup, record: RunRecord, *, dense: bool) -> None:
     """Evaluates the untouched model where the user asks for it, and otherwise its perplexity alone where `dense`."""
     if setup.evaluation.before:
         evaluate(load(), setup, record, "before/")
     elif dense and "perplexity" in setup.evaluation.metrics_on(setup.splits.test):
         evaluate(load(), setup, record, "before/", only=["perplexity"])
+
+
+def check_bare(setup: Setup, doing: str) -> None:
+    """Refuses a model under an adapter, and a model on several devices.
+
+    Args:
+        setup: of the run.
+        doing: what its method does with the weights, for the message: `pruning`.
+    """
+    if setup.model.adapter:
+        raise ValueError(
+            f"{doing} does not reach the weights under model.adapter={setup.model.adapter!r}; merge the adapter into a "
+            "folder of its own (PEFT's merge_and_unload) and use model=local"
+        )
+    if setup.decider.num_processes > 1:
+        raise ValueError(f"{doing} works on one device, got {setup.decider.num_processes}; use trainer.devices=1")
 
 
 def check_calibration_apart(setup: Setup, calibration: Calibration) -> None:

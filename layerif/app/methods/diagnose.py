@@ -17,10 +17,12 @@ from layerif.app.setup import Setup
 from layerif.checks import Count, Positive, Share, check_fields, check_value
 from layerif.decide import Decider
 from layerif.diagnose import plots, text
+from layerif.diagnose.agreement import curvature_panel
 from layerif.diagnose.leave_out import left_out_sets
 from layerif.diagnose.mislabel import flip
 from layerif.diagnose.report import Trials, report
 from layerif.diagnose.retrain import Recipe
+from layerif.diagnose.sections import num_chosen_sets
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.lissa import Lissa
 from layerif.files import claim_folder, write_text
@@ -91,16 +93,19 @@ class Diagnose(SpendsNothing):
                 )
             check_value(f"probe.num_{part}", getattr(decider.probe, f"num_{part}"), NumRows)
         self._check_rank(setup)
+        curvature_panel(decider.estimator)  # type: ignore[arg-type]
         left_out_sets(self.num_train, self._num_left_out, self.subsets, seed=decider.seed)
         flip(decider.chosen("train"), self.flipped, seed=decider.seed)
 
     def preview(self, setup: Setup) -> dict[str, str]:
-        num_steps = self.seeds * (1 + self.subsets) * self.steps
+        num_top = num_chosen_sets(setup.decider.estimator)  # type: ignore[arg-type]
+        num_steps = self.seeds * (1 + self.subsets + num_top) * self.steps
         return {
-            "retraining": f"{self.seeds} seeds × (1 + {self.subsets} sets of {self._num_left_out} of {self.num_train} "
-            f"rows left out) × {self.steps} steps of {self.batch_size} rows, less those left out = {num_steps:,} steps",
+            "retraining": f"{self.seeds} seeds × (1 + {self.subsets} random and {num_top} chosen sets of "
+            f"{self._num_left_out} of {self.num_train} rows left out) × {self.steps} steps of {self.batch_size} rows, "
+            f"less those left out = {num_steps:,} steps",
             "gradient passes": f"1 over the probe's samples, {self.seeds} with {self.flipped:.0%} of their answers "
-            f"flipped, {self.seeds} over {self.num_train} + {self.num_validation} rows at the adapters; "
+            f"flipped, {2 * self.seeds} over {self.num_train} + {self.num_validation} rows at the adapters; "
             "none for what the store has",
             "bootstrap": f"{self.resamples} draws from the Grams, without a gradient",
         }

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from layerif.adapt.adapters import LoraMoeAdapter
-from layerif.adapt.module import check_fits
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.blocks import Blocks
 from layerif.app.methods._finetune import check_fit
-from layerif.app.methods._recovery import one_expert_each, recover, save_model
+from layerif.app.methods._recovery import check_begin, one_expert_each, recover, save_model
 from layerif.app.methods._steps import (
+    check_bare,
     check_calibration_apart,
     evaluate,
     evaluate_before,
@@ -69,6 +69,7 @@ class Drop:
     allocates: ClassVar[Literal["blocks"]] = "blocks"
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+    selects_rows: ClassVar[bool] = False
 
     calibration: Calibration
     search: Literal["none", "greedy"] = "none"
@@ -82,10 +83,16 @@ class Drop:
 
     def __post_init__(self) -> None:
         check_fields(self, "method")
+        for number, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise ValueError(
+                    f"method.prompts.{number} is empty, which nothing can continue; give a text, or leave it out"
+                )
         if self.recover == "none":
             return
         if self.adapter is None:
             raise ValueError("method.recover=lora needs method.adapter; give it as conf/method/drop.yaml does")
+        check_begin(self.adapter)
         if not self.save:
             raise ValueError("method.recover=lora starts from the saved model; use method.save=true")
 
@@ -94,14 +101,8 @@ class Drop:
         return self.recover != "none"
 
     def check(self, setup: Setup) -> None:
-        if setup.model.adapter:
-            raise ValueError(
-                f"method=drop cannot leave out blocks under model.adapter={setup.model.adapter!r}; merge the adapter "
-                "into a folder of its own (PEFT's merge_and_unload) and use model=local"
-            )
+        check_bare(setup, "dropping blocks")
         decider, skeleton = setup.decider, setup.model.skeleton()
-        if decider.num_processes > 1:
-            raise ValueError(f"method=drop works on one device, got {decider.num_processes}; use trainer.devices=1")
         if self.search == "greedy" and not isinstance(decider.allocator, Blocks):
             raise ValueError(
                 "method.search=greedy takes allocator.keep and allocator.unit, and looks at nothing else that an "
@@ -124,7 +125,7 @@ class Drop:
             check_fit(setup)
             drop(skeleton, left_out)
             each = one_expert_each(list(blocks(skeleton)))
-            check_fits(self.adapter, skeleton, each, free=setup.free_for_training, where="method.adapter")
+            self.adapter.check_fits(skeleton, each, free=setup.free_for_training, where="method.adapter")
 
     def preview(self, setup: Setup) -> dict[str, str]:
         given = setup.decider.preview()
@@ -165,9 +166,7 @@ class Drop:
             recover(setup, record, folder, self.adapter, None, advice=_FULL_DISK)
 
     def _reads_windows(self, setup: Setup) -> bool:
-        decider = setup.decider
-        measures = decider.allocator.spends != "nothing" and decider.estimator.needs.reads_windows
-        return self.search == "greedy" or measures
+        return self.search == "greedy" or setup.decider.reads_windows
 
     def _windows(self, setup: Setup) -> list[Any]:
         return self.calibration.batches(setup.tokenizer, context_length(setup.model.skeleton()))

@@ -19,10 +19,10 @@ class Full(FineTune, FullTuning):
 
     name: ClassVar[str] = "full"
 
-    def _check_fits(self, setup: Setup) -> None:
+    def check(self, setup: Setup) -> None:
         if setup.decider.spread:
             raise ValueError(
                 "method=full needs the whole model on every device; use trainer.strategy=ddp or trainer.devices=1, or "
                 "method=lora for a model that is spread over several"
             )
-        self.check_fits(setup.model.skeleton(), setup.decider.preview(), free=setup.free_for_training)
+        super().check(setup)

@@ -14,13 +14,12 @@ from torch import nn
 
 from layerif.adapt.adapters import LoraMoeAdapter
 from layerif.adapt.callback import InfluenceCallback
-from layerif.adapt.module import check_fits
 from layerif.adapt.train import run_trainer
 from layerif.allocate import Allocator
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.depth import Depth
 from layerif.app.methods._finetune import check_fit
-from layerif.app.methods._recovery import one_expert_each, recover, save_model
+from layerif.app.methods._recovery import check_begin, one_expert_each, recover, save_model
 from layerif.app.methods._sparsity import (
     Refine,
     check_spent_here,
@@ -28,6 +27,7 @@ from layerif.app.methods._sparsity import (
     with_tried_slope,
 )
 from layerif.app.methods._steps import (
+    check_bare,
     check_calibration_apart,
     evaluate,
     evaluate_before,
@@ -96,6 +96,7 @@ class Prune:
     allocates: ClassVar[Literal["sparsity"]] = "sparsity"
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+    selects_rows: ClassVar[bool] = False
 
     pruner: Pruner
     calibration: Calibration
@@ -124,6 +125,7 @@ class Prune:
                 f"method.recover={self.recover} needs method.adapter (and method.experts for lora_moe); give them as "
                 "conf/method/prune.yaml does"
             )
+        check_begin(self.adapter)
         if not self.save:
             raise ValueError(f"method.recover={self.recover} starts from the saved model; use method.save=true")
         if not self.adapter.keep_zeros:
@@ -137,11 +139,7 @@ class Prune:
         return self.recover != "none"
 
     def check(self, setup: Setup) -> None:
-        if setup.model.adapter:
-            raise ValueError(
-                f"method=prune cannot prune through model.adapter={setup.model.adapter!r}; merge the adapter into a "
-                "folder of its own (PEFT's merge_and_unload) and use model=local"
-            )
+        check_bare(setup, "pruning")
         decider, skeleton = setup.decider, setup.model.skeleton()
         allocation = self._given(skeleton)
         if allocation is None:
@@ -158,12 +156,9 @@ class Prune:
                 f"method.refine=swaps has nothing to move with pruner.n={self.pruner.n}; use method.refine=none, or "
                 "pruner.n=null"
             )
-        if decider.num_processes > 1:
-            raise ValueError(f"pruning works on one device, got {decider.num_processes}; use trainer.devices=1")
         if self.recover != "none":
             check_fit(setup)
-            check_fits(
-                self._recovery_adapter,
+            self._recovery_adapter.check_fits(
                 skeleton,
                 self._recovery_preview(decider, skeleton),
                 free=setup.free_for_training,

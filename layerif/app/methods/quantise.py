@@ -15,6 +15,7 @@ from torch import nn
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.bits import Bits
 from layerif.app.methods._steps import (
+    check_bare,
     check_calibration_apart,
     evaluate,
     evaluate_before,
@@ -36,10 +37,11 @@ from layerif.compress.quantise import (
     tensor_types,
 )
 from layerif.decide import Decider
-from layerif.estimators.bits_curve import BitsCurve, check_widths, kept_formats, left_out
+from layerif.estimators.bits_curve import BitsCurve
 from layerif.files import full_disk_explained, write_text
 from layerif.formats import FORMATS, Format, check_rows, formats_called
 from layerif.models.blocks import bare
+from layerif.probe.curves.formats import check_widths, kept_formats, left_out
 from layerif.probe.curves.request import model_hash
 from layerif.probe.curves.text import mean_loss
 from layerif.probe.measurements import Load
@@ -66,6 +68,7 @@ class Quantise:
     allocates: ClassVar[Literal["bits"]] = "bits"
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+    selects_rows: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = False
 
     formats: str | Sequence[str] = "gguf"
@@ -76,19 +79,13 @@ class Quantise:
 
     def __post_init__(self) -> None:
         check_fields(self, "method")
-        formats_called(self.formats)
+        formats_called(self.formats, "method.formats")
         if self.embeddings is not None:
             check_choice("method.embeddings", self.embeddings, FORMATS)
 
     def check(self, setup: Setup) -> None:
+        check_bare(setup, "quantising")
         decider, formats = setup.decider, formats_called(self.formats)
-        if setup.model.adapter:
-            raise ValueError(
-                f"method=quantise cannot quantise under model.adapter={setup.model.adapter!r}; merge the adapter into "
-                "a folder of its own (PEFT's merge_and_unload) and use model=local"
-            )
-        if decider.num_processes > 1:
-            raise ValueError(f"quantising works on one device, got {decider.num_processes}; use trainer.devices=1")
         wanted = [*formats, *([FORMATS[self.embeddings]] if self.embeddings else [])]
         if any(each.is_gguf for each in wanted):
             require("gguf", "embedded")
@@ -108,8 +105,7 @@ class Quantise:
         if self.embeddings is not None:
             ends = embeddings_of(setup.model.skeleton())
             check_rows([FORMATS[self.embeddings]], {name: weight.shape[1] for name, weight in ends.items()})
-        reads_windows = decider.allocator.spends != "nothing" and decider.estimator.needs.reads_windows
-        if reads_windows:
+        if decider.reads_windows:
             check_calibration_apart(setup, self.calibration)
 
     def preview(self, setup: Setup) -> dict[str, str]:

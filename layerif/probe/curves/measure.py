@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerif.allocate.curves import Curves, with_base
-from layerif.layers import Granularity, block_of
+from layerif.layers import MatrixOrBlock, block_of
 from layerif.models.blocks import bare, device_of
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
@@ -106,7 +106,7 @@ def measure_loss_curves(
     *,
     mask_windows: Sequence[Tensor] | None = None,
     form: CurveForm = "exact",
-    granularity: Granularity = "matrix",
+    granularity: MatrixOrBlock = "matrix",
     tokens: float = 1.0,
     seed: int = 0,
     memory_gb: float | None = None,
@@ -362,7 +362,7 @@ def _observed(
     hooks = [(bare(model).get_submodule(param.removesuffix(".weight")), hook(param)) for param in leaders]
     device = device_of(model)
     with hooked(hooks, before=True), evaluating(model), torch.no_grad(), full_precision():
-        for ids_BT in progress(windows, "mask text"):
+        for ids_BT in progress(windows, "calibration"):
             model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
     missing = [param for param in leaders if param not in found]
     if missing:

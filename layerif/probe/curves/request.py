@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from layerif.allocate.curves import Curves
 from layerif.checks import how_many
 from layerif.data.batches import batches
-from layerif.layers import Granularity
+from layerif.layers import MatrixOrBlock
 from layerif.models.blocks import context_length
 from layerif.models.loss import per_sample_loss
 from layerif.probe.curves.measure import (
@@ -61,9 +61,9 @@ class LossCurves(Request):
 
     Attributes:
         changes: the pruner or the number formats whose changes are priced.
-        mask_text: the calibration windows, which a pruner takes its statistics of.
-        loss_texts: the weight of each text whose loss is watched: `windows` are those of `mask_text`, `task` the train
-            rows that the probe chooses.
+        calibration: the calibration windows, which a pruner takes its statistics of.
+        loss_texts: the weight of each text whose loss is watched: `windows` are those of `calibration`, `task` the
+            train rows that the probe chooses.
         levels: the sparsities above 0, or the bits, at which the loss is priced.
         form, granularity, tokens: see `measure_loss_curves`.
         seed: chooses the positions.
@@ -72,11 +72,11 @@ class LossCurves(Request):
     takes_loss: ClassVar[bool] = True
 
     changes: Changes
-    mask_text: Windows
+    calibration: Windows
     loss_texts: Mapping[str, float]
     levels: Sequence[float]
     form: CurveForm = "exact"
-    granularity: Granularity = "matrix"
+    granularity: MatrixOrBlock = "matrix"
     tokens: float = 1.0
     seed: int = 0
 
@@ -116,8 +116,8 @@ class LossCurves(Request):
             )
 
     def windows(self, measurements: Measurements) -> list[Tensor]:
-        """Cuts the windows of the mask text (B×T each)."""
-        return self.mask_text.batches(measurements.tokenizer, max_positions(measurements))
+        """Cuts the windows of the calibration text (B×T each)."""
+        return self.calibration.batches(measurements.tokenizer, max_positions(measurements))
 
     def loss_text(self, measurements: Measurements) -> LossText:
         """Gives the samples whose loss is watched, with their weights."""
@@ -274,7 +274,7 @@ def source_of(
     return {
         "model": model_hash(measurements.model),
         _CHANGED_BY[changes.kind]: changes.called,
-        "mask_text": hash_of_windows(windows) if changes.needs_inputs else "none",
+        "calibration": hash_of_windows(windows) if changes.needs_inputs else "none",
         "loss_text": loss_text,
     }
 

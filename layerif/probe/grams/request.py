@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 class Grams(Request):
     """A request for the Grams of the samples' gradients. All processes measure them together."""
 
+    keeps_matrices: ClassVar[bool] = True
     parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
     takes_loss: ClassVar[bool] = True
 

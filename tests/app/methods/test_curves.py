@@ -79,7 +79,7 @@ def test_curves_are_measured_spent_to_the_weight_and_told(setup, tmp_path):
     assert told["everywhere"][0] == 0.0
     assert 0 < told["predicted"] < told["everywhere"][5]  # of 60 % everywhere
     assert told["source"] == given.source
-    assert set(given.source) == {"model", "pruner", "mask_text", "loss_text"}
+    assert set(given.source) == {"model", "pruner", "calibration", "loss_text"}
     windows = found.method.calibration.batches(found.tokenizer)
     dense, after = (mean_token_loss(model, windows) for model in (found.model.load(), reloaded(tmp_path / "run")))
     assert told["dense_loss"] == pytest.approx(dense, rel=1e-5)
@@ -148,7 +148,7 @@ def test_every_form_of_curves_meets_the_budget(setup, tmp_path, overrides, num_u
     assert_budget(record)
     assert curves_in(record)["predicted"] > 0
     decider = found.decider
-    low, high = decider.allocator.range(decider.estimator.equal(decider.units()))
+    low, high = decider.allocator.range(decider.estimator.equal(decider.units()), decider.allocator.target)
     assert all(low - 1e-9 <= value <= high + 1e-9 for value in given.values)
     skipped = [name for name in dense if is_named(name, found.method.pruner.skip)]
     assert all(record.sparsity[name] == float((dense[name] == 0).double().mean()) for name in skipped)
@@ -253,8 +253,9 @@ def test_the_slope_in_depth_is_chosen_by_trials_and_no_curve_is_measured(setup, 
 def test_curves_without_pruning_are_decided_and_recorded(setup_of, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat runs over the red hill and the old dog sleeps " * 40)
-    mask_text = f"{{_target_: layerif.pruning.calibration.Calibration, text: '{text}', num_windows: 4, window: 16}}"
-    found = setup_of("method=none", "estimator=loss_curve", "allocator.target=0.6", f"estimator.mask_text={mask_text}")
+    kind = "_target_: layerif.pruning.calibration.Calibration"
+    windows = f"estimator.calibration={{{kind}, text: '{text}', num_windows: 4, window: 16}}"
+    found = setup_of("method=none", "estimator=loss_curve", "allocator.target=0.6", windows)
     record = RunRecord(name="test", seed=0, config={}, overrides=[])
     found.method.run(found, record, tmp_path)
     assert record.decision.allocation.kind == "sparsity"
@@ -294,7 +295,7 @@ def test_what_curves_decided_is_spent_again_where_it_belongs_and_nowhere_else(se
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     for override, said in {
-        "method.calibration.seed=5": "curves of another mask text; use the same calibration windows",
+        "method.calibration.seed=5": "curves of another calibration text; use the same calibration windows",
         "pruner=magnitude": r"curves of another pruner, wanda\(compare=row\), than this one, magnitude\(\)",
         "pruner.compare=cumulative": r"another pruner, wanda\(compare=row\), than this one, wanda\(compare=cumulative",
         f"model.path={tmp_path / 'other'}": "curves of another model; measure them again for this one",

@@ -210,8 +210,8 @@ def test_a_model_with_an_adapter_is_refused(decider):
 
 def test_a_dry_run_tells_the_cost_in_steps(decider):
     plan = Diagnose(**SMALL, seeds=2).preview(setup_of(decider))
-    assert "2 seeds × (1 + 4 sets of 6 of 12 rows left out) × 2 steps" in plan["retraining"]
-    assert "= 20 steps" in plan["retraining"]
+    assert "2 seeds × (1 + 4 random and 6 chosen sets of 6 of 12 rows left out) × 2 steps" in plan["retraining"]
+    assert "= 44 steps" in plan["retraining"]
     assert not list(decider.store.root.glob("*"))  # type: ignore[union-attr]
 
 
@@ -243,6 +243,8 @@ def test_one_seed_and_no_damping_leave_their_sections_out(decider, tmp_path):
     assert report["leave_out"]["sd_over_seeds"] is None
     assert (report["stability"]["damping"], report["stability"]["seeds"]) == ([], [])
     assert "seed_agreement" not in record.metrics
+    assert {"ekfac", "shampoo", "bm25", "hidden_cosine"} < set(report["leave_out"]["lds"])
+    assert set(report["leave_out"]["removed"]["by"]) > {"grad_dot", "ekfac", "bm25"}
     claims = " ".join(each["claim"] for each in report["conclusions"])
     assert "damping" not in claims
     assert "adapters of these seeds" not in claims
@@ -265,24 +267,27 @@ def test_half_precision_is_examined_like_any_other_and_a_killed_run_gives_the_sa
     decider, tmp_path, monkeypatch
 ):
     half = replace(decider, model=replace(decider.model, dtype="bfloat16"), estimator=GradDot(aggregation="top25"))
-    report, record = report_of(half, tmp_path / "whole", seeds=1)
-    assert report["solver"]["estimators"]["exact"]["residual_max"] < 1e-9
-    assert all(math.isfinite(value) for value in record.metrics.values())
-
-    apart = replace(half, store=Store(tmp_path / "apart"))  # it does not have the adapters' Grams yet
-    train, calls = Retrainer.__call__, []
+    train, calls, dies_at = Retrainer.__call__, [], None
 
     def dies(retrainer, left_out=()):
         calls.append(left_out)
-        if len(calls) == 4:
+        if len(calls) == dies_at:
             raise Killed
         return train(retrainer, left_out)
 
     monkeypatch.setattr(Retrainer, "__call__", dies)
+    report, record = report_of(half, tmp_path / "whole", seeds=1)
+    num_trainings = len(calls)
+    assert num_trainings > 5  # on all rows, without four random sets, without the most helpful rows of several
+    assert report["solver"]["estimators"]["exact"]["residual_max"] < 1e-9
+    assert all(math.isfinite(value) for value in record.metrics.values())
+
+    apart = replace(half, store=Store(tmp_path / "apart"))  # it does not have the adapters' Grams yet
+    dies_at = num_trainings + 4
     with pytest.raises(Killed):
         report_of(apart, tmp_path / "killed", seeds=1)
     resumed, again = report_of(apart, tmp_path / "killed", seeds=1)
-    assert len(calls) == 4 + 2  # of five trainings, three were done before
+    assert len(calls) == dies_at + num_trainings - 3  # three were done before
     assert "carried on from a run that did not finish; seconds count the rest alone" in again.notes
     assert resumed == report
     assert again.metrics == record.metrics

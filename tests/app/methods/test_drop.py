@@ -219,6 +219,7 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
         ),
         (["method.search=beam"], r"method\.search='beam' is not allowed; allowed: none, greedy"),
         (["method.recover=lora", "method.save=false"], r"use method\.save=true"),
+        (["method.prompts=[Which one?,'']"], r"method\.prompts\.1 is empty, which nothing can continue; give a text"),
         (["method.recover=lora", "method.adapter=null"], r"needs method\.adapter"),
         (["method.recover=lora_moe"], r"method\.recover='lora_moe' is not allowed; allowed: none, lora"),
         (["method.speed.prompt_tokens=1000"], r"asks for 1000 \+ 3 tokens, and the model reads at most 512; lower"),

@@ -202,7 +202,7 @@ def test_on_the_command_line_with_another_family(tiny_overrides, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("", r"allocator\.target=0\.5 is outside the feasible range 4\.25 to 8\.5 bits"),
+        ("", r"target=0\.5 is outside the feasible range 4\.25 to 8\.5 bits; change it, as allocator\.target=6, or"),
         ("allocator.target=9.0", r"allocator\.target=9\.0 is outside the feasible range 4\.25 to 8\.5 bits"),
         ("allocator.target=3.5", r"allocator\.target=3\.5 is outside the feasible range 4\.25 to 8\.5 bits"),
         ("estimator=uniform allocator.target=3.5", r"target=3\.5 is outside the feasible range 4\.25 to 8\.5 bits"),

@@ -10,11 +10,12 @@ import torch
 
 from layerif.allocate.curves import Curves, Knapsack
 from layerif.decide import Decider
-from layerif.estimators import bits_curve
-from layerif.estimators.bits_curve import BitsCurve, Quantisation
+from layerif.estimators.bits_curve import BitsCurve
 from layerif.formats import FORMATS, formats_called
 from layerif.models.blocks import layer_map
 from layerif.models.pretrained import LocalModel
+from layerif.probe.curves import formats as of_formats
+from layerif.probe.curves.formats import Quantisation, kept_formats
 from layerif.probe.curves.measure import measure_loss_curves
 from layerif.pruning.calibration import Calibration
 from tests.probe.curves.test_measure import LENGTHS, dense, gradients_of_copies, loss_text, sum_of
@@ -87,7 +88,7 @@ def test_a_decision_spends_them_in_steps_and_the_store_keeps_them(decider, tmp_p
     assert {*decision.allocation.values} <= {each.bits for each in formats_called("gguf")}
     assert len({*decision.allocation.values}) > 1
     assert 5.0 < decision.allocation.budget <= 5.2
-    assert decision.allocation.source.keys() == {"model", "formats", "mask_text", "loss_text"}
+    assert decision.allocation.source.keys() == {"model", "formats", "calibration", "loss_text"}
     assert decision.allocation.source["formats"] == "MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
     assert decision.notes == ()
     assert decision.reliability is not None
@@ -97,7 +98,7 @@ def test_a_decision_spends_them_in_steps_and_the_store_keeps_them(decider, tmp_p
         assert not taken(with_(asked, **other))[1], other
 
 
-def test_a_format_whose_grid_the_weights_stand_on_is_left_out_and_named(decider, tmp_path, text):
+def test_a_format_whose_grid_the_weights_stand_on_is_left_out_and_named(decider, tmp_path, text, monkeypatch):
     model = tiny_model(**SIZES)
     with torch.no_grad():
         for param in layer_map(model, scope="all").matrices:
@@ -113,6 +114,10 @@ def test_a_format_whose_grid_the_weights_stand_on_is_left_out_and_named(decider,
     again = asked(lambda: pytest.fail("it was loaded"))  # errors and curves are in the store
     assert again.allocation == decision.allocation
     assert again.notes == decision.notes
+    monkeypatch.setattr(of_formats, "relative_error", lambda *_: pytest.fail("it was measured again"))
+    fewer = formats_called(["Q4_1", "Q5_0"])  # another choice of formats finds the errors of each
+    assert kept_formats(asked, fewer, asked.model.load) == (FORMATS["Q5_0"],)
+    monkeypatch.undo()
     alone = replace(with_(asked, formats=["Q4_1"]), allocator=Knapsack(target=5.0))
     with pytest.raises(
         ValueError, match=r"the weights stand on the grid of Q4_1, so that there is nothing to quantise"
@@ -140,7 +145,7 @@ def test_a_target_outside_the_formats_is_refused_before_anything_is_measured(dec
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"formats": ["Q4_K"]}, r"method\.formats='Q4_K' is not allowed; allowed: MXFP4, Q4_0, .*\(did you mean"),
+        ({"formats": ["Q4_K"]}, r"estimator\.formats='Q4_K' is not allowed; allowed: MXFP4, Q4_0, .*\(did you mean"),
         ({"formats": ["INT4", "MXFP4"]}, r"names (INT4|MXFP4) and (INT4|MXFP4), which both take 4\.25 bits; give one"),
         ({"loss_text": "rows"}, r"estimator\.loss_text='rows' is not allowed"),
         ({"tokens": 0.0}, r"estimator\.tokens=0\.0 is not allowed"),
@@ -150,7 +155,3 @@ def test_a_target_outside_the_formats_is_refused_before_anything_is_measured(dec
 def test_impossible_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         BitsCurve(**settings)
-
-
-def test_errors_of_formats_have_a_version_of_their_own():
-    assert bits_curve.FORMAT_ERRORS.folder == "format_errors"

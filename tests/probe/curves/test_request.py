@@ -42,7 +42,7 @@ def decider(decider: Decider, windows: Calibration) -> Decider:
         decider,
         model=replace(decider.model, dtype="float64"),
         probe=replace(decider.probe, num_train=5, batch_size=3),
-        estimator=LossCurve(mask_text=windows, levels=LEVELS, tokens=1.0),
+        estimator=LossCurve(calibration=windows, levels=LEVELS, tokens=1.0),
         allocator=Knapsack(target=0.5),
     )
 
@@ -79,7 +79,7 @@ def test_the_curves_of_a_task_are_of_its_rows_and_of_the_masks_of_the_windows(de
     model, rows = decider.model.load(), decider.samples()[0]
     names, weights = [str(index) for index in range(len(rows))], torch.full((len(rows),), 1 / len(rows)).double()
     text = LossText(list(batches(rows, 2, decider.pad_id)), weights, names)
-    mask_windows = decider.estimator.mask_text.batches(decider.tokenizer)
+    mask_windows = decider.estimator.calibration.batches(decider.tokenizer)
     params = decider.layers().matrices
     expected = measure_loss_curves(model, params, Wanda(), text, LEVELS, mask_windows=mask_windows)
     torch.testing.assert_close(found.costs, expected.costs, rtol=1e-6, atol=0)
@@ -113,7 +113,7 @@ def test_the_second_take_is_answered_from_the_store_with_equal_curves(decider):
         assert getattr(again, field) == getattr(first, field), field
     for field in ("costs", "sizes", "by_half"):
         assert torch.equal(getattr(again, field), getattr(first, field)), field
-    assert {*first.source} == {"model", "pruner", "mask_text", "loss_text"}
+    assert {*first.source} == {"model", "pruner", "calibration", "loss_text"}
     assert [file.parent.name for file in decider.store.files(first.fingerprint)] == ["loss_curves"]
 
 
@@ -152,8 +152,8 @@ def unmeasured(monkeypatch):
 def test_whatever_changes_curves_misses_the_store(decider, windows, tmp_path):
     keys = [curves_of(decider).fingerprint]
     shorter, other = replace(windows, window=15), file_with(windows, TEXT[40:], tmp_path)
-    more = {"windows": {"mask_text": replace(windows, num_windows=4)}, "shorter": {"mask_text": shorter}}
-    more |= {"another choice": {"mask_text": replace(windows, seed=9)}, "another text": {"mask_text": other}}
+    more = {"windows": {"calibration": replace(windows, num_windows=4)}, "shorter": {"calibration": shorter}}
+    more |= {"another choice": {"calibration": replace(windows, seed=9)}, "another text": {"calibration": other}}
     for what, settings in (CHANGES | more).items():
         found, reused = taken(with_(decider, **settings))
         assert not reused, what
@@ -168,8 +168,8 @@ def test_what_changes_no_curve_finds_them_in_the_store(decider, windows, tmp_pat
     first = curves_of(decider).fingerprint
     same = file_with(windows, TEXT, tmp_path)
     for settings in (
-        {"mask_text": replace(windows, batch_size=4)},
-        {"mask_text": same},  # the text decides, and not its name
+        {"calibration": replace(windows, batch_size=4)},
+        {"calibration": same},  # the text decides, and not its name
         {"seed": 3},  # all tokens are looked at, and the windows have a seed of their own
         {"pruner": Wanda(paper_epsilon=0.3)},
         {"pruner": SparseGPT(), "masks": "wanda"},
@@ -185,7 +185,7 @@ def test_batch_sizes_change_no_curve(decider, windows, tmp_path):
     mixed = with_(decider, loss_text={"windows": 0.5, "task": 0.5}, pruner=SparseGPT(damping=0.05))
     first = curves_of(mixed)
     other = replace(mixed, store=type(decider.store)(tmp_path / "other"), probe=replace(decider.probe, batch_size=1))
-    again, reused = taken(with_(other, mask_text=replace(windows, batch_size=5)))
+    again, reused = taken(with_(other, calibration=replace(windows, batch_size=5)))
     assert not reused
     assert again.fingerprint == first.fingerprint
     torch.testing.assert_close(again.costs, first.costs, rtol=1e-6, atol=0)
@@ -205,7 +205,7 @@ def test_a_decision_spends_the_curves_of_its_pruner(decider, pruner):
     assert decision.allocation == Knapsack(target=0.5)(curves)
     assert decision.allocation.units == tuple(name.removesuffix(".weight") for name in decider.layers().matrices)
     assert decision.allocation.source["pruner"] == pruner.called
-    assert (decision.allocation.source["mask_text"] == "none") == (pruner == Magnitude())
+    assert (decision.allocation.source["calibration"] == "none") == (pruner == Magnitude())
     assert {*decision.allocation.values} <= {0.25, 0.5, 0.75} if pruner.m else min(decision.allocation.values) >= 0.2
     assert decision.num_samples == (0, 0)
     assert asked().reused
@@ -242,7 +242,7 @@ def test_the_preview_is_uniform_and_measures_nothing(decider):
 
 
 def test_few_windows_are_warned_of(decider, windows):
-    few = with_(decider, mask_text=replace(windows, num_windows=3))
+    few = with_(decider, calibration=replace(windows, num_windows=3))
     with pytest.warns(RuntimeWarning, match=r"3 calibration windows of loss curves rank the matrices poorly"):
         few.preview()
     with warnings.catch_warnings():

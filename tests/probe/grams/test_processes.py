@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from layerif.evidence import LayerGrams
 from layerif.models.blocks import layer_map
+from layerif.probe.curvature.measure import measure_curvature
 from layerif.probe.grams import gather as measurement
 from layerif.probe.grams.measure import measure
 from layerif.probe.grams.processes import Shards, spread
@@ -86,6 +87,24 @@ def test_more_processes_than_batches_leave_some_idle(pair, tmp_path):
 def test_a_spread_model_gives_the_same_grams(pair, size, tmp_path):
     assert pair.run(save_measured, tmp_path, tmp_path, size=size, spread_out=True) == ["", ""]
     assert_equal(grams_of(tmp_path, 0), measured(size=size), 1e-4)
+
+
+def save_curvature(rank: int, folder: Path) -> None:
+    model, rows = tiny_model("llama"), samples()
+    parts = batched(rows[:NUM_TRAIN], 3), batched(rows[NUM_TRAIN:], 3)
+    torch.save(measure_curvature(model, layer_map(model, scope="all"), *parts), folder / f"{rank}.pt")
+
+
+def test_two_processes_measure_curvature_as_one(pair, tmp_path):
+    save_curvature(SIZE, tmp_path)  # alone
+    assert pair.run(save_curvature, tmp_path, tmp_path) == ["", ""]
+    *each, alone = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(SIZE + 1))
+    for found in each:
+        for param, matrix in alone.matrices.items():
+            for spectrum, influence_KQN in matrix.influences.items():
+                torch.testing.assert_close(
+                    found.matrices[param].influences[spectrum], influence_KQN, rtol=1e-3, atol=1e-3
+                )
 
 
 @pytest.mark.parametrize("spread_out", [False, True])
