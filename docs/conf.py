@@ -37,7 +37,7 @@ napoleon_use_ivar = True
 def settings(app, docname, source):
     """Puts every key in place of a page's marker, and leads links to the experiments' pages."""
     source[0] = source[0].replace("<!-- every key -->", settings_pages.every_key())
-    source[0] = re.sub(r"\]\(\.\./((?:\.\./)*experiments/[^)]*\.md\))", r"](\1", source[0])
+    source[0] = re.sub(r"\]\(\.\./((?:\.\./)*experiments/[^)]*\.md(?:#[^)]*)?\))", r"](\1", source[0])
 
 
 def generated(app):

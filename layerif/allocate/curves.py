@@ -14,7 +14,6 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from layerif.allocate._counts import spend
 from layerif.allocate._hulls import Sense, interpolated, knapsack
 from layerif.allocate.allocation import COUNTS, MEANS, Allocation, spent_budget
 from layerif.checks import Count, check_choice, check_fields, check_unique, check_value, how_many
@@ -220,7 +219,7 @@ class Knapsack:
     """Spends curves, by `knapsack`: each unit gets the level at which the loss pays least in all.
 
     Bits are steps, so that their mean stays at or below the target. More bits that do not lower the price of a unit
-    are not bought. Ranks and experts are bought by `layerif.allocate._counts.spend`.
+    are not bought. Ranks and experts are bought by `layerif.allocate.gains.spend`.
 
     Attributes:
         target: the mean level: the fraction of all weights to remove (None: 0.5), or the bits of a weight.
@@ -289,6 +288,8 @@ class Knapsack:
             )
         spent = curves.by_block if self.unit == "block" and curves.unit == "matrix" else curves
         if is_counted:
+            from layerif.allocate.gains import spend  # which is made of curves
+
             return spend(spent, self.budget, floor=self.floor, cap=self.cap)
         target = 0.5 if self.target is None else self.target
         low, high = self.range(curves, target)

@@ -12,9 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerif.allocate._counts import concave_majorant, sizes_of_levels
 from layerif.allocate.curves import Curves, Knapsack
-from layerif.allocate.gains import gain_curves
+from layerif.allocate.gains import concave_majorant, gain_curves, sizes_of_levels
 from layerif.allocate.rank import Rank
 from layerif.layers import LayerMap
 from layerif.scores import LayerScores
