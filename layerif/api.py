@@ -33,7 +33,7 @@ from layerif.data.task import Splits
 from layerif.data.tokens import bos_of, token_ids
 from layerif.data.windows import Bos, windows_of
 from layerif.estimators import Estimator, estimator_of_scores
-from layerif.estimators._base import CurveEstimator, InfluenceEstimator
+from layerif.estimators._base import CurveEstimator, InfluenceEstimator, check_whole_influence
 from layerif.estimators.gain_curve import GainCurve, GainForm
 from layerif.estimators.loss_curve import LossCurve
 from layerif.in_memory import check_samples, num_embeddings, scorer_in_memory, store_at
@@ -198,6 +198,7 @@ def rows(
             f"the estimator {type(chosen).__name__} tells no influence of single rows; use datainf, exact, lissa, "
             "grad_dot, cosine, kfac, ekfac or shampoo"
         )
+    check_whole_influence(chosen)
     scorer = scorer_in_memory(
         model,
         tokenizer,

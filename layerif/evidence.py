@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
@@ -422,7 +422,7 @@ LEAST_DAMPING, MOST_DAMPING = 1e-4, 1e4
 _EIGENVALUES = (0.0, *(10.0 ** (number / 40) for number in range(-400, 401)))  # relative to the mean one
 
 
-def damping_weights(damping: float) -> Tensor:
+def damping_weights(damping: float, kept: Sequence[float] = DAMPINGS) -> Tensor:
     """Gives the weights w_k of `DAMPINGS` with 1/(Λ + λ) = Σ_k w_k/(Λ + λ_k), whatever the eigenvalue Λ ≥ 0.
 
     Influence under a damped curvature is a sum of such fractions, so that its values at `DAMPINGS` give it at every
@@ -430,16 +430,17 @@ def damping_weights(damping: float) -> Tensor:
 
     Args:
         damping: in units of the mean squared gradient entry, from `LEAST_DAMPING` to `MOST_DAMPING`.
+        kept: the λ_k: all of `DAMPINGS`, or `damping` alone.
     """
     if not LEAST_DAMPING <= damping <= MOST_DAMPING:
         raise ValueError(
             f"the damping is {damping:.3g} times the mean squared gradient entry; curvature is kept for others, so use "
             f"one from {LEAST_DAMPING:g} to {MOST_DAMPING:g}"
         )
-    kept_K = torch.tensor(DAMPINGS, dtype=torch.float64)
+    kept_K = torch.tensor(list(kept), dtype=torch.float64)
     nearest = int((kept_K.log() - math.log(damping)).abs().argmin())
-    if math.isclose(DAMPINGS[nearest], damping, rel_tol=1e-12):
-        return torch.eye(len(DAMPINGS), dtype=torch.float64)[nearest]
+    if math.isclose(kept[nearest], damping, rel_tol=1e-12):
+        return torch.eye(len(kept), dtype=torch.float64)[nearest]
     eigenvalues_E = torch.tensor(_EIGENVALUES, dtype=torch.float64)
     fractions_EK = (eigenvalues_E[:, None] + damping) / (eigenvalues_E[:, None] + kept_K)
     size_K = fractions_EK.amax(dim=0)
@@ -456,10 +457,12 @@ class MatrixCurvature:
     Attributes:
         influences: I at every damping (K×Q×N), by the approximation: `kfac`, `ekfac`, `shampoo`.
         mean_square: the mean squared entry of the train gradients, the unit of dampings.
+        dampings: the relative dampings: all of `DAMPINGS`, or one, which alone can then be asked for.
     """
 
     influences: Mapping[str, Tensor]
     mean_square: float
+    dampings: tuple[float, ...] = DAMPINGS
 
     def influence(self, approximation: str, damping: float, *, relative: bool = True) -> Tensor:
         """Gives I (Q×N) in float64; zero train gradients give zero.
@@ -475,13 +478,13 @@ class MatrixCurvature:
         influence_KQN = self.influences[approximation].double()
         if self.mean_square == 0:
             return torch.zeros_like(influence_KQN[0])
-        weights_K = damping_weights(damping if relative else damping / self.mean_square)
+        weights_K = damping_weights(damping if relative else damping / self.mean_square, self.dampings)
         return torch.tensordot(weights_K, influence_KQN, dims=1)
 
     def select(self, train: slice | Tensor, queries: slice | Tensor) -> MatrixCurvature:
         """Gives the influence of some train samples on some queries, under the curvature of all train samples."""
         some = {name: found[:, queries][:, :, train] for name, found in self.influences.items()}
-        return MatrixCurvature(some, self.mean_square)
+        return MatrixCurvature(some, self.mean_square, self.dampings)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ settings_of() { # of a task, by its name in the tables
     esac
 }
 sweep() { layerif -m experiment=capacity_smollm2 "$@" </dev/null; }
-best() { python -m experiments.arms "outputs/sweeps/$1" "$2" "$3" "$4"; }
+best() { # of a sweep, among the runs that meet the conditions
+    found=$1
+    shift
+    python -m experiments.arms "outputs/sweeps/$found" "$@"
+}
 
 # Part 0: where does capacity bind? Three rates with seed 0, then the other seeds at the best of them.
 for task in city mixed documentation city_large; do
@@ -39,7 +43,9 @@ for task in city mixed documentation city_large; do
 done
 
 # The comparison, where it binds most: three rates of each arm with seed 0, then the other seeds at its best rate.
-python $here/plot.py --settings $all | while read -r task rank seeds; do
+mkdir -p outputs/sweeps
+python $here/plot.py --settings $all >outputs/sweeps/capacity_smollm2_settings.txt # empty where capacity binds nowhere
+while read -r task rank seeds; do
     shapes=""
     [ "$all" ] && [ "$rank" = 8 ] && shapes=,mola_rising_rank,mola_falling_rank
     for arm in $(echo $arms$shapes | tr , ' '); do
@@ -49,13 +55,14 @@ python $here/plot.py --settings $all | while read -r task rank seeds; do
         esac
         compare() { sweep $(settings_of $task) arm=$arm $budget "$@"; }
         compare method.learning_rate=0.0003,0.001,0.003 seed=0 "$@"
-        compare method.learning_rate=$(best capacity_smollm2 arm=$arm task.name=$task) seed=$seeds "$@"
+        rate=$(best capacity_smollm2 arm=$arm task.name=$task)
+        compare method.learning_rate=$rate seed=$seeds "$@"
     done
     # The control: gain curves of another task, at the rate of the task's own.
     rate=$(best capacity_smollm2 arm=gain_curves task.name=$task)
     sweep $(settings_of $task) arm=gain_curves_of_capital allocator.budget=$((305280 * rank)) \
         method.learning_rate=$rate seed=0,1,2 "$@"
-done
+done <outputs/sweeps/capacity_smollm2_settings.txt
 
 python $here/plot.py
-for which in _ranks ""; do layerif-report outputs/sweeps/capacity_smollm2$which; done
+for which in _ranks ""; do [ ! -d outputs/sweeps/capacity_smollm2$which ] || layerif-report outputs/sweeps/capacity_smollm2$which; done

@@ -16,7 +16,8 @@ sweep() { layerif -m experiment=mixture_smollm2 "$@" </dev/null; }
 # Three rates of each arm with seed 0, then the other seeds at its best rate.
 for arm in $arms; do
     sweep arm=$arm method.learning_rate=0.0003,0.001,0.003 seed=0 "$@"
-    sweep arm=$arm method.learning_rate=$(python -m experiments.arms outputs/sweeps/mixture_smollm2 arm=$arm) seed=$seeds "$@"
+    rate=$(python -m experiments.arms outputs/sweeps/mixture_smollm2 arm=$arm)
+    sweep arm=$arm method.learning_rate=$rate seed=$seeds "$@"
 done
 
 python $here/plot.py

@@ -16,7 +16,7 @@ from annotated_types import Ge
 from peft import AdaLoraConfig, PeftConfig
 from torch import Tensor, nn
 
-from layerif.adapt.adapters import Adapter, Scaling
+from layerif.adapt.adapters import Adapter, Scaling, counts_of_units
 from layerif.adapt.sizes import Capacity, adapted_shapes, num_parameters
 from layerif.allocate.allocation import Allocation
 from layerif.checks import NonNegative
@@ -60,7 +60,8 @@ class AdaLoraAdapter(Adapter):
         )
 
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
-        return dict.fromkeys(allocation.units, Capacity(1, self._first_rank(allocation)))
+        first = Capacity(1, self._first_rank(allocation))
+        return dict.fromkeys(counts_of_units(base, allocation, self.target_modules), first)
 
     def put_on(self, base: nn.Module, allocation: Allocation) -> nn.Module:
         ranks = {block: Capacity(1, rank) for block, rank in allocation.by_name().items()}
@@ -134,7 +135,7 @@ class AdaLoraAdapter(Adapter):
 
     def _first_rank(self, allocation: Allocation) -> int:
         values = allocation.by_name().values()
-        if max(values) - min(values) > 1:
+        if max(values) - min(values) > 1 or not min(values):
             raise ValueError(
                 f"method=adalora finds ranks by itself, and this allocation gives {min(values)} to {max(values)}; use "
                 "estimator=uniform allocator=rank"

@@ -11,6 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -184,7 +185,7 @@ class LayersAdapter(Adapter):
         """Returns the rank, or the experts, of each block or matrix; 0 for one that gets no adapter."""
         self._refuse_beside(allocation)
         if allocation.kind != "layers":
-            return _of_units(base, allocation, self.target_modules)
+            return counts_of_units(base, allocation, self.target_modules)
         check_blocks(allocation.units, list(blocks(base)), value="value")
         trained, targets = trained_blocks(allocation), self.target_modules
         if not self.equal_parameters:
@@ -305,9 +306,10 @@ class LoraAdapter(LayersAdapter, PlainLora):
         if self.init == "eva":
             start_eva(model, rows.first_rows(), rows.collate, rho=self.rho)
         elif self.init == "lora_ga":
-            config: Any = self.peft_config(model.get_base_model(), allocation)  # type: ignore[operator]
+            configured: Any = partial(self.peft_config, allocation=allocation)
             few, size = rows.first_rows(GRADIENT_ROWS), rows.batch_size
-            return start_lora_ga(model, config, [rows.collate(few[at : at + size]) for at in range(0, len(few), size)])
+            batches = [rows.collate(few[at : at + size]) for at in range(0, len(few), size)]
+            return start_lora_ga(model, configured, batches)
         return model
 
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
@@ -362,7 +364,7 @@ class EqualLoraAdapter(PlainLora):
         return {"lora_moe": self._wanted(base, allocation)}
 
     def _wanted(self, base: nn.Module, allocation: Allocation) -> int:
-        experts = _of_units(base, allocation, self.target_modules)
+        experts = counts_of_units(base, allocation, self.target_modules)
         capacities = {unit: Capacity(count, self.r) for unit, count in experts.items()}
         return num_parameters(adapted_shapes(base, self.target_modules), capacities)
 
@@ -444,7 +446,7 @@ def _of_rank(rank: int) -> Capacity:
     return Capacity(1, rank)
 
 
-def _of_units(base: nn.Module, allocation: Allocation, targets: Sequence[str] | None) -> dict[str, int]:
+def counts_of_units(base: nn.Module, allocation: Allocation, targets: Sequence[str] | None) -> dict[str, int]:
     """Gives the counts of an allocation by block or matrix, and refuses those of other ones."""
     value = "rank" if allocation.kind == "rank" else "number of experts"
     _check_units(base, allocation.units, targets, value=value)

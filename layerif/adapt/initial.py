@@ -45,7 +45,7 @@ GRADIENT_ROWS = 128  # train rows behind LoRA-GA's mean gradient; all where ther
 EVA_TOKENS = 8192  # a batch's tokens: directions settle after few large batches, and after two if there is one
 _MOST_BATCHES = 1000
 _PASSES = 4  # EVA's, to move ranks and keep the number of parameters
-_NEAR = 0.0025  # share of the parameters by which a redistribution may miss it at once
+_NEAR = 0.0025  # a share of the parameters: a redistribution that comes so near to their number is taken at once
 _NAME = "default"  # the name of PEFT's adapter
 _TAKEN_OUT = "taken_out."  # prefix of the first weights in a checkpoint, where the base is without them
 
@@ -120,18 +120,19 @@ def start_eva(model: Any, rows: Sequence[Encoded], collate: Callable[[Sequence[A
         initialize_lora_eva_weights(model, eva_state_dict=dict(found[min(found)]))
 
 
-def start_lora_ga(model: Any, config: LoraConfig, batches: Sequence[Batch]) -> Any:
+def start_lora_ga(model: Any, configured: Callable[[nn.Module], LoraConfig], batches: Sequence[Batch]) -> Any:
     """Sets every A and B to directions of the mean gradient, by PEFT's LoRA-GA with its own settings.
 
     Args:
         model: a PEFT model with plain LoRA; it is taken apart.
-        config: of that LoRA.
+        configured: gives the configuration of that LoRA for the bare base.
         batches: train rows.
 
     Returns:
         The model with the new first weights, and the base without them.
     """
     base = model.unload()
+    config = configured(base)
     with_gradients = copy.copy(config)
     with_gradients.lora_ga_config = LoraGAConfig()
 

@@ -7,18 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from layerif.adapt.data import TaskDataModule
 from layerif.adapt.protect import Protection
 from layerif.allocate.allocation import Allocation
 from layerif.checks import NonNegative, Positive, Seed, Whole, check_fields, did_you_mean
 from layerif.scores import AllocationKind
-
-if TYPE_CHECKING:
-    from layerif.adapt.data import TaskDataModule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 from layerif.allocate._hulls import interpolated, knapsack, lower_hull
 from layerif.allocate.allocation import Allocation
 from layerif.allocate.curves import Curves
-from layerif.checks import how_many
 from layerif.layers import LayerMap
 
 Counted = Literal["rank", "experts"]
@@ -127,7 +126,8 @@ def spend(
 
     Args:
         curves: gains of ranks or experts.
-        budget: parameters; None: those of rank 8, or of 5 experts, in every matrix, less where a matrix has no more.
+        budget: parameters; None: those of rank 8, or of 5 experts, in every matrix, less where a matrix has no more,
+            and between floor and cap.
         floor: the least of a unit; None: rank 0, which is no adapter, or 1 expert.
         cap: the most of a unit; None: the most that the curves have.
 
@@ -136,7 +136,7 @@ def spend(
     """
     kind, last = curves.kind, curves.levels[-1]
     low, high = FLOORS[kind] if floor is None else floor, last if cap is None else cap
-    if not 0 <= low <= high or {low, high} - {*curves.levels, high if high > last else last}:
+    if low % 1 or high % 1 or not 0 <= low <= min(high, last):
         raise ValueError(
             f"allocator.floor={low:g} and allocator.cap={high:g} must be whole numbers of {_WORDS[kind]}, the floor at "
             f"most the cap; allowed: 0 to {last:g}"
@@ -155,9 +155,10 @@ def spend(
         levels.append([curves.levels[number] for number in inside])
         costs.append(curves.costs[unit, inside].tolist())
         sizes.append(curves.sizes[unit, inside].tolist())
-        usual += float(curves.sizes[unit, curves.levels.index(min(USUAL[kind], most, last))])
+        usual += float(curves.sizes[unit, curves.levels.index(max(low, min(USUAL[kind], most, high, last)))])
     given = usual if budget is None else budget
-    _check_budget(given, sizes, f"{how_many(len(order), curves.unit)} {_WORDS[kind]}", low)
+    what = {"matrix": "matrices", "block": "blocks"}[curves.unit] if len(order) > 1 else curves.unit
+    _check_budget(given, sizes, f"the {_WORDS[kind]} of {len(order)} {what}", low)
     found = knapsack(costs, sizes, levels, given, sense="gain", is_stepped=True)
     values = [int(value) for _, value in sorted(zip(order, found, strict=True))]
     return Allocation(curves.units, kind, tuple(values), sum(values))
@@ -171,7 +172,7 @@ def _check_budget(budget: float, sizes: Sequence[Sequence[float]], what: str, lo
     least, most = sum(each[0] for each in sizes), sum(each[-1] for each in sizes)
     if budget < least:
         raise ValueError(
-            f"allocator.budget={budget:.0f} parameters cannot give {what}, {low:g} each, which take {least:.0f}; raise "
+            f"allocator.budget={budget:.0f} parameters cannot pay {what}, {low:g} each, which take {least:.0f}; raise "
             "it, or lower allocator.floor"
         )
     steps = [each[1] - each[0] for each in sizes if len(each) > 1]
@@ -183,5 +184,5 @@ def _check_budget(budget: float, sizes: Sequence[Sequence[float]], what: str, lo
     if budget > most:
         raise ValueError(
             f"allocator.budget={budget:.0f} parameters are more than the {most:.0f} that {what} can have; lower it, or "
-            "raise allocator.cap or estimator.r_max"
+            f"raise allocator.cap (at most {MOST_EXPERTS} experts, or ranks up to estimator.r_max)"
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 from layerif.attribution.rows import OverLayers, RowInfluence, shown_rows
 from layerif.data.batches import shown_text
 from layerif.data.render import Example, Template, folded
-from layerif.data.rows import AnyExample, example_of, kind_of
+from layerif.data.rows import AnyExample, ChatExample, example_of, kind_of
 from layerif.data.source import Row, json_object
 from layerif.data.task import Reader, Splits
 from layerif.estimators._base import GramEstimator, by_block
@@ -66,14 +66,18 @@ def read_query(path: Path, reader: Reader) -> tuple[AnyExample, ...]:
 
 
 def _example(row: Row, id: str, reader: Reader) -> AnyExample:
+    # The task's own columns come first, so that a row of the task is known as the row that it is.
     try:
-        kind = kind_of(row.fields, row.where)
-    except ValueError:
-        read = reader.read(row, default_id=id)  # says which of the task's columns is missing
-        if read is None:
-            raise ValueError(f"{row.where} is left out by task.keep; use rows that the task keeps") from None
-        return replace(read.example, id=id)
-    return example_of(row.fields, id=id, where=row.where, kind=kind)
+        read = reader.read(row, default_id=id)
+    except ValueError as error:
+        try:
+            kind = kind_of(row.fields, row.where)
+        except ValueError:
+            raise error from None  # it says which of the task's columns is missing
+        return example_of(row.fields, id=id, where=row.where, kind=kind)
+    if read is None:
+        raise ValueError(f"{row.where} is left out by task.keep; use rows that the task keeps")
+    return replace(read.example, id=id)
 
 
 def check_unseen_query(
@@ -97,6 +101,8 @@ def check_unseen_query(
 def _texts_of(example: AnyExample, template: Template, tokenizer: Any) -> set[str]:
     """Gives all texts that an example is known by, folded, so that a question in another form is found."""
     found = {example.question, folded(shown_text(example, template, tokenizer))}
+    if isinstance(example, ChatExample):
+        found |= {folded(str(message["content"])) for message in example.messages if message["role"] == "user"}
     if isinstance(example, Example):
         found |= {folded(example.instruction), folded(f"{example.instruction} {example.output}")}
     return found
@@ -126,7 +132,7 @@ def query_influence(
         estimator: needs the Grams of one model.
         load: gives the model.
         index: the file of an index; None: that of these rows in the store, which is made where there is none.
-        index_gb: the gigabytes of an index that is made; `probe.projection`, where it is set, stands over it.
+        index_gb: the gigabytes of an index that is made; `probe.projection`, where it is set, overrides it.
         over_layers: orders the rows.
         template: the text around a prompt, for people to see.
     """
@@ -171,12 +177,17 @@ def influence_by_index(
     """
     layers = index.layers
     units = layers.by_block if estimator.granularity == "block" else {param: (param,) for param in layers.matrices}
-    found = {name: _of_unit(estimator, index, query, params, block) for name, params in units.items()}
+    found = {name: _of_unit(name, estimator, index, query, params, block) for name, params in units.items()}
     return found if estimator.granularity == "block" else by_block(found, layers)
 
 
 def _of_unit(
-    estimator: GramEstimator, index: LayerGradients, query: LayerGradients, params: Sequence[str], block: int
+    name: str,
+    estimator: GramEstimator,
+    index: LayerGradients,
+    query: LayerGradients,
+    params: Sequence[str],
+    block: int,
 ) -> Tensor:
     train_NR, query_MR = (_laid_end_to_end(each, params) for each in (index, query))
     num_train, numel = len(train_NR), sum(index.numel[param] for param in params)
@@ -185,7 +196,7 @@ def _of_unit(
     columns = [slice(start, start + block) for start in range(0, num_train, block)]
     if estimator.reads == "whole":
         gram_NN = torch.cat([train_NR @ train_NR[chosen].T for chosen in columns], dim=1)
-        return estimator.influence(MatrixGram(gram_NN, cross_MN, norms_M, numel))
+        return estimator.influences({name: MatrixGram(gram_NN, cross_MN, norms_M, numel)})[name]
     # Every row is the diagonal, without the memory of it: nothing but the diagonal is read.
     gram = MatrixGram(square_N.expand(num_train, num_train), cross_MN, norms_M, numel)
     if estimator.reads == "diagonal":

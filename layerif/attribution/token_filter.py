@@ -59,7 +59,8 @@ def filtered(
     """
     found = []
     for sample, of_sample in zip(samples, losses, strict=True):
-        places = [place for place, label in enumerate(sample.labels) if place > 0 and label != IGNORED]
+        first = max(1, sample.prompt_length)  # a prompt is never learned under a filter, as published
+        places = [place for place, label in enumerate(sample.labels) if place >= first and label != IGNORED]
         values = of_sample.tolist()
         random = Random(f"{seed} {sample.input_ids}")
         stays = kept_tokens([values[place - 1] for place in places], rule, tau=tau, random=random)

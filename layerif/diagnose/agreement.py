@@ -18,7 +18,7 @@ import layerif.estimators
 from layerif.estimators._base import CurvatureEstimator, DampedEstimator, GramEstimator, name_of
 from layerif.estimators.ekfac import Ekfac
 from layerif.estimators.shampoo import Shampoo
-from layerif.evidence import LayerGrams
+from layerif.evidence import LEAST_DAMPING, MOST_DAMPING, LayerGrams
 from layerif.probe.grams.request import Grams
 from layerif.scores import Aggregation
 from layerif.stats import spearman_matrix
@@ -44,8 +44,9 @@ def panel(own: GramEstimator) -> dict[str, GramEstimator]:
 
 
 def curvature_panel(own: GramEstimator) -> dict[str, CurvatureEstimator]:
-    """Gives EK-FAC and Shampoo at the relative damping of the user's estimator, or at theirs where it has none."""
-    if isinstance(own, DampedEstimator) and own.damping_rule == "relative":
+    """Gives EK-FAC and Shampoo at the user's relative damping, or at their own where it is not measured for them."""
+    is_relative = isinstance(own, DampedEstimator) and own.damping_rule == "relative"
+    if isinstance(own, DampedEstimator) and is_relative and LEAST_DAMPING <= own.damping <= MOST_DAMPING:
         return {"ekfac": Ekfac(damping=own.damping), "shampoo": Shampoo(damping=own.damping)}
     return {"ekfac": Ekfac(), "shampoo": Shampoo()}
 

@@ -26,7 +26,6 @@ from layerif.files import hash_files, whole, write_text
 from layerif.models.blocks import layer_map
 from layerif.probe.curvature.request import Curvature
 from layerif.probe.grams.request import Grams
-from layerif.probe.store import Unstored
 from layerif.progress import progress
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ class Retrainings:
         A file of every validation row at every damping would be large, and it is measured within seconds.
         """
         self._train_all()
-        return [needs.take(replace(self._at(seed), store=Unstored()), self._loads(seed))[0] for seed in self.seeds]
+        return [needs.take(self._at(seed), self._loads(seed))[0] for seed in self.seeds]
 
     def _train_all(self) -> None:
         """Does the missing trainings: at each seed first that on all rows, with its Grams, then those without a set."""

@@ -235,7 +235,8 @@ class CurvatureEstimator(InfluenceEstimator):
 
     @property
     def needs_of_rows(self) -> Request:
-        return replace(self.needs, queries="each")
+        asked: dict[str, Any] = {"dampings": (self.damping,)} if self.damping_rule == "relative" else {}
+        return replace(self.needs, spectra=(name_of(self),), queries="each", **asked)
 
     def by_layer(self, evidence: LayerCurvature, /) -> dict[str, Tensor]:
         return by_block(self.influences(evidence), evidence.layers)
@@ -286,6 +287,16 @@ class NormEstimator(ABC):
             for block, numel in zip(evidence.layers.names, evidence.layers.numel, strict=True)
         )
         return layer_scores(self, evidence, values, "undertrained")
+
+
+def check_whole_influence(estimator: InfluenceEstimator) -> None:
+    """Refuses settings that make a score of influences, where the influence of each row is asked for."""
+    for setting, usual in (("aggregation", "all"), ("normalisation", "none")):
+        if (given := getattr(estimator, setting)) != usual:
+            raise ValueError(
+                f"estimator.{setting}={given} makes a score of a layer, and the influence of single rows does not look "
+                f"at it; use {usual}"
+            )
 
 
 def by_block(influences: Mapping[str, Tensor], layers: LayerMap) -> dict[str, Tensor]:

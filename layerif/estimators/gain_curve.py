@@ -21,7 +21,7 @@ from torch import Tensor
 from layerif.allocate.curves import Curves
 from layerif.allocate.gains import gain_curves
 from layerif.checks import Count, Seed, check_fields, listed
-from layerif.estimators._base import CurveEstimator, Damping
+from layerif.estimators._base import CurveEstimator, Damping, described
 from layerif.evidence import LayerGains, MatrixGains
 from layerif.layers import LayerMap, MatrixOrBlock
 from layerif.probe.gains import Gains
@@ -63,7 +63,7 @@ class GainCurve(CurveEstimator):
 
     @property
     def source(self) -> str:
-        return f"gain_curve(kind={self.kind}, form={self.form}, granularity={self.granularity})"
+        return described(self, target_modules=list(self.target_modules or ()) or None)
 
     def curves(self, evidence: LayerGains, /) -> Curves:
         warn_of_zero_gains(evidence)

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 
 from layerif.adapt.adapters import LoraAdapter
-from layerif.adapt.initial import lora_layers
+from layerif.adapt.initial import lora_layers, ranks_of
 from layerif.adapt.module import AdapterModule
+from layerif.adapt.sizes import adapted_shapes
 from layerif.models.loss import per_sample_loss
 from layerif.models.pretrained import LocalModel
 from tests.adapt.test_module import ALLOCATION, StopAt, adapter, counts, lora, trainer
@@ -76,6 +77,19 @@ def test_a_run_starts_unchanged_ends_as_large_resumes_and_is_written_for_the_unt
     plain.configure_model()
     sizes = [sum(value.numel() for value in adapter(of).values()) for of in (whole, plain)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.03)  # a rank of one of 21 matrices is a large part of a tiny model
+
+
+def test_lora_ga_starts_from_ranks_by_matrix(tmp_path, model_config, data):
+    rows, base = data(seed=1), LocalModel(path=model_config["path"]).load()
+    names = [f"{block}.{name}" for block, layers in adapted_shapes(base, None).items() for name in layers]
+    ranks = {name: 2 + place % 3 for place, name in enumerate(names)}
+    module, batch = lora(model_config, allocation=ranks, init="lora_ga"), rows.collate(rows.first_rows(5))
+    expected = per_sample_loss(base, batch)
+    trainer(tmp_path, max_epochs=-1, max_steps=1).fit(module, rows)
+    assert {name: rank for name, rank in ranks_of(module.model, None).items() if rank} == ranks
+    resumed: Any = lora(model_config, allocation=ranks, init="lora_ga", learning_rate=1e-9)
+    trainer(tmp_path / "still", max_epochs=-1, max_steps=1).fit(resumed, data(seed=1))
+    torch.testing.assert_close(per_sample_loss(resumed.model.eval(), batch), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_eva_takes_the_directions_of_the_inputs_and_lora_ga_those_of_the_mean_gradient(tmp_path, model_config, data):

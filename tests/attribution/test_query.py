@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from layerif.attribution.query import (
     of_query,
     read_query,
 )
-from layerif.data.rows import AnyExample, CompletionExample, TextExample
+from layerif.data.rows import AnyExample, ChatExample, CompletionExample, TextExample
 from layerif.estimators._base import GramEstimator
 from layerif.estimators.cosine import Cosine
 from layerif.estimators.datainf import DataInf
@@ -176,12 +177,14 @@ def test_a_query_that_cannot_be_read_is_refused(task_folder, tmp_path, name, con
 
 
 def test_a_query_that_is_an_evaluated_row_is_refused(decider):
-    test, tokenizer = decider.splits.test, decider.tokenizer
+    test, tokenizer = decider.splits.test, copy.deepcopy(decider.tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
     evaluated = test[3]
     for query in (
         evaluated,
         CompletionExample("query 0", evaluated.instruction.upper(), " Answer: A"),
         TextExample("query 0", f"{evaluated.instruction}  {evaluated.output}"),
+        ChatExample("query 0", ({"role": "user", "content": evaluated.instruction},)),
     ):
         with pytest.raises(ValueError, match=rf"is the evaluated row {evaluated.id}; a row that is evaluated"):
             check_unseen_query([decider.splits.validation[0], query], test, "plain", tokenizer)

@@ -71,15 +71,18 @@ def test_the_influence_of_rows_is_its_dense_definition():
     torch.testing.assert_close(found.total, reduce(add, found.influences.values()))
 
 
-@pytest.mark.parametrize("estimator", ["datainf", "grad_dot"])
-def test_sums_over_rows_are_what_scores_aggregate(estimator):
+@pytest.mark.parametrize(
+    ("estimator", "rel"),
+    [("datainf", 1e-9), ("grad_dot", 1e-9), ("kfac", 1e-3), ("ekfac", 1e-3), ("shampoo", 1e-3)],
+)
+def test_sums_over_rows_are_what_scores_aggregate(estimator, rel):
     found, profile = influence(estimator=estimator), layerif.score(
         tiny_model(), TOKENIZER, TRAIN, VALIDATION, estimator=estimator, progress=False
     )  # fmt: skip
     for layer, score in profile.scores.by_name().items():
-        assert abs(aggregate(found.influences[layer])) == pytest.approx(score, rel=1e-9)
+        assert abs(aggregate(found.influences[layer])) == pytest.approx(score, rel=rel)
         mean = sum(row[layer] for row in found.table())
-        assert abs(mean * len(VALIDATION)) == pytest.approx(score, rel=1e-9)
+        assert abs(mean * len(VALIDATION)) == pytest.approx(score, rel=rel)
 
 
 def test_order_and_batch_size_change_nothing():

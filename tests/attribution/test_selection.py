@@ -197,8 +197,18 @@ def test_ifd_takes_the_highest_below_one(pool, monkeypatch):
     values = [0.2, 1.0, 0.9, 1.4, 0.99, 0.5, *[2.0] * 6]
     monkeypatch.setattr(Ifd, "values", lambda *_: values)
     assert Ifd(budget=3)(pool(), lambda: None).rows == (4, 2, 5)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match=r"asks for 5 rows, and an IFD below 1 \(it is 1 or above in 8 rows\) lea"):
+    with pytest.raises(
+        ValueError,
+        match=r"an IFD below 1 .* \(it is 1 or above in 8 rows, and 0 are cut\) leaves",
+    ):
         Ifd(budget=5)(pool(), lambda: None)  # type: ignore[arg-type, return-value]
+
+
+def test_rows_that_are_cut_have_no_difficulty(pool):
+    given, choice = pool(), Ifd(budget=1)
+    longest = max(len(sample) for sample in choice._samples(given)[0])
+    values = choice.values(replace(given, max_length=longest - 1), given.measurements.model.load)
+    assert 0 < sum(value is None for value in values) < len(values)
 
 
 def test_an_answer_that_stands_in_the_question_has_a_low_difficulty():

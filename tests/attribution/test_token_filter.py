@@ -46,15 +46,18 @@ def test_prompts_and_first_tokens_never_count_and_rows_without_a_token_are_left_
         Encoded((5, 6, 7), 0),  # it counts 6 and 7; nothing predicts the first token
         Encoded((5, 6), 0),
         Encoded((3, 4, 5, 6), 0, counted=(True, False, True, True)),
+        Encoded((5, 6, 7, 8), 3),  # it counts the prompt, too, which no filter learns
     ]
-    losses = [torch.tensor(each).double() for each in ([0.0, 0.1, 3.0, 0.2], [0.0, 9.0], [9.0], [0.0, 0.0, 2.0])]
+    values = ([0.0, 0.1, 3.0, 0.2], [0.0, 9.0], [9.0], [0.0, 0.0, 2.0], [0.1] * 3)
+    losses = [torch.tensor(each).double() for each in values]
     found = filtered(rows, losses, "low_perplexity", tau=2.5, seed=0)
     off = IGNORED
-    assert [sample.labels for sample in found] == [(off, off, 7, off, 9), (off, 6, off), (off, off, 5, off)]
-    assert (num_counted(rows), num_counted(found)) == (8, 4)
-    assert [sample.input_ids for sample in found] == [rows[0].input_ids, rows[1].input_ids, rows[3].input_ids]
+    kept = [(off, off, 7, off, 9), (off, 6, off), (off, off, 5, off), (off, off, off, 8)]
+    assert [sample.labels for sample in found] == kept
+    assert (num_counted(rows), num_counted(found)) == (11, 5)
+    assert [sample.input_ids for sample in found] == [row.input_ids for row in (*rows[:2], *rows[3:])]
     for rule in ("random", "lowest"):
-        assert num_counted(filtered(rows, losses, rule, tau=2.5, seed=0)) == 4
+        assert num_counted(filtered(rows, losses, rule, tau=2.5, seed=0)) == 5
 
 
 def test_the_drawn_tokens_of_a_row_do_not_depend_on_the_others():

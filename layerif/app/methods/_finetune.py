@@ -33,6 +33,7 @@ class FineTune:
         self._module(setup)
         if self._begins_with_gradient:
             directions_asked(setup.decider, cast(Adapter, self).target_modules).check(setup.decider)
+        self._check_expert_rank(setup)
         skeleton, allocation, tuning = setup.model.skeleton(), setup.decider.preview(), cast(Tuning, self)
         tuning.check_fits(skeleton, allocation, free=setup.free_for_training)
         check_selection(setup)
@@ -55,7 +56,8 @@ class FineTune:
 
         setup = select_rows(setup, load, record, folder)
         filter_tokens(setup, load, record)
-        check_fit(setup)  # once more, now that the rows are known
+        check_fit(setup)  # once more, now that the rows and tokens are known
+        cast(Tuning, self).check_start(setup.model.skeleton(), setup.decider.preview(), setup.datamodule)
         directions = None
         if self._begins_with_gradient:
             directions = partial(measured_directions, setup.decider, cast(Adapter, self).target_modules)
@@ -65,6 +67,15 @@ class FineTune:
         with recording(influence, record):
             model = fit(setup, module, influence, record, folder)
         evaluate(model, setup, record)
+
+    def _check_expert_rank(self, setup: Setup) -> None:
+        """Refuses gain curves of experts of another rank, whose parameters would not be those of the budget."""
+        priced, rank = getattr(setup.decider.estimator, "r", None), getattr(self, "r", None)
+        if getattr(setup.decider.estimator, "kind", None) == "experts" and (priced or 8) != rank:
+            raise ValueError(
+                f"estimator.r={priced} is the rank of an expert in the gain curves, and method.r={rank} that of the "
+                "experts that are trained; give both the same, or leave estimator.r out"
+            )
 
     @property
     def _begins_with_gradient(self) -> bool:

@@ -23,7 +23,7 @@ from layerif.data.batches import check_vocabulary
 from layerif.data.rows import AnyExample
 from layerif.decide import Decider
 from layerif.diagnose.mislabel import auc_draws, detection, flip, harm
-from layerif.estimators._base import GramEstimator, InfluenceEstimator, name_of
+from layerif.estimators._base import GramEstimator, InfluenceEstimator, check_whole_influence, name_of
 from layerif.probe.gradients import check_index
 from layerif.probe.grams.request import Grams
 from layerif.record.record import RunRecord
@@ -69,6 +69,9 @@ class Rows(SpendsNothing):
                 f"method=rows needs the influence of single rows, and estimator={name_of(estimator)} gives none; "
                 "use estimator=datainf, exact, lissa, grad_dot, cosine, tracin, kfac, ekfac or shampoo"
             )
+        check_whole_influence(estimator)
+        if setup.evaluation.before:
+            raise ValueError("method=rows never looks at evaluated rows; use evaluation.before=false, or method=none")
         on_grams = isinstance(estimator, GramEstimator) and estimator.needs == Grams()
         if self.query is None and self.index is not None:
             raise ValueError("method.index serves a query; set method.query=/file, or leave the index out")
@@ -134,7 +137,7 @@ class Rows(SpendsNothing):
                 f"{scored.fidelity['train']:g} + {scored.fidelity['validation']:g} rows agree with exact ones by "
                 f"Spearman {scored.fidelity['influences']:.3f}, as a mean over the matrices",
             )
-        template = setup.task.template
+        template = decider.probe.template or "plain"  # that of the text whose gradients were measured
         found = row_influence(decider, evidence, load, over_layers=self.over_layers, template=template, notes=notes)
         return replace(found, flipped=wrong)
 
@@ -147,7 +150,7 @@ class Rows(SpendsNothing):
             index=None if self.index is None else Path(self.index),
             index_gb=self.index_gb,
             over_layers=self.over_layers,
-            template=setup.task.template,
+            template=setup.decider.probe.template or "plain",
         )
         record.fingerprint, record.seconds["evidence"] = found.fingerprint, time.perf_counter() - start
         return found

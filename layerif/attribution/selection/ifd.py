@@ -22,7 +22,7 @@ class Ifd(RankedSelection):
 
     s(A|Q) is the mean loss of the answer's tokens in the whole prompt, and s(A) that of the same tokens behind BOS
     alone (the end-of-text token, where a tokenizer has no BOS), both without an end-of-text token behind them. A row of
-    1 or above, whose question makes the answer less likely, is not taken.
+    1 or above, whose question makes the answer less likely, is not taken, and neither is one that is cut.
 
     Attributes:
         ratio: `loss`, or `perplexity`: exp(s(A|Q) − s(A)), which Li et al. (2402.00530) take.
@@ -41,18 +41,22 @@ class Ifd(RankedSelection):
         _start_of_text(pool)
         self._samples(pool)
 
-    def values(self, pool: Pool, load: Load) -> list[float]:
+    def values(self, pool: Pool, load: Load) -> list[float | None]:
         asked, alone = self._samples(pool)
         losses = stored_token_losses(pool.measurements, load, [*asked, *alone])
         means = [mean_of_counted(of_row, sample) for of_row, sample in zip(losses, (*asked, *alone), strict=True)]
-        pairs = zip(means[: len(asked)], means[len(asked) :], strict=True)
-        return [difficulty(with_question, without, self.ratio) for with_question, without in pairs]
+        pairs = zip(asked, means[: len(asked)], means[len(asked) :], strict=True)
+        return [
+            None if sample.is_truncated else difficulty(with_question, without, self.ratio)
+            for sample, with_question, without in pairs
+        ]
 
     def priority(self, value: float) -> float | None:
         return value if value < 1 else None
 
     def limit(self, values: Values) -> str:
-        return f"an IFD below 1 (it is 1 or above in {sum(value >= 1 for value in values if value is not None)} rows)"
+        high, cut = sum(value is not None and value >= 1 for value in values), sum(value is None for value in values)
+        return f"an IFD below 1 of rows that are not cut (it is 1 or above in {high} rows, and {cut} are cut)"
 
     def _samples(self, pool: Pool) -> tuple[Encodings, list[Encoded]]:
         """Gives every row with its question, and its answer alone behind BOS; the answer's tokens count."""

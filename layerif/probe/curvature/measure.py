@@ -59,6 +59,7 @@ def measure_curvature(
     *,
     spectra: Sequence[Spectrum] = ("kfac", "ekfac", "shampoo"),
     queries: Queries = "halves",
+    dampings: Sequence[float] = DAMPINGS,
     memory_gb: float | None = None,
     offload: Offload = "auto",
     partial: Path | None = None,
@@ -66,7 +67,7 @@ def measure_curvature(
     names: Sequence[str] | None = None,
     loss: Loss = per_sample_loss,
 ) -> LayerCurvature:
-    """Measures influence under the curvature of every matrix in `layers`, at all of `DAMPINGS`.
+    """Measures influence under the curvature of every matrix in `layers`.
 
     With several processes (torch.distributed) all call this with the same arguments, and each gets all of it.
 
@@ -77,6 +78,7 @@ def measure_curvature(
         validation: the same of the validation samples.
         spectra: the approximations of the curvature. K-FAC and EK-FAC share their eigenvectors.
         queries: `each` validation sample, or the sums over every other one and over the others (`halves`).
+        dampings: relative ones: all of `DAMPINGS`, which give every other one, or one of them.
         memory_gb: see `Probe`.
         offload: see `Probe`.
         partial: a folder for the results of an interrupted measurement; it must belong to this measurement alone.
@@ -105,13 +107,17 @@ def measure_curvature(
             seen = moments(input_STI[:num_train], delta_SOT[:num_train], with_shampoo=is_shampoo, chunk=chunk)
             _check_finite(seen.squares, matrix.name, names)
             num_rows = load.slab_rows(matrix, tile)
-            found = influences(input_STI, delta_SOT, seen, spectra, queries_QM, num_rows=num_rows, chunk=chunk)
+            found = influences(
+                input_STI, delta_SOT, seen, spectra, queries_QM, dampings, num_rows=num_rows, chunk=chunk
+            )
         for influence_KQN in found.values():
             _check_finite(influence_KQN.sum(dim=(0, 1)), matrix.name, ["a validation sample"] * num_train)
         return {**found, MEAN_SQUARE: seen.squares.mean() / (matrix.num_out * matrix.num_in)}
 
     gathering = Gathering(model, batches, names, None, partial, shards, loss, kind="curvature")
-    kind = partial_of(CurvatureWorkload, num_columns=len(DAMPINGS) * len(queries_QM), spectra=tuple(spectra))
+    kind = partial_of(
+        CurvatureWorkload, num_queries=len(queries_QM), num_dampings=len(dampings), spectra=tuple(spectra)
+    )
     found = gathering.each(
         layers.matrices,
         take_apart,
@@ -128,7 +134,8 @@ def measure_curvature(
         memory_gb=memory_gb,
         offload=offload,
     )
-    return LayerCurvature(layers, {param: curvature_in(found[param]) for param in layers.matrices}, fingerprint)
+    matrices = {param: curvature_in(found[param], dampings) for param in layers.matrices}
+    return LayerCurvature(layers, matrices, fingerprint)
 
 
 def influences(
@@ -137,11 +144,12 @@ def influences(
     seen: Moments,
     spectra: Sequence[Spectrum],
     queries_QM: Tensor,
+    dampings: Sequence[float] = DAMPINGS,
     *,
     num_rows: int,
     chunk: int,
 ) -> Found:
-    """Gives I of one matrix at all of `DAMPINGS` (K×Q×N), by the approximation. The factors are used up.
+    """Gives I of one matrix at every damping (K×Q×N), by the approximation. The factors are used up.
 
     Args:
         input_STI: inputs of all samples, train first.
@@ -149,15 +157,16 @@ def influences(
         seen: the moments of the train samples.
         spectra: the approximations.
         queries_QM: the weight of each validation sample in each query.
+        dampings: relative ones.
         num_rows: the output rows of a slab.
         chunk: the samples whose factors are turned together.
     """
     num_train, (num_queries, _) = len(seen.squares), queries_QM.shape
-    shape = len(DAMPINGS) * num_queries, num_train
+    shape = len(dampings) * num_queries, num_train
     found: dict[Spectrum, Tensor] = {spectrum: input_STI.new_zeros(shape) for spectrum in spectra}
     mean_square = float(seen.squares.mean()) / (delta_SOT.shape[1] * input_STI.shape[2])
     queries_QM = queries_QM.to(input_STI)
-    lambda_K11 = mean_square * torch.tensor(DAMPINGS, dtype=torch.float64, device=input_STI.device)[:, None, None]
+    lambda_K11 = mean_square * torch.tensor(list(dampings), dtype=torch.float64, device=input_STI.device)[:, None, None]
     turned = None
     bases: list[Basis] = list(dict.fromkeys(BASES[spectrum] for spectrum in spectra))
     for name in bases if mean_square > 0 else ():
@@ -176,7 +185,7 @@ def influences(
                 damped_KRI = (spectrum_of(spectrum, basis, rows, train_NRI) + lambda_K11).to(input_STI.dtype)
                 columns_KQRI = query_QRI / damped_KRI[:, None]
                 found[spectrum].addmm_(columns_KQRI.flatten(0, 1).flatten(1), train_NRI.flatten(1).mT, alpha=-1)
-    return {str(spectrum): each.view(len(DAMPINGS), num_queries, num_train) for spectrum, each in found.items()}
+    return {str(spectrum): each.view(len(dampings), num_queries, num_train) for spectrum, each in found.items()}
 
 
 def query_weights(queries: Queries, num_val: int) -> Tensor:
@@ -187,10 +196,10 @@ def query_weights(queries: Queries, num_val: int) -> Tensor:
     return torch.stack([1 - is_second_M, is_second_M]).float()
 
 
-def curvature_in(tensors: Mapping[str, Tensor]) -> MatrixCurvature:
+def curvature_in(tensors: Mapping[str, Tensor], dampings: Sequence[float] = DAMPINGS) -> MatrixCurvature:
     """Gives the curvature of one matrix out of what was kept of it."""
     kept = {name: tensor for name, tensor in tensors.items() if name != MEAN_SQUARE}
-    return MatrixCurvature(kept, float(tensors[MEAN_SQUARE]))
+    return MatrixCurvature(kept, float(tensors[MEAN_SQUARE]), tuple(dampings))
 
 
 @dataclass(frozen=True)
@@ -198,11 +207,12 @@ class CurvatureWorkload(Workload):
     """The sizes of a measurement of curvature.
 
     Attributes:
-        num_columns: the queries, once for each damping.
+        num_queries, num_dampings: a product is made for each pair of them.
         spectra: the approximations.
     """
 
-    num_columns: int = 1
+    num_queries: int = 1
+    num_dampings: int = 1
     spectra: tuple[Spectrum, ...] = ("ekfac",)
 
     def operations(self, matrix: Matrix, form: Any) -> float:
@@ -212,7 +222,15 @@ class CurvatureWorkload(Workload):
         tokens = 2.0 * num_samples * self.longest
         turned = tokens * sides * (1 + num_bases)
         gradients = tokens * matrix.num_out * matrix.num_in * num_bases
-        products = 2.0 * self.num_columns * self.num_train * matrix.num_out * matrix.num_in * len(self.spectra)
+        products = (
+            2.0
+            * self.num_queries
+            * self.num_dampings
+            * self.num_train
+            * matrix.num_out
+            * matrix.num_in
+            * len(self.spectra)
+        )
         # Ten times the cube of a side for its eigenvectors, in float64.
         return turned + gradients + products + 10.0 * num_bases * (matrix.num_out**3 + matrix.num_in**3)
 
@@ -232,7 +250,7 @@ class CurvatureWorkload(Workload):
 
     def _row_bytes(self, matrix: Matrix) -> float:
         # The gradients, the queries at all dampings, and the damped spectrum with its sum in float64.
-        numbers = self.num_train + self.num_val + 2 * self.num_columns + 3 * len(DAMPINGS)
+        numbers = self.num_train + self.num_val + (2 * self.num_queries + 3) * self.num_dampings
         return float(self.work_itemsize * matrix.num_in * numbers)
 
     def _chunk_bytes(self, matrix: Matrix) -> float:

@@ -29,7 +29,7 @@ from layerif.probe.grams.gather import wanted_tile_bytes, workload
 from layerif.probe.grams.passes import Matrix, Passes
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Part, Planned, Request
-from layerif.probe.store import MeasurementKind, layers_in
+from layerif.probe.store import MeasurementKind, Unstored, layers_in
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,17 @@ class Curvature(Request):
 
     Attributes:
         spectra: the approximations of the curvature.
-        queries: see `measure_curvature`.
+        queries: see `measure_curvature`. The store does not keep the influence on `each` of them, which is large.
+        dampings: see `measure_curvature`; the store keeps all of `DAMPINGS` alone.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ("train", "validation")
     takes_loss: ClassVar[bool] = True
+    keeps_matrices: ClassVar[bool] = True
 
     spectra: tuple[Spectrum, ...] = ("kfac", "ekfac")
     queries: Queries = "halves"
+    dampings: tuple[float, ...] = DAMPINGS
 
     def check(self, measurements: Measurements) -> None:
         measurements.check_adapter_of_lora()
@@ -59,8 +62,13 @@ class Curvature(Request):
             )
 
     def take(self, measurements: Measurements, load: Load) -> tuple[LayerCurvature, bool]:
+        if self.queries == "each" or self.dampings != DAMPINGS:
+            measurements = replace(measurements, store=Unstored())
         description = measurements.description(
-            curvature=VERSIONS["curvature"], spectra=list(self.spectra), queries=self.queries, dampings=list(DAMPINGS)
+            curvature=VERSIONS["curvature"],
+            spectra=list(self.spectra),
+            queries=self.queries,
+            dampings=list(self.dampings),
         )
 
         def measured(key: str) -> LayerCurvature:
@@ -76,6 +84,7 @@ class Curvature(Request):
                 list(batches(validation, probe.batch_size, measurements.pad_id)),
                 spectra=self.spectra,
                 queries=self.queries,
+                dampings=self.dampings,
                 memory_gb=probe.memory_gb,
                 offload=probe.offload,
                 partial=measurements.store.partial(key),
@@ -96,8 +105,10 @@ class Curvature(Request):
             list(batches(part, probe.batch_size, measurements.pad_id)) for part in measurements.samples()
         )
         num_train, num_val = map(len, measurements.samples())
-        num_columns = len(DAMPINGS) * len(query_weights(self.queries, num_val))
-        kind = partial(CurvatureWorkload, num_columns=num_columns, spectra=self.spectra)
+        num_queries = len(query_weights(self.queries, num_val))
+        kind = partial(
+            CurvatureWorkload, num_queries=num_queries, num_dampings=len(self.dampings), spectra=self.spectra
+        )
         return Planned(
             about=f"{len(layers.matrices)} matrices ({probe.parameters}, {probe.scope}); {num_train} + {num_val} "
             "samples",
@@ -139,9 +150,11 @@ class Curvature(Request):
                 input_STI[: part.num_train], delta_SOT[: part.num_train], with_shampoo=with_shampoo, chunk=chunk
             )
             num_rows = part.slab_rows(matrix, tile)
-            influences(input_STI, delta_SOT, seen, self.spectra, queries_QM, num_rows=num_rows, chunk=chunk)
+            influences(
+                input_STI, delta_SOT, seen, self.spectra, queries_QM, self.dampings, num_rows=num_rows, chunk=chunk
+            )
 
-        part = replace(part, num_columns=len(DAMPINGS) * len(queries_QM))
+        part = replace(part, num_queries=len(queries_QM))
         return work, part.operations(matrix, "materialised")
 
 
