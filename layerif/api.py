@@ -345,6 +345,17 @@ def curves(
     check_tokenizer(tokenizer)
     check_value("batch_size", batch_size, Count)
     is_gain = kind in COUNTS
+    of_sparsity = {
+        "pruner": pruner != "wanda",
+        "tokens": tokens != 0.45,
+        "num_windows": num_windows,
+        "window": window != 256,
+    }
+    of_gains = {"r": r, "r_max": r_max, "target_modules": target_modules}
+    for name, is_given in (of_sparsity if is_gain else of_gains).items():
+        if is_given:
+            other = "sparsity" if is_gain else "rank"
+            raise ValueError(f"{name} has no meaning for curves of kind={kind!r}; leave it out, or use kind={other!r}")
     if is_gain and rows is None:
         raise ValueError(f"kind={kind!r} needs the rows whose loss is watched, apart from those of texts; give rows=…")
     watched = () if rows is None else examples_of(rows, "rows")

@@ -9,7 +9,7 @@ more_seeds=1,2
 if [ "$1" = --full ]; then
     shift
     set -- trainer=gpu "$@"
-    arms=$arms,lora_ga,alphalora,layerif_positive,layerif_top25,mdl_rank,random
+    arms=$arms,uniform_init,lora_ga,alphalora,layerif_positive,layerif_top25,mdl_rank,random
     more_seeds=1,2,3,4,5,6,7,8,9
     all=--all
 fi
