@@ -26,7 +26,8 @@ WINDOWS: dict[str, Any] = {"window": 16, "progress": False}
 
 
 def curves_of(model: Any = None, texts: Any = TEXTS, **options: Any) -> Curves:
-    return layerif.curves(tiny_model() if model is None else model, TOKENIZER, texts, **WINDOWS | options)
+    shared = {"progress": False} if options.get("kind") in ("rank", "experts") else WINDOWS
+    return layerif.curves(tiny_model() if model is None else model, TOKENIZER, texts, **shared | options)
 
 
 def pruned(given: Any, model: Any = None, texts: Any = TEXTS, **options: Any) -> Any:
@@ -168,6 +169,8 @@ def with_idle_matrix() -> Any:
     [
         ({"kind": "sparsty"}, "kind='sparsty' is not allowed; allowed: sparsity, experts, rank (did you mean"),
         ({"pruner": "wonda"}, "did you mean 'wanda'"),
+        ({"r_max": 4}, "r_max has no meaning for curves of kind='sparsity'; leave it out, or use kind='rank'"),
+        ({"kind": "rank", "window": 8}, "window has no meaning for curves of kind='rank'; leave it out, or use kind='spar"),
         ({"form": "diagonl"}, "form='diagonl' is not allowed; allowed: exact, diagonal (did you mean 'diagonal'?)"),
         ({"tokens": 0.0}, "tokens=0.0 is not allowed"),
         ({"texts": []}, "calibration holds no row"),

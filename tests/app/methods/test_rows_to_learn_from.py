@@ -52,11 +52,11 @@ def test_the_rows_are_in_the_record_and_scores_see_no_others(method, setup_of, t
 
 def test_the_identity_of_a_job_and_its_record_hold_selection_and_filter(tiny_overrides, tmp_path):
     chosen = ["selection=influence", "estimator@selection.estimator=grad_dot", "selection.budget=7", "method=lora"]
-    filtered = ["data.token_filter=random", "data.tau=100.0"]
+    filtered = ["data.token_filter=random", "data.tau=150.0"]
     record = run_layerif([*tiny_overrides, *chosen, *filtered], tmp_path)
     settings = record.identity["settings"]
     assert settings["selection"]["budget"] == 7
-    assert (settings["data"]["token_filter"], settings["data"]["tau"]) == ("random", 100.0)
+    assert (settings["data"]["token_filter"], settings["data"]["tau"]) == ("random", 150.0)
     choices = record.identity["choices"]
     assert (choices["selection"], choices["estimator@selection.estimator"]) == ("influence", "grad_dot")
     assert 0 < record.tokens["kept"] < record.tokens["counted"]
