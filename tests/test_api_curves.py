@@ -170,7 +170,7 @@ def with_idle_matrix() -> Any:
         ({"kind": "sparsty"}, "kind='sparsty' is not allowed; allowed: sparsity, experts, rank (did you mean"),
         ({"pruner": "wonda"}, "did you mean 'wanda'"),
         ({"r_max": 4}, "r_max has no meaning for curves of kind='sparsity'; leave it out, or use kind='rank'"),
-        ({"kind": "rank", "window": 8}, "window has no meaning for curves of kind='rank'; leave it out, or use kind='spar"),
+        ({"kind": "rank", "window": 8}, "window has no meaning for curves of kind='rank'; leave it out, or use"),
         ({"form": "diagonl"}, "form='diagonl' is not allowed; allowed: exact, diagonal (did you mean 'diagonal'?)"),
         ({"tokens": 0.0}, "tokens=0.0 is not allowed"),
         ({"texts": []}, "calibration holds no row"),
