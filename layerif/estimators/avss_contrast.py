@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerif.checks import Positive, check_fields
 from layerif.estimators._base import layer_scores
-from layerif.estimators.avss import avss
+from layerif.estimators.avss import Avss, avss
 from layerif.evidence import LayerActivations
-from layerif.probe.activations import EPSILON, Activations
 from layerif.scores import LayerScores
 
 
@@ -50,21 +48,8 @@ def _avss_of(moments_L4: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AvssContrast:
-    """Scores a block by its AVSS contrast, from the lowest one upwards. A block with more of it is important.
-
-    Attributes:
-        epsilon: an entry of the block's output counts as zero where |a| < ε; in the unit of the hidden state.
-    """
-
-    epsilon: Positive = EPSILON
-
-    def __post_init__(self) -> None:
-        check_fields(self, "estimator")
-
-    @property
-    def needs(self) -> Activations:
-        return Activations(self.epsilon)
+class AvssContrast(Avss):
+    """Scores a block by its AVSS contrast, from the lowest one upwards. A block with more of it is important."""
 
     def score(self, evidence: LayerActivations, /) -> LayerScores:
         evidence.check_epsilon(self.epsilon)
