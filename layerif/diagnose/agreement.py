@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 import layerif.estimators
-from layerif.estimators._base import CurvatureEstimator, DampedEstimator, GramEstimator, name_of
+from layerif.estimators._base import DampedEstimator, GramEstimator, name_of
+from layerif.estimators._curvature import CurvatureEstimator
 from layerif.estimators.ekfac import Ekfac
 from layerif.estimators.shampoo import Shampoo
 from layerif.evidence import LEAST_DAMPING, MOST_DAMPING, LayerGrams

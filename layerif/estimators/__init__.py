@@ -27,7 +27,7 @@ Estimators of curves give these in place of scores: loss_curve (`LossCurves`), b
 
 Influence estimators derive from `_base.GramEstimator` and give the `influence` of one matrix. Aggregation, granularity
 and normalisation come from there, and the damping comes from `_base.DampedEstimator`. Those by a curvature that needs
-more than Grams derive from `_base.CurvatureEstimator`. Grams remember the influence that
+more than Grams derive from `_curvature.CurvatureEstimator`. Grams remember the influence that
 an estimator found on them, so that settings that differ in aggregation, normalisation or allocation alone are solved
 once.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerif.estimators._base import CurvatureEstimator
+from layerif.estimators._curvature import CurvatureEstimator
 from layerif.probe.curvature.request import Curvature
 
 
