@@ -7,7 +7,7 @@ PEERS := dattri dattri-llm
 export OMP_WAIT_POLICY ?= passive
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help demo test test-all soak test-docs docs test-gpu lint bench bench-peers clean
+.PHONY: help demo test test-all soak test-docs docs test-gpu test-hydra lint bench bench-peers clean
 
 help:
 	@echo "make demo      score two tasks, place experts, fine-tune; prune by three allocations (10 minutes on two cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs      build the manual in docs/_build/html; a warning is an error"
 	@echo "make test-docs build the manual, and run its code and the commands that it marks"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-hydra  the tests of the configuration with the next version of Hydra, in a folder of its own"
 	@echo "make lint      ruff, pyright, import contract"
 	@echo "make bench     speed, as ratios measured side by side"
 	@echo "make bench-peers  the same beside other libraries, each in an environment of its own"
@@ -61,6 +62,14 @@ test-docs: docs
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
+# The release candidate of Hydra with the OmegaConf that it asks for, over those of .venv.
+.hydra/.ready: Makefile $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --pre --no-deps --upgrade --target $(@D) hydra-core==1.4.0rc3 omegaconf==2.4.1rc1
+	@touch $@
+
+test-hydra: .hydra/.ready
+	PYTHONPATH=.hydra OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(TESTS)" tests/app/test_conf.py tests/app/test_grid.py tests/app/test_doors.py tests/test_compat.py tests/test_targets.py
+
 # A peer's own packages, over those of .venv, and without what they ask for and do not use (torchvision pins torch).
 .peers/%/.ready: experiments/benchmark_scoring/peers/%.txt $(READY)
 	$(BIN)/python -m venv $(@D)
@@ -91,4 +100,4 @@ bench: $(READY)
 	$(BIN)/python experiments/benchmark_curves/run.py
 
 clean:
-	rm -rf .venv .peers docs/_build docs/reference/api docs/experiments outputs/runs outputs/sweeps outputs/store
+	rm -rf .venv .peers .hydra docs/_build docs/reference/api docs/experiments outputs/runs outputs/sweeps outputs/store

@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocateCallback",
     "Allocation",
     "Curves",
     "LayerScores",
@@ -27,6 +28,7 @@ PACKAGE = Path(__file__).parent
 """The folder of this package: what lies below it is ours."""
 
 _HOMES = {
+    "AllocateCallback": "layerif.adapt.huggingface",
     "Allocation": "layerif.allocate.allocation",
     "Curves": "layerif.allocate.curves",
     "LayerScores": "layerif.scores",

@@ -33,7 +33,7 @@ from layerif.data.task import Splits
 from layerif.data.tokens import bos_of, token_ids
 from layerif.data.windows import Bos, windows_of
 from layerif.estimators import Estimator, estimator_of_scores
-from layerif.estimators._base import CurveEstimator, InfluenceEstimator, check_whole_influence
+from layerif.estimators._base import CurveEstimator, InfluenceEstimator, check_whole_influence, name_of
 from layerif.estimators.gain_curve import GainCurve, GainForm
 from layerif.estimators.loss_curve import LossCurve
 from layerif.in_memory import check_samples, num_embeddings, scorer_in_memory, store_at
@@ -41,7 +41,8 @@ from layerif.layers import MatrixOrBlock
 from layerif.models.blocks import Scope, bare, blocks, context_length, device_of
 from layerif.models.loaded import Loaded
 from layerif.models.loss import Loss, NamedLoss
-from layerif.moe.model import linears_of_blocks
+from layerif.models.stored import expert_tensors
+from layerif.moe.lora import lora_targets
 from layerif.probe.curves.measure import CurveForm
 from layerif.probe.curves.request import hash_of_windows, model_hash
 from layerif.probe.measurements import Measurements
@@ -137,7 +138,8 @@ def score(
         num_truncated=scored.num_truncated,
         max_length=max_length,
         notes=scored.notes,
-        target_modules=tuple(linears_of_blocks(bare(model))),
+        target_modules=tuple(lora_targets(bare(model))),
+        expert_tensors=tuple(expert_tensors(bare(model))),
         seed=seed,
         estimator=scorer.estimator,  # type: ignore[arg-type]
         evidence=evidence,
@@ -392,6 +394,7 @@ def curves(
             calibration=_GivenWindows(_windows(model, tokenizer, texts, num_windows, window, batch_size, seed, bos)),
             loss_texts={"windows": 1.0} if rows is None else {"task": 1.0},
         )
+    request.check_weights(measurements, name_of(estimator))
     request.check(measurements)
     for part, samples in zip(("train", "validation"), measurements.samples(), strict=True):
         check_samples(measurements, part, samples)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from layerif.allocate import Allocation, Allocator, CurveAllocator, Curves, EitherAllocator, FixedAllocator, Spans
+from layerif.allocate.curves import sizes_of
 from layerif.estimators import Estimator
 from layerif.estimators._base import CurveEstimator, name_of
 from layerif.estimators._reliability import fidelity_of, split_half
-from layerif.evidence import by_matrix
+from layerif.evidence import by_expert, by_matrix
 from layerif.files import hash_file
 from layerif.layers import LayerMap
 from layerif.models.weights import hash_folder
@@ -131,9 +132,15 @@ class Scorer(Measurements):
         """Tells if every matrix is scored by itself, and not every layer."""
         return False
 
+    @property
+    def takes_experts(self) -> bool:
+        """Tells if every expert is scored by itself, and not every layer."""
+        return False
+
     def check(self) -> None:
         """Refuses what cannot be scored, before any pass over the data."""
         needs = self.estimator.needs
+        needs.check_weights(self, name_of(self.estimator))
         needs.check(self)
         if not needs.is_measured and not isinstance(self.estimator, CurveEstimator):
             self.estimator.score(self.layers())
@@ -152,6 +159,8 @@ class Scorer(Measurements):
         evidence, reused = (needs or self.estimator.needs).take(self, load or self.model.load)
         if self.takes_matrices:
             evidence = by_matrix(evidence)
+        elif self.takes_experts and not isinstance(self.estimator, CurveEstimator):
+            evidence = by_expert(evidence)
         measured = time.perf_counter()
         scores = curves = None
         if isinstance(self.estimator, CurveEstimator):
@@ -165,9 +174,17 @@ class Scorer(Measurements):
             source=source,
             seconds={"evidence": measured - start, "score": time.perf_counter() - measured},
             reused=reused,
-            notes=self.estimator.needs.notes(evidence),
+            notes=(*self.estimator.needs.notes(evidence), *self._notes_on_matrices()),
         )
         return (self._with_trust(found, evidence) if self.estimator.needs.parts else found), evidence
+
+    def _notes_on_matrices(self) -> tuple[str, ...]:
+        """Says which matrices the evidence lacks, because they are not linear layers."""
+        needs = self.estimator.needs
+        if not needs.is_measured or self.probe.parameters == "lora":
+            return ()
+        note = self.model.left_out(self.probe.scope if len(needs.parts) == 2 else "all")
+        return () if note is None else (note,)
 
     def _with_trust(self, decision: Scored, evidence: Any) -> Scored:
         """Adds the samples behind the scores, and the figures and notes on how far to trust them."""
@@ -199,7 +216,8 @@ class Scorer(Measurements):
             if self.probe.fidelity_samples == 0:
                 raise NotCompared("probe.fidelity_samples=0")
             some, reference = needs.with_exact(self, evidence)
-            reference = by_matrix(reference) if self.takes_matrices else reference
+            if self.takes_matrices or self.takes_experts:
+                reference = by_matrix(reference) if self.takes_matrices else by_expert(reference)
         except NotCompared as why:
             probed = f"probed in {' and '.join(approximations)}"
             return None, (f"{probed}; not compared with exact float32 ({why})",)
@@ -234,6 +252,10 @@ class Decider(Scorer):
     def takes_matrices(self) -> bool:
         return getattr(self.allocator, "takes_matrices", False)
 
+    @property
+    def takes_experts(self) -> bool:
+        return getattr(self.allocator, "takes_experts", False)
+
     def units(self) -> LayerMap:
         """Gives the layers that the allocation is spread over."""
         return self.layers().without(self.skip)
@@ -263,7 +285,11 @@ class Decider(Scorer):
             found = replace(found, reliability=_agreement_of_halves(self._spent, found.curves))
         else:
             assert found.scores is not None
-            scores = found.scores if self.takes_matrices else _without_skipped(found.scores, self.units())
+            scores = (
+                found.scores
+                if self.takes_matrices or self.takes_experts
+                else _without_skipped(found.scores, self.units())
+            )
             allocation = self._spent(scores)
         seconds = {**found.seconds, "allocate": time.perf_counter() - start}
         seconds["evidence"] += previewed
@@ -279,6 +305,8 @@ class Decider(Scorer):
         shown, names = name_of(self.estimator), layers.names
         if self.takes_matrices:
             names = self._scored_matrices()
+        if self.takes_experts:
+            names = self._scored_experts()
         return self._spent(LayerScores(names, (1.0,) * len(names), "undertrained", shown, "none"))
 
     def _scored_matrices(self) -> tuple[str, ...]:
@@ -298,6 +326,29 @@ class Decider(Scorer):
         is_of_gradients = len(needs.parts) == 2
         return (self.measured_layers(skeleton()) if is_of_gradients else self.layers()).each_matrix.names
 
+    def _scored_experts(self) -> tuple[str, ...]:
+        """Names the experts that get a score of their own.
+
+        Raises:
+            ValueError: the model has none, or the estimator does not measure each.
+        """
+        needs, names = self.estimator.needs, sizes_of(self.layers(), "expert")[0]
+        if not needs.is_measured or needs.keeps_experts:
+            return names
+        if not needs.keeps_matrices:
+            raise ValueError(
+                f"allocator.unit=expert needs a score for each expert, and the evidence of estimator="
+                f"{name_of(self.estimator)} keeps blocks alone apart; use estimator=expert_output or skip_curve, or an "
+                "estimator on gradients, such as datainf"
+            )
+        skeleton: Any = getattr(self.model, "skeleton", self.model.load)
+        if len(needs.parts) == 2 and self.measured_layers(skeleton()).each_expert.names != names:
+            raise ValueError(
+                f"probe.scope={self.probe.scope} measures no experts, and allocator.unit=expert spends their scores; "
+                "use probe.scope=mlp"
+            )
+        return names
+
     def _spent(self, given: LayerScores | Curves | Spans) -> Allocation:
         """Calls the allocator with what it takes."""
         allocator: Any = self.allocator
@@ -306,6 +357,11 @@ class Decider(Scorer):
     def _check_pair(self) -> None:
         """Refuses an allocator that cannot spend what the estimator gives."""
         gives = "curves" if isinstance(self.estimator, CurveEstimator) else "scores"
+        if self.estimator.needs.keeps_experts and not self.takes_experts and self.allocator.spends != "nothing":
+            raise ValueError(
+                f"estimator={name_of(self.estimator)} scores experts, and this allocator spends no scores of them; use "
+                "method=drop allocator.unit=expert"
+            )
         if self.allocator.spends in (gives, "either", "nothing"):
             return
         fitting = "an allocator of scores (experts, rank, sparsity, bits, blocks, layers)"

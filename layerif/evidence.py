@@ -180,7 +180,7 @@ class LayerSkips:
     Attributes:
         units: the names of the units.
         numel: the weights of each.
-        unit: `block` or `sublayer`.
+        unit: `block`, `sublayer` or `expert`.
         first: Σ z over the tokens, averaged over the windows, as each half of the windows adds to it (2×U), in nats.
         second: ½·T·Σ z² over the tokens, averaged in the same way (2×U), for T counted tokens of a window.
         source: the model and the text.
@@ -193,6 +193,25 @@ class LayerSkips:
     first: Tensor
     second: Tensor
     source: Mapping[str, str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The norms of what every expert adds to the hidden state, with g the router's weight and f the output.
+
+    Attributes:
+        layers: the experts, each as a layer of its own.
+        sums: Σ g·‖f‖ over the tokens that are sent to each expert (L, float64).
+        counts: the number of these tokens (L).
+        num_tokens: of all windows.
+        fingerprint: of what was measured.
+    """
+
+    layers: LayerMap
+    sums: Tensor
+    counts: Tensor
+    num_tokens: int
     fingerprint: str
 
 
@@ -512,6 +531,21 @@ class LayerCurvature:
             for half in _HALVES
         )
         return first, second
+
+
+def by_expert(evidence: Any) -> Any:
+    """Gives evidence in which every expert is a layer of its own, and nothing else is.
+
+    Args:
+        evidence: of a kind that keeps matrices apart, or of experts.
+    """
+    if isinstance(evidence, LayerMap):
+        return evidence.each_expert
+    if isinstance(evidence, LayerExperts):
+        return evidence
+    if isinstance(evidence, CheckpointGrams):
+        return CheckpointGrams(tuple(map(by_expert, evidence.checkpoints)))
+    return replace(evidence, layers=evidence.layers.each_expert)
 
 
 def by_matrix(evidence: Any) -> Any:

@@ -16,13 +16,14 @@ from typing import Literal, TypeVar
 from layerif.checks import did_you_mean
 
 T = TypeVar("T")
-Unit = Literal["matrix", "sublayer", "block"]  # a sublayer is the attention or the MLP of a block
+Unit = Literal["matrix", "sublayer", "block", "expert"]  # a sublayer is the attention or the MLP of a block
 MatrixOrBlock = Literal["matrix", "block"]
-BlockOrSublayer = Literal["block", "sublayer"]
+Droppable = Literal["block", "sublayer", "expert"]
 _WORDS = {  # in messages, by unit
     "block": ("layer", "layers", ""),
     "matrix": ("matrix", "matrices", " or pruner.skip leaves out"),
     "sublayer": ("sublayer", "sublayers", ""),
+    "expert": ("expert", "experts", ""),
 }
 
 
@@ -105,12 +106,30 @@ class LayerMap:
         return self._those([is_target(param, targets) for param in self.matrices])
 
     @cached_property
+    def without_experts(self) -> LayerMap:
+        """The layers without the matrices of fused experts, which no adapter has a rank for one by one."""
+        kept = [not is_expert(param) for param in self.matrices]
+        return self if all(kept) else self._those(kept)
+
+    @cached_property
     def each_matrix(self) -> LayerMap:
         """The same matrices, each as a layer of its own."""
         assert self.matrix_numel is not None
         names = tuple(param.removesuffix(".weight") for param in self.matrices)
         params = tuple((param,) for param in self.matrices)
         return LayerMap(names, params, self.matrix_numel, self.matrix_numel, self.matrix_shapes)
+
+    @cached_property
+    def each_expert(self) -> LayerMap:
+        """The matrices of fused experts, each expert as a layer of its own: `model.layers.0.mlp.experts.3`."""
+        assert self.matrix_numel is not None
+        numel = dict(zip(self.matrices, self.matrix_numel, strict=True))
+        found: dict[str, list[str]] = {}
+        for param in filter(is_expert, self.matrices):
+            found.setdefault(param.removesuffix(".weight").rpartition(".")[0], []).append(param)
+        sizes = tuple(sum(numel[param] for param in params) for params in found.values())
+        flat = tuple(numel[param] for params in found.values() for param in params)
+        return LayerMap(tuple(found), tuple(map(tuple, found.values())), sizes, flat)
 
     def _those(self, is_kept: Sequence[bool]) -> LayerMap:
         """Gives the layers with the marked matrices alone."""
@@ -138,6 +157,16 @@ def block_of(unit: str) -> str:
     parts = unit.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[: number + 1])
+
+
+def is_expert(param: str) -> bool:
+    """Tells if a matrix is one expert's among those of a block: `mlp.experts.3.down_proj` inside it."""
+    return re.search(r"\.[0-9]+\.[^.]+$", f".{within_block(param.removesuffix('.weight'))}") is not None
+
+
+def is_whole_expert(unit: str) -> bool:
+    """Tells if a unit is an expert of a block with all of its matrices: `model.layers.0.mlp.experts.3`."""
+    return within_block(unit).rpartition(".")[2].isdigit()
 
 
 def within_block(unit: str) -> str:
@@ -169,8 +198,8 @@ def sublayers(layers: LayerMap) -> dict[str, int]:
 
 
 def is_attention(name: str) -> bool:
-    """Tells if a module inside a block belongs to its attention, by its name there."""
-    return "attn" in name or "attention" in name
+    """Tells if a module inside a block mixes tokens, by its name there: attention, or a Mamba in its place."""
+    return any(part in name for part in ("attn", "attention", "mamba", "mixer"))
 
 
 def depths(blocks: Sequence[str]) -> dict[str, int]:
@@ -239,6 +268,24 @@ def check_named(params: Sequence[str], patterns: Sequence[str]) -> None:
                 f"pruner.skip names {pattern!r}, and the model has no such matrix{did_you_mean(pattern, ends)}; name a "
                 f"matrix, the end of its name ({', '.join(ends)}) or a block"
             )
+
+
+def refuse_unreached(names: Sequence[str]) -> None:
+    """Refuses to prune by inputs what has none.
+
+    Args:
+        names: the linear layers that no calibration token reaches.
+
+    Raises:
+        ValueError: there is one; it names all experts and layers of this kind.
+    """
+    if not names:
+        return
+    units = list(dict.fromkeys(re.sub(r"(\.experts\.\d+)\..*", r"\1", name) for name in names))
+    raise ValueError(
+        f"no calibration token reaches {', '.join(units)}; give more calibration windows, or name them: "
+        f"pruner.skip=[{','.join(units)}]"
+    )
 
 
 def in_layer_order(

@@ -46,6 +46,7 @@ class Profile:
         max_length: in tokens.
         notes: remarks on the samples and the measurement.
         target_modules: the names of the linear layers of the blocks, as PEFT takes them.
+        expert_tensors: the names of the tensors of fused experts.
         estimator: made the scores.
         evidence: what it scored.
         seed: of the bootstrap.
@@ -59,6 +60,7 @@ class Profile:
     max_length: int
     notes: tuple[str, ...]
     target_modules: tuple[str, ...]
+    expert_tensors: tuple[str, ...]
     seed: int = 0
     estimator: Estimator = field(repr=False)
     evidence: Any = field(repr=False)
@@ -154,6 +156,7 @@ class Profile:
         scaling: float = 2.0,
         lora_dropout: float = 0.05,
         target_modules: str | Sequence[str] | None = None,
+        experts: bool = False,
         **settings: Any,
     ) -> LoraConfig:
         """Gives PEFT's configuration of a LoRA with a rank by block.
@@ -163,13 +166,21 @@ class Profile:
             scaling: α/r, the same in every block.
             lora_dropout: dropout on the adapter's input.
             target_modules: names of linear layers, or a text as PEFT takes it (`all-linear`); None: all of the blocks.
+            experts: also adapt the fused experts, each with the rank of its block; PEFT then takes no dropout.
             settings: of `layerif.allocate.rank.Rank`.
         """
+        if experts and not self.expert_tensors:
+            raise ValueError("experts=True adapts fused experts, and this model has none; leave it out")
+        if experts and lora_dropout:
+            raise ValueError(f"experts=True needs lora_dropout=0, got {lora_dropout}: PEFT has no dropout in experts")
         targets = target_modules or self.target_modules
         if settings.get("matrices") and not isinstance(targets, str):
             settings = {"target_modules": list(targets)} | settings
         ranks = self._ranks("lora_config", budget, settings)
-        return lora_of_ranks(ranks.by_name(), targets, scaling=scaling, lora_dropout=lora_dropout)
+        tensors = self.expert_tensors if experts else ()
+        return lora_of_ranks(
+            ranks.by_name(), targets, scaling=scaling, lora_dropout=lora_dropout, target_parameters=tensors
+        )
 
     def _ranks(self, called: str, budget: int | None, settings: dict[str, Any]) -> Allocation:
         allocator = made(Rank, called, budget=budget, **settings)

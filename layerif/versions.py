@@ -19,6 +19,7 @@ VERSIONS = {
     "measured_loss": 1,
     "format_errors": 2,
     "skips": 1,
+    "expert_outputs": 1,
     "spans": 1,
     "update_masks": 1,
     "token_losses": 1,

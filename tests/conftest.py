@@ -116,3 +116,19 @@ def tiny_overrides(model_folder, task_folder, tmp_path) -> list[str]:
         "trainer.enable_progress_bar=false",
         "data.batch_size=4",
     ]
+
+
+@pytest.fixture
+def all_in_the_models_dtype(monkeypatch):
+    """Lets routers and the states of a Mamba compute in the model's dtype, for float64 references."""
+    import torch
+
+    def unless_double(method):
+        def stay(each, *args, **options):
+            is_kept = each.dtype == torch.float64 and args in ((), (torch.float32,)) and not options
+            return each if is_kept else method(each, *args, **options)
+
+        return stay
+
+    for name in ("float", "to", "type"):
+        monkeypatch.setattr(torch.Tensor, name, unless_double(getattr(torch.Tensor, name)))

@@ -183,7 +183,7 @@ def with_idle_matrix() -> Any:
         ({"model": with_idle_matrix()}, "model.layers.1.mlp.idle took no part in the forward pass, so it has no "
          "gradient; name it in pruner.skip"),
         ({"model": with_idle_matrix(), "rows": ["a b c d"]}, "no calibration token reaches model.layers.1.mlp.idle; "
-         "give more calibration windows, or name it in pruner.skip"),
+         "give more calibration windows, or name them: pruner.skip=[model.layers.1.mlp.idle]"),
     ],
 )  # fmt: skip
 def test_what_has_no_curves_is_one_clear_error_and_harms_no_model(options, said):

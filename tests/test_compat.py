@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from peft import get_peft_model
@@ -108,6 +109,24 @@ def test_hydra_composes_by_the_loader_that_it_is_given(tmp_path):
         assert seen == [["a=2"]] * number
 
 
+def test_hydra_takes_the_whitelist_where_it_has_one_and_resolvers_in_defaults_either_way(tmp_path):
+    import hydra
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    given = compat.execution_whitelist(["layerif.*"])
+    assert given in ({}, {"execution_whitelist": ["layerif.*"]})
+    assert callable(hydra.main(version_base="1.3", config_path=None, **given))
+    OmegaConf.register_new_resolver("twice", lambda text: text * 2, replace=True)
+    compat.resolve_in_defaults()
+    for folder, name, content in (("a", "x", "a: 1"), ("b", "xx", "b: 2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.yaml").write_text(content)
+    (tmp_path / "config.yaml").write_text("defaults: [b: '${twice:${a}}', a: x]")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("config") == {"a": {"a": 1}, "b": {"b": 2}}
+
+
 def test_hydras_arguments_are_read_as_hydra_reads_them():
     found = compat.hydra_arguments(["-m", "a=1", "b=2", "--config-n", "mine"])
     assert (found.multirun, found.overrides, found.config_name, found.experimental_rerun) == (
@@ -171,3 +190,35 @@ def test_every_tensor_of_a_tree_is_mapped_and_nothing_else():
     assert named["mask"][1] is None
     assert torch.equal(first, torch.full((2,), 2.0))
     assert torch.equal(named["mask"][0], torch.ones(1))
+
+
+def test_a_trainer_drops_the_columns_that_its_model_does_not_take(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    seen: list[Any] = []
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(tiny_model(), arguments, data_collator=lambda rows: seen.extend(rows) or {})
+    compat.trainer_collator(trainer)([{"input_ids": [3], "labels": [3], "name": "x"}])
+    assert seen == [{"input_ids": [3], "labels": [3]}]
+
+
+def test_peft_puts_lora_on_fused_experts_where_a_dense_layer_is_named():
+    from layerif.models.stored import expert_tensors
+    from tests.families import model_of
+
+    assert {"gate_proj", "up_proj", "down_proj"} <= {*compat.renamed_for_experts("deepseek_v3")}
+    assert compat.renamed_for_experts("llama") == ()
+    model = model_of("deepseek_v3")
+    names = [name.rpartition(".")[2] for name in expert_tensors(model)]
+    config = peft.LoraConfig(target_modules=["mlp.down_proj"], r=2, lora_dropout=0)
+    adapted = {name for name, _ in get_peft_model(model, config).named_parameters() if "lora_A" in name}
+    assert "down_proj" in names
+    assert adapted
+    assert all("experts" in name for name in adapted)
+
+
+def test_models_say_if_they_have_sdpa():
+    from tests.families import model_of
+
+    assert compat.has_sdpa(tiny_model())
+    assert not compat.has_sdpa(model_of("gpt_oss"))

@@ -22,6 +22,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from layerif.allocate.curves import Curves
 from layerif.app.messages import first_of
@@ -325,6 +327,22 @@ def test_the_source_example_is_a_working_source(module_of, with_the_yaml_example
     assert splits.train[0].id != splits.train[1].id
 
 
+def test_the_ranks_of_the_axolotl_example_are_those_of_the_adapter():
+    """axolotl hands the patterns on to PEFT as they are."""
+    given = yaml.safe_load(code("yaml", "lora_rank_pattern"))
+    fields = {"r", "target_modules", "rank_pattern", "alpha_pattern"}
+    settings = {name: given[f"lora_{name}"] for name in fields} | {"lora_dropout": given["lora_dropout"]}
+    config = LoraConfig(lora_alpha=given["lora_alpha"], **settings)
+    adapted = get_peft_model(tiny_model(), config)
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    assert len(layers) == 3 * 7
+    for number, rank in enumerate((3, 8, 13)):
+        of_block = [module for name, module in layers.items() if f"layers.{number}." in name]
+        assert {(module.r["default"], module.scaling["default"]) for module in of_block} == {(rank, 2.0)}
+    values = [*given["lora_rank_pattern"].values(), *given["lora_alpha_pattern"].values(), given["lora_alpha"]]
+    assert all(isinstance(value, int) and value > 0 for value in values)  # axolotl takes no others
+
+
 # What follows runs in `make test-docs`.
 
 SCRIPTS = [text for _, _, kind, text in BLOCKS if kind == "python" and not text.startswith("# ")]
@@ -373,6 +391,8 @@ def tiny(command: str) -> list[str]:
         return words
     given = {word.partition("=")[0] for word in words if "=" in word}
     settings = TINY | (FOR_TEXT if {"method=prune", "method=quantise"} & {*words} else {})
+    if "method=adalora" in words:  # it needs three steps to choose ranks
+        settings |= {"trainer.max_steps": "3"}
     if "allocator=sparsity" in words:  # it smooths seven blocks or more
         settings |= {"allocator.smoothing": "false"}
     # The tiny model has a tenth of the blocks.

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from layerif import targets
 from layerif.files import conf_folder
 from layerif.layers import LayerMap
-from layerif.targets import allowed_target, build, check_targets, nodes_with_target, registered_modules
+from layerif.targets import allowed_target, build, check_targets, hydra_patterns, nodes_with_target, registered_modules
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -56,7 +56,7 @@ FOREIGN = [
     "torch.utils.collect_env.run",
     # Paths that begin in an allowed package, and lead out of it or to what is not a class of the right kind.
     "hydra._internal.utils._locate",
-    "hydra.experimental.callbacks.PickleJobInfoCallback",
+    "hydra.core.utils.JobReturn",
     "hydra.utils.call",
     "hydra.utils.get_class",
     "hydra.utils.get_method",
@@ -214,3 +214,19 @@ def test_no_version_with_a_known_hole_satisfies_the_requirements():
     for name, versions in KNOWN_BAD.items():
         assert not [version for version in versions if version in needed[name]]
         assert pinned[name] in needed[name]
+
+
+def test_the_rule_in_hydras_patterns_allows_what_ships_and_what_is_trusted_and_nothing_of_others():
+    patterns = hydra_patterns(["mine.kind"])
+
+    def matches(name: str) -> bool:
+        return any(name == each or (each.endswith(".*") and name.startswith(each[:-1])) for each in patterns)
+
+    for target in (*SHIPPED, *PLUGINS, "logging.StreamHandler"):
+        found = allowed_target(target, "x._target_")
+        assert matches(f"{found.__module__}.{found.__qualname__}"), target
+    assert matches("mine.kind")
+    assert matches("mine.kind.method")
+    for name in ("os.system", "subprocess.run", "torch.utils.collect_env.run", "mine.kinder", "lightning.fabric.x"):
+        assert not matches(name)
+    assert all("*" not in each.removesuffix(".*") and each != ".*" for each in patterns)

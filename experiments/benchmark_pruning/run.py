@@ -160,7 +160,7 @@ def plain_block(pruner: Pruner, block: nn.Module, inputs: list[tuple[Tensor, tup
     Every matrix has its own statistic, whole rows are sorted, and H is inverted step by step.
     """
     statistics_of: dict[str, Tensor] = {}
-    modules = dict(linears(block))
+    modules: dict[str, Any] = dict(linears(block))
 
     def hook(name: str):
         def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:

@@ -148,6 +148,11 @@ def windows_of(values: Values) -> np.ndarray:
     return np.array([found[number] for number in sorted(found, key=int)])
 
 
+def short(found: Estimate) -> str:
+    """A ratio and its interval in three digits, since ratios of unlike arms differ by powers of ten."""
+    return f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})"
+
+
 def spelt(values: Values, metric: str) -> str:
     if metric not in values:
         return "–"
@@ -165,7 +170,7 @@ def table(runs: Mapping[Run, Values]) -> pd.DataFrame:
                 "arm": arm,
                 "seed": seed,
                 "perplexity": str(ratio(losses_W)),
-                f"ratio to {CONTROL}": "–" if control is None else str(ratio(losses_W, windows_of(control))),
+                f"ratio to {CONTROL}": "–" if control is None else short(ratio(losses_W, windows_of(control))),
                 "loss of rows": spelt(values, "loss"),
                 "accuracy": spelt(values, "accuracy"),
                 **{f"{name}, times dense": values.get(name) for name in SPEEDS},

@@ -20,7 +20,7 @@ from layerif.adapt.adapters import Adapter, Scaling, counts_of_units
 from layerif.adapt.sizes import Capacity, adapted_shapes, num_parameters
 from layerif.allocate.allocation import Allocation
 from layerif.checks import NonNegative
-from layerif.moe.model import linears_of_blocks
+from layerif.moe.lora import lora_targets
 from layerif.scores import AllocationKind
 
 _BEFORE, _AFTER = 0.1, 0.3  # shares of the steps before ranks are taken away, and after
@@ -54,7 +54,7 @@ class AdaLoraAdapter(Adapter):
             lora_alpha=self.scaling * rank,  # type: ignore[arg-type] - PEFT divides, any number will do
             lora_dropout=self.lora_dropout,
             orth_reg_weight=self.orthogonality,
-            target_modules=list(self.target_modules or linears_of_blocks(base)),
+            target_modules=list(self.target_modules or lora_targets(base)),
             total_step=1,  # until `scheduled` knows
             task_type="CAUSAL_LM",
         )
@@ -65,7 +65,7 @@ class AdaLoraAdapter(Adapter):
 
     def put_on(self, base: nn.Module, allocation: Allocation) -> nn.Module:
         ranks = {block: Capacity(1, rank) for block, rank in allocation.by_name().items()}
-        wanted = num_parameters(adapted_shapes(base, self.target_modules), ranks)
+        wanted = num_parameters(adapted_shapes(base, self.target_modules or lora_targets(base)), ranks)
         model: Any = super().put_on(base, allocation)
         model.wanted, model.is_settled = wanted, False
         allocator = model.base_model.rankallocator

@@ -49,12 +49,15 @@ from layerif.allocate.rank import to_rank
 from layerif.checks import Count, NonNegative, Positive, did_you_mean
 from layerif.layers import within_block
 from layerif.models.blocks import blocks
+from layerif.models.quantised import note_quantisation
+from layerif.models.stored import expert_tensors
 from layerif.moe import LoraMoeConfig, balance_loss
-from layerif.moe.lora import lora_of_ranks, modules_of
+from layerif.moe.lora import lora_of_ranks, lora_targets, modules_of
 from layerif.moe.model import linears_of_blocks
 from layerif.scores import AllocationKind
 
 Scaling = Annotated[float, Gt(0), "it is α/r; the paper uses 16/8"]
+Dropout = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Adapter(Tuning):
     leaves: ClassVar[str] = "adapter"
     of_layers: ClassVar[tuple[str, ...]] = ()  # the settings that only an allocation of layers leaves open
 
-    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    lora_dropout: Dropout = 0.05
     target_modules: list[str] | None = None
 
     @abstractmethod
@@ -80,6 +83,10 @@ class Adapter(Tuning):
             base: the bare model, or its skeleton.
             allocation: of a kind that this adapter spends.
         """
+
+    def targets(self, base: nn.Module) -> list[str] | None:
+        """Returns the names of the linear layers that get an adapter; None: all that can be adapted."""
+        return self.target_modules
 
     @abstractmethod
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
@@ -115,7 +122,7 @@ class Adapter(Tuning):
                     f"{where}.target_modules holds {target!r}, which is not a layer of this model{near}; its blocks "
                     f"have {', '.join(linears)} (null: all of them)"
                 )
-        shapes, capacities = adapted_shapes(skeleton, self.target_modules), self.capacities(skeleton, allocation)
+        shapes, capacities = adapted_shapes(skeleton, self.targets(skeleton)), self.capacities(skeleton, allocation)
         rank = getattr(self, "r", None)
         larger_by = [budget] if allocation.kind != "layers" else [f"{where}.num_experts"] * hasattr(self, "num_experts")
         if rank is not None or allocation.kind == "layers":
@@ -131,11 +138,20 @@ class Adapter(Tuning):
 
     def put_on(self, base: nn.Module, allocation: Allocation) -> nn.Module:
         config = self.peft_config(base, allocation)
-        shapes = adapted_shapes(base, self.target_modules)
+        shapes = adapted_shapes(base, self.targets(base))
+        if note := self.left_alone(base):
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
         if too_large := too_large_rank(shapes, self.capacities(base, allocation)):
             # Equal scores asked for less, so this is what these scores ask for: a waste and no error.
             warnings.warn(f"{too_large}; what the scores give it beyond that is wasted", RuntimeWarning, stacklevel=2)
         return get_peft_model(base, config)  # type: ignore[arg-type]
+
+    def left_alone(self, base: nn.Module) -> str | None:
+        """Says that fused experts get no adapter; None where there are none or they get one."""
+        if getattr(self, "experts", False) or not expert_tensors(base):
+            return None
+        advice = "; method.experts=true adapts them, too" if hasattr(self, "experts") else ""
+        return f"{self.kind} adapts linear layers and leaves the fused experts of every block alone{advice}"
 
     def taken_off(self, model: nn.Module) -> nn.Module | None:
         return model.unload()  # type: ignore[operator]
@@ -148,6 +164,7 @@ class Adapter(Tuning):
 
     def write(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
+        note_quantisation(model, folder)
 
     def _refuse_beside(self, allocation: Allocation, where: str = "method") -> None:
         """Refuses settings that only an allocation of layers leaves open."""
@@ -185,17 +202,19 @@ class LayersAdapter(Adapter):
         """Returns the rank, or the experts, of each block or matrix; 0 for one that gets no adapter."""
         self._refuse_beside(allocation)
         if allocation.kind != "layers":
-            return counts_of_units(base, allocation, self.target_modules)
+            return counts_of_units(base, allocation, self.targets(base))
         check_blocks(allocation.units, list(blocks(base)), value="value")
-        trained, targets = trained_blocks(allocation), self.target_modules
+        trained, targets = trained_blocks(allocation), self.targets(base)
         if not self.equal_parameters:
             return {block: self.per_block if block in trained else 0 for block in allocation.units}
-        _refuse_outside(base, targets or (), "method.equal_parameters=true", "method.equal_parameters=false")
+        _refuse_outside(
+            base, self.target_modules or (), "method.equal_parameters=true", "method.equal_parameters=false"
+        )
         shapes = adapted_shapes(base, targets)
         return dealt_out(shapes, trained, self.capacity, self._of_all(shapes), targets=targets)
 
     def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        return {"all_layers": self._of_all(adapted_shapes(base, self.target_modules))} if self.equal_parameters else {}
+        return {"all_layers": self._of_all(adapted_shapes(base, self.targets(base)))} if self.equal_parameters else {}
 
     def _of_all(self, shapes: Shapes) -> int:
         return num_parameters(shapes, dict.fromkeys(shapes, self.capacity(self.per_block)))
@@ -240,6 +259,9 @@ class LoraMoeAdapter(LayersAdapter):
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
         return {unit: self.capacity(count) for unit, count in self.counts(base, allocation).items()}
 
+    def left_alone(self, base: nn.Module) -> str | None:
+        return None  # `LoraMoeModel` says it
+
     def penalties(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
         return {"balance": (self.balance_coefficient, balance_loss(model))} if self.balance_coefficient else {}
 
@@ -262,6 +284,9 @@ class PlainLora(Adapter):
 
     scaling: Scaling = 2.0
 
+    def targets(self, base: nn.Module) -> list[str] | None:
+        return self.target_modules or lora_targets(base)
+
     def peft_config(self, base: nn.Module, allocation: Allocation) -> PeftConfig:
         return plain_lora(
             base,
@@ -269,6 +294,7 @@ class PlainLora(Adapter):
             scaling=self.scaling,
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
+            experts=getattr(self, "experts", False),
         )
 
     def capacities(self, base: nn.Module, allocation: Allocation) -> dict[str, Capacity]:
@@ -288,6 +314,8 @@ class LoraAdapter(LayersAdapter, PlainLora):
         init: the first weights: PEFT's `default` (A random, B zero), directions of the mean gradient (`gradient`), or
             those that PEFT takes from train rows (`eva`, `lora_ga`), see `layerif.adapt.initial`.
         rho: the highest rank that EVA gives a matrix, as a multiple of its own; 1 moves no rank.
+        experts: also adapt the fused experts, each with the rank of its block. PEFT adds the product of the factors to
+            the whole tensor in every forward pass.
     """
 
     kind: ClassVar[str] = "lora"
@@ -297,9 +325,34 @@ class LoraAdapter(LayersAdapter, PlainLora):
     r: Count | None = None
     init: Initial = "default"
     rho: Annotated[float, Ge(1), "1 moves no rank"] = 2.0
+    experts: bool = False
+
+    def targets(self, base: nn.Module) -> list[str] | None:
+        found = super().targets(base)
+        return [*found, *expert_tensors(base)] if self.experts and found else found
+
+    def check_fits(self, skeleton: nn.Module, allocation: Allocation, **options: Any) -> None:
+        if self.experts:
+            self._check_experts(skeleton, allocation)
+        super().check_fits(skeleton, allocation, **options)
+
+    def _check_experts(self, skeleton: nn.Module, allocation: Allocation) -> None:
+        """Refuses settings of adapters on fused experts that PEFT does not have."""
+        if not expert_tensors(skeleton):
+            raise ValueError("method.experts=true adapts fused experts, and this model has none; use experts=false")
+        if self.lora_dropout or self.init != "default":
+            raise ValueError(
+                f"method.experts=true needs method.lora_dropout=0 and method.init=default, got {self.lora_dropout} and "
+                f"{self.init}: PEFT adapts a tensor of experts without dropout and other first weights"
+            )
+        if any(map(within_block, allocation.units)):
+            raise ValueError(
+                "method.experts=true gives every expert the rank of its block, and this allocation is by matrix; use "
+                "one by block"
+            )
 
     def check_start(self, skeleton: nn.Module, allocation: Allocation, rows: TaskDataModule) -> None:
-        shapes, capacities = adapted_shapes(skeleton, self.target_modules), self.capacities(skeleton, allocation)
+        shapes, capacities = adapted_shapes(skeleton, self.targets(skeleton)), self.capacities(skeleton, allocation)
         check_initial(self.init, self.rho, shapes, capacities, rows.train)
 
     def started(self, model: nn.Module, allocation: Allocation, rows: TaskDataModule) -> nn.Module:
@@ -323,6 +376,7 @@ class LoraAdapter(LayersAdapter, PlainLora):
 
     def write(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
         write_adapter(model, folder)
+        note_quantisation(model, folder)
 
     def finished(self, model: nn.Module) -> dict[str, int]:
         return ranks_of(model, self.target_modules) if self.init == "eva" else {}
@@ -357,7 +411,7 @@ class EqualLoraAdapter(PlainLora):
     init: Init = "default"
 
     def ranks(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
-        shapes = adapted_shapes(base, self.target_modules)
+        shapes = adapted_shapes(base, self.targets(base))
         return dealt_out(shapes, list(shapes), _of_rank, self._wanted(base, allocation), targets=self.target_modules)
 
     def compared(self, base: nn.Module, allocation: Allocation) -> dict[str, int]:
@@ -376,6 +430,7 @@ def plain_lora(
     scaling: float,
     lora_dropout: float,
     target_modules: Sequence[str] | None,
+    experts: bool = False,
 ) -> LoraConfig:
     """Configures PEFT's LoRA with rank r_l and α_l = scaling·r_l in block, or matrix, l.
 
@@ -385,13 +440,15 @@ def plain_lora(
         scaling: α/r, everywhere the same.
         lora_dropout: dropout on the adapter's input.
         target_modules: None takes all linear layers of the blocks.
+        experts: also adapt the fused experts.
 
     Raises:
         ValueError: a block or matrix is not one of the model's, or has no rank.
     """
     _check_units(base, list(ranks), target_modules, value="rank")
-    targets = list(target_modules) if target_modules else linears_of_blocks(base)
-    return lora_of_ranks(ranks, targets, scaling=scaling, lora_dropout=lora_dropout)
+    targets = list(target_modules) if target_modules else lora_targets(base)
+    tensors = expert_tensors(base) if experts else ()
+    return lora_of_ranks(ranks, targets, scaling=scaling, lora_dropout=lora_dropout, target_parameters=tensors)
 
 
 def dealt_out(

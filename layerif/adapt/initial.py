@@ -32,11 +32,12 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from layerif.adapt.sizes import Capacity, Shapes, adapted_shapes, capacity_of
+from layerif.adapt.sizes import Capacity, Shapes, adapted_shapes, capacity_of, names_of
 from layerif.data.batches import Encoded
 from layerif.data.rows import IGNORED
 from layerif.models.blocks import device_of
 from layerif.models.loss import per_sample_loss, positions_of
+from layerif.moe.lora import lora_targets
 
 Initial = Literal["default", "gradient", "eva", "lora_ga"]
 Batch = Mapping[str, Tensor]
@@ -221,7 +222,7 @@ def ranks_of(model: Any, targets: Sequence[str] | None) -> dict[str, int]:
     """
     base = model.get_base_model()
     ranks = {name: layer.r[_NAME] for name, layer in lora_layers(base)}
-    without = [f"{block}.{name}" for block, layers in adapted_shapes(base, targets).items() for name in layers]
+    without = names_of(adapted_shapes(base, targets or lora_targets(base)))
     found = ranks | dict.fromkeys(without, 0)
     return {name: found[name] for name, _ in base.named_modules() if name in found}
 

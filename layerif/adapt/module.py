@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from layerif.adapt.directions import begin_with
 from layerif.adapt.kinds import tuning_of
 from layerif.adapt.protect import Protection
+from layerif.adapt.strategy import is_sharded
 from layerif.adapt.tuning import Tuning
 from layerif.allocate.allocation import Allocation
 from layerif.models.blocks import blocks
@@ -114,12 +115,14 @@ class AdapterModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.tuning.seed)
             self.model = self.tuning.put_on(base, self.allocation)
-            if self._begins:
+            if self._begins and not is_sharded(self._trainer):
                 self.model.to(self.trainer.strategy.root_device)
                 self.model = self.tuning.started(self.model, self.allocation, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self.directions is not None:
             begin_with(self.model, self.directions)
             self.directions, self._is_begun = None, True
+        if is_sharded(self._trainer):
+            self.trainer.strategy.shard(self.model)  # type: ignore[attr-defined]
         self._protection = self.tuning.protection(self.model)
         self._is_ready = True
 
@@ -144,10 +147,13 @@ class AdapterModule(L.LightningModule):
         assert self.model is not None
         loss = per_sample_loss(self.model, batch).mean()
         if not bool(loss.isfinite()):
+            # A forward pass of this process alone would wait for the parts of weights that the others hold.
+            where = ", in a block that nobody looks for, because the weights are divided among processes (fsdp)"
+            if not is_sharded(self._trainer):
+                where = f", from {first_non_finite_block(self.model, batch)} on"
             raise ValueError(
-                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}, from "
-                f"{first_non_finite_block(self.model, batch)} on; lower method.learning_rate or train in float32 "
-                "(trainer.precision=32-true)"
+                f"the training loss is {loss.item()} at step {self.global_step}, batch {batch_idx}{where}; lower "
+                "method.learning_rate or train in float32 (trainer.precision=32-true)"
             )
         num_samples = len(batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=num_samples)
@@ -157,6 +163,9 @@ class AdapterModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if is_sharded(self._trainer):
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            self.trainer.strategy.average_gradients(trained)  # type: ignore[attr-defined]
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # with trainer.precision=16-mixed the scaler skips such a step and lowers its scale, by design
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
@@ -203,7 +212,8 @@ class AdapterModule(L.LightningModule):
         assert self.model is not None
         saved = Allocation.from_dict(checkpoint["hyper_parameters"]["allocation"])
         if saved != self.allocation:  # the checkpoint's weights fit the checkpoint's allocation
-            self.model, self._is_ready = self.tuning.taken_off(self.model), False
+            bare = None if is_sharded(self._trainer) else self.tuning.taken_off(self.model)  # parts make no whole
+            self.model, self._is_ready = bare, False
             self.allocation = saved
             self.configure_model()
         assert self.model is not None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from layerif.models.blocks import blocks
+from layerif.models.stored import AnyLinear, stored_in
 from layerif.moe.model import linears_of_blocks
 
 # By block and by name inside it: the inputs and outputs of each linear layer that gets an adapter.
@@ -29,17 +30,24 @@ def adapted_shapes(base: nn.Module, targets: Sequence[str] | None) -> Shapes:
 
     Args:
         base: the bare model, or its skeleton.
-        targets: names of the layers; None: every linear layer of the blocks.
+        targets: names of the layers, and of tensors of fused experts, whose matrices then count one by one; None: every
+            linear layer of the blocks.
     """
     endings = tuple(f".{ending}" for ending in targets or linears_of_blocks(base))
-    return {
-        block: {
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for block, inside in blocks(base).items():
+        linears: dict[str, tuple[str, AnyLinear]] = {}  # with the name that a target has
+        for name, module in inside.named_modules():
+            if isinstance(module, nn.Linear):
+                linears[name] = name, module
+            for part, stored in stored_in(module).items():
+                linears[f"{name}.{part}".strip(".")] = f"{name}.{stored.kind}" if part else name, stored
+        found[block] = {
             name: (linear.in_features, linear.out_features)
-            for name, linear in module.named_modules()
-            if isinstance(linear, nn.Linear) and f".{block}.{name}".endswith(endings)
+            for name, (target, linear) in linears.items()
+            if f".{block}.{target}".endswith(endings)
         }
-        for block, module in blocks(base).items()
-    }
+    return found
 
 
 def names_of(shapes: Shapes) -> list[str]:

@@ -25,6 +25,7 @@ from layerif.adapt.resume import BEST, LAST, WholeCheckpoints, readable_checkpoi
 from layerif.checks import Count, check_fields
 from layerif.compat import validates_now
 from layerif.files import claim_folder, full_disk_explained, whole
+from layerif.models.quantised import num_unpacked
 from layerif.record.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,9 @@ def train(
     if measure_validation:
         record.metrics["validation/loss"] = _validation_loss(trainer, module, data)
     model: Any = module.model
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     record.parameters = {
-        "total": sum(numel for numel, _ in sizes),
-        "trainable": sum(numel for numel, is_trained in sizes if is_trained),
+        "total": num_unpacked(model),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         **module.compared,
     }
     if trainer.is_global_zero and module.tuning.is_written:
@@ -253,8 +253,6 @@ def _unfinished(checkpoints: Path, record: RunRecord) -> str | None:
     last = readable_checkpoint(checkpoints) if claim_folder(checkpoints, record.identity) else None
     if last is not None:
         record.notes.append("resumed from the checkpoint of a run that did not finish")
-        if "wandb" in record.tracking:
-            record.notes.append("wandb shows this run anew, from its first step, beside the one that did not finish")
         log.info("resuming from %s", last)
         return str(last)
     return None

@@ -208,6 +208,11 @@ def sizes_of(layers: LayerMap, unit: Unit) -> tuple[tuple[str, ...], tuple[int, 
         return layers.names, layers.numel
     if layers.matrix_numel is None:
         raise ValueError("these layers do not say how large each matrix is; take them of a model (layer_map)")
+    if unit == "expert":
+        experts = layers.each_expert
+        if not experts.names:
+            raise ValueError("this model has no fused experts; use allocator.unit=block")
+        return experts.names, experts.numel
     if unit == "sublayer":
         found = sublayers(layers)
         return tuple(found), tuple(found.values())

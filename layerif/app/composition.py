@@ -77,10 +77,20 @@ class Composer(ConfigLoaderImpl):
         asked = (config_name, *overrides, run_mode)
         if (config := self._composed.pop(asked, None)) is None:
             config = super().load_configuration(config_name, overrides, run_mode, from_shell, False)
-            check_composed(config, self.given, len(overrides))
             if len(self._composed) < _REMEMBERED:
                 self._composed[asked] = copy.deepcopy(config)
         return config
+
+    def _load_configuration_impl(self, config_name: str | None, overrides: list[str], *rest: Any, **named: Any) -> Any:
+        # All that Hydra composes comes by here; 1.4 composes the jobs of a sweep past `load_configuration`.
+        config = super()._load_configuration_impl(config_name, overrides, *rest, **named)
+        check_composed(config, self.given, len(overrides))
+        return config
+
+    def get_mode(self, config_name: str | None, overrides: list[str], *read: Any) -> Any:
+        """Finds the mode of a run for Hydra 1.4, which leaves reading the overrides to us; 1.3 does not call this."""
+        given = read or (OverridesParser.create(config_loader=self).parse_overrides(overrides),)
+        return super().get_mode(config_name, overrides, *given)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_composed": {}}  # a launcher sends the loader to other processes

@@ -91,7 +91,8 @@ class HandOver:
         if self.outcome.model is None:
             found = self.model
         else:
-            settings: dict[str, Any] = {"dtype": self.model.dtype, "attention": self.model.attention}
+            names = ("dtype", "attention", "trust_remote_code")
+            settings: dict[str, Any] = {name: getattr(self.model, name) for name in names}
             found = LocalModel(path=str(self.outcome.model), **settings)
         return replace(found, adapter=str(self.outcome.adapter)) if self.outcome.adapter else found
 
@@ -170,10 +171,13 @@ class HandOver:
 
         assert self.outcome.adapter is not None
         config = write_plain_adapter(self.outcome.adapter, folder)
-        return [
+        remarks = [
             f"Every tensor has the rank r = {config.r}, padded with zeros where the run gave it less, and "
             f"α/r = {config.lora_alpha / config.r:g}."
         ]
+        if scheme := self.outcome.quantised:
+            remarks.append(f"The adapter was trained on the base quantised to {scheme}; load the base like that.")
+        return remarks
 
     def _write_gguf(self, folder: Path) -> list[str]:
         from layerif.compress.export import merged

@@ -5,6 +5,7 @@ Hydra and what stands on it are imported where they are used, because `layerif -
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -36,7 +37,8 @@ def _start() -> None:
     from layerif.app import sweep
     from layerif.app.composition import Composer, from_command_line
     from layerif.app.schema import register
-    from layerif.compat import compose_by, hydra_arguments
+    from layerif.compat import compose_by, execution_whitelist, hydra_arguments
+    from layerif.targets import hydra_patterns
 
     register()
     _check_options()
@@ -47,8 +49,9 @@ def _start() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here instead of being printed by Hydra
     try:
         given = from_command_line(hydra_arguments(sys.argv[1:]).overrides)
+        whitelist = execution_whitelist(hydra_patterns(given.get("trusted_targets", ())))
         with compose_by(partial(Composer, given=given)):
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config", **whitelist)(_job)()
     except KeyboardInterrupt:
         carries_on = "; the same command carries on" if sweep.Sweep.running else ""
         print(f"\ninterrupted{carries_on}", file=sys.stderr)
@@ -80,6 +83,8 @@ def _job(config: DictConfig) -> float | None:
 
 
 def _run(config: DictConfig) -> float | None:
+    # PEFT imports bitsandbytes wherever it is installed, which then warns of a kernel that a CPU can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from layerif.app.run import run  # torch and transformers only where there is work to do
 
     return run(config)

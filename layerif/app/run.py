@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from layerif import PACKAGE
 from layerif.adapt.train import CHECKPOINTS
 from layerif.app.schema import check
-from layerif.app.setup import Setup
+from layerif.app.setup import Outline, Setup, setup_of
 from layerif.app.sweep import is_swept
 from layerif.attribution.selection.all import AllRows
 from layerif.checks import how_many
@@ -36,7 +36,7 @@ from layerif.record.job import choices_of_run, is_same_job, settings_of
 from layerif.record.plots import spelt_budget
 from layerif.record.record import FAILURE, FILE, AllocationRecord, RunRecord
 from layerif.record.text import allocation_lines, print_run
-from layerif.record.tracking import tracked
+from layerif.record.tracking import WANDB_RUN, tracked
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def run(config: DictConfig) -> float | None:
     check(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     _prepare_process(config)
-    setup = Setup(config)
+    setup = setup_of(config)
     if config.dry_run:
         _check_method(setup)
         preview(setup, folder)
@@ -76,6 +76,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         config=settings_of(config),
         overrides=list(HydraConfig.get().overrides.task),
         inputs=setup.inputs(),
+        measurements=setup.store.taken,  # grows while the run goes on
     )
     before = _record_in(folder)
     is_same = before is not None and is_same_job(before.identity, record.identity)
@@ -90,6 +91,7 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
     try:
         with _noting_warnings(record.notes), tracked(setup.loggers, record, folder, setup.store.files):
             _execute(setup, record, folder)
+            record.memory_gb = _peak_memory()
     except KeyboardInterrupt:
         if not is_swept():  # the jobs of a sweep find their folders again by themselves
             print(f"\ninterrupted; the same command with hydra.run.dir='{folder}' carries on", file=sys.stderr)
@@ -101,8 +103,6 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
         raise
     if rank_zero_only.rank > 0:  # the first process keeps the record for all
         return None
-    record.measurements = setup.store.taken
-    record.memory_gb = _peak_memory()
     if record.decision:  # a method that decides nothing has printed its own result
         print_run(record, folder)
     file = record.write(folder)  # last, because a job with a record is not run again
@@ -113,6 +113,9 @@ def _run_in(folder: Path, setup: Setup) -> float | None:
 
 def preview(setup: Setup, folder: Path) -> None:
     """Prints all that is known without weights: the sizes, one sample, and the allocation that the budget permits."""
+    if isinstance(setup, Outline):
+        print("dry run: the configuration makes a model, nothing was counted or measured")
+        return
     config, splits, template = setup.config, setup.splits, setup.task.template
     probe, everything = setup.decider.probe, setup.decider.layers()
     skeleton = setup.model.skeleton(with_adapter=probe.parameters == "lora")
@@ -221,6 +224,7 @@ def _remove_parts(folder: Path) -> None:
     if rank_zero_only.rank == 0:
         for name in (CHECKPOINTS, BLOCKS):
             shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / WANDB_RUN).unlink(missing_ok=True)
 
 
 class _FirstTime(logging.Filter):

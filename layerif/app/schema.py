@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from layerif.app.resolvers import register_resolvers
 from layerif.checks import Seed, check_file_name, check_value, did_you_mean, is_finite, shown, unknown_key
+from layerif.compat import resolve_in_defaults
 from layerif.files import conf_folder
 from layerif.targets import allowed_target, build, nodes_with_target, refuse_keywords
 
@@ -58,6 +59,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra; calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=Config)
     register_resolvers()
+    resolve_in_defaults()
 
 
 # Root keys that hold the settings of one object.

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from layerif.adapt.data import TaskDataModule
+from layerif.adapt.strategy import ShardedBase
 from layerif.adapt.train import Fit
 from layerif.app.methods import Method
 from layerif.attribution.selection import Pool, Selection
@@ -27,6 +28,7 @@ from layerif.estimators._base import CurveEstimator, name_of
 from layerif.evaluate.evaluation import Evaluation
 from layerif.files import conf_folder, hash_file
 from layerif.models.blocks import context_length
+from layerif.models.configuration import Configuration
 from layerif.models.memory import free_bytes
 from layerif.models.pretrained import Pretrained
 from layerif.probe.settings import Probe
@@ -34,6 +36,8 @@ from layerif.probe.store import Store
 from layerif.scores import AllocationKind
 from layerif.targets import allowed_target, build
 
+# Strategies that divide the weights of a model among processes.
+_DIVIDING = (ShardedBase, FSDPStrategy, ModelParallelStrategy)
 # Settings that may be the path of a file. If the file's content changes, it is another job.
 _FILES = (
     "method.allocation",
@@ -97,10 +101,11 @@ class Setup:
             store=self.store,
             seed=config.seed,
             device=trainer.strategy.root_device,
-            spread=isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy),
+            spread=isinstance(trainer.strategy, _DIVIDING),
             num_processes=trainer.world_size,
             skip=tuple(getattr(getattr(self.method, "pruner", None), "skip", ())),
         )
+        check_parts(self.method, self.decider)
         check_spent(self.method, self.decider)
         if self.method.evaluates or self.evaluation.before:
             longest = context_length(self.model.skeleton())
@@ -151,9 +156,8 @@ class Setup:
 
     @property
     def free_for_training(self) -> int:
-        """The bytes that are free for training, on the devices of all processes among which a model is spread."""
-        decider = self.decider
-        return free_bytes(decider.device) * (decider.num_processes if decider.spread else 1)
+        """The bytes that are free for training on this process's device."""
+        return free_bytes(self.decider.device)
 
     @cached_property
     def loggers(self) -> list[Logger]:
@@ -172,6 +176,8 @@ class Setup:
             ValueError: Lightning refuses the settings.
         """
         logger = self.loggers if callbacks else False
+        if self.config.trainer.get("strategy") == "fsdp":  # Lightning's own is FSDP 1, for GPUs alone
+            overrides = {"strategy": ShardedBase(), **overrides}
         try:
             return self._build(
                 "trainer",
@@ -188,10 +194,41 @@ class Setup:
             raise ValueError(f"trainer: {error}{cpu}") from error
 
     def _build(self, key: str, **given: Any) -> Any:
-        """Builds the object of a root key, None where it is null; arguments stand in place of its settings."""
-        node = self.config[key]
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        return build(plain, key, list(self.config.get("trusted_targets") or ()), **given)
+        return built(self.config, key, **given)
+
+
+class Outline(Setup):
+    """The objects of a plan for the configuration of a model alone, which has neither weights nor a tokenizer.
+
+    Samples are not read, because nothing can tell their tokens: there is no decider.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.model = self._build("model")
+        self.method = self._build("method")
+        if self.method.name != "plan":
+            self.model.load()  # refuses
+        self.model.check()
+        self.task = self._build("task")
+        self.splits = self.scored = self.task.load()
+        self.selection, self.tokenizer = AllRows(), None
+        self.store = Store(Path(config.store))
+
+    def inputs(self) -> dict[str, str]:
+        return {"rows": self.splits.fingerprint, **self.model.inputs()}
+
+
+def setup_of(config: DictConfig) -> Setup:
+    """Makes the objects of a configuration: those of a plan alone where the model is only a configuration."""
+    return (Outline if isinstance(built(config, "model"), Configuration) else Setup)(config)
+
+
+def built(config: DictConfig, key: str, **given: Any) -> Any:
+    """Builds the object of a root key, None where it is null; arguments stand in place of its settings."""
+    node = config[key]
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return build(plain, key, list(config.get("trusted_targets") or ()), **given)
 
 
 # The allocators that spend scores or curves, by the kind of allocation that a method spends.
@@ -255,6 +292,27 @@ def check_spent(method: Method, decider: Decider) -> None:
         f"the allocator gives {given}, and method={method.name} spends {' or '.join(kinds)}; use {fitting}, or "
         f"{''.join(f'method={name}, ' for name in able)}or method=none for scores and allocation only"
     )
+
+
+def check_parts(method: Method, decider: Decider) -> None:
+    """Refuses what cannot be divided where the trainer divides the weights of the model, and says what can.
+
+    Args:
+        method: one that works with parts of the model, or needs the whole.
+        decider: with the model, which cannot be divided where it is quantised, and what the trainer does with it.
+    """
+    if decider.spread and (scheme := decider.model.quantisation):
+        raise ValueError(
+            "the strategy of the trainer divides weights among devices, and the model is quantised "
+            f"({scheme}); use trainer.strategy=ddp, or model.quantised=none"
+        )
+    if decider.spread and not method.takes_parts:
+        methods = {file.stem: _method_class(file) for file in sorted((conf_folder() / "method").glob("*.yaml"))}
+        able = ", ".join(name for name, other in methods.items() if other.takes_parts)
+        raise ValueError(
+            f"method={method.name} needs the whole model on every device, and the trainer's strategy divides it; use "
+            f"trainer.strategy=ddp or trainer.devices=1 with trainer.strategy=auto, or another method: {able}"
+        )
 
 
 def _kinds_spent(method: Method | type[Method]) -> tuple[AllocationKind, ...]:

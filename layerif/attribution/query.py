@@ -147,6 +147,8 @@ def query_influence(
     query, _ = projected_gradients(measurements, "validation", load, size=size, seed=seed)
     fidelity, is_whole = None, is_exact(model, train.layers, size)
     notes = [f"an index of {'whole gradients' if is_whole else f'gradients projected to {size} × {size} numbers'}"]
+    if scheme := measurements.model.quantisation:
+        notes.append(f"gradients of {scheme} weights; not compared with those of the weights before")
     if not is_whole or measurements.is_half_precision:
         if probe.fidelity_samples:
             fidelity = fidelity_of_index(measurements, estimator, train, query, load)
@@ -245,7 +247,7 @@ def fidelity_of_index(
         splits=some,
         probe=replace(probe, projection=None, num_train=num_train, num_validation=num_query),
     )
-    if measurements.is_half_precision:
+    if measurements.is_half_precision and measurements.model.quantisation is None:
         exact = replace(exact, model=measurements.model.in_dtype("float32"))
         load = _loaded(exact)
     reference, _ = Grams().take(exact, load)

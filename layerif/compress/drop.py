@@ -1,7 +1,8 @@
-"""Blocks, or attention and MLP of blocks, are left out of a loaded model.
+"""Blocks, attention and MLP of blocks, or experts are left out of a loaded model.
 
-A model that lost blocks is an ordinary one of its family: `save_pretrained` writes it, and plain transformers loads it.
-One that lost parts of blocks exists in memory only, because no configuration can describe it.
+A model that lost blocks, or as many experts in every block, is an ordinary one of its family: `save_pretrained` writes
+it, and plain transformers loads it. One that lost parts of blocks exists in memory only, because no configuration can
+describe it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from layerif.checks import did_you_mean, how_many
-from layerif.layers import block_of, depths, is_attention, within_block
+from layerif.compress.experts import expert_changes
+from layerif.layers import block_of, depths, is_attention, is_whole_expert, within_block
 from layerif.models.blocks import bare, blocks
 
 _INDICES = ("layer_idx", "layer_id")  # the names that a module's number in the key-value cache has
+_NUMBERS = ("moe_layers", "mlp_only_layers")  # lists of numbers of blocks in configurations
+_FIRST = ("first_k_dense_replace",)  # the number of first blocks that are of another kind
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -29,7 +33,7 @@ def drop(model: nn.Module, units: Iterable[str]) -> None:
 
     Args:
         model: a causal language model, with weights or without.
-        units: the names of blocks, or of the attention and the MLP of blocks.
+        units: the names of blocks, of the attention and the MLP of blocks, or of experts.
 
     Raises:
         ValueError: a unit is unknown, no block would stay, or the configuration cannot describe what is left.
@@ -60,13 +64,14 @@ def check_droppable(skeleton: nn.Module, units: Sequence[str]) -> None:
 
     Args:
         skeleton: the model without its weights; it is left as it was.
-        units: the names of blocks, or of parts of blocks, that would go.
+        units: the names of blocks, of parts of blocks or of experts, that would go.
 
     Raises:
         ValueError: names the model's kind, and what its configuration cannot say.
     """
-    has_parts = any(map(within_block, units))
-    for dropped in (units,) if has_parts else ([next(iter(blocks(skeleton)))], units):
+    has_experts = any(map(is_whole_expert, units))
+    has_parts = any(map(within_block, units)) and not has_experts
+    for dropped in (units,) if has_parts or has_experts else ([next(iter(blocks(skeleton)))], units):
         with without(skeleton, dropped):
             if not has_parts:
                 check_ordinary(skeleton)
@@ -81,20 +86,18 @@ def check_ordinary(model: nn.Module) -> None:
     Raises:
         ValueError: names the kind of the model and the difference.
     """
-    from transformers import AutoModelForCausalLM
-
     config = _config(model)
     try:
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()))
+            built = type(bare(model))(type(config).from_dict(config.to_dict()))
     except Exception as error:  # transformers raises what it likes
-        raise _cannot_be_filtered(config, f"without some blocks it cannot be built ({error})") from error
+        why = f"without them it cannot be built ({str(error).splitlines()[0]})"
+        raise _cannot_be_filtered(config, why) from error
     ours, theirs = _description(bare(model)), _description(built)
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
-            raise _cannot_be_filtered(
-                config, f"without some blocks it makes {name} {theirs.get(name)} where the model has {ours.get(name)}"
-            )
+            why = f"without them it makes {name} {theirs.get(name)} where the model has {ours.get(name)}"
+            raise _cannot_be_filtered(config, why)
 
 
 def _config(model: nn.Module) -> Any:
@@ -103,8 +106,8 @@ def _config(model: nn.Module) -> Any:
 
 def _cannot_be_filtered(config: Any, why: str) -> ValueError:
     return ValueError(
-        f"the configuration of a {config.model_type} model cannot be filtered: {why}; choose another model, or "
-        "allocator.unit=sublayer with method.save=false"
+        f"the configuration of a {config.model_type} model cannot be filtered: {why}; choose other units or "
+        "another model, or allocator.unit=sublayer with method.save=false"
     )
 
 
@@ -122,6 +125,10 @@ def _description(model: nn.Module) -> dict[str, Any]:
 def _changes(model: nn.Module, units: Iterable[str]) -> list[tuple[Any, str, Any]]:
     """Lists the attributes that change if units are left out: the object, the name and the new value of each."""
     found, dropped = blocks(model), list(dict.fromkeys(units))
+    if experts := [unit for unit in dropped if is_whole_expert(unit)]:
+        if len(experts) < len(dropped):
+            raise ValueError("experts cannot be left out together with other units; leave out one kind at a time")
+        return expert_changes(bare(model), experts)
     gone = [unit for unit in dropped if unit in found]
     changes: list[tuple[Any, str, Any]] = [_stand_in(model, found, unit) for unit in dropped if unit not in found]
     if not gone:
@@ -136,8 +143,13 @@ def _changes(model: nn.Module, units: Iterable[str]) -> list[tuple[Any, str, Any
             changes += [(module, index, number) for index in _INDICES if isinstance(getattr(module, index, None), int)]
     numbers = depths(list(found))
     config = _config(model).get_text_config()
+    new_numbers = {numbers[block]: number for number, block in enumerate(stays)}
     for name, value in config.to_dict().items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == len(found):
+        if name in _NUMBERS and isinstance(value, list | tuple):
+            changes.append((config, name, [new_numbers[number] for number in value if number in new_numbers]))
+        elif name in _FIRST and isinstance(value, int):
+            changes.append((config, name, sum(number < value for number in new_numbers)))
+        elif "layer" in name and isinstance(value, list | tuple) and len(value) == len(found):
             changes.append((config, name, [value[numbers[block]] for block in stays]))
     return [*changes, (config, "num_hidden_layers", len(stays))]
 

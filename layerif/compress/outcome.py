@@ -26,6 +26,7 @@ class Outcome:
         adapter: the folder of its adapter.
         settings: those in the adapter's own file.
         formats: the number format of each quantised matrix, by name.
+        quantised: the way in which the base under the adapter was quantised; None where it was not.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Outcome:
     adapter: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
+    quantised: str | None = None
 
     @property
     def left(self) -> str:
@@ -73,7 +75,11 @@ def outcome_of(record: RunRecord, folder: Path) -> Outcome:
     if trains_adapter and (adapter / _ADAPTER).is_file():
         found = check_object(read_json(adapter / _ADAPTER, what="adapter"), what=f"{adapter / _ADAPTER}")
         on = model if recovery and has_model else None
-        return Outcome(method=called, model=on, adapter=adapter, settings=found)
+        from layerif.models.quantised import quantisation_beside  # imports torch, which `--help` must not
+
+        scheme = quantisation_beside(adapter)
+        quantised = None if scheme == "none" else scheme
+        return Outcome(method=called, model=on, adapter=adapter, settings=found, quantised=quantised)
     return Outcome(method=called, model=model if has_model and not trains_adapter else None)
 
 
@@ -95,6 +101,10 @@ def refusals(outcome: Outcome) -> dict[str, str]:
         found["peft"] = "AdaLoRA has a value of its own for each rank, which plain LoRA has not"
     elif outcome.settings.get("keep_zeros"):
         found["peft"] = "its adapter leaves the zeros of the weights below it alone, and plain LoRA fills them"
+    if outcome.quantised:
+        found["merged"] = found["gguf"] = (
+            f"its adapter was trained on a quantised base ({outcome.quantised}), which merging would round anew"
+        )
     if not outcome.formats:
         found["gguf-types"] = found["compressor"] = "it quantised nothing"
     return found

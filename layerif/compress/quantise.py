@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerif.formats import Format, format_of, spelt_formats
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, weight_of
 
 
 def formats_of_matrices(layers: LayerMap, bits: Mapping[str, float], formats: Sequence[Format]) -> dict[str, Format]:
@@ -75,7 +75,7 @@ def quantise(model: nn.Module, chosen: Mapping[str, Format]) -> dict[str, Rounde
     """
     found = {}
     for param, each in chosen.items():
-        weight = bare(model).get_parameter(param)
+        weight = weight_of(model, param)
         rounded = each(weight)
         size = float(weight.double().norm())
         found[param] = Rounded(weight.numel(), float((rounded - weight).double().norm()) / (size or 1.0))

@@ -18,6 +18,7 @@ needs by a request (`layerif/probe/request.py`) and scores it:
 | `Removal(sparsity, mask)`      | `LayerRemovals`: errors that a mask makes        | lsa                              |
 | `UpdateMasks()`                | `LayerMasks`: SPIDER's mask of a mean gradient   | spider                           |
 | `Gates(num_steps, …)`          | `LayerGates`, learned on a trained adapter       | ila                              |
+| `ExpertOutputs(calibration)`   | `LayerExperts`: what each expert adds            | expert_output                    |
 | `Nothing(files)`               | `LayerMap` of the model; no pass over data       | uniform, random, ends, file      |
 
 Estimators of curves give these in place of scores: loss_curve (`LossCurves`), bits_curve (`BitsCurves`), gain_curve

@@ -26,6 +26,7 @@ from layerif.compat import changes_of
 from layerif.evidence import (
     CrossGram,
     LayerActivations,
+    LayerExperts,
     LayerGates,
     LayerGrams,
     LayerMasks,
@@ -43,7 +44,7 @@ Normalisation = Literal["none", "numel"]
 DampingRule = Literal["relative", "absolute"]
 Reads = Literal["diagonal", "columns", "whole"]
 # evidence that keeps the layers apart
-Evidence = LayerSpectra | LayerActivations | LayerRemovals | LayerMasks | LayerGates | LayerGrams
+Evidence = LayerSpectra | LayerActivations | LayerRemovals | LayerMasks | LayerGates | LayerExperts | LayerGrams
 
 
 class CurveEstimator(ABC):

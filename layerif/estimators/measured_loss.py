@@ -43,6 +43,7 @@ class LossByBlock(Request):
         granularity: the units of the curves.
     """
 
+    needs_dense_weights: ClassVar[bool] = True
     kind: ClassVar[Literal["sparsity"]] = "sparsity"
     reads_windows: ClassVar[bool] = True
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from layerif.allocate.curves import Curves
 from layerif.allocate.spans import block_curves, equal_costs
-from layerif.checks import Seed, check_fields
+from layerif.checks import Seed, check_fields, listed
 from layerif.estimators._base import CurveEstimator, described
 from layerif.evidence import LayerSkips
-from layerif.layers import BlockOrSublayer, LayerMap
+from layerif.layers import Droppable, LayerMap
 from layerif.probe.skips import Skips
 from layerif.pruning.calibration import Calibration
 from layerif.scores import AllocationKind
@@ -18,7 +19,7 @@ from layerif.scores import AllocationKind
 
 @dataclass(frozen=True, kw_only=True)
 class SkipCurve(CurveEstimator):
-    """Prices leaving out a block, or its attention or MLP alone, by z = −γᵀr at every token.
+    """Prices leaving out a block, its attention, its MLP or one of its experts, by z = −γᵀr at every token.
 
     r is what the unit adds to the hidden state, and γ the gradient of the window's mean loss there.
 
@@ -26,7 +27,7 @@ class SkipCurve(CurveEstimator):
         order: `first` is the mean over windows of Σ z, which may be below zero; `second` is that of ½·T·Σ z², with T
             the counted tokens of the window, the empirical Fisher's form with tokens taken as independent; `both` is
             their sum.
-        unit: `block` or `sublayer`; None: `block`.
+        unit: `block`, `sublayer` or `expert`; None: `block`.
         calibration: the windows whose loss is watched; None: 16 windows of 256 tokens of the embedded documentation.
         seed: chooses the windows where `calibration` is None.
     """
@@ -34,7 +35,7 @@ class SkipCurve(CurveEstimator):
     kind: ClassVar[AllocationKind] = "blocks"
 
     order: Literal["second", "first", "both"] = "second"
-    unit: BlockOrSublayer | None = None
+    unit: Droppable | None = None
     calibration: Calibration | None = None
     seed: Seed = 0
 
@@ -53,6 +54,8 @@ class SkipCurve(CurveEstimator):
         return equal_costs(layers, self.unit or "block")
 
     def curves(self, evidence: LayerSkips, /) -> Curves:
+        if evidence.unit == "expert":
+            _warn_of_unreached(evidence)
         by_half = {"first": evidence.first, "second": evidence.second, "both": evidence.first + evidence.second}
         return block_curves(
             evidence.units,
@@ -61,4 +64,16 @@ class SkipCurve(CurveEstimator):
             evidence.unit,
             source=evidence.source,
             fingerprint=evidence.fingerprint,
+        )
+
+
+def _warn_of_unreached(evidence: LayerSkips) -> None:
+    """Names the experts whose price is 0 because nothing was seen of them: they would be the first to be left out."""
+    unreached = [name for name, sum_2 in zip(evidence.units, evidence.second.T, strict=True) if not bool(sum_2.any())]
+    if unreached:
+        warnings.warn(
+            f"no calibration token reaches {listed(unreached, 4)} ({len(unreached)} of {len(evidence.units)} experts), "
+            "or they add nothing to any, so that their price is 0; give more text (estimator.calibration)",
+            RuntimeWarning,
+            stacklevel=3,
         )

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from layerif.models.quantised import refuse_other_quantisation
+
 if TYPE_CHECKING:
     from layerif.models.pretrained import Pretrained
 
@@ -49,6 +51,7 @@ def refuse_other_adapter(model: Pretrained, folder: Path) -> None:
     what, advice = f"the adapter {str(folder)!r}", "give an adapter that was trained on this model"
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{what} holds no adapter_config.json; give a folder written by PEFT's save_pretrained")
+    refuse_other_quantisation(what, folder, model.quantisation)
     skeleton = model.skeleton()
     try:
         found = _shapes_in(folder)

@@ -8,14 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from layerif.compat import unpacked, without_quantised_inputs
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keeps the model in evaluation mode; afterwards every module is in the mode it was in."""
+    """Keeps the model in evaluation mode; afterwards every module is in the mode it was in.
+
+    Quantised layers compute meanwhile as `layerif.models.quantised.prepare_quantised` says, so that no result depends
+    on the batch.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with unpacked(modes), without_quantised_inputs(modes):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

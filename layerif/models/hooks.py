@@ -11,26 +11,32 @@ from torch import Tensor, nn
 
 from layerif.models.blocks import blocks
 from layerif.models.loss import per_sample_loss
+from layerif.models.stored import Apart, Stored
 
 
 @contextmanager
 def hooked(
-    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False, with_kwargs: bool = False
+    hooks: Iterable[tuple[nn.Module | Stored, Callable[..., Any]]], *, before: bool = False, with_kwargs: bool = False
 ) -> Iterator[None]:
     """Keeps hooks on modules while the context is open.
 
+    A matrix of fused experts is called with the tokens that are sent to the expert (R×I) and with their places among
+    all tokens of the batch (R), and not at all where there are none.
+
     Args:
-        hooks: pairs of a module and the function that torch calls at its forward.
+        hooks: pairs of a module or stored matrix and the function that torch calls at its forward.
         before: call the functions before the module's forward (`hook(module, inputs)`) instead of after it
             (`hook(module, inputs, output)`); what a function returns replaces inputs or output, as in torch.
         with_kwargs: pass the forward's keyword arguments as well, after `inputs`.
     """
-    handles = []
+    handles, apart = [], Apart()
     try:
-        for module, hook in hooks:
+        for place, hook in hooks:
+            module = apart.module_of(place) if isinstance(place, Stored) else place
             register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
             handles.append(register(hook, with_kwargs=with_kwargs))
-        yield
+        with apart.running():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -15,8 +15,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare, blocks, device_of, layer_map
+from layerif.models.blocks import Scope, bare, blocks, device_of, layer_map, note_left_out
 from layerif.models.memory import free_bytes
+from layerif.models.quantised import scheme_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,20 @@ class Loaded:
         if self.converted_to:
             return self.converted_to
         block = next(iter(blocks(self.model).values()), self.model)
-        return str(next(block.parameters()).dtype).removeprefix("torch.")
+        dtype = next(block.parameters()).dtype
+        if not dtype.is_floating_point:  # a quantised layer computes in the type of its inputs
+            dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
+        return str(dtype).removeprefix("torch.")
+
+    @cached_property
+    def quantisation(self) -> str | None:
+        """Names the way in which the weights are quantised; None where they are not."""
+        return scheme_in(self.model)
+
+    @property
+    def has_dense_weights(self) -> bool:
+        """Tells if the weights are there as they were before they were quantised."""
+        return self.quantisation is None
 
     @property
     def adapter(self) -> str | None:
@@ -100,7 +114,8 @@ class Loaded:
     def fingerprint(self) -> dict[str, str]:
         """Returns everything about the model that changes a measurement."""
         weights = self._weights if self.is_hashed else "not hashed"
-        return {"weights": weights, "adapter": self._state_of_adapter(), "dtype": self.dtype, "config": self._config()}
+        found = {"weights": weights, "adapter": self._state_of_adapter(), "dtype": self.dtype, "config": self._config()}
+        return found if self.quantisation is None else {**found, "quantised": self.quantisation}
 
     def _config(self) -> str:
         """Hashes the configuration, which decides how the weights are used (`rope_theta`, `sliding_window`)."""
@@ -127,6 +142,10 @@ class Loaded:
         found = layer_map(self.model, scope="all", skip_unsupported=True)
         bare_names = tuple(tuple(each.replace(".base_layer.", ".") for each in params) for params in found.params)
         return replace(found, params=bare_names)
+
+    def left_out(self, scope: Scope) -> str | None:
+        """Says which matrices of the blocks no measurement takes, see `note_left_out`."""
+        return note_left_out(self.model, scope)
 
     def load(self) -> Any:
         """Returns the model itself, or a copy of it in another type.

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from layerif.checks import check_choice, check_fields
-from layerif.compat import has_own_adapter, hub_commit
+from layerif.compat import has_own_adapter, has_sdpa, hub_commit
 from layerif.files import hash_files, read_json
 from layerif.layers import LayerMap
-from layerif.models.blocks import layer_map
+from layerif.models.blocks import Scope, layer_map, note_left_out
 from layerif.models.checkpoints import refuse_other_adapter, refuse_other_shapes, shapes_of
-from layerif.models.quantised import refuse_quantised_config
+from layerif.models.quantised import (
+    Quantised,
+    check_computed_type,
+    check_quantised_config,
+    compute_in,
+    loading,
+    prepare_quantised,
+)
 from layerif.models.weights import hash_folder, model_files, refuse_incomplete
 
 if TYPE_CHECKING:
@@ -39,16 +47,22 @@ class Pretrained(ABC):
 
     Args:
         adapter: the folder of a PEFT adapter to load on top; None loads the bare model.
-        dtype: the type of the weights.
+        dtype: the type of the weights; of a quantised model that of the rest, and of the products of its layers.
         attention: transformers' `attn_implementation`; it must not change results and is not part of the fingerprint.
+        trust_remote_code: run the Python files that come with the model, with all rights of this process.
+        quantised: quantise the linear layers of the blocks while they are loaded (nf4: 4 bits, int8: 8 bits), by
+            bitsandbytes; none takes the weights as they are in the files, which may be quantised.
     """
 
     adapter: str | None = None
     dtype: Dtype = "float32"
     attention: str = "sdpa"
+    trust_remote_code: bool = False
+    quantised: Quantised = "none"
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        check_computed_type(self.quantised, self.dtype)
         if self.adapter == "":
             raise ValueError("model.adapter='' is not allowed; allowed: the folder of an adapter, or null for none")
 
@@ -63,7 +77,20 @@ class Pretrained(ABC):
     def fingerprint(self) -> dict[str, str]:
         """Returns everything about the model that changes a measurement."""
         adapter = hash_folder(Path(self.adapter)) if self.adapter else "none"
-        return {"weights": self.weights_hash(), "adapter": adapter, "dtype": self.dtype}
+        found = {"weights": self.weights_hash(), "adapter": adapter, "dtype": self.dtype}
+        if self.trust_remote_code and (files := sorted(Path(self.location()[0]).glob("*.py"))):
+            found["code"] = hash_files(files)
+        return found if self.quantised == "none" else {**found, "quantised": self.quantised}
+
+    @property
+    def quantisation(self) -> str | None:
+        """Names the way in which the weights are quantised, here or in the files; None where they are not."""
+        return _remembered(_scheme_of_files, self) or (None if self.quantised == "none" else self.quantised)
+
+    @property
+    def has_dense_weights(self) -> bool:
+        """Tells if the weights are there as they were before they were quantised."""
+        return _remembered(_scheme_of_files, self) is None
 
     def inputs(self) -> dict[str, str]:
         """Returns what makes two jobs different: the fingerprint, and the tokenizer where that does not cover it."""
@@ -77,6 +104,10 @@ class Pretrained(ABC):
         """Returns all blocks with all their linear layers, without loading weights."""
         return _remembered(_layers_and_vocabulary, self)[0]
 
+    def left_out(self, scope: Scope) -> str | None:
+        """Says which matrices of the blocks no measurement takes, see `note_left_out`."""
+        return _remembered(_layers_and_vocabulary, self)[2][scope]
+
     def num_embeddings(self) -> int:
         """Returns the number of token ids that the model has an embedding for."""
         return _remembered(_layers_and_vocabulary, self)[1]
@@ -85,8 +116,8 @@ class Pretrained(ABC):
         """Checks configuration, tokenizer and adapter against one another, without loading weights.
 
         Raises:
-            ValueError: the model cannot be built or is quantised, its vocabulary lacks ids of the tokenizer, or the
-                adapter is of another model.
+            ValueError: the model cannot be built, or is quantised in a way that cannot be loaded, its vocabulary lacks
+                ids of the tokenizer, or the adapter is of another model or of another quantisation.
         """
         num_embeddings = self.num_embeddings()  # first, because a tokenizer reads the configuration, too
         _check_vocabulary(self.location()[0], self.tokenizer(), num_embeddings)
@@ -97,24 +128,24 @@ class Pretrained(ABC):
         """Loads the model with its adapter on the CPU, in evaluation mode.
 
         Raises:
-            ValueError: the files do not hold exactly the weights of this model, see `refuse_incomplete`, or the adapter
-                is of another model.
+            ValueError: the files do not hold exactly the weights of this model, see `refuse_incomplete`, the adapter is
+                of another model, or quantised layers do not compute in `dtype`.
         """
-        from transformers import AutoModelForCausalLM
-
         where, revision = self.location()
-        self._config()
+        config = self._config()
+        in_files = check_quantised_config(where, config, self.quantised)
         if Path(where).is_dir():
             model_files(Path(where))
         with _readable(where):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 where,
                 revision=revision,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=self.attention,
-                trust_remote_code=False,
+                trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that `found` says which
+                **({} if in_files else loading(self.quantised, getattr(torch, self.dtype))),
             )
         model, found = loaded
         if has_own_adapter(model):
@@ -123,6 +154,10 @@ class Pretrained(ABC):
                 "into a folder of its own, and name that with model.adapter=/folder"
             )
         refuse_incomplete(where, model, found)
+        if in_files or self.quantised != "none":
+            prepare_quantised(model)
+        if in_files:
+            compute_in(model, getattr(torch, self.dtype), where=where, scheme=in_files)
         if self.adapter:
             from peft import PeftModel
 
@@ -135,8 +170,8 @@ class Pretrained(ABC):
         return self.load()
 
     def in_dtype(self, dtype: Dtype) -> Pretrained:
-        """Returns this model with weights of another type."""
-        return replace(self, dtype=dtype)
+        """Returns this model with weights of another type, and not quantised."""
+        return replace(self, dtype=dtype, quantised="none")
 
     def skeleton(self, *, with_adapter: bool = False) -> PreTrainedModel:
         """Builds the model without weights, on the meta device, which takes a fraction of a second.
@@ -144,15 +179,15 @@ class Pretrained(ABC):
         Args:
             with_adapter: add the adapter, as `load` does.
         """
-        from transformers import AutoModelForCausalLM
-
         config = self._config()
+        if getattr(config, "quantization_config", None):
+            delattr(config, "quantization_config")  # the skeleton has the shapes of the weights before
         with _readable(self.location()[0]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation="eager",  # which every machine has; it never runs
-                trust_remote_code=False,
+                trust_remote_code=self.trust_remote_code,
             )
         if not with_adapter or self.adapter is None:
             return model
@@ -171,17 +206,20 @@ class Pretrained(ABC):
         if "/" not in self.attention or find_spec("kernels") is None:
             check_choice("model.attention", self.attention, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()))
         where, revision = self.location()
+        if self.trust_remote_code:
+            warnings.warn(_TRUSTED.format(where=where), RuntimeWarning, stacklevel=2)
         if (file := Path(where, "config.json")).is_file():
             _check_sizes(file)
         with _readable(where):
-            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=self.trust_remote_code)
             is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # transformers would take it silently
             if config.is_encoder_decoder or (is_encoder and not getattr(config, "is_decoder", False)):
                 raise ValueError(f"its architecture {config.model_type} has an encoder")
             if (names := config.architectures or ()) and all(name.endswith(_OTHER_HEADS) for name in names):
                 raise ValueError(f"it is a {names[0]}, which has no head that predicts the next token")
             _check_heads(config.get_text_config())
-        refuse_quantised_config(where, config)
+        if in_files := check_quantised_config(where, config, self.quantised):
+            check_computed_type(in_files, self.dtype)
         return config
 
     def at(self, checkpoint: str) -> Pretrained:
@@ -202,7 +240,8 @@ class Pretrained(ABC):
                 f"the checkpoint {checkpoint!r} holds neither adapter_config.json nor config.json; give folders "
                 "written by save_pretrained, PEFT adapters or whole models"
             )
-        found = LocalModel(path=checkpoint, adapter=self.adapter, dtype=self.dtype, attention=self.attention)
+        settings = {field.name: getattr(self, field.name) for field in fields(Pretrained)}
+        found = LocalModel(path=checkpoint, **settings)
         refuse_other_shapes(f"the checkpoint {checkpoint!r}", shapes_of(found.skeleton()), shapes_of(self.skeleton()))
         return found
 
@@ -254,6 +293,21 @@ class LocalModel(Pretrained):
         return {**super().inputs(), "tokenizer": hash_files(files)}
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Returns transformers' class that builds a model: some families that read images have no other with a head."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if reads_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _remembered(make: Callable[[Pretrained], T], model: Pretrained) -> T:
     """Calls `make(model)` once per process while the files of the model's folder stay the same; for a hub, always."""
     folder = Path(model.location()[0])
@@ -268,19 +322,31 @@ def _make_once(make: Callable[[Pretrained], T], model: Pretrained, files: tuple[
     return make(model)
 
 
+def _scheme_of_files(model: Pretrained) -> str | None:
+    """Names the way in which the files of a model are quantised."""
+    return check_quantised_config(model.location()[0], model._config(), model.quantised)
+
+
 def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     where, revision = model.location()
     with _readable(where, "tokenizer"):
-        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+        trusted = model.trust_remote_code
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trusted)
 
 
-def _layers_and_vocabulary(model: Pretrained) -> tuple[LayerMap, int]:
-    """Returns the layers, and the number of token ids that the model has an embedding for."""
+def _layers_and_vocabulary(model: Pretrained) -> tuple[LayerMap, int, dict[Scope, str | None]]:
+    """Returns the layers, the number of token ids that the model has an embedding for, and what is left out."""
     skeleton = model.skeleton()
+    if model.attention == "sdpa" and not has_sdpa(skeleton):
+        raise ValueError(
+            f"model.attention=sdpa is not allowed for a {type(skeleton).__name__}, which has no such attention in this "
+            "version of transformers; use model.attention=eager"
+        )
     layers = layer_map(skeleton, scope="all", skip_unsupported=True)
-    return layers, skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[index, union-attr]
+    notes = {scope: note_left_out(skeleton, scope) for scope in get_args(Scope)}
+    return layers, skeleton.get_input_embeddings().weight.shape[0], notes  # type: ignore[index, union-attr]
 
 
 def _check_vocabulary(where: str, tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
@@ -321,6 +387,11 @@ def _check_heads(config: PreTrainedConfig) -> None:
         raise ValueError(f"its num_attention_heads={queries} is not a multiple of num_key_value_heads={keys}")
 
 
+_TRUSTED = (
+    "model.trust_remote_code=true runs the Python files that come with {where!r}, with all rights of this process; "
+    "layerif finds blocks and linear layers in them by their form, and no test has seen them"
+)
+
 # Ends of the names of classes whose files may hold everything but the head of a language model.
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -348,8 +419,8 @@ class _readable:
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise ValueError(
                 f"cannot load {self.what}: {_reason(error, self.made)}; supported are decoder-only language models "
-                "whose architecture this version of transformers holds itself (no trust_remote_code), in files that "
-                "are whole"
+                "in files that are whole, whose architecture this version of transformers holds itself, or whose own "
+                "code you have read and trust (model.trust_remote_code=true)"
             ) from error
 
 

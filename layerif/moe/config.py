@@ -31,7 +31,8 @@ class LoraMoeConfig(PeftConfig):
             counts) or by block name (`model.layers.3`). A more specific key has precedence. Every targeted module needs
             a count, and every key needs a module.
         top_k: the number of experts per token; 1 where a layer has only one.
-        balance_coefficient: the weight of the load-balancing loss. The training loop adds it,
+        balance_coefficient: the weight of the load-balancing loss. A training forward with `labels` has it in the
+            model's own loss, so `Trainer` and TRL's `SFTTrainer` train it. A loop with a loss of its own adds it,
             `loss + config.balance_coefficient * balance_loss(model)`; a model that is trained without it warns.
         keep_zeros: for a pruned base model with one expert per layer: B·A·α/r counts only where W is not zero, so that
             the merged weight keeps the zeros of W and equals the trained model. Several experts cannot be merged and

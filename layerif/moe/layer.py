@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from layerif.checks import how_many
+from layerif.models.stored import AnyLinear, stored_in
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.routing import Record, Routing
 
@@ -138,8 +139,8 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
         if logits_TE.dtype != torch.float64:  # half precision ties experts that differ
             logits_TE = logits_TE.float()
         top_k = self.top_k[adapter]
-        record = Record(self.name, adapter, logits_TE, top_k, router.weight.requires_grad)
-        self.routing.keep(record, wanted=self.balance_coefficient[adapter] > 0)
+        coefficient = self.balance_coefficient[adapter]
+        self.routing.keep(Record(self.name, adapter, logits_TE, top_k, router.weight.requires_grad, coefficient))
         if top_k == self.num_experts[adapter]:
             return logits_TE.softmax(dim=-1)
         top_logits, chosen = logits_TE.topk(top_k, dim=-1)
@@ -192,7 +193,7 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
                         f"merging adapter {adapter!r} into {self.name} gives non-finite weights; load the base model "
                         "in float32, or look at the adapter"
                     )
-                weight.data = merged
+                weight.data.copy_(merged)
                 self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
@@ -203,8 +204,9 @@ class LoraMoeLinear(nn.Module, BaseTunerLayer):
             weight = self._base_linear().weight
             weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
-    def _base_linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.get_base_layer())
+    def _base_linear(self) -> AnyLinear:
+        base = self.get_base_layer()
+        return stored_in(base).get("", cast(nn.Linear, base))
 
     def extra_repr(self) -> str:
         return ", ".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from layerif.checks import did_you_mean
-from layerif.models.blocks import blocks
+from layerif.models.blocks import adaptable, blocks
+from layerif.models.stored import fused_experts, stored_in
 from layerif.moe.config import LoraMoeConfig
 from layerif.moe.layer import LoraMoeLinear
 from layerif.moe.routing import Routing
@@ -46,6 +48,12 @@ class LoraMoeModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: LoraMoeConfig, model: nn.Module) -> None:
+        if fused_experts(model):
+            warnings.warn(
+                "LoRA-MoE adapts linear layers and leaves the fused experts of every block alone",
+                RuntimeWarning,
+                stacklevel=1,  # PEFT calls this, and only warnings of layerif become notes
+            )
         named = {name: module for name, module in _outside_adapters(model) if name}
         targets = [name for name in named if self._check_target_module_exists(peft_config, name)]
         for name in targets:
@@ -110,20 +118,15 @@ class LoraMoeModel(BaseTuner):
 
 
 def linears_of_blocks(model: nn.Module) -> list[str]:
-    """Returns name endings that match every nn.Linear inside the blocks and none outside, or full names."""
-    inside = {
-        f"{block_name}.{name}": name
-        for block_name, block in blocks(model).items()
-        for name, module in _outside_adapters(block)
-        if isinstance(getattr(module, "base_layer", module), nn.Linear)  # an adapter layer holds the linear layer
-    }
+    """Returns name endings that match every adaptable layer inside the blocks and nothing outside, or full names."""
+    inside = {f"{block_name}.{name}": name for block_name, block in blocks(model).items() for name in adaptable(block)}
     if not inside:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear inside a list of decoder blocks; name some in target_modules"
         )
     endings = set(inside.values())
     also_outside = any(
-        name not in inside and name.endswith(tuple(f".{ending}" for ending in endings))
+        name not in inside and f".{name}".endswith(tuple(f".{ending}" for ending in endings))
         for name, _ in _outside_adapters(model)
     )
     return sorted(inside if also_outside else endings)
@@ -144,10 +147,11 @@ def _require_linear(name: str, module: nn.Module) -> None:
     supported = isinstance(module, LoraMoeLinear) or (
         isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
+    supported = supported or "" in stored_in(module)  # a Conv1D
     if not supported:
         raise ValueError(
-            f"target_modules matches {name}, a {type(module).__name__}; LoRA-MoE takes nn.Linear modules only: "
-            "narrow target_modules, or list the module in exclude_modules"
+            f"target_modules matches {name}, a {type(module).__name__}; LoRA-MoE takes nn.Linear and Conv1D modules "
+            "only: narrow target_modules, or list the module in exclude_modules"
         )
 
 

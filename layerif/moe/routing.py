@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from layerif.data.rows import IGNORED
 from layerif.models.blocks import device_of
 
 
@@ -27,6 +28,9 @@ def balance_loss(model: nn.Module) -> Tensor:
     enter the mean. A forward keeps its routing where `balance_coefficient` is above 0, and inside
     `record_routing(model)`.
 
+    A training forward that is given `labels` adds `balance_coefficient` times this to the model's own loss. The value
+    has no gradient then, so that adding it once more would train nothing twice.
+
     Returns:
         A scalar: 1 where the load is balanced, at most E/K, and 0 for a model without routers.
 
@@ -34,11 +38,18 @@ def balance_loss(model: nn.Module) -> Tensor:
         ValueError: no routing was kept, the mask does not fit the tokens, or reentrant checkpointing cut the gradient.
     """
     routing = last_forward(model)
-    routing.unread = False
     if not routing.records:
         return torch.zeros((), device=device_of(model))
+    if not routing.is_added and routing.with_grad:
+        routing.unread = False
+    mean = _mean_balance(routing.records, routing)
+    return mean.detach() if routing.is_added else mean
+
+
+def _mean_balance(records: Sequence[Record], routing: Routing) -> Tensor:
+    """Computes the mean of E·Σ_e f_e·P_e over some routers."""
     terms = []
-    for record in routing.records:
+    for record in records:
         if routing.with_grad and record.trainable and not record.logits.requires_grad:
             raise ValueError(
                 f"the router of {record.name} has no gradient: reentrant gradient checkpointing drops it; "
@@ -71,6 +82,31 @@ class Record(NamedTuple):
     logits: Tensor
     top_k: int
     trainable: bool
+    coefficient: float  # the weight of the balance loss
+
+
+class _TermPerToken(torch.autograd.Function):
+    """Takes a term from the log-probability of every counted token, so that their mean loss has the term in it.
+
+    TRL trains on the sum of these, divided by a number of tokens that the model does not know. The gradient that comes
+    back holds that number. It must be the same at every token, or the term would get a weight that nobody asked for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, term: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return log_probs - term.to(log_probs.device, log_probs.dtype) * mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (mask,) = ctx.saved_tensors
+        of_tokens = gradient[mask]
+        if of_tokens.numel() and bool((of_tokens != of_tokens[0]).any()):
+            raise ValueError(
+                "the balance loss cannot be part of a loss that weighs tokens differently, as TRL's loss_type='dft' or "
+                "a loss of preferences does; use loss_type='nll', or balance_coefficient=0"
+            )
+        return gradient, -of_tokens.sum(), None
 
 
 class Routing:
@@ -83,6 +119,7 @@ class Routing:
 
     def __init__(self) -> None:
         self.asked = False
+        self.unread = False  # the balance loss of the last training forward has reached no gradient and no reader
         self.after_forward: Callable[[Routing], None] | None = None
         self._handles: list[Any] = []
         self._forget()
@@ -92,7 +129,7 @@ class Routing:
         self.unwatch()
         self._handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
-            model.register_forward_hook(self._close, always_call=True),
+            model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
 
     def unwatch(self) -> None:
@@ -100,11 +137,11 @@ class Routing:
         for handle in self._handles:
             handle.remove()
 
-    def keep(self, record: Record, *, wanted: bool) -> None:
-        """Keeps a router's part where its adapter balances (`wanted`) or `record_routing` asks for it."""
-        if self.is_open and (wanted or self.asked):
+    def keep(self, record: Record) -> None:
+        """Keeps a router's part where its adapter balances, or `record_routing` asks for it."""
+        if self.is_open and (record.coefficient or self.asked):
             self.records.append(record)
-            self.unread |= wanted and record.trainable and self.with_grad
+            self.unread |= bool(record.coefficient) and record.trainable and self.with_grad
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the last forward out of a copied or pickled model; a tensor inside a graph cannot be copied."""
@@ -112,6 +149,7 @@ class Routing:
             "records": [],
             "attention_mask": None,
             "unread": False,
+            "is_added": False,
             "is_open": False,
             "after_forward": None,
         }
@@ -119,27 +157,79 @@ class Routing:
     def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.unread and torch.is_grad_enabled():
             warnings.warn(
-                "balance_coefficient is above 0 but balance_loss(model) was not read after the last training forward: "
-                "add balance_coefficient * balance_loss(model) to the loss",
+                "balance_coefficient is above 0 but the last training step left the balance loss out: give the model "
+                "labels and train on its own loss (label smoothing and a compute_loss_func do not), or add "
+                "balance_coefficient * balance_loss(model) to the loss",
                 stacklevel=2,
             )
+            self.unread = False
         self._forget()
         self.is_open = True
         self.with_grad = torch.is_grad_enabled()
-        named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if args else {}
-        self.attention_mask = (named | kwargs).get("attention_mask")
+        self.attention_mask = _named(model, args, kwargs).get("attention_mask")
 
-    def _close(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _close(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.is_open = False
-        if self.after_forward is not None and output is not None:  # None: the forward failed
+        if output is None:  # the forward failed
+            return None
+        if self.after_forward is not None:
             self.after_forward(self)
+        given = _named(model, args, kwargs)
+        has_loss = isinstance(output, tuple) or getattr(output, "loss", None) is not None
+        if not self.unread or not self.with_grad or all(given.get(name) is None for name in _LABELS) or not has_loss:
+            return None
+        return self._with_term(output, given)
+
+    def _with_term(self, output: Any, given: Mapping[str, Any]) -> Any:
+        """Adds the balance loss to the model's own loss, and to the log-probabilities in its place that TRL reads."""
+        term = sum(
+            of_adapter[0].coefficient * _mean_balance(of_adapter, self)
+            for adapter in {record.adapter for record in self.records}
+            if (of_adapter := [record for record in self.records if record.adapter == adapter])[0].coefficient
+        )
+        assert isinstance(term, Tensor)
+        term.register_hook(self._reached)
+        self.is_added = True
+        of_batch = term * _share(given)
+        if isinstance(output, tuple):
+            return (output[0] + of_batch.to(output[0].device), *output[1:])
+        output.loss = output.loss + of_batch.to(output.loss.device)
+        if getattr(output, "log_probs", None) is not None:
+            output.log_probs = _TermPerToken.apply(output.log_probs, term, output.label_mask)
+        return output
+
+    def _reached(self, gradient: Tensor) -> None:
+        self.unread = False
 
     def _forget(self) -> None:
         self.is_open = False
         self.with_grad = False
-        self.unread = False
+        self.is_added = False
         self.records: list[Record] = []
         self.attention_mask: Any = None
+
+
+_LABELS = ("labels", "shift_labels")
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the arguments of a forward by their names."""
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if args else {}
+    return named | dict(kwargs)
+
+
+def _share(given: Mapping[str, Any]) -> Any:
+    """Gives the share of a batch in the step of the optimiser: that of its tokens, where the model is told of all.
+
+    A model of transformers that is given `num_items_in_batch` sums its loss over tokens and divides by this number, and
+    the trainer adds such losses up over the batches of a step.
+    """
+    of_step = given.get("num_items_in_batch")
+    if of_step is None:
+        return 1
+    shifted = given.get("shift_labels")
+    labels = given["labels"][..., 1:] if shifted is None else shifted
+    return (labels != IGNORED).sum() / of_step
 
 
 def routing_of(model: nn.Module) -> Routing | None:

@@ -21,10 +21,11 @@ from layerif.data.render import Example
 from layerif.data.rows import AnyExample, wrong_options
 from layerif.evidence import LayerActivations
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare, device_of
+from layerif.models.blocks import bare, device_of, linear_at, weight_of
 from layerif.models.contexts import evaluating
 from layerif.models.hooks import hooked
 from layerif.models.loss import positions_of
+from layerif.models.stored import Stored
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
@@ -69,7 +70,7 @@ class Activations(Request):
         seen = LayerActivations(
             layers=layers,
             input_square_norms={param: tensors[f"input_square_norms/{param}"] for param in layers.matrices},
-            weight=lambda param: model().get_parameter(param),
+            weight=lambda param: weight_of(model(), param),
             num_entries=int(tensors["num_entries"]),
             epsilon=self.epsilon,
             answers=tuple(_label(example) for example in measurements.chosen("train")),
@@ -164,17 +165,20 @@ def real_tokens(values: Tensor, mask_BT: Tensor) -> Tensor:
     return values_VF.to(torch.promote_types(values_VF.dtype, torch.float32))
 
 
-def real_inputs(param: str, given: Tensor, mask_BT: Tensor) -> Tensor:
-    """Picks the inputs (V×I) of a linear layer at the real tokens.
+def real_inputs(param: str, args: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
+    """Picks the inputs (V×I) of a linear layer at the real tokens, for an expert those that are sent to it.
 
     Args:
         param: the name of its weight, for the message.
-        given: its inputs.
+        args: its inputs, and for a matrix of an expert their places, see `hooked`.
         mask_BT: True where a token is real.
 
     Raises:
         ValueError: the layer does not see every token once.
     """
+    given, *places = args
+    if places:
+        return given[mask_BT.flatten()[places[0]]]
     if given.numel() != mask_BT.numel() * given.shape[-1]:
         raise ValueError(
             f"{param} does not see every token once, so that its inputs cannot be summed up; use an estimator "
@@ -206,12 +210,14 @@ class _Seen:
         self.indices, self.mask_BT, self.what, self.is_counted = indices, mask_BT, what, what == "right"
         self.parts = {what: of_output_BT} | ({"prompts": mask_BT & ~of_output_BT} if self.is_counted else {})
 
-    def hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    def hooks(self, model: nn.Module) -> list[tuple[nn.Module | Stored, Any]]:
         """Pairs every block and every measured linear layer with its forward hook."""
-        of_blocks = {name: self._block(number) for number, name in enumerate(self.layers.names)}
-        matrices = self.layers.matrices if self.is_counted else ()
-        of_linears = {param.removesuffix(".weight"): self._linear(param) for param in matrices}
-        return [(bare(model).get_submodule(name), hook) for name, hook in (of_blocks | of_linears).items()]
+        found: list[tuple[nn.Module | Stored, Any]] = []
+        for number, name in enumerate(self.layers.names):
+            found.append((bare(model).get_submodule(name), self._block(number)))
+        for param in self.layers.matrices if self.is_counted else ():
+            found.append((linear_at(model, param), self._linear(param)))
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Turns the sums into the tensors that `observe` returns."""
@@ -222,6 +228,9 @@ class _Seen:
             for what in ("first", "second", "cosine", "zero")
         )
         tokens, entries = sums["tokens"], sums["entries"]
+        assert self.layers.matrix_shapes is not None
+        shapes = dict(zip(self.layers.matrices, self.layers.matrix_shapes, strict=True))
+        norms = {f"input_square_norms/{param}": torch.zeros(shape[1]).double() for param, shape in shapes.items()}
         pooled = {what: torch.stack([rows[number] for number in numbers]) for what, rows in self.pooled.items() if rows}
         embedded = {what: rows[_EMBEDDING] for what, rows in self.pooled.items() if rows}
         nothing = torch.full_like(pooled["right"], torch.nan)
@@ -233,7 +242,7 @@ class _Seen:
             **{"wrong": nothing, **pooled},
             **{f"embedded/{what}": rows for what, rows in ({"wrong": nothing[0]} | embedded).items()},
             **{f"moments/{what}": found for what, found in self.moments.items()},
-            **{name: value for name, value in sums.items() if name.startswith("input_square_norms/")},
+            **{name: sums.get(name, nothing) for name, nothing in norms.items()},  # none where no token is sent to
         }
 
     def _block(self, number: int) -> Any:
@@ -280,7 +289,7 @@ class _Seen:
 
     def _linear(self, param: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._add(f"input_square_norms/{param}", real_inputs(param, args[0], self.mask_BT).double().square().sum(0))
+            self._add(f"input_square_norms/{param}", real_inputs(param, args, self.mask_BT).double().square().sum(0))
 
         return look
 

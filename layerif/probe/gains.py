@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial as partial_of
@@ -21,7 +22,7 @@ from layerif.allocate.gains import MOST_RANK
 from layerif.data.batches import batches
 from layerif.evidence import LayerGains, MatrixGains
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare, device_of
+from layerif.models.blocks import device_of, dtype_of, shape_of
 from layerif.models.contexts import full_precision
 from layerif.models.loss import Loss, per_sample_loss
 from layerif.probe.curves.request import model_hash
@@ -65,7 +66,7 @@ class Gains(Request):
         Raises:
             ValueError: a target is not a linear layer of the blocks, or `r_max` is above the rank of a matrix.
         """
-        found = layers.only(self.target_modules, setting="method.target_modules")
+        found = layers.only(self.target_modules, setting="method.target_modules").without_experts
         assert found.matrix_shapes is not None
         for param, shape in zip(found.matrices, found.matrix_shapes, strict=True):
             if self.r_max is not None and self.r_max > min(shape):
@@ -297,8 +298,8 @@ class GainWorkload(Workload):
 
 def _tile_bytes(model: nn.Module, params: Sequence[str], device: torch.device) -> float:
     """Gives the wanted bytes of a tile: the copies of the largest matrix, and a tile of positions."""
-    weights = [bare(model).get_parameter(param) for param in params]
-    return wanted_tile_bytes(device) + max(float(_COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
+    sizes = [(math.prod(shape_of(model, param)), dtype_of(model, param).itemsize) for param in params]
+    return wanted_tile_bytes(device) + max(float(_COPIES * numel * max(itemsize, 4)) for numel, itemsize in sizes)
 
 
 def _places(together: Sequence[IndexedBatch]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from layerif.data.batches import batches
 from layerif.evidence import LayerGradients
 from layerif.files import Damaged, load_tensors
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import shape_of
 from layerif.models.contexts import full_precision
 from layerif.models.loss import per_sample_loss
 from layerif.probe.grams.factors import inputs_read_together
@@ -53,7 +54,7 @@ def projection_size(model: nn.Module, layers: LayerMap, num_samples: int, gigaby
         num_samples: S.
         gigabytes: for the gradients of all samples.
     """
-    shapes = [tuple(bare(model).get_parameter(param).shape) for param in layers.matrices]
+    shapes = [shape_of(model, param) for param in layers.matrices]
     low, high = 1, max(max(shape) for shape in shapes)
     while low < high:
         middle = (low + high + 1) // 2
@@ -64,7 +65,7 @@ def projection_size(model: nn.Module, layers: LayerMap, num_samples: int, gigaby
 
 def is_exact(model: nn.Module, layers: LayerMap, size: int) -> bool:
     """Tells if a projection to `size` dimensions leaves every gradient as it is."""
-    return all(max(bare(model).get_parameter(param).shape) <= size for param in layers.matrices)
+    return all(max(shape_of(model, param)) <= size for param in layers.matrices)
 
 
 def projected_gradients(
@@ -146,6 +147,7 @@ _DIFFERENCES = {
     "scope": "another probe.scope",
     "parameters": "other probe.parameters",
     "skip_unsupported": "other matrices (probe.skip_unsupported)",
+    "matrices": "other matrices, which another version of layerif took from this probe.scope",
     "loss": "another loss",
     "gradients": "another version of layerif",
 }
@@ -161,6 +163,7 @@ def _description(measurements: Measurements, part: Part, projection: list[int]) 
         "scope": probe.scope,
         "parameters": probe.parameters,
         "skip_unsupported": probe.skip_unsupported,
+        "matrices": measurements.hash_of_matrices,
         "samples": hash_of_samples(samples),
         "gradients_projected_to": projection,
     }
@@ -203,7 +206,7 @@ def _measured(
         memory_gb=probe.memory_gb,
         offload=probe.offload,
     )
-    numel = {param: bare(model).get_parameter(param).numel() for param in layers.matrices}
+    numel = {param: math.prod(shape_of(model, param)) for param in layers.matrices}
     return LayerGradients(layers, {param: each["gradients"] for param, each in found.items()}, numel, key)
 
 

@@ -23,13 +23,13 @@ from layerif.data.batches import Encodings, encode, padding_id
 from layerif.data.rows import AnyExample
 from layerif.data.task import Splits
 from layerif.layers import LayerMap
-from layerif.models.blocks import layer_map
+from layerif.models.blocks import in_scope, layer_map
 from layerif.models.loaded import Loaded
 from layerif.models.loss import Loss, NamedLoss
 from layerif.models.pretrained import Pretrained
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.settings import Probe
-from layerif.probe.store import MeasurementKind, Store, Unstored
+from layerif.probe.store import MeasurementKind, Store, Unstored, fingerprint
 from layerif.versions import VERSIONS
 
 log = logging.getLogger(__name__)
@@ -132,10 +132,22 @@ class Measurements:
             "scope": self.probe.scope,
             "parameters": self.probe.parameters,
             "skip_unsupported": self.probe.skip_unsupported,
+            "matrices": self.hash_of_matrices,
             "train": hash_of_samples(train),
             "validation": hash_of_samples(validation),
             **measurement,
         }
+
+    @property
+    def hash_of_matrices(self) -> str:
+        """The hash of the names of the matrices in scope, because what a scope takes may change with this package."""
+        layers = self.layers()
+        inside = (
+            (param, param.removeprefix(f"{name}."))
+            for name, each in zip(layers.names, layers.params, strict=True)
+            for param in each
+        )
+        return fingerprint({"names": [param for param, name in inside if in_scope(name, self.probe.scope)]})
 
     def by_the_first(
         self,
@@ -146,7 +158,7 @@ class Measurements:
         """Lets the first process take named tensors and give them to all.
 
         The other processes wait without a message, no longer than the process group allows (30 minutes by default;
-        `timeout` of Lightning's DDPStrategy and FSDPStrategy).
+        `timeout` of Lightning's DDPStrategy and of `layerif.adapt.strategy.ShardedBase`).
 
         Args:
             kind: the kind of measurement.
@@ -233,6 +245,12 @@ class Measurements:
         """Gives the whole model with its adapter in the weights, as a copy if there is an adapter."""
         if self.model.adapter is None:
             return self.whole(load)
+        if scheme := self.model.quantisation:
+            raise ValueError(
+                f"this estimator reads the weights with the adapter merged into them, and the base is quantised "
+                f"({scheme}), which merging would round anew; use one on gradients, such as datainf, or "
+                "model.quantised=none"
+            )
         model: Any = self.whole(lambda: self.model.copy().to(self.device))  # type: ignore[arg-type]
         return model.merge_and_unload()
 

@@ -88,7 +88,7 @@ def estimate(measurements: Measurements, request: Request) -> tuple[Planned, Wor
     taken = arranged(memory, probe.offload)
     rates = trial.rates(taken, Path(store.root))
     everything = layer_map(skeleton, skip_unsupported=True, scope="all")
-    sizes = _Sizes(rates, planned, everything, skeleton.config)
+    sizes = _Sizes(rates, planned, everything, skeleton.config.get_text_config())
     found = []
     for name, limit, offload in (
         ("one pass", float("inf"), "none"),

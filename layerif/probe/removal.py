@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from layerif.data.batches import Encodings, batches
 from layerif.evidence import LayerRemovals
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare, device_of
+from layerif.models.blocks import device_of, linear_at, weight_of
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
+from layerif.models.stored import AnyLinear
 from layerif.probe.activations import Activations, read_batch, real_inputs
 from layerif.probe.measurements import Load, Measurements, hash_of
 from layerif.probe.request import Part, Request
@@ -112,25 +113,25 @@ def removal_errors(
     with evaluating(model), torch.no_grad(), full_precision():
         kept = {}
         for param in layers.matrices:
-            weight = bare(model).get_parameter(param)
+            weight = weight_of(model, param)
             kept[param] = ~mask(weight, input_square_norms[param].to(weight.device), sparsity)
         for _, batch in progress(list(batches(samples, batch_size, pad_id)), "removals"):
             mask_BT = batch["attention_mask"].bool().to(device)
-            hooks = [
-                (bare(model).get_submodule(param.removesuffix(".weight")), _adding(sums, param, kept[param], mask_BT))
-                for param in layers.matrices
-            ]
+            linears = {param: linear_at(model, param) for param in layers.matrices}
+            hooks = [(each, _adding(sums, param, each, kept[param], mask_BT)) for param, each in linears.items()]
             with hooked(hooks):
                 read_batch(model, batch["input_ids"].to(device), mask_BT)
     return {param: error.cpu() for param, error in sums.items()}
 
 
-def _adding(sums: Mapping[str, Tensor], param: str, kept_OI: Tensor, mask_BT: Tensor) -> Callable[..., None]:
+def _adding(
+    sums: Mapping[str, Tensor], param: str, linear: AnyLinear, kept_OI: Tensor, mask_BT: Tensor
+) -> Callable[..., None]:
     """Makes the hook that adds the error of one matrix on one batch."""
 
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        input_VI = real_inputs(param, args[0], mask_BT)
-        removed_OI = module.weight.masked_fill(kept_OI, 0).to(input_VI.dtype)  # type: ignore[operator]
+        input_VI = real_inputs(param, args, mask_BT)
+        removed_OI = linear.weight.masked_fill(kept_OI, 0).to(input_VI.dtype)
         sums[param].add_((input_VI @ removed_OI.T).square().sum(dtype=torch.float64))
 
     return look

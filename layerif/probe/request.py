@@ -73,7 +73,10 @@ class Request(ABC):
         is_measured: False where the evidence costs nothing.
         takes_loss: True where the evidence is measured with `Measurements.loss`.
         reads_windows: True where the evidence is measured on calibration windows of a text.
+        keeps_experts: True where the evidence is of single experts.
         keeps_matrices: True where the evidence can score every matrix by itself, see `layerif.evidence.by_matrix`.
+        needs_dense_weights: True where the measurement changes weights, or takes their gradient, so that a quantised
+            model will not do.
     """
 
     parts: ClassVar[tuple[Part, ...]] = ()
@@ -81,6 +84,8 @@ class Request(ABC):
     takes_loss: ClassVar[bool] = False
     reads_windows: ClassVar[bool] = False
     keeps_matrices: ClassVar[bool] = False
+    needs_dense_weights: ClassVar[bool] = False
+    keeps_experts: ClassVar[bool] = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -93,6 +98,20 @@ class Request(ABC):
         Raises:
             ValueError: says which setting is missing or does not fit.
         """
+
+    def check_weights(self, measurements: Measurements, estimator: str) -> None:
+        """Refuses a quantised model where the measurement needs weights that are numbers.
+
+        Args:
+            measurements: the model, the samples and the store.
+            estimator: its name, for the message.
+        """
+        if self.needs_dense_weights and (scheme := measurements.model.quantisation):
+            raise ValueError(
+                f"estimator={estimator} changes weights to see what that costs, or takes their gradient, and the model "
+                f"is quantised ({scheme}); use model.quantised=none, or an estimator on the gradients of samples, such "
+                "as datainf"
+            )
 
     @abstractmethod
     def take(self, measurements: Measurements, load: Load) -> tuple[Any, bool]:
@@ -117,7 +136,10 @@ class Request(ABC):
 
     def approximations(self, measurements: Measurements) -> list[str]:
         """Names what makes the evidence differ from exact evidence in float32; empty where nothing does."""
-        return [measurements.model.dtype] if self.parts and measurements.is_half_precision else []
+        if not self.parts:
+            return []
+        found = [measurements.model.dtype] if measurements.is_half_precision else []
+        return [*found, *([f"{scheme} weights"] if (scheme := measurements.model.quantisation) else [])]
 
     def with_exact(self, measurements: Measurements, evidence: Any) -> tuple[Any, Any]:
         """Measures some of the samples exactly.

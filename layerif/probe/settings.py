@@ -29,7 +29,7 @@ class Probe:
             does, and `plain` elsewhere.
         loss_on: `all` tokens, as in the paper, or only the `output`. None takes what the kind of rows says: all of a
             question, a text or an unmarked conversation; otherwise the completion, or what is marked.
-        skip_unsupported: leave out matrices in scope that are not linear layers, instead of refusing them.
+        skip_unsupported: leave out experts in a layout that is not known, instead of refusing them.
         projection: project gradients to so many dimensions a side; None measures them exactly.
         projection_seed: the seed of the projection.
         fidelity_samples: where scores are not exact (projection, half precision), so many train samples and half as

@@ -1,7 +1,7 @@
-"""The effect on the loss of leaving out a block, or its attention or MLP alone: the evidence of `estimator=skip_curve`.
+"""The effect on the loss of leaving out a block or a part of it: the evidence of `estimator=skip_curve`.
 
-Letters in shape suffixes: S windows, B windows of a batch, T tokens, H hidden size, U units. Sums are taken over real
-tokens alone, so that batch size and padding change nothing.
+Letters in shape suffixes: S windows, B windows of a batch, T tokens, H hidden size, U units, P all tokens of a batch, R
+those that are sent to an expert. Sums are taken over real tokens alone, so that batch size and padding change nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from layerif.allocate.curves import sizes_of
 from layerif.evidence import LayerSkips
-from layerif.layers import Unit, block_of, within_block
-from layerif.models.blocks import bare, blocks, device_of
+from layerif.layers import Unit, block_of, is_whole_expert, within_block
+from layerif.models.blocks import bare, blocks, device_of, linear_at
 from layerif.models.contexts import frozen, full_precision
 from layerif.models.hooks import hooked
 from layerif.models.loss import Loss, per_sample_loss
+from layerif.models.stored import Stored, norm_behind
 from layerif.probe.curves.request import WINDOWS, Windows, hash_of_windows, max_positions, model_hash
 from layerif.probe.curves.text import LossText, windows_text
 from layerif.probe.measurements import Load, Measurements
@@ -37,7 +38,7 @@ class Skips(Request):
 
     Attributes:
         calibration: the windows whose loss is watched.
-        unit: whether blocks or their two parts are left out.
+        unit: whether blocks, their two parts or their experts are left out.
     """
 
     takes_loss: ClassVar[bool] = True
@@ -88,11 +89,12 @@ def measure_skips(
 
     r is what a unit adds to the hidden state: a block's output less its input, or the output of its attention or MLP,
     behind the norm that reads this output alone where there is one (Gemma 2 and 3). γ is the gradient of the sample's
-    loss there.
+    loss there. An expert's r is its output, behind the norm of experts where there is one (Muse Spark), and its γ holds
+    the weight that the router gives it.
 
     Args:
         model: a causal language model; it is left as it was.
-        units: the names of blocks, or of the attention and the MLP of blocks.
+        units: the names of blocks, of the attention and the MLP of blocks, or of experts.
         loss_text: the samples.
         loss: gives the loss of each sample (B).
 
@@ -109,13 +111,12 @@ def measure_skips(
     with frozen(model), full_precision():
         for indices, batch in progress(loss_text.batches, "skips"):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            mask_BT, effects = batch["attention_mask"].bool(), {}
-            with hooked(_hooks(model, units, effects), with_kwargs=True), torch.enable_grad():
+            mask_BT = batch["attention_mask"].bool()
+            effects: dict[int, Tensor] = {}
+            with hooked(_hooks(model, units, effects, mask_BT.numel()), with_kwargs=True), torch.enable_grad():
                 loss(model, batch).sum().backward()
-            for number, (update, gradient) in effects.items():
-                wide = torch.promote_types(update.dtype, torch.float32)
-                z_BT = -(update.to(wide) * gradient.to(wide)).reshape(*mask_BT.shape, -1).sum(-1).double()
-                z_BT = z_BT.where(mask_BT, 0).cpu()
+            for number, z_P in effects.items():
+                z_BT = z_P.view_as(mask_BT).where(mask_BT, 0).cpu()
                 sums["first"][indices, number] = z_BT.sum(1)
                 sums["second"][indices, number] = 0.5 * counted_S[indices] * z_BT.square().sum(1)
     for found_SU in sums.values():
@@ -129,19 +130,36 @@ def measure_skips(
 
 
 def _hooks(
-    model: nn.Module, units: Sequence[str], effects: dict[int, tuple[Tensor, Tensor]]
-) -> list[tuple[nn.Module, Callable[..., None]]]:
-    """Pairs modules with the hooks that put each unit's update and its gradient into `effects`, by its number."""
+    model: nn.Module, units: Sequence[str], effects: dict[int, Tensor], num_tokens: int
+) -> list[tuple[nn.Module | Stored, Callable[..., None]]]:
+    """Pairs modules with the hooks that put z of each unit's tokens (P) into `effects`, by its number."""
     updates: dict[int, Tensor] = {}
+    running: dict[nn.Module, tuple[int, Tensor]] = {}  # by the module of fused experts, the expert and its tokens
 
-    def watch(number: int, update: Tensor, at: Tensor) -> None:
+    def watch(number: int, update: Tensor, at: Tensor, places_R: Tensor | None = None) -> None:
         updates[number] = at
 
         def note(gradient: Tensor) -> None:
             if updates[number] is at:  # and no norm stands behind it
-                effects[number] = update, gradient
+                z_R = _products(update, gradient)
+                effects[number] = z_R if places_R is None else z_R.new_zeros(num_tokens).index_copy(0, places_R, z_R)
 
         at.register_hook(note)
+
+    def of_expert(number: int, holder: nn.Module) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output_RH: Tensor) -> None:
+            running[holder] = number, args[1]
+            watch(number, output_RH.detach(), output_RH, args[1])
+
+        return look
+
+    def of_expert_norm(holder: nn.Module) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output_RH: Tensor) -> None:
+            number, places_R = running.pop(holder, (-1, None))  # it runs for experts that are not watched, too
+            if places_R is not None:
+                watch(number, output_RH.detach(), output_RH, places_R)
+
+        return look
 
     def of_block(number: int) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -166,9 +184,17 @@ def _hooks(
         return look
 
     found = blocks(model)
-    hooks: list[tuple[nn.Module, Callable[..., None]]] = [(_embedding(model), _wanting_gradients)]
+    hooks: list[tuple[nn.Module | Stored, Callable[..., None]]] = [(_embedding(model), _wanting_gradients)]
     parts: dict[str, list[int]] = {}
+    norms: dict[nn.Module, Callable[..., None]] = {}
     for number, unit in enumerate(units):
+        if is_whole_expert(unit):
+            linear = linear_at(model, f"{unit}.down_proj")
+            assert isinstance(linear, Stored)
+            hooks.append((linear, of_expert(number, linear.holder)))
+            if (norm := norm_behind(linear)) is not None:
+                norms[norm] = of_expert_norm(linear.holder)
+            continue
         module = bare(model).get_submodule(unit)
         hooks.append((module, of_part(number) if within_block(unit) else of_block(number)))
         if within_block(unit):
@@ -176,7 +202,13 @@ def _hooks(
     for block, numbers in parts.items():
         own = {bare(model).get_submodule(units[number]) for number in numbers}
         hooks += [(child, of_norm(numbers)) for child in found[block].children() if child not in own]
-    return hooks
+    return [*hooks, *norms.items()]
+
+
+def _products(update: Tensor, gradient: Tensor) -> Tensor:
+    """Computes z of every token, one after the other in float64."""
+    wide = torch.promote_types(update.dtype, torch.float32)
+    return -(update.to(wide) * gradient.to(wide)).flatten(0, -2).sum(-1).double()
 
 
 def _embedding(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerif.evidence import LayerSpectra
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import weight_of
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.request import Request
 from layerif.probe.store import MeasurementKind
@@ -54,7 +54,7 @@ def spectra(model: nn.Module, layers: LayerMap) -> dict[str, Tensor]:
     seconds: list[float] = []
     for params in progress(layers.params, "singular values"):
         start = time.perf_counter()
-        found |= {param: _eigenvalues(param, bare(model).get_parameter(param)) for param in params}
+        found |= {param: _eigenvalues(param, weight_of(model, param)) for param in params}
         seconds.append(time.perf_counter() - start)
     return {**found, "seconds": torch.tensor(seconds, dtype=torch.float64)}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from layerif.models.blocks import layer_map
 from layerif.models.contexts import frozen
 from layerif.models.loss import per_sample_loss
-from layerif.models.pretrained import Pretrained
+from layerif.models.pretrained import Pretrained, auto_class
 from layerif.probe.grams.factors import capture_factors, inputs_read_together
 from layerif.probe.grams.passes import Passes
 from layerif.probe.measurements import Measurements
@@ -118,28 +118,41 @@ class Trial:
         return self._seconds(work) / num_weights
 
     def _seconds(self, work: Callable[..., Any], *args: Any) -> float:
-        """Gives the median of three runs, after one to warm up."""
-        measured = []
-        for _ in range(4):
-            start = time.perf_counter()
-            work(*args)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            measured.append(time.perf_counter() - start)
-        return statistics.median(measured[1:])
+        return seconds_of(work, *args, device=self.device)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures the operations a second of a device in products of two square matrices."""
+    size = 4096 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2.0 * size**3 / seconds_of(torch.matmul, left, right, device=device)
+
+
+def seconds_of(work: Callable[..., Any], *args: Any, device: torch.device) -> float:
+    """Gives the median of three runs, after one to warm up."""
+    measured = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        measured.append(time.perf_counter() - start)
+    return statistics.median(measured[1:])
 
 
 def _random_model(given: Pretrained, num_blocks: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(given.skeleton().config)
-    config.num_hidden_layers = num_blocks
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_blocks]
+    text = config.get_text_config()
+    text.num_hidden_layers = num_blocks
+    if text.to_dict().get("layer_types"):
+        text.layer_types = text.layer_types[:num_blocks]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, given.dtype), attn_implementation=given.attention
+        model = auto_class(config).from_config(
+            config,
+            dtype=getattr(torch, given.dtype),
+            attn_implementation=given.attention,
+            trust_remote_code=given.trust_remote_code,
         )
     return model.eval()
 

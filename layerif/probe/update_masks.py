@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from layerif.data.batches import batches
 from layerif.evidence import LayerMasks
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare, device_of
+from layerif.models.blocks import device_of, linear_at
 from layerif.models.contexts import frozen, full_precision
 from layerif.models.loss import Loss, per_sample_loss
+from layerif.models.stored import Stored, tensor_of
 from layerif.probe.measurements import Load, Measurements, hash_of_samples
 from layerif.probe.request import Part, Request
 from layerif.probe.store import MeasurementKind
@@ -71,6 +72,7 @@ def update_mask(weight: Tensor, gradient: Tensor) -> Tensor:
 class UpdateMasks(Request):
     """A request for SPIDER's mask of each matrix, with the mean gradient of the train samples, summed up."""
 
+    needs_dense_weights: ClassVar[bool] = True
     parts: ClassVar[tuple[Part, ...]] = ("train",)
     takes_loss: ClassVar[bool] = True
 
@@ -127,12 +129,13 @@ def mask_sums(
     Raises:
         ValueError: names the sample whose loss is not finite.
     """
-    weights = {param: bare(model).get_parameter(param) for param in layers.matrices}
+    linears = {param: linear_at(model, param) for param in layers.matrices}
+    tensors = {id(each): each for each in map(tensor_of, linears.values())}  # experts share one
     device = device_of(model)
     sums: dict[str, Tensor] = {}
     with frozen(model), full_precision(), torch.enable_grad():
-        for weight in weights.values():
-            weight.requires_grad_()
+        for tensor in tensors.values():
+            tensor.requires_grad_()
         try:
             for indices, batch in progress(samples, "gradients"):
                 losses: Any = loss(model, {name: each.to(device) for name, each in batch.items()})
@@ -142,14 +145,16 @@ def mask_sums(
                         f"the loss of {sample} is not finite; look at that row, or load the model in float32 "
                         "(model.dtype=float32)"
                     )
-                found = torch.autograd.grad(losses.sum(), list(weights.values()))
-                for param, gradient in zip(weights, found, strict=True):
+                found = dict(zip(tensors, torch.autograd.grad(losses.sum(), list(tensors.values())), strict=True))
+                for param, linear in linears.items():
+                    whole = found[id(tensor_of(linear))]
+                    gradient = linear.of(whole) if isinstance(linear, Stored) else whole
                     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
                     sums[param] = sums[param] + wide if param in sums else wide
         finally:
-            for weight in weights.values():
-                weight.requires_grad_(False)
+            for tensor in tensors.values():
+                tensor.requires_grad_(False)
     return {
-        param: update_mask(weight.detach().to(sums[param].dtype), sums[param]).double().sum().cpu()
-        for param, weight in weights.items()
+        param: update_mask(linear.weight.detach().to(sums[param].dtype), sums[param]).double().sum().cpu()
+        for param, linear in linears.items()
     }

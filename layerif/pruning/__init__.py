@@ -32,6 +32,7 @@ class Pruner(ABC):
         m: the size of a group of inputs.
         skip: the matrices that stay dense, by name: of a matrix, of its end (`down_proj`) or of a block. Budgets do not
             count them.
+        skip_unsupported: leave experts in a layout that is not known as they are, and prune the rest.
         paper_epsilon: the range of sparsities over the layers that LayerIF's paper used with this pruner. Nothing here
             reads it: experiments of the paper take it as `allocator.epsilon`.
     """
@@ -41,6 +42,7 @@ class Pruner(ABC):
     n: Count | None = None
     m: Annotated[int, Ge(2), "for example 4 or 8"] | None = None
     skip: Sequence[str] = ()
+    skip_unsupported: bool = False
     paper_epsilon: Share = 0.1
 
     def __post_init__(self) -> None:
@@ -133,7 +135,8 @@ class Pruner(ABC):
     def called(self) -> str:
         """The name of its file, with the settings that its masks depend on: `wanda(compare=row)`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        unseen = {"paper_epsilon", "skip", "n"} | (set() if values.get("swaps") else {"swaps", "most_swaps"})
+        unseen = {"paper_epsilon", "skip", "skip_unsupported", "n"}
+        unseen |= set() if values.get("swaps") else {"swaps", "most_swaps"}
         shown = {name: value for name, value in values.items() if name not in unseen}
         inside = ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
         return f"{name_of_pruner(self)}({inside})"

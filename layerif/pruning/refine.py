@@ -29,10 +29,10 @@ from layerif.checks import Count, Seed, Share, check_arguments
 from layerif.models.blocks import bare, blocks, device_of
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
+from layerif.models.stored import AnyLinear, standing_in
 from layerif.progress import progress
 from layerif.pruning.levels import Levels, check_main_memory
 from layerif.pruning.targets import matrices
-from layerif.pruning.walk import standing_in
 from layerif.record.search import read_state, write_state
 
 
@@ -189,7 +189,7 @@ class _Search:
 
 
 def _tried(
-    found: Mapping[str, nn.Linear], levels: Levels, distance: _Distance, reached: _State, move: tuple[str, str, int]
+    found: Mapping[str, AnyLinear], levels: Levels, distance: _Distance, reached: _State, move: tuple[str, str, int]
 ) -> _State:
     """Prunes two matrices as a candidate asks, and puts them back unless the model comes nearer to the dense one."""
     up, down, amount = move
@@ -268,14 +268,14 @@ class _Distance:
             return lambda module, inputs, output: fresh.update({name: output})
 
         with (
-            standing_in(done, {name: kept(name) for name in done}),
+            standing_in({block: kept(name) for name, block in done.items()}),
             hooked([(self.blocks[name], note(name)) for name in names[first:]]),
         ):
             return bare(self.model)(input_ids=input_BT, use_cache=False).logits, fresh
 
 
 @contextmanager
-def _dense_again(found: Mapping[str, nn.Linear], levels: Levels) -> Iterator[None]:
+def _dense_again(found: Mapping[str, AnyLinear], levels: Levels) -> Iterator[None]:
     try:
         yield
     finally:

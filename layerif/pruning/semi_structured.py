@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from layerif.models.stored import AnyLinear
+
 
 def is_two_four(weight: Tensor) -> bool:
     """Tells if at most 2 of every 4 consecutive weights of a row (O×I) are not zero."""
     return weight.shape[1] % 4 == 0 and bool(((weight != 0).view(len(weight), -1, 4).sum(dim=2) <= 2).all())
 
 
-def speed_of_two_four(linears: Mapping[str, nn.Linear], num_tokens: int, rounds: int = 20) -> float:
+def speed_of_two_four(linears: Mapping[str, AnyLinear], num_tokens: int, rounds: int = 20) -> float:
     """Measures how many times faster the products of all matrices are in the 2:4 format.
 
     It sums the median time of each matrix and copies one matrix at a time.

@@ -9,8 +9,9 @@ from torch import nn
 
 from layerif.checks import did_you_mean, is_number
 from layerif.layers import check_named, is_named
-from layerif.models.blocks import bare, blocks, linears
+from layerif.models.blocks import bare, blocks, linears, refuse_unknown_experts
 from layerif.models.quantised import refuse_quantised_block
+from layerif.models.stored import AnyLinear, tensor_of
 from layerif.pruning import Pruner
 from layerif.pruning.mask import check_width, counts, kept_of_m
 
@@ -37,9 +38,9 @@ def targets(model: nn.Module, allocation: Mapping[str, float], pruner: Pruner) -
 
     Raises:
         ValueError: the allocation has a name that the model lacks, misses a matrix or holds a sparsity outside [0, 1),
-            m does not divide a width, or a block has matrices that are not linear layers (fused experts).
+            m does not divide a width, or a block has experts in a layout that is not known.
     """
-    found = matrices(model)
+    found = matrices(model, skip_unsupported=pruner.skip_unsupported)
     check_named(tuple(found), pruner.skip)
     skipped = {name for name in found if is_named(name, pruner.skip)}
     everything, found = found, {name: module for name, module in found.items() if name not in skipped}
@@ -75,31 +76,31 @@ def sparsities(names: Collection[str], allocation: Mapping[str, float]) -> dict[
     return {name: allocation[key] for name, key in _keys(allocation, names).items()}
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Linear]:
+def matrices(model: nn.Module, *, skip_unsupported: bool = True) -> dict[str, AnyLinear]:
     """Returns every linear layer inside the blocks by its full name.
 
+    Args:
+        model: the model, with or without weights.
+        skip_unsupported: leave out experts in a layout that is not known.
+
     Raises:
-        ValueError: a block has quantised weights or a matrix that is not a linear layer, or two layers share a weight.
+        ValueError: a block has quantised weights or experts in a layout that is not known, or two layers share a
+            weight.
     """
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, AnyLinear] = {}
     for block_name, block in blocks(model).items():
         refuse_quantised_block(block_name, block)
-        inside = dict(linears(block))
-        for name, module in block.named_modules():
-            for kind, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2 and name not in inside:
-                    raise ValueError(
-                        f"{block_name}.{name}.{kind} {tuple(parameter.shape)} is a matrix of a {type(module).__name__}:"
-                        " only linear layers can be pruned, fused experts cannot; use a model without such layers"
-                    )
-        found |= {f"{block_name}.{name}": module for name, module in inside.items()}
+        if not skip_unsupported:
+            refuse_unknown_experts(block_name, block, "all", "prune the rest with pruner.skip_unsupported=true")
+        found |= {f"{block_name}.{name}": linear for name, linear in linears(block)}
     if not found:
         raise ValueError(
             f"{type(bare(model)).__name__} has no blocks with linear layers; prune a decoder-only transformer"
         )
-    owners: dict[int, str] = {}
-    for name, module in found.items():
-        if (other := owners.setdefault(id(module.weight), name)) != name:
+    owners: dict[tuple[int, int | None], str] = {}
+    for name, linear in found.items():
+        key = id(tensor_of(linear)), getattr(linear, "expert", None)
+        if (other := owners.setdefault(key, name)) != name:
             raise ValueError(
                 f"{name} shares its weight with {other}, and shared weights cannot be pruned block by block; untie them"
             )

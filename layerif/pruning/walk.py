@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from layerif.compat import map_tensors
 from layerif.files import full_disk_explained, is_intact, save_tensors, whole
-from layerif.layers import is_named
+from layerif.layers import is_named, refuse_unreached
 from layerif.models.blocks import bare, blocks, device_of, linears
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
+from layerif.models.stored import AnyLinear, standing_in
 from layerif.pruning import Pruner
 from layerif.pruning.targets import Target
 
@@ -156,7 +157,7 @@ class Walk:
             hidden, self.device if self.offload == "device" else "cpu", self.folder if self.offload == "disk" else None
         )
 
-    def _pruned_of(self, block_name: str, block: nn.Module) -> dict[str, nn.Linear]:
+    def _pruned_of(self, block_name: str, block: nn.Module) -> dict[str, AnyLinear]:
         """Returns the linear layers of a block that the pruner does not skip, by their name inside the block."""
         skip = self.pruner.skip
         return {name: each for name, each in linears(block) if not is_named(f"{block_name}.{name}", skip)}
@@ -167,7 +168,7 @@ class Walk:
 
     def _pruned(
         self, block_name: str, block: nn.Module, aims: Sequence[Mapping[str, Target]]
-    ) -> Iterator[tuple[nn.Linear, list[Tensor]]]:
+    ) -> Iterator[tuple[AnyLinear, list[Tensor]]]:
         """Yields every linear layer of a block with its weight as pruned to each of several targets.
 
         A layer is pruned when it is reached, so that the weights of one layer and one statistic are there at a time.
@@ -193,7 +194,7 @@ class Walk:
         return self.pruner(weight, shared, target.sparsity, target.n)
 
     def _observe(
-        self, block_name: str, block: nn.Module, modules: Mapping[str, nn.Linear]
+        self, block_name: str, block: nn.Module, modules: Mapping[str, AnyLinear]
     ) -> tuple[dict[str, str], dict[str, Tensor]]:
         """Returns by layer the leader whose input it reads (q, k and v share one), and by leader the statistic."""
         leaders: dict[str, str] = {}
@@ -221,12 +222,7 @@ class Walk:
             for index in range(len(self.batches)):
                 latest.clear()
                 self._call(block_name, block, index)
-        for name in modules:
-            if name not in leaders:
-                raise ValueError(
-                    f"no calibration token reaches {block_name}.{name}; give more calibration windows, or name it in "
-                    "pruner.skip"
-                )
+        refuse_unreached([f"{block_name}.{name}" for name in modules if name not in leaders])
         for name, statistic in statistics.items():
             if not bool(statistic.isfinite().all()):
                 raise ValueError(_not_finite(f"the inputs of {block_name}.{name}"))
@@ -264,6 +260,19 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
     Raises:
         ValueError: a block is not called exactly once, or not with the output of the block before.
     """
+    try:
+        return _captured(model, batches, in_tuple=False)
+    except _NotPassedOn as error:
+        try:  # a Falcon takes the first of what a block returns, even where that is one tensor
+            return _captured(model, batches, in_tuple=True)
+        except Exception:
+            raise error from None
+
+
+def _captured(
+    model: nn.Module, batches: Sequence[Tensor], *, in_tuple: bool
+) -> tuple[list[Tensor], dict[str, list[Call]]]:
+    """Captures inputs, see `capture_inputs`, with blocks that return the hidden state alone or in a tuple."""
     found = blocks(model)
     hidden: list[Tensor] = []
     calls: dict[str, list[Call]] = {name: [] for name in found}
@@ -272,15 +281,15 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
     current: list[Tensor] = []
 
     def stand_in(name: str):
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             hidden_BTH = args[0] if args else kwargs.pop("hidden_states", None)
             current[:] = current or [hidden_BTH]
             if not isinstance(hidden_BTH, Tensor) or hidden_BTH.ndim != 3 or hidden_BTH is not current[0]:
-                raise ValueError(_cannot_capture(name, "it does not take the output of the block before as it is"))
+                raise _NotPassedOn(_cannot_capture(name, "it does not take the output of the block before as it is"))
             calls[name].append(map_tensors(share, (args[1:], kwargs)))
             if name == last:
                 raise _Done
-            return hidden_BTH
+            return (hidden_BTH, None) if in_tuple else hidden_BTH
 
         return forward
 
@@ -292,7 +301,7 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
         return tensor
 
     last = list(found)[-1]
-    with standing_in(found, {name: stand_in(name) for name in found}):
+    with standing_in({block: stand_in(name) for name, block in found.items()}):
         for number, input_BT in enumerate(batches, 1):
             current.clear()
             with suppress(_Done):
@@ -332,6 +341,10 @@ class HiddenStates:
         return self.folder / f"hidden-{index:05d}.safetensors"
 
 
+class _NotPassedOn(ValueError):
+    """Says that a block is not called with what the block before returned."""
+
+
 class _Done(Exception):
     """Says that all blocks have been called."""
 
@@ -355,18 +368,3 @@ def _not_finite(what: str) -> str:
 
 def _cannot_capture(name: str, why: str) -> str:
     return f"the inputs of block {name} cannot be captured: {why}; {_WITHOUT_INPUTS}"
-
-
-@contextmanager
-def standing_in(modules: Mapping[str, nn.Module], forwards: Mapping[str, Any]) -> Iterator[None]:
-    """Keeps other functions in the place of the forwards of modules while the context is open."""
-    own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
-    for name, module in modules.items():
-        module.forward = forwards[name]
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            del module.forward
-            if name in own:
-                module.forward = own[name]

@@ -220,6 +220,10 @@ class RunRecord:
             )
         return self.decision.reliability
 
+    def to_json(self) -> str:
+        """Returns the content of `record.json`."""
+        return _to_json(self)
+
     def write(self, folder: Path) -> Path:
         """Writes `record.json` whole or not at all, and removes an earlier failure from the folder."""
         file = _write(self, folder / FILE)
@@ -392,8 +396,12 @@ def _first_problem(error: ValueError) -> str:
 
 
 def _write(content: Job, file: Path) -> Path:
-    write_text(file, json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
+    write_text(file, _to_json(content))
     return file
+
+
+def _to_json(content: Job) -> str:
+    return json.dumps(asdict(content), indent=1, allow_nan=False) + "\n"
 
 
 @cache

@@ -30,9 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--expected", type=Path, metavar="FILE", help="published numbers: experiments/NAME/expected.json"
     )
+    parser.add_argument("--wandb", action="store_true", help="also keep the report as an artifact of wandb")
     given = parser.parse_args(arguments)
     try:
-        write_report(given.folder, expected=given.expected)
+        write_report(given.folder, expected=given.expected, keep_in_wandb=given.wandb)
     except ValueError as error:
         print(f"layerif-report: {error}", file=sys.stderr)
         sys.exit(1)
@@ -45,16 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def write_report(folder: Path, console: Console | None = None, *, expected: Path | None = None) -> None:
+def write_report(
+    folder: Path, console: Console | None = None, *, expected: Path | None = None, keep_in_wandb: bool = False
+) -> None:
     """Leaves report.html, report.md, report.csv and the plots of layers in `folder`, then prints the tables.
 
     Args:
         folder: of a run or a sweep.
         console: where the tables are printed; None: a new one.
         expected: the file of the published numbers that the runs are held against.
+        keep_in_wandb: also keep the files as an artifact of wandb, see `layerif.record.tracking.track_report`.
 
     Raises:
-        ValueError: nothing in the folder can be read, or `expected` is malformed.
+        ValueError: nothing in the folder can be read, `expected` is malformed, or wandb cannot start.
     """
     console = console or text.console()
     published = None if expected is None else Expected.read(expected)
@@ -77,8 +81,13 @@ def write_report(folder: Path, console: Console | None = None, *, expected: Path
     for section in found:
         if section.title not in ON_PAGE_ONLY:
             _print(section, console)
-    for file in filter(Path.exists, files):
+    written = [file for file in files if file.exists()]
+    for file in written:
         console.print(f"  {file}", highlight=False, soft_wrap=True)
+    if keep_in_wandb:
+        from layerif.record.tracking import track_report  # Lightning takes seconds to import, and few ask for wandb
+
+        console.print(f"  wandb: {track_report(written, jobs.name, folder)}", highlight=False, soft_wrap=True)
 
 
 def _print(section: Section, console: Console) -> None:

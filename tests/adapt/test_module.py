@@ -329,6 +329,31 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_its_matrix(tmp_p
         trainer(tmp_path, Spoil(), max_steps=2).fit(module, data())
 
 
+@pytest.mark.parametrize(
+    ("is_divided", "said"),
+    [
+        (False, r"step 0, batch 3, from block model\.layers\.1 on; lower"),
+        (True, r"step 0, batch 3, in a block that nobody looks for, because the weights are divided among processes"),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_the_block_where_a_forward_pass_needs_no_other_process(
+    is_divided, said, model_config, data, monkeypatch
+):
+    module = moe(model_config, allocation=ALLOCATION)
+    module.configure_model()
+    batch = next(iter(data().train_dataloader()))
+    passes: list[int] = []
+    assert module.model is not None
+    blocks(module.model)["model.layers.1"].register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        for parameter in blocks(module.model)["model.layers.1"].parameters():
+            parameter.fill_(float("nan"))
+    monkeypatch.setattr("layerif.adapt.module.is_sharded", lambda trainer: is_divided)
+    with pytest.raises(ValueError, match=said):
+        module.training_step(batch, 3)
+    assert len(passes) == (1 if is_divided else 2)
+
+
 def test_under_a_gradient_scaler_such_a_step_is_left_to_it(tmp_path, model_config, data):
     """Dynamic loss scaling starts too high on purpose, and the scaler skips the steps that overflow."""
     module = moe(model_config, allocation=ALLOCATION)

@@ -32,6 +32,7 @@ OWN = {  # experiments of a user
 MANDATORY: dict[tuple[str, ...], list[str]] = {
     ("model", "local"): ["model.path=/somewhere"],
     ("model", "hub"): ["model.name=org/name"],
+    ("model", "configuration"): ["model.path=/somewhere"],
     ("estimator", "file"): ["estimator.path=scores.json"],
     ("estimator", "tracin"): ["estimator.checkpoints=[a,b]", "estimator.learning_rates=[1e-3,5e-4]"],
     ("allocator", "file"): ["allocator.path=allocation.json"],
@@ -82,8 +83,8 @@ def test_every_choice_composes_and_binds_and_the_command_line_stands_over_experi
     config = compose("config", ["outputs=/nowhere", *with_logger, *overrides, "seed=7", "probe.num_train=3"])
     for logger in config.logger.values():  # they depend on Hydra's folder and job, which only a run has
         logger.save_dir = "/nowhere"
-        if "group" in logger:
-            logger.group = "mine"
+        for name_of_sweep in {"group", "experiment"} & {*logger}:
+            logger[name_of_sweep] = "mine"
     check(config)
     assert (config.seed, config.probe.num_train) == (7, 3)
 
@@ -165,7 +166,7 @@ def test_a_whole_number_is_a_number_and_null_gives_way_to_a_value(key, value):
             "'method.rr' is not a key of the configuration (did you mean 'r'?); allowed in 'method': ",
         ),
         (["task=capitol"], "did you mean 'capital'"),
-        (["model=null"], "model=null is not a choice of the group 'model'; available: gemma_7b, hub"),
+        (["model=null"], "model=null is not a choice of the group 'model'; available: configuration, gemma_7b, hub"),
         (
             ["sed=1", "tsk=capital"],
             "'sed' is not a key of the configuration (did you mean 'seed'?); allowed at the top",

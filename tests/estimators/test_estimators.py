@@ -47,6 +47,7 @@ from layerif.evidence import (
     CheckpointGrams,
     LayerActivations,
     LayerCurvature,
+    LayerExperts,
     LayerGates,
     LayerGrams,
     LayerMasks,
@@ -59,6 +60,7 @@ from layerif.layers import LayerMap
 from layerif.probe.activations import Activations
 from layerif.probe.checkpoints import CheckpointPasses
 from layerif.probe.curvature.request import Curvature
+from layerif.probe.expert_outputs import ExpertOutputs
 from layerif.probe.gates import Gates
 from layerif.probe.grams.request import Grams
 from layerif.probe.nothing import Nothing
@@ -660,6 +662,8 @@ def evidence(needs: Request, *, alike: bool = False, order: Sequence[int] = rang
             for l in order
         }
         return LayerCurvature(layers, matrices, "f1")
+    if isinstance(needs, ExpertOutputs):
+        return LayerExperts(layers, stacked(salt=12).double().abs(), torch.full((len(names),), 5), 40, "f1")
     return LayerGates(layers, stacked(salt=11), "f1") if isinstance(needs, Gates) else layers
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from layerif.app.messages import of_the_user
 from layerif.data.tokens import bos_of
-from layerif.models.blocks import blocks, layer_map
+from layerif.models.blocks import blocks, layer_map, linears
 from layerif.models.embedded import EmbeddedModel
 from layerif.models.pretrained import HubModel, LocalModel, hash_folder
+from tests.families import model_of as family_model
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -183,3 +186,28 @@ def test_the_embedded_model_reads_digits_and_speaks_english(tmp_path_factory):
     with torch.inference_mode():
         assert str(tokenizer.decode(model.load()(ids).logits[0, -1].argmax())).strip() == "Paris"
     assert len(layer_map(model.skeleton()).names) == 30
+
+
+def test_an_attention_that_a_family_lacks_is_refused_with_one_that_it_has(tmp_path):
+    from tests import families
+
+    families.model_of("gpt_oss").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"attention=sdpa is not allowed for a GptOssForCausalLM.*use model\.attention=eager"
+    ):
+        LocalModel(path=str(tmp_path)).layers()
+    assert len(LocalModel(path=str(tmp_path), attention="eager").layers().names) == 2
+
+
+def test_a_class_derived_from_a_linear_layer_is_one_where_its_forward_gives_the_product():
+    falcon = family_model("falcon")
+    names = [param.removeprefix("transformer.h.0.") for param in layer_map(falcon, scope="all").params[0]]
+    expected = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert names == [f"{name}.weight" for name in expected]
+    assert not any("router" in param for param in layer_map(family_model("llama4_text"), scope="all").matrices)
+    block, trained = torch.nn.Module(), FalconLinear(8, 12).train()
+    block.add_module("grouped", DeepseekV4GroupedLinear(8, 12, n_groups=2))
+    block.add_module("single", DeepseekV4GroupedLinear(8, 12, n_groups=1))
+    block.add_module("falcon", trained)
+    assert [name for name, _ in linears(block)] == ["falcon"]
+    assert trained.training

@@ -25,6 +25,7 @@ from peft import (
 )
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from layerif.moe import LoraMoeConfig, LoraMoeLinear, balance_loss, expert_usage, record_routing
 
@@ -324,12 +325,17 @@ def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
         LoraMoeConfig(**options)
 
 
-def test_modules_other_than_linear_of_blocks_need_no_count_and_gpt2_is_refused() -> None:
-    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=9))
-    with pytest.raises(ValueError, match=r"no nn\.Linear inside"):
-        moe(gpt2)
-    with pytest.raises(ValueError, match="c_fc, a Conv1D"):
-        moe(gpt2, target_modules=["c_fc"])
+def test_a_conv1d_is_adapted_and_merged_as_a_linear_layer_is_and_other_modules_are_refused() -> None:
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=64))
+    with pytest.raises(ValueError, match="ln_1, a LayerNorm"):
+        moe(copy.deepcopy(gpt2), target_modules=["ln_1"])
+    model = moe(gpt2, num_experts=1).eval()
+    shake(model)
+    with torch.no_grad():
+        adapted = model(**batch()).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch()).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert isinstance(merged.transformer.h[0].mlp.c_fc, Conv1D)
 
 
 def test_exclude_layers_and_modules_to_save_are_pefts() -> None:

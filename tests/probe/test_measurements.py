@@ -72,6 +72,14 @@ def test_spectra_are_of_the_model_and_activations_of_the_samples_too(measured):
     assert Activations(0.01).take(measured, load)[1]
 
 
+def test_the_description_of_gradients_follows_the_matrices_that_a_scope_takes(measured, monkeypatch):
+    before = measured.description()
+    assert measured.description() == before
+    monkeypatch.setattr("layerif.models.blocks.is_attention", lambda name: "q_proj" in name)
+    changed = measured.description()
+    assert {name for name in before if changed[name] != before[name]} == {"matrices"}
+
+
 def looks(measured: Measurements) -> Iterator[torch.Tensor]:
     spectra, _ = Spectra().take(measured, measured.model.load)
     yield from spectra.eigenvalues.values()

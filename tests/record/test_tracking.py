@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,20 +14,22 @@ import wandb
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import CSVLogger
-from omegaconf import open_dict
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import layerif.adapt.train
 import layerif.moe.usage
 from layerif.app.run import run
-from layerif.app.schema import register
+from layerif.app.schema import check, register
 from layerif.files import conf_folder
 from layerif.probe.store import Store
 from layerif.record.frames import frames
 from layerif.record.record import RunRecord
 from layerif.record.text import markdown
-from layerif.record.tracking import Wandb, log_routing, tracked
+from layerif.record.tracking import WANDB_RUN, Mlflow, Wandb, log_again, log_routing, tracked
+from layerif.report import report
 from tests.records import MATRICES, by_curves, by_matrix
 from tests.wandb_file import WandbFile
 
@@ -61,8 +65,8 @@ def nothing_stored(fingerprint: str) -> list[Path]:
     return []
 
 
-def job(overrides: list[str], folder: Path) -> None:
-    """Runs one job in this process and in `folder`, as the command line does."""
+def composed(overrides: list[str], folder: Path) -> DictConfig:
+    """Composes the configuration of a job in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     register()
     GlobalHydra.instance().clear()
@@ -72,7 +76,12 @@ def job(overrides: list[str], folder: Path) -> None:
         config.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(config)
         del config["hydra"]
-    run(config)
+    return config
+
+
+def job(overrides: list[str], folder: Path) -> None:
+    """Runs one job in this process and in `folder`, as the command line does."""
+    run(composed(overrides, folder))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,9 @@ def test_a_wandb_run_carries_everything(whole):
 def test_wandb_keeps_the_grams_and_the_adapter_where_they_lie(whole, settings):
     record = RunRecord.read(whole)
     kept = {artifact.type: artifact for artifact in WandbFile(whole).all("artifact") if artifact.type != "run_table"}
-    assert kept.keys() == {"grams", "adapter"}
+    assert kept.keys() == {"grams", "adapter", "record"}
+    (content,) = kept["record"].manifest.contents
+    assert RunRecord(**json.loads(Path(content.local_path).read_text())).metrics == record.metrics
     store = Store(Path(settings[4].partition("=")[2]) / "store")
     (file,) = [Path(entry.local_path) for entry in kept["grams"].manifest.contents]
     assert [file] == store.files(record.fingerprint)
@@ -237,7 +248,8 @@ def test_every_logger_of_a_run_resumed_or_done_again_shows_it_from_the_start(who
     record = RunRecord.read(tmp_path)
     assert record.seconds["fit"] > saved["seconds"] > 0
     assert any(note.startswith("resumed from") for note in record.notes)
-    assert any(note.startswith("wandb shows this run anew") for note in record.notes)
+    assert any(note.startswith(f"wandb/{record.tracking['wandb']} holds this run from") for note in record.notes)
+    assert not (tmp_path / WANDB_RUN).exists()
     curves, expected = (
         pd.read_csv(folder / "metrics.csv").drop(columns="train/seconds") for folder in (tmp_path, whole)
     )
@@ -247,6 +259,8 @@ def test_every_logger_of_a_run_resumed_or_done_again_shows_it_from_the_start(who
         shown, undisturbed = (EventAccumulator(str(folder)).Reload().Scalars(name) for folder in (tmp_path, whole))
         assert [(one.step, one.value) for one in shown] == [(one.step, one.value) for one in undisturbed]
     assert before.name != record.tracking["wandb"]
+    first, second = (WandbFile(tmp_path, name).all("run")[0] for name in (before.name, record.tracking["wandb"]))
+    assert first.run_id == second.run_id
     histories = [WandbFile(tmp_path, record.tracking["wandb"]).history, WandbFile(whole).history]
     shown, undisturbed = (
         pd.DataFrame(rows).filter(["trainer/global_step", "epoch", "train/loss", f"entropy/{ROUTED}"])
@@ -268,6 +282,136 @@ def test_whatever_ends_a_run_reaches_wandb(tmp_path, error, code):
         raise error
     assert [left.exit_code for left in WandbFile(tmp_path).all("exit")] == [code]
     assert wandb.run is None
+
+
+class Online:
+    """A run of wandb's server, as far as a logger sees it, which keeps all that it is told."""
+
+    offline, url = False, "https://wandb.example/mine"
+
+    def __init__(self, resumed: bool, **settings: Any) -> None:
+        self.id, self.resumed = settings["id"], resumed
+        self.summary = {"trainer/global_step": 3} if resumed else {}
+        self.config = SimpleNamespace(update=lambda *_, **__: None)
+        self.rows: list[Any] = []
+        self.inputs: list[wandb.Artifact] = []
+        self.outputs: list[wandb.Artifact] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def use_artifact(self, artifact: wandb.Artifact) -> None:
+        self.inputs.append(artifact)
+
+    def log_artifact(self, artifact: wandb.Artifact) -> None:
+        self.outputs.append(artifact)
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+
+def test_an_online_run_keeps_its_id_until_it_is_done_and_takes_evidence_of_the_store_as_an_input(tmp_path, monkeypatch):
+    started: list[Online] = []
+
+    def init(**settings: Any) -> Online:
+        started.append(Online(any(settings["id"] == run.id for run in started), **settings))
+        return started[-1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    stored = tmp_path / "grams" / "abc.safetensors"
+    stored.parent.mkdir()
+    stored.touch()
+    (tmp_path / "rows.html").touch()
+    rows = [{"metrics": {"train/loss": 0.5}, "step": step} for step in range(6)]
+    for reused in (False, True):
+        record = RunRecord(name="mine", seed=0, config={}, overrides=[], fingerprint="abc")
+        record.measurements = [{"kind": "grams", "called": "grams", "key": "abc", "reused": reused, "seconds": 1.0}]
+        logger = Wandb(save_dir=str(tmp_path), mode="online")
+        with tracked([logger], record, tmp_path, lambda _: [stored]):
+            log_again([logger], rows)
+        assert record.tracking == {"wandb": Online.url}
+    first, second = started
+    assert (first.id, first.resumed, second.resumed) == (second.id, False, True)
+    assert [row["trainer/global_step"] for row in first.rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["trainer/global_step"] for row in second.rows] == [4, 5]  # the server has the steps up to 3
+    assert [artifact.type for artifact in first.outputs] == ["record", "grams", "rows"]
+    assert not first.inputs
+    assert [artifact.type for artifact in second.outputs] == ["record", "rows"]
+    assert [artifact.name for artifact in second.inputs] == ["grams-abc"]
+
+    other = RunRecord(name="mine", seed=1, config={"seed": 1}, overrides=[])
+    with tracked([Wandb(save_dir=str(tmp_path), mode="online")], other, tmp_path, nothing_stored):
+        pass
+    assert started[-1].id != first.id  # another job in the same folder
+    with tracked([Wandb(save_dir=str(tmp_path), mode="online", id="mine")], other, tmp_path, nothing_stored):
+        pass
+    assert started[-1].id == "mine"
+
+
+def test_a_report_is_an_artifact_of_its_own_run(tmp_path, settings, capsys):
+    job([*settings, "logger=none", "method=none", "estimator=uniform"], tmp_path / "run")
+    report.main([str(tmp_path), "--wandb"])
+    assert "wandb: " in capsys.readouterr().out
+    found = WandbFile(tmp_path)
+    assert (found.all("run")[0].job_type, found.all("run")[0].run_group) == ("report", tmp_path.name)
+    (artifact,) = found.all("artifact")
+    assert artifact.type == "report"
+    assert {"report.html", "report.md", "report.csv"} <= {entry.path for entry in artifact.manifest.contents}
+
+
+@pytest.mark.slow
+def test_mlflow_carries_curves_figures_and_the_record(settings, tmp_path):
+    from mlflow.tracking import MlflowClient  # its import takes seconds
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    job([*settings, "logger=mlflow", f"outputs={tmp_path}", "trainer.log_every_n_steps=2"], tmp_path / "run")
+    record = RunRecord.read(tmp_path / "run")
+    client = MlflowClient(uri)
+    run = client.get_run(record.tracking["mlflow"])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run")
+    assert client.get_experiment(run.info.experiment_id).name == "mine"
+    assert [(one.step, one.value > 0) for one in client.get_metric_history(run.info.run_id, "train/loss")] == [
+        (1, True),
+        (3, True),
+    ]
+    assert run.data.metrics["accuracy"] == record.metrics["accuracy"]
+    assert run.data.params["task/name"] == "jsonl"
+    kept = {Path(file.path).name for file in client.list_artifacts(run.info.run_id)}
+    assert {"record.json", "layers.csv", "questions.csv", "adapter"} <= kept
+    content = client.download_artifacts(run.info.run_id, "record.json", str(tmp_path))
+    assert RunRecord(**json.loads(Path(content).read_text())).metrics == record.metrics
+    assert not (tmp_path / "mlruns").exists()
+    for address in ("nowhere://", f"file:{tmp_path}"):  # mlflow maintains its files no more
+        with pytest.raises(ValueError, match=rf"mlflow cannot start at {address}.*give a database \(logger\.mlflow\."):
+            Mlflow(save_dir="run", tracking_uri=address).start()
+
+
+def test_mlflow_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(MLFlowLogger, "__init__", lambda *_, **__: require("no_such_package"))
+    with pytest.raises(ValueError, match=r"logger=mlflow needs mlflow .*: pip install 'layerif\[mlflow\]'"):
+        Mlflow(save_dir="run", tracking_uri="http://127.0.0.1:9")
+
+
+def require(name: str) -> None:
+    __import__(name)
+
+
+def test_the_sweep_of_the_manual_gives_agents_a_command_that_composes(tmp_path):
+    (given,) = Path(conf_folder().parent).glob("docs/how-to/sweep.yaml")
+    sweep: Any = OmegaConf.to_container(OmegaConf.load(given), resolve=False)
+    for chosen in (min, max):
+        values = {
+            name: {"value": chosen(space.get("values") or (space["min"], space["max"]))}
+            for name, space in sweep["parameters"].items()
+        }
+        arguments = create_sweep_command_args({"args": values})["args_no_hyphens"]
+        at = sweep["command"].index("${args_no_hyphens}")
+        program, *overrides = [*sweep["command"][:at], *arguments, *sweep["command"][at + 1 :]]
+        assert program == sweep["program"] == "layerif"
+        config = composed(overrides, tmp_path)
+        check(config)
+        assert config.objective == sweep["metric"]["name"]
+        assert sweep["metric"]["goal"] == "minimize"  # it is a loss
 
 
 def test_pruning_is_tracked_too(settings, tmp_path):

@@ -24,6 +24,7 @@ class Method(Protocol):
         evaluates: it evaluates a model after its work, so the evaluation is checked beforehand.
         further_metrics: what it measures beside the default metrics of the task.
         selects_rows: it looks only at the train rows that `selection` takes.
+        takes_parts: it works with weights that are divided among processes (`trainer.strategy=fsdp`).
         fine_tunes: it leaves a fine-tuned model, whose validation loss a search can ask for.
     """
 
@@ -32,6 +33,7 @@ class Method(Protocol):
     evaluates: ClassVar[bool]
     further_metrics: ClassVar[tuple[str, ...]]
     selects_rows: ClassVar[bool]
+    takes_parts: ClassVar[bool]
 
     @property
     def fine_tunes(self) -> bool:
@@ -68,6 +70,7 @@ class SpendsNothing:
     evaluates: ClassVar[bool] = False
     further_metrics: ClassVar[tuple[str, ...]] = ()
     selects_rows: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:

@@ -13,6 +13,7 @@ from layerif.adapt.adapters import Adapter
 from layerif.adapt.callback import InfluenceCallback
 from layerif.adapt.directions import directions_asked, measured_directions
 from layerif.adapt.module import AdapterModule
+from layerif.adapt.strategy import ShardedBase
 from layerif.adapt.train import check_training, train
 from layerif.adapt.tuning import Tuning
 from layerif.app.methods._rows import as_many_rows, check_selection, filter_tokens, select_rows
@@ -27,10 +28,13 @@ class FineTune:
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ()
     selects_rows: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = True
     fine_tunes: ClassVar[bool] = True
 
     def check(self, setup: Setup) -> None:
+        self._check_quantised(setup)
         self._module(setup)
+        self._check_parts(setup)
         if self._begins_with_gradient:
             directions_asked(setup.decider, cast(Adapter, self).target_modules).check(setup.decider)
         self._check_expert_rank(setup)
@@ -68,6 +72,17 @@ class FineTune:
             model = fit(setup, module, influence, record, folder)
         evaluate(model, setup, record)
 
+    def _check_quantised(self, setup: Setup) -> None:
+        """Refuses settings that change or read the weights of a quantised base."""
+        scheme, found = setup.model.quantisation, None
+        if getattr(self, "init", "default") == "lora_ga":
+            found = "method.init=lora_ga moves the weights of the base", "method.init=eva or gradient"
+        if getattr(self, "keep_zeros", False):
+            found = "method.keep_zeros=true keeps zeros of the weights, which rounding moves", "method.keep_zeros=false"
+        if scheme and found:
+            what, instead = found
+            raise ValueError(f"{what}, and the model is quantised ({scheme}); use {instead}, or model.quantised=none")
+
     def _check_expert_rank(self, setup: Setup) -> None:
         """Refuses gain curves of experts of another rank, whose parameters would not be those of the budget."""
         priced, rank = getattr(setup.decider.estimator, "r", None), getattr(self, "r", None)
@@ -75,6 +90,31 @@ class FineTune:
             raise ValueError(
                 f"estimator.r={priced} is the rank of an expert in the gain curves, and method.r={rank} that of the "
                 "experts that are trained; give both the same, or leave estimator.r out"
+            )
+
+    def _check_parts(self, setup: Setup) -> None:
+        """Refuses settings that ask for the whole model, where its weights are divided among processes."""
+        if not setup.decider.spread:
+            return
+        if not isinstance(strategy := setup.trainer([], Path()).strategy, ShardedBase):
+            raise ValueError(
+                f"fine-tuning cannot divide a frozen model by {type(strategy).__name__}; use trainer.strategy=fsdp"
+            )
+        # Each process would unscale its own gradients and skip its own steps, before gradients are averaged.
+        if (precision := str(setup.config.trainer.get("precision"))) in ("16-mixed", "16"):
+            raise ValueError(
+                f"trainer.precision={precision} scales the loss in every process by itself, so that adapters would "
+                "differ with trainer.strategy=fsdp; use trainer.precision=bf16-mixed or 32-true, or "
+                "trainer.strategy=ddp"
+            )
+        asked = {
+            f"method.init={getattr(self, 'init', None)}": getattr(self, "init", None) in ("eva", "lora_ga"),
+            "evaluation.before=true": setup.evaluation.before,
+        }
+        for setting in (setting for setting, is_asked in asked.items() if is_asked):
+            raise ValueError(
+                f"{setting} asks the whole model on one device, and trainer.strategy=fsdp divides it; leave it out, or "
+                "use trainer.strategy=ddp"
             )
 
     @property

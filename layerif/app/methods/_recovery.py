@@ -70,6 +70,7 @@ def recover(
         "path": str(folder / "model"),
         "dtype": setup.model.dtype,
         "attention": setup.model.attention,
+        "trust_remote_code": setup.model.trust_remote_code,
     }
     smaller, decider = LocalModel(**where), setup.decider
     one_each = one_expert_each(smaller.layers().names) if experts is None else None

@@ -30,6 +30,7 @@ from layerif.moe import measure_usage
 from layerif.moe.usage import ExpertUsage, between_tasks, describe_unused, usage_by_block
 from layerif.probe.curves.request import LossCurves
 from layerif.probe.curves.text import LossText
+from layerif.probe.grams.processes import is_spread
 from layerif.pruning.calibration import Calibration
 from layerif.record.record import RunRecord
 
@@ -82,7 +83,7 @@ def evaluate(
 ) -> None:
     """Evaluates a model and puts metrics, answers and the use of its experts into the record.
 
-    Only the first process measures.
+    Only the first process measures; where the weights are divided, all run the model for it.
 
     Args:
         model: on the device that it is evaluated on.
@@ -91,7 +92,7 @@ def evaluate(
         prefix: of the metrics' names in the record.
         only: these metrics alone; None: those of the configuration.
     """
-    if rank_zero_only.rank > 0:
+    if rank_zero_only.rank > 0 and not is_spread(model):
         return
     start = time.perf_counter()
     with measure_usage(model) as meter:
@@ -153,7 +154,7 @@ def evaluate_before(load: Callable[[], nn.Module], setup: Setup, record: RunReco
 
 
 def check_bare(setup: Setup, doing: str) -> None:
-    """Refuses a model under an adapter, and a model on several devices.
+    """Refuses a model under an adapter, a quantised one, and a model on several devices.
 
     Args:
         setup: of the run.
@@ -163,6 +164,12 @@ def check_bare(setup: Setup, doing: str) -> None:
         raise ValueError(
             f"{doing} does not reach the weights under model.adapter={setup.model.adapter!r}; merge the adapter into a "
             "folder of its own (PEFT's merge_and_unload) and use model=local"
+        )
+    if scheme := setup.model.quantisation:
+        raise ValueError(
+            f"{doing} works on weights as they were before they were quantised, and the model is quantised ({scheme}); "
+            "use model.quantised=none, and quantise what the run leaves (model=local model.quantised=nf4); scores of "
+            "the quantised model can be spent by estimator=file"
         )
     if setup.decider.num_processes > 1:
         raise ValueError(f"{doing} works on one device, got {setup.decider.num_processes}; use trainer.devices=1")
@@ -193,4 +200,6 @@ def join_processes(setup: Setup) -> None:
     """Starts and connects the processes that the trainer's settings ask for, as its `fit` would."""
     if setup.decider.num_processes > 1:
         settings = {key: setup.config.trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy")}
+        if settings["strategy"] == "fsdp":  # the probe divides the weights itself
+            settings["strategy"] = "ddp"
         Fabric(**settings).launch()

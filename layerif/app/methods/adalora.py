@@ -15,6 +15,7 @@ class AdaLora(FineTune, AdaLoraAdapter):
     """Fine-tunes PEFT's AdaLoRA, which chooses the rank of every matrix while it trains."""
 
     name: ClassVar[str] = "adalora"
+    takes_parts: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:
         if setup.fit.keep == "best" or setup.fit.patience is not None:

@@ -1,4 +1,4 @@
-"""`method=drop`: decide, leave blocks out, keep the smaller model, measure it beside the dense one, and recover it."""
+"""`method=drop`: decide, leave blocks or experts out, keep the smaller model, measure it, and recover it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from layerif.compress.greedy import greedy
 from layerif.compress.speed import Speed, folder_bytes, weight_bytes
 from layerif.decide import Decision
 from layerif.files import write_text
-from layerif.layers import within_block
+from layerif.layers import is_whole_expert, within_block
 from layerif.models.blocks import blocks, context_length, device_of
 from layerif.models.contexts import evaluating
 from layerif.probe.curves.text import LossText, mean_loss
@@ -48,7 +48,7 @@ _NEW_TOKENS = 48  # in a continuation
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """Leaves out the blocks that the allocation does not keep, or attention and MLP of blocks.
+    """Leaves out the blocks that the allocation does not keep, or attention and MLP of blocks, or experts.
 
     A run leaves `model/` for plain transformers, and after a recovery `recovered/`.
 
@@ -70,6 +70,7 @@ class Drop:
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     selects_rows: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False
 
     calibration: Calibration
     search: Literal["none", "greedy"] = "none"
@@ -108,8 +109,13 @@ class Drop:
                 "method.search=greedy takes allocator.keep and allocator.unit, and looks at nothing else that an "
                 "allocator says; use allocator=blocks"
             )
+        if self.search == "greedy" and decider.takes_experts:
+            raise ValueError(
+                "method.search=greedy would leave out experts without regard to their block; use method.search=none "
+                "with estimator=expert_output or skip_curve"
+            )
         left_out = _left_out(decider.preview())
-        if self.save and (parts := [unit for unit in left_out if within_block(unit)]):
+        if self.save and (parts := [unit for unit in left_out if _is_part(unit)]):
             raise ValueError(
                 f"method.save=true cannot write a model without {parts[0]}, because no configuration can say so; use "
                 "method.save=false, or allocator.unit=block"
@@ -149,7 +155,7 @@ class Drop:
         left_out = _left_out(decision.allocation)
         drop(model, left_out)
         record.parameters = {"total": _num_weights(model), "dropped": total - _num_weights(model)}
-        if not any(map(within_block, left_out)):
+        if not any(map(_is_part, left_out)):
             check_ordinary(model)
         if self.save:
             save_model(model, setup, folder / "model", what="smaller", advice=_FULL_DISK)
@@ -216,6 +222,11 @@ class Drop:
                 )
             found[prompt] = setup.tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
         return found
+
+
+def _is_part(unit: str) -> bool:
+    """Tells if a unit is the attention or the MLP of a block."""
+    return bool(within_block(unit)) and not is_whole_expert(unit)
 
 
 def _num_weights(model: nn.Module) -> int:

@@ -18,11 +18,12 @@ class Full(FineTune, FullTuning):
     """
 
     name: ClassVar[str] = "full"
+    takes_parts: ClassVar[bool] = False
 
     def check(self, setup: Setup) -> None:
-        if setup.decider.spread:
+        if scheme := setup.model.quantisation:
             raise ValueError(
-                "method=full needs the whole model on every device; use trainer.strategy=ddp or trainer.devices=1, or "
-                "method=lora for a model that is spread over several"
+                f"method=full trains the weights themselves, and those of the model are quantised ({scheme}); use "
+                "method=lora, or model.quantised=none"
             )
         super().check(setup)

@@ -21,6 +21,7 @@ class ScoresOnly(SpendsNothing):
     """
 
     name: ClassVar[str] = "none"
+    takes_parts: ClassVar[bool] = True
     selects_rows: ClassVar[bool] = True
 
     def check(self, setup: Setup) -> None:

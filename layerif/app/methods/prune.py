@@ -97,6 +97,7 @@ class Prune:
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     selects_rows: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False
 
     pruner: Pruner
     calibration: Calibration

@@ -40,6 +40,7 @@ from layerif.decide import Decider
 from layerif.estimators.bits_curve import BitsCurve
 from layerif.files import full_disk_explained, write_text
 from layerif.formats import FORMATS, Format, check_rows, formats_called
+from layerif.layers import is_expert
 from layerif.models.blocks import bare
 from layerif.probe.curves.formats import check_widths, kept_formats, left_out
 from layerif.probe.curves.request import model_hash
@@ -69,6 +70,7 @@ class Quantise:
     evaluates: ClassVar[bool] = True
     further_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     selects_rows: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = False
 
     formats: str | Sequence[str] = "gguf"
@@ -171,6 +173,11 @@ class Quantise:
     ) -> None:
         """Writes the GGUF file and the texts for other quantisers, or says in a note why not."""
         linear = {name: each for name, each in chosen.items() if name in setup.decider.layers().matrices}
+        if experts := [name for name in linear if is_expert(name)]:
+            linear = {name: each for name, each in linear.items() if name not in {*experts}}
+            record.notes.append(
+                f"config_groups.json leaves out {len(experts)} matrices of fused experts, whose names no engine knows"
+            )
         write_text(folder / "config_groups.json", json.dumps(config_groups(linear), indent=1) + "\n")
         config: Any = bare(model).config
         if why := why_no_gguf(config, list(chosen.values())):

@@ -50,6 +50,7 @@ class Rows(SpendsNothing):
     """
 
     name: ClassVar[str] = "rows"
+    takes_parts: ClassVar[bool] = True
 
     over_layers: OverLayers = "sum"
     top: Count = 10

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerif.allocate.curves import Curves
 from layerif.formats import Format, check_rows, format_of, relative_error, reproduces, spelt_formats
-from layerif.models.blocks import bare
+from layerif.models.blocks import bare, weight_of
 from layerif.probe.curves.request import LossCurves
 from layerif.probe.measurements import Load, Measurements
 from layerif.probe.store import MeasurementKind
@@ -82,7 +82,7 @@ def check_widths(measurements: Measurements, formats: Sequence[Format]) -> None:
     skeleton: Any = getattr(measurements.model, "skeleton", measurements.model.load)
     model = bare(skeleton())
     params = measurements.layers().matrices
-    check_rows(formats, {name.removesuffix(".weight"): model.get_parameter(name).shape[1] for name in params})
+    check_rows(formats, {name.removesuffix(".weight"): weight_of(model, name).shape[1] for name in params})
 
 
 def kept_formats(measurements: Measurements, formats: Sequence[Format], load: Load) -> tuple[Format, ...]:
@@ -104,7 +104,7 @@ def kept_formats(measurements: Measurements, formats: Sequence[Format], load: Lo
 
         def compute() -> dict[str, Tensor]:
             model = bare(measurements.whole(load))
-            found = relative_error([model.get_parameter(param) for param in params], each)
+            found = relative_error([weight_of(model, param) for param in params], each)
             return {"error": torch.tensor(found, dtype=torch.float64)}
 
         version = VERSIONS["format_errors"]

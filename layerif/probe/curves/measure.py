@@ -8,6 +8,7 @@ layer, K levels, U units, B samples of a batch, P all positions of all samples (
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial as partial_of
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from layerif.allocate.curves import Curves, with_base
-from layerif.layers import MatrixOrBlock, block_of
-from layerif.models.blocks import bare, device_of
+from layerif.checks import listed
+from layerif.layers import MatrixOrBlock, block_of, refuse_unreached
+from layerif.models.blocks import device_of, linear_at, weight_of
 from layerif.models.contexts import evaluating, full_precision
 from layerif.models.hooks import hooked
 from layerif.models.loss import Loss, per_sample_loss
+from layerif.models.stored import Stored
 from layerif.probe.curves.prices import costs_of, diagonal_costs, effects
 from layerif.probe.curves.text import LossText
 from layerif.probe.grams.factors import inputs_read_together
@@ -154,7 +157,7 @@ def measure_loss_curves(
     grams = grams_held(masks, mask_windows is not None)
     if masks is not None:
         read = [batch["input_ids"] for _, batch in batches] if mask_windows is None else mask_windows
-        num_inputs = {param.removesuffix(".weight"): bare(model).get_parameter(param).shape[1] for param in params}
+        num_inputs = {param.removesuffix(".weight"): weight_of(model, param).shape[1] for param in params}
         masks.check_tokens(sum(ids_BT.numel() for ids_BT in read), num_inputs)
 
     def observe(todo: Sequence[str]) -> None:
@@ -220,7 +223,18 @@ def measure_loss_curves(
         before_pass=observe,
     )
     names = tuple(param.removesuffix(".weight") for param in params)
-    numel = [bare(model).get_parameter(param).numel() for param in params]
+    unreached = [name for name in names if not any(each.any() for each in found[f"{name}.weight"].values())]
+    unreached = [name for name in unreached if isinstance(linear_at(model, name), Stored)]  # experts without a token
+    if masks is not None and mask_windows is None:
+        refuse_unreached(unreached)
+    if unreached:
+        warnings.warn(
+            f"no token of the samples reaches {listed(unreached, 4)} ({len(unreached)} of {len(names)} matrices), so "
+            "that their curves are 0; give more samples",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    numel = [weight_of(model, param).numel() for param in params]
     all_levels = with_base(changes.kind, levels)
     sizes_UK = torch.tensor(numel, dtype=torch.float64)[:, None] * torch.tensor(all_levels, dtype=torch.float64)
     is_summed = granularity == "block" and form == "exact"
@@ -329,7 +343,7 @@ def grams_held(masks: Masks | None, observes_apart: bool) -> HeldGrams:
 
 def curve_tile_bytes(model: nn.Module, params: Sequence[str], device: torch.device) -> float:
     """Gives the wanted bytes of a tile: the copies of the largest matrix, and a tile of effects."""
-    weights = [bare(model).get_parameter(param) for param in params]
+    weights = [weight_of(model, param) for param in params]
     return wanted_tile_bytes(device) + max(float(_COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
 
 
@@ -359,15 +373,10 @@ def _observed(
         return note
 
     leaders = list(dict.fromkeys(reads_with[param] for param in params))
-    hooks = [(bare(model).get_submodule(param.removesuffix(".weight")), hook(param)) for param in leaders]
+    hooks = [(linear_at(model, param), hook(param)) for param in leaders]
     device = device_of(model)
     with hooked(hooks, before=True), evaluating(model), torch.no_grad(), full_precision():
         for ids_BT in progress(windows, "calibration"):
             model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
-    missing = [param for param in leaders if param not in found]
-    if missing:
-        raise ValueError(
-            f"no calibration token reaches {missing[0].removesuffix('.weight')}; give more calibration windows, or "
-            "name it in pruner.skip"
-        )
+    refuse_unreached([param.removesuffix(".weight") for param in leaders if param not in found])
     return found

@@ -17,7 +17,7 @@ from layerif.allocate.curves import Curves
 from layerif.checks import how_many
 from layerif.data.batches import batches
 from layerif.layers import MatrixOrBlock
-from layerif.models.blocks import context_length
+from layerif.models.blocks import context_length, weight_of
 from layerif.models.loss import per_sample_loss
 from layerif.probe.curves.measure import (
     Changes,
@@ -69,6 +69,7 @@ class LossCurves(Request):
         seed: chooses the positions.
     """
 
+    needs_dense_weights: ClassVar[bool] = True
     takes_loss: ClassVar[bool] = True
 
     changes: Changes
@@ -198,9 +199,7 @@ class LossCurves(Request):
         self, skeleton: nn.Module, params: Sequence[str], device: torch.device
     ) -> tuple[Callable[[], Any], int]:
         """Gives the changes of all levels in a corner of the largest matrix, which is all of a small one."""
-        num_out, num_in = max(
-            (skeleton.get_parameter(param).shape for param in params), key=lambda shape: shape.numel()
-        )
+        num_out, num_in = max((weight_of(skeleton, param).shape for param in params), key=lambda shape: shape.numel())
         corner_OI = torch.randn(min(num_out, _CORNER), min(num_in, _CORNER), device=device)
         input_TI = torch.randn(2 * corner_OI.shape[1], corner_OI.shape[1], device=device)
 

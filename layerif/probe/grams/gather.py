@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from layerif.files import Damaged, load_tensors, save_tensors
-from layerif.models.blocks import bare, device_of
+from layerif.models.blocks import device_of, dtype_of, linear_at, shape_of, weight_of
 from layerif.models.contexts import frozen
 from layerif.models.loss import Loss, per_sample_loss
 from layerif.models.memory import free_bytes
+from layerif.models.stored import tensor_of
 from layerif.probe.grams.factors import ANOTHER_SCOPE, Side, capture_factors
 from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.grams.processes import Shards, is_spread
@@ -189,20 +190,20 @@ class Gathering:
     def _laid_out(
         self, passes: Passes, side: Side, widths: Sequence[tuple[int, str]], waiting: Waiting
     ) -> Tensor | None:
-        weight = bare(self.model).get_parameter(widths[0][1])
-        work = torch.promote_types(weight.dtype, torch.float32)
+        dtype = dtype_of(self.model, widths[0][1])
+        work = torch.promote_types(dtype, torch.float32)
         return self.shards.lay_out(
             [(width, (values for _, values in waiting.take(param, side))) for width, param in widths],
             [indices for indices, _ in self.batches],
             longest=passes.workload.longest,
-            sent_as=work if self.projection else weight.dtype,
+            sent_as=work if self.projection else dtype,
             dtype=work,
-            device=weight.device,
+            device=tensor_of(linear_at(self.model, widths[0][1])).device,
             swap=side == "out" and not self.by_token,
         )
 
     def _whole_weight(self, param: str) -> Tensor:
-        weight: Any = bare(self.model).get_parameter(param).detach()
+        weight: Any = weight_of(self.model, param).detach()
         return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
     def _finished(self) -> dict[str, Found]:
@@ -253,9 +254,9 @@ def workload(
     width = projection.width if projection else lambda features: features
     matrices = []
     for param in params:
-        num_out, num_in = bare(model).get_parameter(param).shape
+        num_out, num_in = shape_of(model, param)
         matrices.append(Matrix(param, width(num_out), width(num_in), reads_with[param]))
-    dtype = bare(model).get_parameter(params[0]).dtype
+    dtype = dtype_of(model, params[0])
     work = torch.promote_types(dtype, torch.float32)
     batches = [batch["input_ids"] for _, batch in (*train, *validation)]
     return kind(

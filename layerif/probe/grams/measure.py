@@ -6,6 +6,7 @@ validation).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from layerif.evidence import GRAM_TENSORS, LayerGrams, MatrixGram
 from layerif.layers import LayerMap
-from layerif.models.blocks import bare
+from layerif.models.blocks import shape_of
 from layerif.models.loss import Loss, per_sample_loss
 from layerif.probe.grams import products
 from layerif.probe.grams.factors import inputs_read_together
@@ -97,7 +98,7 @@ def measure(
         memory_gb=memory_gb,
         offload=offload,
     )
-    numel = {param: bare(model).get_parameter(param).numel() for param in layers.matrices}
+    numel = {param: math.prod(shape_of(model, param)) for param in layers.matrices}
     grams = {param: MatrixGram(**tensors, numel=numel[param]) for param, tensors in found.items()}
     return LayerGrams(layers, grams, fingerprint)
 

@@ -137,15 +137,24 @@ class Shards:
             work.wait()
 
 
-def spread(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Divides a model's weights among all processes, on `device` (FSDP2, block by block)."""
+def spread(model: nn.Module, device: torch.device | str, whole: Sequence[nn.Parameter] = ()) -> nn.Module:
+    """Divides a model's weights among all processes, on `device` (FSDP2, block by block).
+
+    Args:
+        model: changed in its place.
+        device: of this process.
+        whole: weights that every process keeps whole.
+
+    Returns:
+        The model.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in blocks(model).values():
-        fully_shard(block, mesh=mesh)
-    fully_shard(bare(model), mesh=mesh)
+        fully_shard(block, mesh=mesh, ignored_params=set(whole))
+    fully_shard(bare(model), mesh=mesh, ignored_params=set(whole))
     return model
 
 

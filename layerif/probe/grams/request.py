@@ -81,6 +81,8 @@ class Grams(Request):
     def with_exact(self, measurements: Measurements, evidence: LayerGrams) -> tuple[LayerGrams, LayerGrams]:
         """Measures `probe.fidelity_samples` of the samples without projection and in float32."""
         model, probe = measurements.model, measurements.probe
+        if not model.has_dense_weights:
+            raise NotCompared("the weights as they were before they were quantised are not there")
         exact = replace(
             measurements,
             model=model.in_dtype("float64" if model.dtype == "float64" else "float32"),

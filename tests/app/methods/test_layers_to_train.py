@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -109,22 +106,6 @@ def test_layers_of_a_file_that_trains_none_are_refused(setup_of, tmp_path):
         setup = setup_of(f"method={method}", *given)
         with pytest.raises(ValueError, match=r"^the allocation trains none of 3 layers; give at least one of them the"):
             setup.method.check(setup)
-
-
-def test_quantised_weights_are_not_trained(setup_of, model_folder, tmp_path):
-    folder = shutil.copytree(model_folder, tmp_path / "quantised")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"it is quantised \(gptq 4 bits\), and layerif .*trains"):
-        setup_of("method=full", f"model.path={folder}")
-
-
-def test_a_model_that_is_spread_over_devices_is_left_to_lora(setup_of, monkeypatch):
-    setup = setup_of("method=full")
-    object.__setattr__(setup.decider, "spread", True)
-    with pytest.raises(ValueError, match=r"^method=full needs the whole model on every device; use trainer\.str"):
-        setup.method.check(setup)
 
 
 def test_full_fine_tuning_has_a_learning_rate_of_its_own(setup_of):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from layerif.adapt.module import AdapterModule
-from layerif.app.methods._rows import TABLE
+from layerif.app.methods._rows import TABLE, check_selection
 from layerif.app.run import _check_method
 from layerif.record.record import RunRecord
 from tests.command import run_layerif
@@ -147,7 +147,7 @@ def test_a_model_that_is_spread_over_devices_is_not_asked_about_rows(setup_of):
         setup = setup_of("method=lora", *overrides)
         object.__setattr__(setup.decider, "spread", True)
         with pytest.raises(ValueError, match=rf"^{named}.* asks the whole model about rows"):
-            setup.method.check(setup)
+            check_selection(setup)
 
 
 def test_more_memory_is_asked_for_where_weights_are_protected(setup_of):

@@ -18,6 +18,7 @@ from layerif.probe.grams import gather as measurement
 from layerif.probe.grams.measure import measure
 from layerif.probe.grams.processes import Shards, spread
 from layerif.probe.grams.projection import Projection
+from tests.families import model_of as family_model
 from tests.probe.grams.test_measure import NUM_TRAIN, assert_equal, batched, samples
 from tests.processes import SIZE, Pair
 from tests.tiny import tiny_model
@@ -87,6 +88,24 @@ def test_more_processes_than_batches_leave_some_idle(pair, tmp_path):
 def test_a_spread_model_gives_the_same_grams(pair, size, tmp_path):
     assert pair.run(save_measured, tmp_path, tmp_path, size=size, spread_out=True) == ["", ""]
     assert_equal(grams_of(tmp_path, 0), measured(size=size), 1e-4)
+
+
+def save_of_experts(rank: int, folder: Path, *, spread_out: bool) -> None:
+    # Short rows leave an expert without a token while the other process runs a longer one.
+    model, rows = family_model("mixtral"), [row[:2] if number % 2 else row for number, row in enumerate(samples())]
+    layers = layer_map(model, scope="mlp")
+    if spread_out:
+        model = spread(model, "cpu")
+    parts = batched(rows[:NUM_TRAIN], 1), batched(rows[NUM_TRAIN:], 1)
+    torch.save(measure(model, layers, *parts), folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_an_expert_without_tokens_in_one_process_keeps_no_other_waiting(pair, tmp_path):
+    save_of_experts(SIZE, tmp_path, spread_out=False)  # alone
+    assert pair.run(save_of_experts, tmp_path, tmp_path, spread_out=True) == ["", ""]
+    for rank in range(SIZE):
+        assert_equal(grams_of(tmp_path, rank), grams_of(tmp_path, SIZE), 1e-4)
 
 
 def save_curvature(rank: int, folder: Path) -> None:
