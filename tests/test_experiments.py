@@ -608,7 +608,7 @@ def test_depth_pairs_windows_and_compares_with_the_greedy_order(tmp_path, monkey
     assert results.windows_of(values["spaced_blocks"]) == pytest.approx(expected, rel=1e-4)
     assert not np.allclose(results.window_losses(model, [], windows), expected)
     shown = results.table(found).set_index("arm")
-    assert shown["ratio to spaced_blocks"]["spaced_blocks"] == "1.00 (1.00 to 1.00)"
+    assert shown["ratio to spaced_blocks"]["spaced_blocks"] == "1 (1 to 1)"
     assert shown["loss of rows"].to_dict() == {
         "spaced_blocks": "2.000 (1.000 to 3.000)",
         "skip_curve": "–",
