@@ -265,8 +265,8 @@ def capture_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Te
     except _NotPassedOn as error:
         try:  # a Falcon takes the first of what a block returns, even where that is one tensor
             return _captured(model, batches, in_tuple=True)
-        except Exception:
-            raise error from None
+        except Exception as again:
+            raise error from again
 
 
 def _captured(

@@ -18,15 +18,13 @@ from layerif.adapt.sizes import Capacity, Shapes, adapted_shapes, num_parameters
 from layerif.layers import LayerMap, is_attention
 from layerif.models.blocks import Scope, blocks, layer_map
 from layerif.models.quantised import bits_of_scheme
-from layerif.probe.curves.measure import CurveWorkload
-from layerif.probe.grams.passes import Matrix, Workload, passes
+from layerif.probe.curves.measure import COPIES, CurveWorkload
+from layerif.probe.grams.passes import TILE, Matrix, Workload, passes
 
 OF_DENSE_WEIGHTS = ("curves", "full", "prune", "drop", "quantise")  # all of these refuse a quantised model
 _MOST_DEVICES = 1024
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "o")  # names of the output projection of an attention
-_TILE = 1.6e7
 _TRAINED = 16  # bytes of a trained number: itself, its gradient and AdamW's two moments, in float32
-_COPIES = 7 * 4  # bytes of the forms in which a matrix stands while its curve is priced
 
 
 @dataclass(frozen=True)
@@ -280,7 +278,7 @@ class _Counting:
         )
         about = f"{len(measured.matrices)} matrices, {work.num_train} + {work.num_val} samples"
         batch = work.batch_size * work.longest
-        return self._measured("scores", about, measured, load, Workload, work.longest, batch, _TILE)
+        return self._measured("scores", about, measured, load, Workload, work.longest, batch, TILE)
 
     def curves(self, name: str, num_levels: int, what: str, *, spread: bool = True) -> Need:
         work, layers = self.work, self.shape.layers
@@ -297,7 +295,7 @@ class _Counting:
             **self._itemsizes,
         )
         about = f"{len(layers.matrices)} matrices at {num_levels} {what}, {work.num_windows} windows"
-        tile = _TILE + max(layers.matrix_numel or ()) * _COPIES
+        tile = TILE + max(layers.matrix_numel or ()) * COPIES * 4  # in float32
         batch = work.window_batch * work.window
         return self._measured(name, about, layers, load, CurveWorkload, work.window, batch, tile, spread=spread)
 

@@ -1,4 +1,4 @@
-"""`method=plan`: print what the evidence of the estimator would cost, what each method would need, and a law's word."""
+"""`method=plan`: print the cost of the evidence, the needs of each method, and what the Performance Law expects."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ CurveForm = Literal["exact", "diagonal"]
 HeldGrams = Literal["none", "matrix", "pass"]
 
 # A matrix in up to seven forms: weight, metric, sorted metric, turned weight, mask, change, and Fisher of two halves.
-_COPIES = 7
+COPIES = 7
 
 
 class Changes(Protocol):
@@ -344,11 +344,11 @@ def grams_held(masks: Masks | None, observes_apart: bool) -> HeldGrams:
 def curve_tile_bytes(model: nn.Module, params: Sequence[str], device: torch.device) -> float:
     """Gives the wanted bytes of a tile: the copies of the largest matrix, and a tile of effects."""
     weights = [weight_of(model, param) for param in params]
-    return wanted_tile_bytes(device) + max(float(_COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
+    return wanted_tile_bytes(device) + max(float(COPIES * each.numel() * max(each.itemsize, 4)) for each in weights)
 
 
 def _fixed_bytes(matrix: Matrix, itemsize: int) -> float:
-    return float(_COPIES * matrix.num_out * matrix.num_in * itemsize)
+    return float(COPIES * matrix.num_out * matrix.num_in * itemsize)
 
 
 def _of_blocks(found: Mapping[str, Found], names: Sequence[str], weights_V: Tensor, is_second_V: Tensor) -> Tensor:

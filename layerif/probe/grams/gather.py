@@ -26,7 +26,7 @@ from layerif.models.loss import Loss, per_sample_loss
 from layerif.models.memory import free_bytes
 from layerif.models.stored import tensor_of
 from layerif.probe.grams.factors import ANOTHER_SCOPE, Side, capture_factors
-from layerif.probe.grams.passes import Choice, Matrix, Offload, Passes, Workload, passes
+from layerif.probe.grams.passes import TILE, Choice, Matrix, Offload, Passes, Workload, passes
 from layerif.probe.grams.processes import Shards, is_spread
 from layerif.probe.grams.projection import Projection
 from layerif.probe.grams.waiting import InMemory, OnDisk, Waiting
@@ -296,7 +296,7 @@ def budget(
 
 def wanted_tile_bytes(device: torch.device) -> float:
     """Gives the bytes of a tile that stays inside a processor's cache, or keeps a GPU busy."""
-    return 1e9 if device.type == "cuda" else 1.6e7
+    return 1e9 if device.type == "cuda" else TILE
 
 
 def _as_it_is(values: Tensor, side: str) -> Tensor:

@@ -21,6 +21,8 @@ from layerif.probe.grams.products import Form, cheaper, operations, tile_bytes_o
 Offload = Literal["auto", "none", "cpu", "disk"]
 Choice = Literal["auto", "materialised", "pairwise"]
 
+TILE = 1.6e7  # bytes that stay inside a processor's cache
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -128,7 +130,7 @@ def passes(
     *,
     form: Choice = "auto",
     offload: Offload = "auto",
-    tile_bytes: float = 1.6e7,
+    tile_bytes: float = TILE,
     host_memory: float = 0,
 ) -> Passes:
     """Finds the fewest passes that fit into the memory of the model's device.
